@@ -1,0 +1,209 @@
+"""The client bank: K clients' factors stacked on one frozen base model.
+
+The batch axis holds K·b rows, client-major; the frozen weights see one large matrix product and
+only the low-rank part is per client::
+
+    y = W0 x + scaling · B_k (A_k x)     x (K·b, ..., in)   A (K, rank, in)   B (K, out, rank)
+
+The loss is summed over clients, so client k's gradient is exactly what it would be alone. K = 1 is
+a plain client.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rolora.adapter import AdapterState, Specs, TensorSpec
+from rolora.errors import ConfigError
+
+PREFIX = "base_model.model."
+
+
+class Bank:
+    """Stacked leaves of K clients, read by the layers that ``attach`` put into a model.
+
+    ``leaves`` maps each adapter tensor's name to a (K, *shape) leaf. With no leaves loaded the
+    model is the plain base. ``dropout`` is LoRA's input dropout, active only while ``row_keys``
+    (int64, one per row) says which random stream each row draws from.
+    """
+
+    def __init__(self, specs: Specs, dropout: float) -> None:
+        self.specs = specs
+        self.dropout = dropout
+        self.leaves: dict[str, Tensor] = {}
+        self.row_keys: Tensor | None = None
+
+    @property
+    def clients(self) -> int:
+        """How many clients are loaded."""
+        return next(iter(self.leaves.values())).shape[0] if self.leaves else 0
+
+    def load(self, adapters: Sequence[AdapterState], device: torch.device | str = "cpu") -> None:
+        """Stack these clients' adapters; all must hold every tensor of the bank."""
+        self.leaves = {
+            name: torch.stack([adapter[name] for adapter in adapters]).to(device)
+            for name in adapters[0]
+        }
+
+    def unload(self) -> None:
+        """Leave the plain base model."""
+        self.leaves, self.row_keys = {}, None
+
+    def take(self, client: int) -> AdapterState:
+        """A copy, on the CPU, of what the client at this position holds."""
+        tensors = {
+            name: leaf[client].detach().to("cpu", copy=True) for name, leaf in self.leaves.items()
+        }
+        return AdapterState(tensors, self.specs.scaling)
+
+    def keep(self, clients: int) -> None:
+        """Drop all but the first ``clients``: those that have taken their last step leave."""
+        self.leaves = {
+            name: leaf[:clients].detach().clone().requires_grad_(leaf.requires_grad)
+            for name, leaf in self.leaves.items()
+        }
+
+    def by_client(self, x: Tensor) -> Tensor:
+        """``x`` (K·b, ..., width), client-major, seen as (K, b·..., width)."""
+        return x.reshape(self.clients, -1, x.shape[-1])
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer, called as a black box, plus each client's low-rank part."""
+
+    def __init__(self, base: nn.Module, layer: str, scaling: float, bank: Bank) -> None:
+        super().__init__()
+        self.base = base
+        self.layer = layer
+        self.scaling = scaling
+        self.bank = bank
+        self.noise_key = zlib.crc32(layer.encode())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        bank = self.bank
+        if not bank.leaves:
+            return y
+        lora_a = bank.leaves[f"{self.layer}.lora_A.weight"]  # (K, rank, in)
+        lora_b = bank.leaves[f"{self.layer}.lora_B.weight"]  # (K, out, rank)
+        h = x.to(lora_a.dtype)
+        if bank.row_keys is not None and bank.dropout > 0:
+            h = h * dropout_mask(bank.row_keys, self.noise_key, h, bank.dropout)
+        down = torch.bmm(bank.by_client(h), lora_a.mT)  # (K, b·seq, rank)
+        up = torch.bmm(down, lora_b.mT) * self.scaling  # (K, b·seq, out)
+        return y + up.reshape(y.shape).to(y.dtype)
+
+
+class HeadLinear(nn.Module):
+    """A linear layer of the task head with one weight (K, out, in) and bias (K, out) per client."""
+
+    def __init__(self, base: nn.Linear, layer: str, bank: Bank) -> None:
+        super().__init__()
+        self.base = base
+        self.layer = layer
+        self.bank = bank
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank = self.bank
+        if not bank.leaves:
+            plain: Tensor = self.base(x)
+            return plain
+        weight = bank.leaves[f"{self.layer}.weight"]
+        y = torch.bmm(bank.by_client(x.to(weight.dtype)), weight.mT)
+        if self.base.bias is not None:
+            y = y + bank.leaves[f"{self.layer}.bias"].unsqueeze(1)
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def attach(
+    model: nn.Module,
+    layers: Sequence[str],
+    head_layers: Sequence[str],
+    *,
+    rank: int,
+    scaling: float,
+    dropout: float,
+) -> Bank:
+    """Freeze ``model`` and put a bank under these modules (dotted paths), in place.
+
+    ``layers`` get LoRA factors, ``head_layers`` a full copy per client, whose present values
+    become the adapter's starting head. Returns the bank, with nothing loaded.
+    """
+    model.requires_grad_(False)
+    model.eval()
+    tensors: list[TensorSpec] = []
+    head: dict[str, Tensor] = {}
+    names = {path: PREFIX + path for path in (*layers, *head_layers)}
+    for path in layers:
+        width_in, width_out = linear_shape(model.get_submodule(path))
+        tensors.append(TensorSpec(f"{names[path]}.lora_A.weight", "A", (rank, width_in)))
+        tensors.append(TensorSpec(f"{names[path]}.lora_B.weight", "B", (width_out, rank)))
+    for path in head_layers:
+        for key, value in model.get_submodule(path).named_parameters():
+            name = f"{names[path]}.{key}"
+            head[name] = value.detach().float().cpu().clone()
+            tensors.append(TensorSpec(name, "head", tuple(value.shape)))
+    scalings = {names[path]: scaling for path in layers}
+    bank = Bank(Specs(tuple(sorted(tensors, key=lambda t: t.name)), scalings, head), dropout)
+    for path in layers:
+        _replace(model, path, LoraLinear(model.get_submodule(path), names[path], scaling, bank))
+    for path in head_layers:
+        linear = model.get_submodule(path)
+        if not isinstance(linear, nn.Linear):
+            raise ConfigError(f"head module {path!r} is a {type(linear).__name__}, not a Linear")
+        _replace(model, path, HeadLinear(linear, names[path], bank))
+    return bank
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(in, out) widths of a linear layer: nn.Linear, GPT-2's Conv1D, or a quantised one."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    if type(module).__name__ == "Conv1D":
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1]
+    raise ConfigError(f"a {type(module).__name__} is not a linear layer and cannot carry LoRA")
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def dropout_mask(row_keys: Tensor, layer_key: int, like: Tensor, rate: float) -> Tensor:
+    """A dropout mask for ``like`` (rows, ..., width), scaled by 1/(1−rate).
+
+    Element (row, position, feature) depends on its row's key, the layer and its own place, and on
+    nothing else: not on the padding, nor on which other clients share the pass. The hash is
+    splitmix64's finaliser (Steele et al. 2014) on wrapping int64.
+    """
+    places = torch.arange(like[0].numel(), device=like.device).view(1, *like.shape[1:])
+    keys = row_keys.to(like.device).view(-1, *[1] * (like.dim() - 1))
+    z = (keys ^ _signed(layer_key * _ODD)) + places * _ODD
+    z = (z ^ ((z >> 30) & 0x3_FFFF_FFFF)) * _MIX1
+    z = (z ^ ((z >> 27) & 0x1F_FFFF_FFFF)) * _MIX2
+    uniform = ((z >> 31) & 0xFF_FFFF).to(torch.float32) / float(1 << 24)
+    return (uniform >= rate).to(like.dtype) / (1.0 - rate)
+
+
+def _signed(value: int) -> int:
+    """The low 64 bits of ``value`` as the int64 that holds them."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+_ODD = _signed(0x9E3779B97F4A7C15)
+_MIX1 = _signed(0xBF58476D1CE4E5B9)
+_MIX2 = _signed(0x94D049BB133111EB)
+
+
+def row_keys(client_seeds: Sequence[int], step: int, rows: int) -> Tensor:
+    """One key (int64) per row, client-major, from (client's round seed, step, row in the batch)."""
+    seeds = torch.tensor([_signed(seed) for seed in client_seeds])
+    index = torch.arange(rows) + (step << 20) + 1
+    mixed = (seeds.unsqueeze(1) + index * _ODD) * _MIX1
+    return (mixed ^ ((mixed >> 29) & 0x7_FFFF_FFFF)).reshape(-1)

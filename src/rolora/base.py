@@ -1,0 +1,201 @@
+"""The base model: load it, freeze it, and put a client bank under its target modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from rolora.adapter import Specs
+from rolora.bank import Bank, LoraLinear, attach
+from rolora.draws import generator
+from rolora.errors import ConfigError
+from rolora.lora import HEADS, Kind, LoraSettings, peft_config, target_layers
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration."""
+
+    model: nn.Module
+    tokenizer: Any
+    bank: Bank
+    peft_config: Any
+    head_layers: tuple[str, ...]
+
+    @property
+    def specs(self) -> Specs:
+        """What an adapter of this model looks like."""
+        return self.bank.specs
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+
+def load_base(
+    source: str,
+    kind: Kind,
+    settings: LoraSettings,
+    *,
+    root: Path = Path(),
+    labels: Sequence[object] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    offline: bool = False,
+    seed: int = 0,
+) -> Base:
+    """Load a model and tokenizer and put a bank under its target modules.
+
+    ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
+    safetensors and GGUF weights are read and no remote code runs. Head weights that the checkpoint
+    lacks are drawn from (seed, name). Raises ConfigError with one line for anything unusable.
+    """
+    place = _locate(source, root, offline)
+    auto = {
+        "classification": transformers.AutoModelForSequenceClassification,
+        "causal_lm": transformers.AutoModelForCausalLM,
+    }[kind]
+    more: dict[str, Any] = {}
+    if kind == "classification":
+        names = [str(label) for label in labels]
+        more["num_labels"] = len(names)
+        more["id2label"] = dict(enumerate(names))
+        more["label2id"] = {name: index for index, name in enumerate(names)}
+        more["ignore_mismatched_sizes"] = True
+    with _one_line_errors(source), quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+        model, info = auto.from_pretrained(
+            **place,
+            **more,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=None if "gguf_file" in place else True,
+            output_loading_info=True,
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
+    if kind == "causal_lm" and missing:
+        raise ConfigError(f"{source!r} lacks {min(missing)}: it is no causal language model")
+    for name in sorted(missing):
+        _seed_parameter(model.get_parameter(name), generator(seed, "head", name), model.config)
+    config = peft_config(model, kind, settings, source, head_layers)
+    layers = target_layers(model, config, head_layers)
+    bank = attach(
+        model,
+        layers,
+        head_layers,
+        rank=settings.rank,
+        scaling=settings.scaling,
+        dropout=settings.dropout,
+    )
+    _refuse_unreachable_layers(model, bank)
+    return Base(model.to(device), tokenizer, bank, config, tuple(head_layers))
+
+
+def _locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
+    path = root / Path(source).expanduser()
+    if source.endswith(".gguf"):
+        if not path.is_file():
+            raise ConfigError(f"model file {source!r} does not exist (looked in {path.parent})")
+        return {
+            "pretrained_model_name_or_path": str(path.parent),
+            "gguf_file": path.name,
+            "local_files_only": True,
+        }
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ConfigError(f"model folder {source!r} does not exist (looked for {path})")
+    return {"pretrained_model_name_or_path": source, "local_files_only": offline}
+
+
+@contextlib.contextmanager
+def _one_line_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ConfigError(
+            f"cannot load model {source!r}: {first or type(error).__name__} "
+            "(give a folder, a hub name, or a .gguf file; weights must be safetensors or GGUF)"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' loading bars and reports, and put its settings back afterwards."""
+    logs = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()
+
+
+def _head_layers(model: Any, missing: set[str], source: str) -> list[str]:
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [
+        path
+        for path in linears
+        if path.split(".")[0] in HEADS or not missing.isdisjoint({f"{path}.weight"})
+    ]
+    covered = {f"{path}.{key}" for path in found for key in ("weight", "bias")}
+    if missing - covered:
+        raise ConfigError(
+            f"{source!r} lacks {min(missing - covered)}, which is no part of a linear task head"
+        )
+    return found
+
+
+def _seed_parameter(parameter: Tensor, rng: torch.Generator, config: Any) -> None:
+    scale = getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0
+    with torch.no_grad():
+        parameter.copy_(torch.randn(parameter.shape, generator=rng) * scale)
+
+
+def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
+    """Run three one-row clients once and see that every adapted layer gets one row per example.
+
+    Relative-position embeddings (DeBERTa), token-flattening experts and layers read without being
+    called would silently train the wrong thing; they are refused by name.
+    """
+    rows, length = 3, 5
+    calls: dict[str, list[tuple[int, ...]]] = {}
+    adapted = {
+        path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)
+    }
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, path=path: calls.setdefault(path, []).append(tuple(inputs[0].shape))
+        )
+        for path, module in adapted.items()
+    ]
+    try:
+        with torch.no_grad():
+            ids = torch.ones(rows, length, dtype=torch.long)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path in adapted:
+        if [shape[:2] for shape in calls.get(path, [])] != [(rows, length)]:
+            raise ConfigError(
+                f"layer {path!r} is not called once with one row per example, so it cannot carry "
+                "per-client adapters: leave it out of lora.target_modules"
+            )

@@ -1,0 +1,51 @@
+"""What can go wrong for a user, and the exit code that says which kind it was.
+
+Every error here is one line: what was wrong and what to do. The command line prints that line
+and leaves with ``exit_code``; a traceback is for our mistakes, never for a user's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RoloraError(Exception):
+    """A failure while running (exit code 1)."""
+
+    exit_code = 1
+
+
+class ConfigError(RoloraError):
+    """Bad usage or configuration (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(RoloraError):
+    """Data that cannot be used as it is (exit code 3)."""
+
+    exit_code = 3
+
+
+class NoQuorum(RoloraError):
+    """Too few usable updates came back; the run can be resumed (exit code 4)."""
+
+    exit_code = 4
+
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: "failed while running",
+    2: "bad usage or configuration",
+    3: "bad data",
+    4: "no quorum (resumable)",
+    130: "interrupted (resumable)",
+}
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint naming the choice that looks most like ``word``, or all choices if none does."""
+    options = sorted(choices)
+    close = difflib.get_close_matches(word, options, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"

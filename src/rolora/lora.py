@@ -1,0 +1,183 @@
+"""LoRA in PEFT's terms: which layers carry it, and adapter folders in and out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+import transformers
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rolora.adapter import AdapterState, Specs
+from rolora.durable import new_folder
+from rolora.errors import ConfigError
+
+Kind = Literal["classification", "causal_lm"]
+HEADS = ("classifier", "score", "pre_classifier")  # what PEFT and transformers call task heads
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Where and how large the adapters are. ``layers``: "all", "top:k", or layer indices.
+
+    ``target_modules`` empty means PEFT's default for the architecture. The scaling is
+    alpha / rank, or alpha / √rank with ``rslora`` (Kalajdzievski 2023).
+    """
+
+    rank: int = 4
+    alpha: float = 8.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    layers: str | tuple[int, ...] = "all"
+    rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of lora_B @ lora_A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def peft_config(
+    model: Any, kind: Kind, settings: LoraSettings, source: str, head_layers: Sequence[str]
+) -> Any:
+    """The peft.LoraConfig of an adapter on ``model``; it both finds the layers and is saved.
+
+    Raises ConfigError where PEFT has no default target modules or the layers do not exist.
+    """
+    architecture = model.config.model_type
+    targets: Any = list(settings.target_modules)
+    if not targets:
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(architecture)
+    if not targets:
+        names = {
+            path.rpartition(".")[2] for path in _linear_paths(model) if path not in head_layers
+        }
+        raise ConfigError(
+            f"no default target_modules for {architecture!r}: set lora.target_modules to some of "
+            + ", ".join(sorted(names))
+        )
+    return peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        layers_to_transform=_layer_indices(settings.layers, model.config),
+        use_rslora=settings.rslora,
+        fan_in_fan_out=architecture == "gpt2",
+        modules_to_save=sorted(
+            {p.split(".")[0] if p.split(".")[0] in HEADS else p for p in head_layers}
+        )
+        or None,
+        task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
+        base_model_name_or_path=source,
+        inference_mode=True,
+    )
+
+
+def _layer_indices(layers: str | tuple[int, ...], config: Any) -> list[int] | None:
+    if layers == "all":
+        return None
+    depth = int(config.num_hidden_layers)
+    if isinstance(layers, str):
+        top = layers.removeprefix("top:")
+        if not top.isdigit() or not 0 < int(top) <= depth:
+            raise ConfigError(
+                f"lora.layers = {layers!r}: use 'all', 'top:1'..'top:{depth}', or a list"
+            )
+        return list(range(depth - int(top), depth))
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        raise ConfigError(f"lora.layers = {list(layers)}: the model's layers are 0..{depth - 1}")
+    return sorted(layers)
+
+
+def _linear_paths(model: nn.Module) -> list[str]:
+    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, kinds) or "Linear" in type(module).__name__
+    ]
+
+
+def target_layers(model: nn.Module, config: Any, head_layers: Sequence[str]) -> list[str]:
+    """Dotted paths of the linear layers that ``config`` (a peft.LoraConfig) selects.
+
+    The task head and the output embedding are never among them. Raises ConfigError if none is.
+    """
+    usable = [path for path in _linear_paths(model) if path not in head_layers]
+    if output := getattr(model, "get_output_embeddings", lambda: None)():
+        usable = [path for path in usable if model.get_submodule(path) is not output]
+    if config.target_modules == {"all-linear"}:
+        found = usable
+    else:
+        found = [path for path in usable if check_target_module_exists(config, path)]
+    if not found:
+        names = sorted({path.rpartition(".")[2] for path in usable})
+        raise ConfigError(
+            f"no layer is named {' or '.join(sorted(config.target_modules))} (lora.target_modules, "
+            f"lora.layers); this model has {', '.join(names)}"
+        )
+    return found
+
+
+def save_adapter(
+    folder: Path, adapter: AdapterState, config: Any, model_config: Any, notes: Mapping[str, Any]
+) -> None:
+    """Write a PEFT adapter folder, whole or not at all.
+
+    Beside PEFT's two files it holds the model's ``config.json`` (labels) and ``rolora.json``
+    (``notes``: task and columns, so that the adapter can be evaluated by itself).
+    """
+    with new_folder(folder) as part:
+        config.save_pretrained(str(part))
+        save_file(
+            {n: t.contiguous() for n, t in adapter.items()}, part / _WEIGHTS, {"format": "pt"}
+        )
+        model_config.save_pretrained(str(part))
+        (part / "rolora.json").write_text(json.dumps(dict(notes), indent=2) + "\n")
+
+
+def read_adapter(folder: Path, specs: Specs) -> AdapterState:
+    """Read a PEFT adapter folder that fits ``specs``; head tensors it lacks keep their seeds.
+
+    Only safetensors is read. Raises ConfigError naming the first tensor that does not fit.
+    """
+    file = folder / _WEIGHTS
+    if not file.is_file():
+        raise ConfigError(f"{folder} is no PEFT adapter with safetensors weights (no {_WEIGHTS})")
+    tensors: dict[str, Tensor] = dict(specs.head)
+    expected = {spec.name: spec.shape for spec in specs.tensors}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+            for name, shape in expected.items():
+                if shapes.get(name, specs.head.get(name, torch.empty(0)).shape) != shape:
+                    raise ConfigError(
+                        f"{folder} does not fit: {name} is {shapes.get(name, 'missing')}, "
+                        f"expected {shape} (rank, target_modules and layers must be the same)"
+                    )
+            if extra := sorted(shapes.keys() - expected.keys()):
+                raise ConfigError(f"{folder} does not fit: it also holds {extra[0]}")
+            tensors |= {name: stored.get_tensor(name).float() for name in shapes}
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+    return AdapterState(tensors, specs.scaling)
+
+
+def adapter_base(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a PEFT folder, as a dict. Raises ConfigError if there is none."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder} is no PEFT adapter folder (no adapter_config.json)")
+    config: dict[str, Any] = json.loads(file.read_text())
+    return config

@@ -1,0 +1,15 @@
+"""FedIT, FedAvg of LoRA: train both factors, average each by itself (Zhang et al., ICASSP 2024).
+
+The mean of the products is not the product of the means, so what the server hands out is not the
+average of what the clients learned; ``aggregation_error`` shows by how much. arXiv:2305.05644.
+"""
+
+from __future__ import annotations
+
+from rolora.adapter import Roles
+from rolora.method import Method
+
+
+def method() -> Method:
+    moving: Roles = frozenset({"A", "B", "head"})
+    return Method(name="fedit", trainable=lambda round, step: moving, shared=lambda round: moving)

@@ -1,0 +1,18 @@
+"""FFA-LoRA: freeze lora_A for ever, train and average lora_B (Sun et al., ICLR 2024).
+
+The frozen factor is the same everywhere, so the average is exact and half of the adapter travels;
+but the adapter can only ever write into the row space that the random lora_A happens to span.
+arXiv:2403.12313, section 4.
+"""
+
+from __future__ import annotations
+
+from rolora.adapter import Roles
+from rolora.method import Method
+
+
+def method() -> Method:
+    moving: Roles = frozenset({"B", "head"})
+    return Method(
+        name="ffa_lora", trainable=lambda round, step: moving, shared=lambda round: moving
+    )

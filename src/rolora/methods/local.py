@@ -1,0 +1,16 @@
+"""Local: every client trains alone and nothing is ever sent.
+
+The lower bound of a comparison: what a client reaches without the others. It is the "local
+training" baseline of McMahan et al. 2017 (arXiv:1602.05629); here on LoRA factors.
+"""
+
+from __future__ import annotations
+
+from rolora.adapter import Roles
+from rolora.method import Method
+
+
+def method() -> Method:
+    trained: Roles = frozenset({"A", "B", "head"})
+    nothing: Roles = frozenset()
+    return Method(name="local", trainable=lambda round, step: trained, shared=lambda round: nothing)

@@ -1,0 +1,42 @@
+"""What is learned: a task turns rows into tokens, outputs into a loss, and answers into metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rolora.tasks.examples import Batch, Examples, collate
+
+__all__ = ["Batch", "Examples", "Task", "collate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One kind of fine-tuning, as a record of functions.
+
+    ``encode(table, source)`` tokenises a pyarrow table; ``loss(model, batch)`` gives per row a
+    summed loss and how many things it was summed over, both (rows,), so that a client's loss is
+    Σ loss / Σ count over its own rows; ``outputs(model, batch)`` gives (rows, width) float32 for
+    ``score(outputs, examples)``, which returns the metrics. ``metric`` is the main one.
+    """
+
+    name: str
+    metric: str
+    encode: Callable[[Any, str], Examples]
+    loss: Callable[[Any, Batch], tuple[Tensor, Tensor]]
+    outputs: Callable[[Any, Batch], Tensor]
+    score: Callable[[Tensor, Examples], dict[str, float]]
+
+
+HIGHER_IS_BETTER = {
+    "accuracy": True,
+    "macro_f1": True,
+    "matthews": True,
+    "choice_accuracy": True,
+    "exact_match": True,
+    "loss": False,
+    "perplexity": False,
+}

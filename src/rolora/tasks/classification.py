@@ -1,0 +1,116 @@
+"""Sequence classification: one or two text columns, one label column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+from torch.nn import functional
+
+from rolora import data
+from rolora.base import Base
+from rolora.errors import DataError, nearest
+from rolora.tasks import Batch, Examples, Task
+from rolora.tasks.examples import flatten, offsets_of, tokenizer_limit
+
+Label = str | int | bool
+
+
+def class_labels(table: Any, column: str, source: str) -> list[Label]:
+    """The distinct labels of the training rows in sorted order. DataError if there is only one."""
+    found = set(data.labels(table, column, source))
+    if len(found) < 2:
+        raise DataError(
+            f"{source}: column {column!r} has only one label ({next(iter(found), None)!r}); "
+            "classification needs at least two"
+        )
+    return sorted(found, key=lambda label: (str(type(label)), label))
+
+
+def classification(
+    base: Base, labels: Sequence[Label], text: Sequence[str], label: str, max_length: int
+) -> Task:
+    """The task of telling ``labels`` apart in column(s) ``text``.
+
+    Metrics: accuracy, macro_f1, matthews (scikit-learn) and loss (mean cross-entropy, nats).
+    """
+    index = {value: position for position, value in enumerate(labels)}
+
+    def encode(table: Any, source: str) -> Examples:
+        data.require_columns(table, [*text, label], source)
+        targets = []
+        for row, value in enumerate(data.labels(table, label, source), start=1):
+            if value not in index:
+                known = nearest(str(value), map(str, labels))
+                raise DataError(
+                    f"{source}, row {row}: label {value!r} does not occur in the training data; "
+                    f"{known}"
+                )
+            targets.append(index[value])
+        columns = [data.texts(table, column, source) for column in text]
+        limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
+        encoded = base.tokenizer(
+            *columns, add_special_tokens=True, truncation=True, max_length=limit
+        )
+        tokens: list[list[int]] = encoded["input_ids"]
+        types = encoded.get("token_type_ids") if len(text) > 1 else None
+        return Examples(
+            tokens=flatten(tokens, torch.int32),
+            offsets=offsets_of(tokens),
+            targets=torch.tensor(targets),
+            types=None if types is None else flatten(types, torch.uint8),
+            truncated=sum(bool(one.overflowing) for one in encoded.encodings),
+        )
+
+    def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        each = functional.cross_entropy(logits(model, batch), batch.targets, reduction="none")
+        return each, torch.ones_like(each)
+
+    def outputs(model: Any, batch: Batch) -> Tensor:
+        return logits(model, batch).float()
+
+    return Task(
+        name="classification",
+        metric="accuracy",
+        encode=encode,
+        loss=loss,
+        outputs=outputs,
+        score=score,
+    )
+
+
+def logits(model: Any, batch: Batch) -> Tensor:
+    """(rows, labels). A decoder's last real token is found by our own lengths.
+
+    transformers looks for the last token that is not padding, which is wrong where the padding
+    token also ends a text.
+    """
+    if hasattr(model, "score"):
+        hidden = model.base_model(**batch.inputs).last_hidden_state
+        rows = torch.arange(len(batch.lengths), device=hidden.device)
+        result: Tensor = model.score(hidden[rows, batch.lengths - 1])
+    else:
+        result = model(**batch.inputs).logits
+    return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
+
+
+def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
+    """Metrics of (rows, labels) logits against the examples' labels."""
+    truth, guess = examples.targets.numpy(), outputs.argmax(dim=1).numpy()
+    loss = float(functional.cross_entropy(outputs, examples.targets))
+    return {
+        "accuracy": float(accuracy_score(truth, guess)),
+        "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
+        "matthews": _matthews(truth, guess),
+        "loss": loss if math.isfinite(loss) else math.inf,
+    }
+
+
+def _matthews(truth: Any, guess: Any) -> float:
+    # scikit-learn warns where truth or guess has one class only; the coefficient is 0 there
+    constant = (truth == truth[0]).all() or (guess == guess[0]).all()
+    return 0.0 if constant else float(matthews_corrcoef(truth, guess))

@@ -1,0 +1,90 @@
+"""Tokenised rows kept flat, and batches cut from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows, end to end: row i is ``tokens[offsets[i]:offsets[i+1]]``.
+
+    ``tokens`` int32 (total,); ``offsets`` int64 (rows + 1,); ``types`` uint8 (total,) token types
+    of a text pair, or None; ``targets``: an int64 label per row (classification) or a uint8
+    per token, 1 where it is to be predicted (causal_lm, choice). ``truncated`` counts rows that
+    were cut to max_length.
+    ``groups`` int64 (rows,) ties the rows of one multiple-choice question together and ``answers``
+    int64 (groups,) says which of its rows, counted from 0, is right.
+    """
+
+    tokens: Tensor
+    offsets: Tensor
+    targets: Tensor
+    types: Tensor | None = None
+    truncated: int = 0
+    groups: Tensor | None = None
+    answers: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens per row, int64 (rows,)."""
+        return self.offsets.diff()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows: ``inputs`` as the model takes them; ``lengths`` (rows,) int64;
+    ``targets`` (rows,) labels or (rows, length) 0/1 per token, as in ``Examples``."""
+
+    inputs: dict[str, Tensor]
+    lengths: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on this device."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.lengths.to(device), self.targets.to(device))
+
+
+def flatten(rows: list[list[int]], dtype: torch.dtype) -> Tensor:
+    """Lists end to end in one tensor."""
+    return torch.tensor([value for row in rows for value in row], dtype=dtype)
+
+
+def offsets_of(rows: list[list[int]]) -> Tensor:
+    """Where each of these rows starts once flattened, and where the last one ends."""
+    lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int64)
+    return lengths.cumsum(0)
+
+
+def collate(examples: Examples, rows: Tensor, pad_id: int) -> Batch:
+    """The rows with these indices (int64), padded on the right to the longest of them."""
+    starts = examples.offsets[rows]
+    lengths = examples.offsets[rows + 1] - starts
+    columns = torch.arange(int(lengths.max()))
+    real = columns < lengths.unsqueeze(1)
+    places = (starts.unsqueeze(1) + columns).clamp(max=max(examples.tokens.numel() - 1, 0))
+    inputs = {
+        "input_ids": torch.where(real, examples.tokens[places].long(), pad_id),
+        "attention_mask": real.long(),
+    }
+    if examples.types is not None:
+        inputs["token_type_ids"] = torch.where(real, examples.types[places].long(), 0)
+    per_token = examples.targets.dtype == torch.uint8
+    targets = examples.targets[places] * real if per_token else examples.targets[rows]
+    return Batch(inputs, lengths, targets)
+
+
+def tokenizer_limit(tokenizer: Any, config: Any, wanted: int) -> int:
+    """``wanted`` tokens, or fewer where the model or tokenizer takes fewer."""
+    limits = [wanted, int(min(tokenizer.model_max_length, 1 << 30))]
+    if positions := getattr(config, "max_position_embeddings", None):
+        limits.append(int(positions))
+    return min(limits)
