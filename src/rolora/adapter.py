@@ -54,57 +54,64 @@ class Specs:
     head: Mapping[str, Tensor]
 
 
+Term = tuple[float, Tensor, Tensor]
+
+
 class LowRank:
-    """A matrix (out, in) kept as a sum of factor pairs: sum of left (out, r) @ right (r, in).
+    """A matrix (out, in) kept as a sum of terms: weight · left (out, r) @ right (r, in).
 
     Sums concatenate and nothing is multiplied out, so the mean of many clients' products stays
     small. Norms go through float64 Gram matrices of the factors.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.pairs = tuple(pairs)
+    def __init__(self, terms: Iterable[Term]) -> None:
+        self.terms = tuple(terms)
 
     def __add__(self, other: LowRank) -> LowRank:
-        return LowRank(self.pairs + other.pairs)
+        return LowRank(self.terms + other.terms)
 
     def __sub__(self, other: LowRank) -> LowRank:
         return self + other * -1.0
 
     def __mul__(self, factor: float) -> LowRank:
-        return LowRank((left.double() * factor, right) for left, right in self.pairs)
+        return LowRank((weight * factor, left, right) for weight, left, right in self.terms)
 
     def dense(self) -> Tensor:
         """The matrix itself, float64 (out, in). For tests and small layers."""
-        return torch.stack([left.double() @ right.double() for left, right in self.pairs]).sum(0)
+        return torch.stack([w * (left.double() @ r.double()) for w, left, r in self.terms]).sum(0)
 
     def compact(self) -> LowRank:
-        """The same matrix with pairs that share a factor, bit for bit, merged into one.
+        """The same matrix with terms that share a factor, bit for bit, merged into one.
 
-        Clients that hold the same frozen A differ only in B: their sum is one pair, and what
+        Clients that hold the same frozen A differ only in B: their sum is one term, and what
         cancels in exact arithmetic cancels here before any product is formed.
         """
-        return self._merge(shared=1)._merge(shared=0)
-
-    def _merge(self, shared: int) -> LowRank:
-        groups: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for pair in self.pairs:
-            groups.setdefault(tensor_hash(pair[shared]), []).append(pair)
-        merged = []
-        for pairs in groups.values():
-            summed = sum((p[1 - shared].double() for p in pairs[1:]), pairs[0][1 - shared].double())
-            kept = pairs[0][shared].double()
-            merged.append((summed, kept) if shared == 1 else (kept, summed))
-        return LowRank(merged)
+        keyed = [(tensor_hash(left), tensor_hash(right)) for _, left, right in self.terms]
+        same: dict[tuple[str, str], Term] = {}
+        for key, (weight, left, right) in zip(keyed, self.terms, strict=True):
+            same[key] = (same[key][0] + weight if key in same else weight, left, right)
+        by_left = len({left for left, _ in same}) < len({right for _, right in same})
+        groups: dict[str, list[Term]] = {}
+        for key, term in same.items():
+            groups.setdefault(key[0 if by_left else 1], []).append(term)
+        return LowRank(_merged(terms, by_left) for terms in groups.values())
 
     def norm(self) -> float:
         """Frobenius norm: sqrt of tr(R Rᵀ Lᵀ L) over the concatenated factors, in float64."""
-        compact = self.compact()
-        if not compact.pairs:
+        terms = self.compact().terms
+        if not terms:
             return 0.0
-        left = torch.cat([pair[0] for pair in compact.pairs], dim=1)
-        right = torch.cat([pair[1] for pair in compact.pairs], dim=0)
+        left = torch.cat([weight * left.double() for weight, left, _ in terms], dim=1)
+        right = torch.cat([right.double() for _, _, right in terms], dim=0)
         square = float(((left.T @ left) * (right @ right.T)).sum())
         return math.sqrt(max(square, 0.0))
+
+
+def _merged(terms: Sequence[Term], by_left: bool) -> Term:
+    """The sum of terms that all have the same left, or all the same right, factor."""
+    if by_left:
+        return 1.0, terms[0][1], torch.stack([w * right.double() for w, _, right in terms]).sum(0)
+    return 1.0, torch.stack([w * left.double() for w, left, _ in terms]).sum(0), terms[0][2]
 
 
 class AdapterState(Mapping[str, Tensor]):
@@ -142,8 +149,15 @@ class AdapterState(Mapping[str, Tensor]):
     def delta(self) -> dict[str, LowRank]:
         """layer -> scaling · lora_B @ lora_A as factors; layers that lack a factor are left out."""
         return {
-            layer: LowRank([(self[f"{layer}.lora_B.weight"], self[f"{layer}.lora_A.weight"])])
-            * self.scaling[layer]
+            layer: LowRank(
+                [
+                    (
+                        self.scaling[layer],
+                        self[f"{layer}.lora_B.weight"],
+                        self[f"{layer}.lora_A.weight"],
+                    )
+                ]
+            )
             for layer in self.layers()
         }
 

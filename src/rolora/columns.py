@@ -35,9 +35,10 @@ def describe(table: pa.Table) -> list[Column]:
 
 
 def _describe(name: str, values: pa.ChunkedArray) -> Column:
-    values = as_numbers(values).drop_null()
+    raw = values.drop_null()
+    values = as_numbers(raw)
     rows, kind = len(values), values.type
-    example = " ".join(str(values[0]).split())[:60] if rows else ""
+    example = " ".join(str(raw[0]).split())[:60] if rows else ""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         item = kind.value_type
         fields = {field.name for field in item} if pa.types.is_struct(item) else set()
@@ -88,11 +89,13 @@ TEXT_PAIRS = (
     ("text1", "text2"),
 )
 TEXT = ("text", "sentence", "content", "review", "tweet", "message", "comment", "question", "body")
-LABEL = ("label", "labels", "class", "target", "category", "sentiment", "intent", "topic", "answer")
+LABEL = ("label", "labels", "class", "coarselabel")
+CLASS = ("target", "category", "sentiment", "intent", "topic", "answer")
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "input")
 COMPLETION = ("completion", "response", "output", "answer", "target", "solution", "chosen")
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialog")
 CHOICES = ("choices", "options", "endings", "answers")
+READABLE: tuple[Kind, ...] = ("text", "category")
 ANSWER = ("answer", "label", "answerkey", "target", "correct", "gold")
 
 
@@ -100,26 +103,64 @@ def guess_columns(table: pa.Table) -> Guess:
     """The task and its columns, by name and then by kind.
 
     In order: a column of messages; a list of choices with an answer and a prompt; a prompt with a
-    text completion; a class label with one or two texts. Raises DataError if nothing fits.
+    text completion and nothing called a label; a class label with one or two texts. Raises
+    DataError if nothing fits.
     """
     columns = describe(table)
 
     def called(names: Sequence[str], *kinds: Kind) -> str | None:
+        """The column that bears the first of ``names`` and is of one of ``kinds``."""
         own = {_bare(column.name): column.name for column in columns if column.kind in kinds}
         return next((own[name] for name in names if name in own), None)
 
-    messages = called(MESSAGES, "messages") or next(
-        (column.name for column in columns if column.kind == "messages"), None
-    )
+    messages = called(MESSAGES, "messages") or _first(columns, "messages")
     if messages:
         return Guess("causal_lm", messages=messages)
 
-    choices, answer = called(CHOICES, "list"), called(ANSWER, "category", "number", "text")
     prompt = called(PROMPT, "text", "category")
-    if choices and answer and prompt:
+    choices, answer = called(CHOICES, "list"), called(ANSWER, "category", "number", "text")
+    if prompt and choices and answer:
         return Guess("choice", prompt=prompt, choices=choices, answer=answer)
 
+    label = called(LABEL, "category", "number", "text")
     completion = called(COMPLETION, "text")
-    label = called(LABEL[:3], "category") or called(LABEL, "category") or _class_like(columns)
-    if prompt and completion and prompt != completion and label != called(LABEL[:3], "category"):
+    if prompt and completion and not label and prompt != completion:
         return Guess("causal_lm", prompt=prompt, completion=completion)
+
+    label = label or called(CLASS, "category") or _fewest_values(columns)
+    if label:
+        others = [column for column in columns if column.name != label]
+        text = _text_columns(others)
+        if text:
+            return Guess("classification", text=text, label=label)
+    seen = ", ".join(f"{column.name} ({column.kind})" for column in columns)
+    raise DataError(
+        f"no text with a label, prompt with a completion, or messages among the columns: {seen}; "
+        "name them in [data]"
+    )
+
+
+def _text_columns(columns: Sequence[Column]) -> tuple[str, ...] | None:
+    own = {_bare(column.name): column.name for column in columns if column.kind in READABLE}
+    for pair in TEXT_PAIRS:
+        if all(name in own for name in pair):
+            return tuple(own[name] for name in pair)
+    named = next((own[name] for name in TEXT if name in own), None)
+    if named:
+        return (named,)
+    long = [column for column in columns if column.kind == "text"]
+    return (max(long, key=lambda column: column.mean_length).name,) if long else None
+
+
+def _first(columns: Sequence[Column], kind: Kind) -> str | None:
+    return next((column.name for column in columns if column.kind == kind), None)
+
+
+def _fewest_values(columns: Sequence[Column]) -> str | None:
+    """The category with the fewest values; of equals the last, where labels usually stand."""
+    categories = [column for column in reversed(columns) if column.kind == "category"]
+    return min(categories, key=lambda column: column.distinct).name if categories else None
+
+
+def _bare(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

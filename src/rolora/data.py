@@ -47,7 +47,9 @@ def read_table(source: str, *, root: Path, split: str = "train", offline: bool =
     elif path.suffix.lower() in READERS:
         table = _read_file(path, source)
     elif path.is_file():
-        raise DataError(f"{source}: {path.suffix or 'no suffix'} is not one of {_suffixes()}")
+        raise DataError(
+            f"{source}: {path.suffix or 'no suffix'} is not one of {', '.join(READERS)}"
+        )
     else:
         table = _read_hub(source, root, split, offline)
     repeated = [name for name, times in Counter(table.column_names).items() if times > 1]
@@ -82,7 +84,7 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
                 f"{name} has columns {', '.join(sorted(columns))}, but most clients have "
                 f"{', '.join(usual)}: all clients need the same columns"
             )
-    order = next(iter(tables.values())).column_names
+    order = tables[min(tables)].column_names
     return {client: tables[client].select(order) for client in sorted(tables)}
 
 
@@ -183,17 +185,19 @@ def _require_all(missing: pa.ChunkedArray, column: str, source: str) -> None:
 def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next((row for row in csv.reader(file, delimiter=delimiter) if row), [])
+    block = min(path.stat().st_size, LARGEST_BLOCK)
     try:
         return pyarrow.csv.read_csv(
             path,
             # Arrow counts rows for its messages only with one thread.
-            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=_block(path)),
+            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=block),
             parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types={name: pa.string() for name in header}
             ),
         )
     except pa.ArrowInvalid as error:
+        path.read_bytes().decode()  # where the encoding is at fault, this says at which byte
         raise ValueError(str(error).replace("Row #", "row ") + " (the header is row 1)") from error
 
 
@@ -202,7 +206,8 @@ def _read_json(path: Path) -> pa.Table:
     text = path.read_text("utf-8-sig")
     if text.lstrip().startswith("["):
         text = "\n".join(json.dumps(row) for row in json.loads(text))
-    data, block = text.encode(), pyarrow.json.ReadOptions(block_size=_block(path))
+    data = text.encode()
+    block = pyarrow.json.ReadOptions(block_size=min(len(data), LARGEST_BLOCK))
 
     def parse(schema: pa.Schema | None) -> pa.Table:
         options = pyarrow.json.ParseOptions(explicit_schema=schema)
@@ -213,7 +218,8 @@ def _read_json(path: Path) -> pa.Table:
         dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
         return parse(pa.schema([(name, pa.string()) for name in dates])) if dates else table
     except pa.ArrowInvalid as error:
-        raise ValueError(_json_fault(text) or _counted_from_one(str(error))) from error
+        counted = re.sub(r"in row (\d+)", lambda row: f"in row {int(row[1]) + 1}", str(error))
+        raise ValueError(_json_fault(text) or counted) from error
 
 
 def _json_fault(text: str) -> str:
@@ -228,26 +234,13 @@ def _json_fault(text: str) -> str:
     return ""
 
 
-def _counted_from_one(message: str) -> str:
-    return re.sub(r"in row (\d+)", lambda match: f"in row {int(match[1]) + 1}", message)
-
-
-def _block(path: Path) -> int:
-    return min(path.stat().st_size, LARGEST_BLOCK)
-
-
 READERS: Mapping[str, Callable[[Path], pa.Table]] = {
     ".csv": _read_csv,
     ".tsv": lambda path: _read_csv(path, "\t"),
     ".json": _read_json,
     ".jsonl": _read_json,
-    # ParquetFile, because read_table would turn folder names such as "site=3" into columns.
-    ".parquet": lambda path: pyarrow.parquet.ParquetFile(path).read(),
+    ".parquet": lambda path: pyarrow.parquet.read_table(path, partitioning=None),
 }
-
-
-def _suffixes() -> str:
-    return ", ".join(READERS)
 
 
 def _read_file(path: Path, source: str) -> pa.Table:

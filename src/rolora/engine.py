@@ -1,0 +1,233 @@
+"""Who runs a cohort: the seam between the round loop and the machines that train.
+
+``InProcess`` trains many clients at once on one base model; ``Debug`` trains them one at a time and
+says in which stage which client broke.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rolora.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.base import Base
+from rolora.durable import write_file
+from rolora.errors import RoloraError
+from rolora.local import LocalSettings, Trained, Work, evaluate, train_group
+from rolora.method import Method, ServerState
+from rolora.tasks import Examples, Task
+
+POOL = "all"  # the client id of a pooled method
+
+
+@dataclass(frozen=True)
+class Job:
+    """One round's work: the server's state, the cohort in order of id, the seed, the step size."""
+
+    server: ServerState
+    cohort: tuple[ClientInfo, ...]
+    seed: int
+    lr: float
+
+    @property
+    def round(self) -> int:
+        """The round being run, from 1."""
+        return self.server.round + 1
+
+
+@dataclass(frozen=True)
+class ClientMetrics:
+    """One client's metrics on its own held-out rows and, for personal adapters, on the test set."""
+
+    client: str
+    held_out: Mapping[str, float]
+    test: Mapping[str, float]
+
+
+class Engine(Protocol):
+    """Runs the clients of a round, and evaluates where personal state is."""
+
+    def run(self, method: Method, job: Job) -> Iterable[Update | Failure]:
+        """Train the job's cohort; yield what each client sends, in any order."""
+        ...
+
+    def evaluate(
+        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
+    ) -> Iterable[ClientMetrics]:
+        """Evaluate each client's adapter on its own held-out rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClientStore:
+    """Personal adapters on disk, one file per client and round, so that memory does not grow.
+
+    A client's state for round t is the newest file of an earlier round; so a retried or resumed
+    round starts from what the first try started from.
+    """
+
+    folder: Path
+
+    def read(self, client: str, before: int) -> dict[str, Tensor]:
+        """The client's personal tensors as of the last round before this one; {} if none."""
+        earlier = [file for round, file in self._files(client) if round < before]
+        return load_file(earlier[-1]) if earlier else {}
+
+    def write(self, client: str, round: int, adapter: AdapterState) -> None:
+        """Keep the state after this round, and of the older ones what two checkpoints may need."""
+        (self.folder / client).mkdir(parents=True, exist_ok=True)
+        write_file(self.folder / client / f"round-{round:06d}.safetensors", save(dict(adapter)))
+        files = self._files(client)
+        past = [file for at, file in files if at <= round]
+        for file in [*past[:-3], *(file for at, file in files if at > round)]:
+            file.unlink()
+
+    def _files(self, client: str) -> list[tuple[int, Path]]:
+        found = sorted((self.folder / client).glob("round-*.safetensors"))
+        return [(int(file.stem.removeprefix("round-")), file) for file in found]
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """Trains ``bank_size`` clients at a time on one base model in this process.
+
+    ``shards`` maps client -> row indices into ``examples``; ``held_out`` client -> rows that it
+    never trains on. The result does not depend on ``bank_size`` beyond floating-point rounding.
+    """
+
+    base: Base
+    task: Task
+    examples: Examples
+    shards: Mapping[str, Tensor]
+    settings: LocalSettings
+    store: ClientStore
+    bank_size: int = 16
+    held_out: Mapping[str, Examples] = field(default_factory=dict)
+    test: Examples | None = None
+
+    def run(self, method: Method, job: Job) -> Iterator[Update]:
+        """Train the cohort, group by group; clients with as many steps go together."""
+        cohort = (pooled(job.cohort, self.shards),) if method.pooled else job.cohort
+        by_steps = sorted(cohort, key=lambda c: (-self.num_steps(c, job), c.id))
+        for first in range(0, len(by_steps), self.bank_size):
+            clients = by_steps[first : first + self.bank_size]
+            work = [self.prepare(method, job, client) for client in clients]
+            for client, trained in zip(clients, self.train(method, job, work), strict=True):
+                yield self.finish(method, job, client, trained)
+
+    def num_steps(self, client: ClientInfo, job: Job) -> int:
+        """Optimiser steps of this client in this round; a pooled client takes the cohort's."""
+        if client.id == POOL:
+            return sum(self.settings.num_steps(member.num_examples) for member in job.cohort)
+        return self.settings.num_steps(client.num_examples)
+
+    def prepare(self, method: Method, job: Job, client: ClientInfo) -> Work:
+        """What the client received overlaid with what it kept for itself, and its rows."""
+        kept = self.store.read(client.id, before=job.round)
+        rows = (
+            torch.cat(list(self.shards.values())) if client.id == POOL else self.shards[client.id]
+        )
+        start = method.download(job.server, client) | kept
+        return Work(client.id, rows, start, self.num_steps(client, job))
+
+    def train(self, method: Method, job: Job, work: Sequence[Work]) -> list[Trained]:
+        """One group through the bank."""
+        return train_group(
+            self.base,
+            self.task,
+            self.examples,
+            work,
+            lambda step: method.trainable(job.round, step),
+            self.settings,
+            lr=job.lr,
+            seed=job.seed,
+            round=job.round,
+        )
+
+    def finish(self, method: Method, job: Job, client: ClientInfo, trained: Trained) -> Update:
+        """Keep what is personal, send what is shared."""
+        if personal := method.personal(job.round):
+            self.store.write(client.id, job.round, trained.adapter.only(personal))
+        metrics = {"loss": trained.loss, "steps": float(trained.steps)}
+        sent = trained.adapter.only(method.shared(job.round))
+        return Update(client.id, sent, client.num_examples, metrics)
+
+    def evaluate(
+        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
+    ) -> Iterator[ClientMetrics]:
+        """Held-out metrics of every client; test metrics too where adapters are personal."""
+        personal = bool(method.personal(max(server.round, 1)))
+        for client in clients:
+            kept = self.store.read(client.id, before=server.round + 1)
+            adapter = method.download(server, client) | kept
+            held_out = self.held_out.get(client.id)
+            yield ClientMetrics(
+                client.id,
+                evaluate(self.base, self.task, held_out, adapter) if held_out is not None else {},
+                evaluate(self.base, self.task, self.test, adapter)
+                if personal and self.test is not None
+                else {},
+            )
+
+
+def pooled(cohort: Sequence[ClientInfo], shards: Mapping[str, Tensor]) -> ClientInfo:
+    """The one client of a pooled method: it holds every client's rows."""
+    total = sum(len(rows) for rows in shards.values())
+    return replace(cohort[0], id=POOL, num_examples=total)
+
+
+@dataclass(frozen=True)
+class Debug:
+    """Slow and plain-spoken: one client at a time; names the client and the stage that broke."""
+
+    engine: InProcess
+
+    def run(self, method: Method, job: Job) -> Iterator[Update]:
+        """As ``InProcess.run``, with every stage of every client checked by itself."""
+        engine = self.engine
+        cohort = (pooled(job.cohort, engine.shards),) if method.pooled else job.cohort
+        for client in cohort:
+            with _stage("prepare", client, job):
+                work = engine.prepare(method, job, client)
+            with _stage("train", client, job):
+                (trained,) = engine.train(method, job, [work])
+            with _stage("check", client, job):
+                _check_frozen(method, job, work, trained)
+            with _stage("finish", client, job):
+                update = engine.finish(method, job, client, trained)
+            yield update
+
+    def evaluate(
+        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
+    ) -> Iterator[ClientMetrics]:
+        """As ``InProcess.evaluate``."""
+        return self.engine.evaluate(method, server, clients)
+
+
+@contextlib.contextmanager
+def _stage(stage: str, client: ClientInfo, job: Job) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RoloraError(
+            f"round {job.round}, client {client.id!r}, stage {stage!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _check_frozen(method: Method, job: Job, work: Work, trained: Trained) -> None:
+    trainable = frozenset().union(*(method.trainable(job.round, s) for s in range(work.steps)))
+    frozen = trained.adapter.select(lambda name: name not in trained.adapter.only(trainable))
+    for name, tensor in frozen.items():
+        if not torch.equal(tensor, work.start[name]):
+            raise RuntimeError(f"frozen tensor {name} changed")
+    for name, tensor in trained.adapter.items():
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(f"{name} has values that are not finite")

@@ -1,0 +1,271 @@
+"""The round loop: sample a cohort, run it, step, evaluate; a generator of finished rounds.
+
+Nothing calls back. Whoever consumes the generator records, checkpoints and displays what it
+yields, and the state in each result is all that is needed to go on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from rolora.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.draws import generator
+from rolora.engine import POOL, Engine, Job
+from rolora.errors import NoQuorum
+from rolora.method import Aggregation, Method, ServerState, step
+from rolora.tasks import HIGHER_IS_BETTER
+
+Metrics = Mapping[str, float]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validated round so far: its number, its value, its adapter."""
+
+    round: int
+    value: float
+    adapter: AdapterState
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run carries from round to round, and what a checkpoint holds.
+
+    ``ledger`` maps client -> tensor name -> hash of what the client holds; ``stale`` counts
+    validations since the best one.
+    """
+
+    server: ServerState
+    ledger: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    best: Best | None = None
+    stale: int = 0
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One finished round (``advanced``), or one attempt that found no quorum.
+
+    Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are the payload
+    of this round over all clients: elements × width of what has to travel.
+    """
+
+    round: int
+    attempt: int
+    factors: tuple[str, ...]
+    cohort: tuple[str, ...]
+    lr: float
+    clients: Mapping[str, Metrics]
+    metrics: Metrics
+    validation: Metrics
+    client_metrics: Mapping[str, Metrics]
+    aggregation_error: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    rejected: Mapping[str, str]
+    advanced: bool
+    state: RunState
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss over the clients of the round, weighted by num_examples."""
+        weight = sum(client["num_examples"] for client in self.clients.values())
+        if not weight:
+            return None
+        return sum(c["loss"] * c["num_examples"] for c in self.clients.values()) / weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """Everything that defines a run; no part of it changes while it runs.
+
+    ``clients`` maps id -> num_examples. ``test`` and ``validation`` score an adapter on the
+    server's held-out rows; ``metric`` is what early stopping and the best round go by, on the
+    validation rows only. ``patience`` counts evaluations without improvement.
+    """
+
+    method: Method
+    engine: Engine
+    aggregation: Aggregation
+    clients: Mapping[str, int]
+    rank: int
+    seed: int
+    rounds: int
+    lr: Callable[[int], float]
+    participation: float = 1.0
+    metric: str = "accuracy"
+    test: Callable[[AdapterState], Metrics] | None = None
+    validation: Callable[[AdapterState], Metrics] | None = None
+    per_client: bool = False
+    eval_every: int = 5
+    patience: int | None = None
+    max_attempts: int = 3
+
+
+def learning_rate(
+    round: int, *, lr: float, rounds: int, schedule: Schedule = "constant", warmup_rounds: int = 0
+) -> float:
+    """The step size of a round: linear warm-up, then constant, or falling towards 0 at the end."""
+    if round <= warmup_rounds:
+        return lr * round / (warmup_rounds + 1)
+    left = 1 - (round - 1 - warmup_rounds) / max(1, rounds - warmup_rounds)
+    if schedule == "linear":
+        return lr * left
+    if schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * (1 - left))) / 2
+    return lr
+
+
+def sample_cohort(
+    clients: Sequence[str], participation: float, seed: int, round: int, attempt: int
+) -> tuple[str, ...]:
+    """``participation`` of the clients (at least one), drawn without replacement, in id order."""
+    size = min(len(clients), max(1, math.floor(participation * len(clients) + 0.5)))
+    rng = generator(seed, "cohort", round, attempt)
+    chosen = torch.randperm(len(clients), generator=rng)[:size].tolist()
+    ids = sorted(clients)
+    return tuple(ids[i] for i in sorted(chosen))
+
+
+def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
+    """Run rounds until ``run.rounds`` are done or validation has stopped improving.
+
+    An attempt below the quorum yields a result that has not ``advanced`` and is tried again with a
+    new cohort; after ``max_attempts`` NoQuorum is raised. A consumer that saves every yielded
+    ``state`` before it asks for the next can be killed at any moment and go on.
+    """
+    if state.server.round == 0 and state.server.attempt == 0:
+        started = time.perf_counter()
+        yield _evaluated(run, _blank(state), started, first=True)
+    while state.server.round < run.rounds and not _stopped(run, state):
+        if state.server.attempt >= run.max_attempts:
+            raise NoQuorum(
+                f"round {state.server.round + 1}: no quorum of {run.aggregation.quorum} after "
+                f"{run.max_attempts} attempts; the run is saved and can be resumed"
+            )
+        started = time.perf_counter()
+        result = _round(run, state)
+        if result.advanced:
+            result = _evaluated(run, result, started)
+        state = result.state
+        yield replace(result, seconds=time.perf_counter() - started)
+
+
+def _stopped(run: Federation, state: RunState) -> bool:
+    return run.patience is not None and state.stale >= run.patience
+
+
+def _blank(state: RunState) -> RoundResult:
+    return RoundResult(0, 0, (), (), 0.0, {}, {}, {}, {}, None, 0, 0, 0.0, {}, True, state)
+
+
+def _round(run: Federation, state: RunState) -> RoundResult:
+    method, server = run.method, state.server
+    round, attempt = server.round + 1, server.attempt
+    ids = sample_cohort(list(run.clients), run.participation, run.seed, round, attempt)
+    cohort = {id: ClientInfo(id, run.clients[id], run.rank, round) for id in ids}
+    pool = ClientInfo(POOL, sum(run.clients.values()), run.rank, round)
+    members = {POOL: pool} if method.pooled else cohort
+    job = Job(server, tuple(cohort.values()), run.seed, run.lr(round))
+    replies = list(run.engine.run(method, job))
+    updates = [reply for reply in replies if isinstance(reply, Update)]
+    failed = {reply.client: reply.reason for reply in replies if isinstance(reply, Failure)}
+    rng = generator(run.seed, "aggregate", round, attempt)
+    after, report = step(method, run.aggregation, server, members, updates, rng)
+    ledger, down = _download(method, server, cohort, state.ledger, updates)
+    return RoundResult(
+        round=round,
+        attempt=attempt,
+        factors=tuple(sorted(method.trainable(round, 0))),
+        cohort=ids,
+        lr=job.lr,
+        clients={
+            u.client: {"num_examples": u.num_examples, **u.metrics}
+            for u in updates
+            if u.client in report.accepted
+        },
+        metrics={},
+        validation={},
+        client_metrics={},
+        aggregation_error=report.aggregation_error,
+        bytes_up=0 if method.pooled else sum(update.adapter.num_bytes() for update in updates),
+        bytes_down=0 if method.pooled else down,
+        seconds=0.0,
+        rejected={**failed, **report.rejected},
+        advanced=report.quorum_met,
+        state=replace(state, server=after, ledger=ledger),
+    )
+
+
+def _download(
+    method: Method,
+    server: ServerState,
+    cohort: Mapping[str, ClientInfo],
+    ledger: Mapping[str, Mapping[str, str]],
+    updates: Sequence[Update],
+) -> tuple[dict[str, Mapping[str, str]], int]:
+    """The ledger after this round, and the bytes that went down: only what a client lacked."""
+    sent = {update.client: update.adapter for update in updates}
+    held = dict(ledger)
+    whole, whole_hashes = server.adapter, server.adapter.hashes()
+    total = 0
+    for client, info in cohort.items():
+        view = method.download(server, info)
+        hashes = whole_hashes if view is whole else view.hashes()
+        before = ledger.get(client, {})
+        lacking = [name for name, digest in hashes.items() if before.get(name) != digest]
+        total += view.select(set(lacking).__contains__).num_bytes()
+        held[client] = {**hashes, **(sent[client].hashes() if client in sent else {})}
+    return held, total
+
+
+def _evaluated(
+    run: Federation, result: RoundResult, started: float, first: bool = False
+) -> RoundResult:
+    """The result with metrics if its round is one to evaluate: every n-th, the first, the last."""
+    last = result.round == run.rounds
+    if not (first or last or result.round % run.eval_every == 0):
+        return result
+    state, server = result.state, result.state.server
+    metrics: Metrics = {}
+    client_metrics: dict[str, Metrics] = {}
+    personal = bool(run.method.personal(max(server.round, 1)))
+    if run.per_client or (personal and not first):
+        infos = [ClientInfo(c, n, run.rank, server.round) for c, n in sorted(run.clients.items())]
+        found = list(run.engine.evaluate(run.method, server, infos))
+        client_metrics = {one.client: one.held_out for one in found if one.held_out}
+        metrics = _mean([one.test for one in found if one.test])
+    if run.test is not None and not metrics:
+        metrics = run.test(server.adapter)
+    validation = run.validation(server.adapter) if run.validation is not None else {}
+    if validation and not first:
+        state = _track_best(run, state, validation)
+    return replace(
+        result,
+        metrics=metrics,
+        validation=validation,
+        client_metrics=client_metrics,
+        state=state,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
+    value = validation[run.metric]
+    sign = 1 if HIGHER_IS_BETTER[run.metric] else -1
+    if state.best is None or sign * value > sign * state.best.value:
+        return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
+    return replace(state, stale=state.stale + 1)
+
+
+def _mean(metrics: Sequence[Metrics]) -> Metrics:
+    if not metrics:
+        return {}
+    return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}

@@ -1,0 +1,130 @@
+"""The columns of tables as people have them are recognised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from rolora.columns import Column, Guess, describe, guess_columns
+from rolora.errors import DataError
+
+STORY = "a story that goes on for a while, number {}"
+LONG = [STORY.format(number) for number in range(8)]
+SHORT = [f"short {number}" for number in range(8)]
+YES_NO = ["yes", "no"] * 4
+CHAT = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]] * 8
+
+
+def test_each_kind_of_column_is_told_apart() -> None:
+    table = pa.table(
+        {
+            "text": LONG,
+            "class": YES_NO,
+            "grade": [1, 2, 3, 1, 2, 3, 1, 2],
+            "quoted": ["0", "1"] * 4,
+            "price": [0.5 * number for number in range(8)],
+            "id": list(range(8)),
+            "messages": CHAT,
+            "options": [["a", "b", "c"]] * 8,
+            "place": [{"x": 1}] * 8,
+            "spans": [[{"start": 1}]] * 8,
+            "ratio": [0.5, 1.5] * 4,
+            "essay": [STORY * 2, STORY * 3] * 4,
+            "same": ["x"] * 8,
+        }
+    )
+    kinds = {column.name: column.kind for column in describe(table)}
+    assert kinds == {
+        "text": "text",
+        "class": "category",
+        "grade": "category",
+        "quoted": "category",
+        "price": "number",
+        "id": "number",
+        "messages": "messages",
+        "options": "list",
+        "place": "other",
+        "spans": "list",
+        "ratio": "number",
+        "essay": "text",
+        "same": "text",
+    }
+
+
+def test_a_column_is_described_by_its_values_without_the_missing_ones() -> None:
+    table = pa.table({"t": ["ab\ncd", None, "x" * 99], "m": [None, [1, 2], [3, 4, 5, 6]]})
+    assert describe(table) == [
+        Column("t", "text", 2, "ab cd", 52.0),
+        Column("m", "list", 2, "[1, 2]", 3.0),
+    ]
+    assert describe(pa.table({"t": ["y" * 99]}))[0].example == "y" * 60
+
+
+def test_the_example_shows_numbers_as_written() -> None:
+    assert describe(pa.table({"t": ["007", "008"]}))[0].example == "007"
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"text": LONG, "label": YES_NO}, Guess("classification", ("text",), "label")),
+        (
+            {"premise": LONG, "hypothesis": SHORT, "idx": list(range(8)), "label": [0, 1] * 4},
+            Guess("classification", ("premise", "hypothesis"), "label"),
+        ),
+        (
+            {"question": SHORT, "passage": LONG, "answer": [True, False] * 4},
+            Guess("classification", ("question", "passage"), "answer"),
+        ),
+        (
+            {"notes": LONG, "Review": SHORT, "Sentiment": YES_NO, "ok": YES_NO},
+            Guess("classification", ("Review",), "Sentiment"),
+        ),
+        (
+            {"first": YES_NO, "words": LONG, "last": YES_NO},
+            Guess("classification", ("words",), "last"),
+        ),
+        (
+            {"prompt": SHORT, "response": LONG, "label": YES_NO},
+            Guess("classification", ("response",), "label"),
+        ),
+        (
+            {"speaker": YES_NO, "text": LONG, "label": list("abcdefgh")},
+            Guess("classification", ("text",), "label"),
+        ),
+        (
+            {"uid": SHORT, "fulltext": LONG, "group": ["a", "b", "c", "d"] * 2, "ok": YES_NO},
+            Guess("classification", ("fulltext",), "ok"),
+        ),
+        (
+            {"instruction": SHORT, "input": [""] * 8, "output": LONG},
+            Guess("causal_lm", prompt="instruction", completion="output"),
+        ),
+        (
+            {"question": SHORT, "answer": LONG},
+            Guess("causal_lm", prompt="question", completion="answer"),
+        ),
+        (
+            {"prompt": SHORT, "topic": YES_NO, "completion": LONG},
+            Guess("causal_lm", prompt="prompt", completion="completion"),
+        ),
+        ({"source": YES_NO, "messages": CHAT}, Guess("causal_lm", messages="messages")),
+        ({"turns": CHAT, "label": YES_NO}, Guess("causal_lm", messages="turns")),
+        (
+            {"question": SHORT, "choices": [["a", "b"]] * 8, "answer": [0, 1] * 4},
+            Guess("choice", prompt="question", choices="choices", answer="answer"),
+        ),
+    ],
+)
+def test_the_task_and_its_columns_are_guessed(columns: dict[str, Any], expected: Guess) -> None:
+    assert guess_columns(pa.table(columns)) == expected
+
+
+def test_a_table_that_fits_no_task_is_refused_with_what_was_seen() -> None:
+    with pytest.raises(DataError):
+        guess_columns(pa.table({"label": LONG}))
+    with pytest.raises(DataError) as caught:
+        guess_columns(pa.table({"id": list(range(8)), "blob": LONG}))
+    assert "id (number), blob (text); name them in [data]" in str(caught.value)

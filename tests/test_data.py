@@ -1,0 +1,374 @@
+"""Files as people have them are read as they are; what cannot be used is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from rolora.data import (
+    is_glob,
+    labels,
+    read_clients,
+    read_table,
+    require_columns,
+    texts,
+)
+from rolora.errors import DataError
+
+REVIEWS = """text,label
+"A ""masterpiece"", they said.
+I left after ten minutes.",neg
+Funny; warm; never dull,pos
+"Müller's best, by far",pos
+"""
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": "What is the capital of Peru?"},
+            {"role": "assistant", "content": "Lima."},
+        ],
+        "source": "quiz",
+    },
+    {"messages": [{"role": "user", "content": "Say\n\u2028hi"}], "source": "chat"},
+]
+
+
+def write(path: Path, text: str, encoding: str = "utf-8") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode(encoding))
+    return path.name
+
+
+def json_lines(rows: list[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def refusal(root: Path, source: str, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read_table(source, root=root, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_csv_keeps_quotes_commas_and_newlines_inside_values(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path / "reviews.csv", REVIEWS), root=tmp_path)
+    assert texts(table, "text", "reviews.csv") == [
+        'A "masterpiece", they said.\nI left after ten minutes.',
+        "Funny; warm; never dull",
+        "Müller's best, by far",
+    ]
+    assert labels(table, "label", "reviews.csv") == ["neg", "pos", "pos"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column_name(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", "id,text\n007,x\n", "utf-8-sig")
+    write(tmp_path / "b.jsonl", json_lines(CHATS), "utf-8-sig")
+    write(tmp_path / "c.json", json.dumps(CHATS), "utf-8-sig")
+    assert read_table("a.csv", root=tmp_path).to_pylist() == [{"id": "007", "text": "x"}]
+    assert read_table("b.jsonl", root=tmp_path).to_pylist() == CHATS
+    assert read_table("c.json", root=tmp_path).to_pylist() == CHATS
+
+
+def test_csv_text_that_looks_like_a_number_date_or_null_stays_as_written(tmp_path: Path) -> None:
+    written = {"a": "007", "b": "0.50", "c": "2020-01-01", "d": "True", "e": "NA", "f": ""}
+    write(tmp_path / "a.csv", ",".join(written) + "\n" + ",".join(written.values()) + "\n")
+    table = read_table("a.csv", root=tmp_path)
+    assert {name: texts(table, name, "a.csv")[0] for name in written} == written
+
+
+def test_a_row_of_many_megabytes_is_read_whole(tmp_path: Path) -> None:
+    long = "x" * (5 << 20)
+    write(tmp_path / "a.csv", f"text,label\n{long},0\n{long},1\n")
+    write(tmp_path / "a.jsonl", json_lines([{"text": long}, {"text": long}]))
+    assert texts(read_table("a.csv", root=tmp_path), "text", "") == [long, long]
+    assert texts(read_table("a.jsonl", root=tmp_path), "text", "") == [long, long]
+
+
+def test_a_value_of_several_lines_may_stand_where_a_large_file_is_cut_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rolora.data.LARGEST_BLOCK", 64)
+    values = [f"line one of {row}\nline, two" for row in range(50)]
+    write(tmp_path / "a.csv", "text\n" + "".join(f'"{value}"\n' for value in values))
+    assert texts(read_table("a.csv", root=tmp_path), "text", "") == values
+
+
+def test_a_tsv_is_split_at_tabs_only(tmp_path: Path) -> None:
+    write(tmp_path / "a.tsv", "text\tlabel\nyes, no\t1\n")
+    assert read_table("a.tsv", root=tmp_path).to_pylist() == [{"text": "yes, no", "label": "1"}]
+
+
+def test_json_lines_and_a_json_array_give_the_same_messages(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", json_lines(CHATS))
+    write(tmp_path / "a.json", json.dumps(CHATS, indent=2))
+    assert read_table("a.jsonl", root=tmp_path).to_pylist() == CHATS
+    assert read_table("a.json", root=tmp_path).to_pylist() == CHATS
+
+
+def test_dates_in_json_stay_text(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", json_lines([{"day": "2020-01-01", "n": 1}]))
+    assert read_table("a.jsonl", root=tmp_path).to_pylist() == [{"day": "2020-01-01", "n": 1}]
+
+
+def test_parquet_is_read_without_columns_from_its_folder_names(tmp_path: Path) -> None:
+    (tmp_path / "site=3").mkdir()
+    table = pa.table({"text": ["a", "b"], "label": [0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "site=3" / "a.parquet")
+    assert read_table("site=3/a.parquet", root=tmp_path).equals(table)
+
+
+def test_a_saved_dataset_is_read_in_its_shuffled_order(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_dict({"text": list("abcdefgh"), "label": [0, 1] * 4}).shuffle(0)
+    saved.save_to_disk(tmp_path / "d")
+    table = read_table("d", root=tmp_path)
+    assert isinstance(table, pa.Table)
+    assert texts(table, "text", "d") == saved["text"][:]
+    assert texts(table, "text", "d") != list("abcdefgh")
+
+
+def test_a_saved_dataset_dict_gives_the_split_asked_for(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "d")
+    assert texts(read_table("d", root=tmp_path), "text", "d") == ["train"]
+    assert texts(read_table("d", root=tmp_path, split="test"), "text", "d") == ["test"]
+    assert refusal(tmp_path, "d", split="tets") == "d has no split 'tets': did you mean 'test'?"
+
+
+def test_an_absolute_path_does_not_depend_on_root(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", REVIEWS)
+    assert read_table(str(tmp_path / "a.csv"), root=Path("/nowhere")).num_rows == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "a.csv is empty"),
+        ("a.jsonl", "", "a.jsonl is empty"),
+        ("a.parquet", "", "a.parquet is empty"),
+        ("a.csv", "text,label\n", "a.csv has columns (text, label) but no rows"),
+        ("a.csv", "text,text\nx,y\n", "a.csv: two columns are called 'text': rename one"),
+        (
+            "a.csv",
+            "text,label\nx,1\ny,2,3\n",
+            "a.csv cannot be read: CSV parse error: row 3: Expected 2 columns, got 3: y,2,3 "
+            "(the header is row 1)",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n\n{"a": 2\n{"a": 3}\n',
+            "a.jsonl cannot be read: line 3, character 8: Expecting ',' delimiter",
+        ),
+        (
+            "a.jsonl",
+            '{"a": "line\u2028separator"}\n{"a": \n',
+            "a.jsonl cannot be read: line 2, character 7: Expecting value",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n[2]\n',
+            "a.jsonl cannot be read: line 2 is not an object {...}",
+        ),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": "x"}\n',
+            "a.jsonl cannot be read: JSON parse error: Column(/a) changed from number to string "
+            "in row 2",
+        ),
+        (
+            "a.json",
+            '[{"a": 1},\n {"a" 2}]',
+            "a.json cannot be read: Expecting ':' delimiter: line 2 column 7 (char 17)",
+        ),
+        ("a.txt", "hello", "a.txt: .txt is not one of .csv, .tsv, .json, .jsonl, .parquet"),
+    ],
+)
+def test_a_broken_file_is_refused_with_its_name_and_place(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    assert refusal(tmp_path, write(tmp_path / name, content)) == message
+
+
+@pytest.mark.parametrize("lines", [3, 9000])
+@pytest.mark.parametrize(("name", "line"), [("a.csv", "text\n"), ("a.jsonl", '{"text": "x"}\n')])
+def test_text_that_is_not_utf8_is_refused_with_its_line(
+    tmp_path: Path, name: str, line: str, lines: int
+) -> None:
+    (tmp_path / name).write_bytes(line.encode() * lines + '{"text": "é"}\n'.encode("latin-1"))
+    assert refusal(tmp_path, name) == f"{name} is not UTF-8 (line {lines + 1}): save it as UTF-8"
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, write(tmp_path / "a.parquet", "text,label\n"))
+    assert message.startswith("a.parquet cannot be read: ")
+
+
+def test_a_missing_file_is_refused_with_the_folder_looked_in(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "data/a.csv") == (
+        f"data/a.csv: no such file (looked in {tmp_path / 'data'})"
+    )
+    assert refusal(tmp_path, "./data with spaces").startswith("./data with spaces: no such file")
+
+
+def test_a_folder_that_datasets_did_not_write_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    write(tmp_path / "sites" / "a.csv", REVIEWS)
+    message = refusal(tmp_path, "sites/")
+    assert message.startswith("sites/ is a folder, but not one written by datasets' save_to_disk")
+    assert message.endswith("for a file per client write sites/*.csv")
+
+
+@pytest.mark.parametrize("source", ["imdb", "nyu-mll/glue:sst2"])
+def test_offline_refuses_hub_names(
+    tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    message = refusal(tmp_path, source, offline=True)
+    assert message == f"{source} is no file or folder in {tmp_path}, and hub names are off"
+
+
+def test_a_hub_name_is_asked_for_with_its_configuration_and_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"asked": [f"{name} {config} {split}"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    table = read_table("nyu-mll/glue:sst2", root=tmp_path, split="validation")
+    assert table["asked"].to_pylist() == ["nyu-mll/glue sst2 validation"]
+    assert read_table("imdb", root=tmp_path)["asked"].to_pylist() == ["imdb None train"]
+
+
+def test_a_failing_hub_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **options: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert refusal(tmp_path, "imdb").endswith("and the hub did not give it: no route to host")
+
+
+def test_each_matching_file_is_a_client_named_by_its_stem(tmp_path: Path) -> None:
+    for site in ("north/b", "south/a", "south/ward 3"):
+        write(tmp_path / f"{site}.csv", f"text,label\n{Path(site).name},1\n")
+    clients = read_clients("*/*.csv", root=tmp_path)
+    assert {client: table["text"].to_pylist() for client, table in clients.items()} == {
+        "a": ["a"],
+        "b": ["b"],
+        "ward_3": ["ward 3"],
+    }
+    assert list(clients) == ["a", "b", "ward_3"]
+
+
+def test_client_files_may_order_their_columns_differently(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", "text,label\nx,1\n")
+    write(tmp_path / "b.csv", "label,text\n2,y\n")
+    clients = read_clients("*.csv", root=tmp_path)
+    assert pa.concat_tables(clients.values()).to_pylist() == [
+        {"text": "x", "label": "1"},
+        {"text": "y", "label": "2"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,lable\nx,1\n", "a.csv has columns lable, text, but most clients have la"),
+        ("a.csv", "", "a.csv is empty"),
+        ("sub/b.csv", "text,label\nx,1\n", "**/*.csv: 2 files are called 'b': each client needs"),
+    ],
+)
+def test_the_client_file_that_does_not_fit_is_named(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    for site in ("b", "c", "d"):
+        write(tmp_path / f"{site}.csv", "text,label\nx,1\n")
+    write(tmp_path / name, content)
+    with pytest.raises(DataError) as caught:
+        read_clients("**/*.csv", root=tmp_path)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_pattern_without_a_match_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"sites/\*\.csv: no file matches"):
+        read_clients("sites/*.csv", root=tmp_path)
+
+
+def test_only_patterns_are_globs() -> None:
+    assert is_glob("sites/*.csv")
+    assert is_glob("site-[ab].csv")
+    assert not is_glob("sites/a.csv")
+    assert not is_glob("nyu-mll/glue:sst2")
+
+
+def test_a_missing_column_is_named_with_the_nearest_and_all_others() -> None:
+    table = pa.table({"text": ["a"], "label": [1]})
+    require_columns(table, ["label", "text"], "a.csv")
+    with pytest.raises(DataError) as caught:
+        require_columns(table, ["text", "lable"], "a.csv")
+    assert str(caught.value) == (
+        "a.csv has no column 'lable': did you mean 'label'? known: text, label"
+    )
+    with pytest.raises(DataError, match=r"has no column 'zzz': known: label, text$"):
+        labels(table, "zzz", "a.csv")
+
+
+def test_numbers_are_written_out_as_text() -> None:
+    table = pa.table({"n": [1, 22], "x": [0.5, 2.0], "c": pa.array(["a", "b"]).dictionary_encode()})
+    assert texts(table, "n", "") == ["1", "22"]
+    assert texts(table, "x", "") == ["0.5", "2"]
+    assert texts(table, "c", "") == ["a", "b"]
+
+
+def test_a_missing_text_is_named_by_its_row_and_empty_text_is_allowed() -> None:
+    assert texts(pa.table({"t": ["", "b"]}), "t", "a.csv") == ["", "b"]
+    with pytest.raises(DataError) as caught:
+        texts(pa.table({"t": ["a", None, "c", None]}), "t", "a.csv")
+    assert str(caught.value) == (
+        "a.csv: column 't' is missing in row 2 (2 of 4 rows): fill or remove it"
+    )
+
+
+def test_lists_are_neither_text_nor_labels() -> None:
+    table = pa.table({"t": [["a"], ["b"]]})
+    with pytest.raises(DataError, match="column 't' holds list"):
+        texts(table, "t", "a.csv")
+    with pytest.raises(DataError, match="column 't' holds list"):
+        labels(table, "t", "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["neg", "pos"], ["neg", "pos"]),
+        (["10", "9"], [10, 9]),
+        (["1.0", "2.0"], [1, 2]),
+        (["1", "x"], ["1", "x"]),
+        ([3, 0], [3, 0]),
+        ([1.0, 2.0], [1, 2]),
+        ([True, False], [True, False]),
+        (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),
+    ],
+)
+def test_labels_are_text_whole_numbers_or_booleans(values: Any, expected: list[Any]) -> None:
+    found = labels(pa.table({"y": values}), "y", "a.csv")
+    assert found == expected
+    assert list(map(type, found)) == list(map(type, expected))
+
+
+@pytest.mark.parametrize("values", [["a", None], ["a", ""], [1, None], [1.0, float("nan")]])
+def test_a_missing_or_empty_label_is_named_by_its_row(values: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"column 'y' is missing in row 2 \(1 of 2 rows\)"):
+        labels(pa.table({"y": values}), "y", "a.csv")
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.5], ["1.0", "2.5"]])
+def test_a_label_that_is_no_whole_number_is_refused_as_regression(values: list[Any]) -> None:
+    with pytest.raises(DataError) as caught:
+        labels(pa.table({"y": values}), "y", "a.csv")
+    assert str(caught.value) == (
+        "a.csv: label 'y' is 2.5 in row 2: labels are classes, and regression is not supported"
+    )
