@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def test_a_csv_keeps_quotes_commas_and_newlines_inside_values(tmp_path: Path) ->
         "Müller's best, by far",
     ]
     assert labels(table, "label", "reviews.csv") == ["neg", "pos", "pos"]
+
+
+def test_a_csv_may_end_in_a_value_of_several_lines(tmp_path: Path) -> None:
+    write(tmp_path / "a.csv", 'label,text\n1,"x\ny"\n')
+    assert read_table("a.csv", root=tmp_path).to_pylist() == [{"label": "1", "text": "x\ny"}]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column_name(tmp_path: Path) -> None:
@@ -151,7 +157,13 @@ def test_an_absolute_path_does_not_depend_on_root(tmp_path: Path) -> None:
         ("a.csv", "", "a.csv is empty"),
         ("a.jsonl", "", "a.jsonl is empty"),
         ("a.parquet", "", "a.parquet is empty"),
-        ("a.csv", "text,label\n", "a.csv has columns (text, label) but no rows"),
+        ("a.csv", "text,label\n", "a.csv has no rows (columns: text, label)"),
+        ("a.json", "[]", "a.json cannot be read: Empty JSON file"),
+        (
+            "a.csv",
+            'label,text\n1,x\n0,"y\n1,z\n0,w\n',
+            "a.csv cannot be read: the quote opened in row 3 is never closed",
+        ),
         ("a.csv", "text,text\nx,y\n", "a.csv: two columns are called 'text': rename one"),
         (
             "a.csv",
@@ -185,7 +197,7 @@ def test_an_absolute_path_does_not_depend_on_root(tmp_path: Path) -> None:
             '[{"a": 1},\n {"a" 2}]',
             "a.json cannot be read: Expecting ':' delimiter: line 2 column 7 (char 17)",
         ),
-        ("a.txt", "hello", "a.txt: .txt is not one of .csv, .tsv, .json, .jsonl, .parquet"),
+        ("a.txt", "hello", "a.txt: its suffix is not one of .csv, .tsv, .json, .jsonl, .parquet"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_name_and_place(
@@ -267,6 +279,7 @@ def test_client_files_may_order_their_columns_differently(tmp_path: Path) -> Non
     write(tmp_path / "a.csv", "text,label\nx,1\n")
     write(tmp_path / "b.csv", "label,text\n2,y\n")
     clients = read_clients("*.csv", root=tmp_path)
+    assert clients["b"].column_names == ["text", "label"]
     assert pa.concat_tables(clients.values()).to_pylist() == [
         {"text": "x", "label": "1"},
         {"text": "y", "label": "2"},
@@ -323,8 +336,16 @@ def test_numbers_are_written_out_as_text() -> None:
     assert texts(table, "c", "") == ["a", "b"]
 
 
+def test_infinity_is_no_label() -> None:
+    with pytest.raises(DataError, match="label 'y' is inf in row 2"):
+        labels(pa.table({"y": [1.0, float("inf")]}), "y", "a.csv")
+
+
 def test_a_missing_text_is_named_by_its_row_and_empty_text_is_allowed() -> None:
     assert texts(pa.table({"t": ["", "b"]}), "t", "a.csv") == ["", "b"]
+    with pytest.raises(DataError) as caught:
+        texts(pa.table({"t": [0.5, float("nan")]}), "t", "a.csv")
+    assert "column 't' is missing in row 2" in str(caught.value)
     with pytest.raises(DataError) as caught:
         texts(pa.table({"t": ["a", None, "c", None]}), "t", "a.csv")
     assert str(caught.value) == (
@@ -365,7 +386,7 @@ def test_a_missing_or_empty_label_is_named_by_its_row(values: list[Any]) -> None
         labels(pa.table({"y": values}), "y", "a.csv")
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.5], ["1.0", "2.5"]])
+@pytest.mark.parametrize("values", [[1.0, 2.5], ["1.0", "2.5"], [Decimal("1.0"), Decimal("2.5")]])
 def test_a_label_that_is_no_whole_number_is_refused_as_regression(values: list[Any]) -> None:
     with pytest.raises(DataError) as caught:
         labels(pa.table({"y": values}), "y", "a.csv")

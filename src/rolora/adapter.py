@@ -45,13 +45,14 @@ class TensorSpec:
 class Specs:
     """What an adapter of a model looks like, before it has values.
 
-    ``head`` holds the starting values of the task head (seeded by name where the checkpoint has
-    none); ``scaling`` maps each adapted layer to alpha / rank.
+    ``head`` holds the values of head tensors that the checkpoint has; the others are drawn with
+    standard deviation ``head_std``. ``scaling`` maps each adapted layer to alpha / rank.
     """
 
     tensors: tuple[TensorSpec, ...]
     scaling: Mapping[str, float]
     head: Mapping[str, Tensor]
+    head_std: float = 0.02
 
 
 Term = tuple[float, Tensor, Tensor]

@@ -12,7 +12,7 @@ a plain client.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -124,14 +124,16 @@ def attach(
     layers: Sequence[str],
     head_layers: Sequence[str],
     *,
+    missing: Collection[str] = (),
+    head_std: float = 0.02,
     rank: int,
     scaling: float,
     dropout: float,
 ) -> Bank:
     """Freeze ``model`` and put a bank under these modules (dotted paths), in place.
 
-    ``layers`` get LoRA factors, ``head_layers`` a full copy per client, whose present values
-    become the adapter's starting head. Returns the bank, with nothing loaded.
+    ``layers`` get LoRA factors, ``head_layers`` a full copy per client, which starts from the
+    present values unless they are ``missing`` from the checkpoint. Returns the empty bank.
     """
     model.requires_grad_(False)
     model.eval()
@@ -145,10 +147,12 @@ def attach(
     for path in head_layers:
         for key, value in model.get_submodule(path).named_parameters():
             name = f"{names[path]}.{key}"
-            head[name] = value.detach().float().cpu().clone()
+            if f"{path}.{key}" not in missing:
+                head[name] = value.detach().float().cpu().clone()
             tensors.append(TensorSpec(name, "head", tuple(value.shape)))
     scalings = {names[path]: scaling for path in layers}
-    bank = Bank(Specs(tuple(sorted(tensors, key=lambda t: t.name)), scalings, head), dropout)
+    ordered = tuple(sorted(tensors, key=lambda spec: spec.name))
+    bank = Bank(Specs(ordered, scalings, head, head_std), dropout)
     for path in layers:
         _replace(model, path, LoraLinear(model.get_submodule(path), names[path], scaling, bank))
     for path in head_layers:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from rolora.adapter import Specs
 from rolora.bank import Bank, LoraLinear, attach
-from rolora.draws import generator
 from rolora.errors import ConfigError
 from rolora.lora import HEADS, Kind, LoraSettings, peft_config, target_layers
 
@@ -51,13 +50,12 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     offline: bool = False,
-    seed: int = 0,
 ) -> Base:
     """Load a model and tokenizer and put a bank under its target modules.
 
     ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
-    safetensors and GGUF weights are read and no remote code runs. Head weights that the checkpoint
-    lacks are drawn from (seed, name). Raises ConfigError with one line for anything unusable.
+    safetensors and GGUF weights are read and no remote code runs. Raises ConfigError, in one line,
+    for anything unusable.
     """
     place = _locate(source, root, offline)
     auto = {
@@ -88,14 +86,14 @@ def load_base(
     head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
     if kind == "causal_lm" and missing:
         raise ConfigError(f"{source!r} lacks {min(missing)}: it is no causal language model")
-    for name in sorted(missing):
-        _seed_parameter(model.get_parameter(name), generator(seed, "head", name), model.config)
     config = peft_config(model, kind, settings, source, head_layers)
     layers = target_layers(model, config, head_layers)
     bank = attach(
         model,
         layers,
         head_layers,
+        missing=missing,
+        head_std=float(getattr(model.config, "initializer_range", 0.02)),
         rank=settings.rank,
         scaling=settings.scaling,
         dropout=settings.dropout,
@@ -161,12 +159,6 @@ def _head_layers(model: Any, missing: set[str], source: str) -> list[str]:
             f"{source!r} lacks {min(missing - covered)}, which is no part of a linear task head"
         )
     return found
-
-
-def _seed_parameter(parameter: Tensor, rng: torch.Generator, config: Any) -> None:
-    scale = getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0
-    with torch.no_grad():
-        parameter.copy_(torch.randn(parameter.shape, generator=rng) * scale)
 
 
 def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:

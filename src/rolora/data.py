@@ -47,16 +47,15 @@ def read_table(source: str, *, root: Path, split: str = "train", offline: bool =
     elif path.suffix.lower() in READERS:
         table = _read_file(path, source)
     elif path.is_file():
-        raise DataError(
-            f"{source}: {path.suffix or 'no suffix'} is not one of {', '.join(READERS)}"
-        )
+        raise DataError(f"{source}: its suffix is not one of {', '.join(READERS)}")
     else:
         table = _read_hub(source, root, split, offline)
     repeated = [name for name, times in Counter(table.column_names).items() if times > 1]
     if repeated:
         raise DataError(f"{source}: two columns are called {repeated[0]!r}: rename one")
     if table.num_rows == 0:
-        raise DataError(f"{source} has columns ({', '.join(table.column_names)}) but no rows")
+        columns = ", ".join(table.column_names) or "none"
+        raise DataError(f"{source} has no rows (columns: {columns})")
     return table
 
 
@@ -110,12 +109,11 @@ def texts(table: pa.Table, column: str, source: str) -> list[str]:
     """
     require_columns(table, [column], source)
     values = decoded(table[column])
-    _require_all(values.is_null(), column, source)
+    _require_all(values.is_null(nan_is_null=True), column, source)
     try:
-        written: list[str] = values.cast(pa.string()).to_pylist()
+        return list(values.cast(pa.string()).to_pylist())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise DataError(f"{source}: column {column!r} holds {values.type}, not text") from error
-    return written
 
 
 def labels(table: pa.Table, column: str, source: str) -> list[str | int | bool]:
@@ -130,19 +128,19 @@ def labels(table: pa.Table, column: str, source: str) -> list[str | int | bool]:
         _require_all(pc.equal(pc.fill_null(values, ""), ""), column, source)
     else:
         _require_all(values.is_null(nan_is_null=True), column, source)
-    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
-        rounded = pc.round(values)
-        for row, whole in enumerate(pc.equal(values, rounded).to_pylist(), start=1):
-            if not whole:
-                raise DataError(
-                    f"{source}: label {column!r} is {values[row - 1]} in row {row}: labels are "
-                    "classes, and regression is not supported"
-                )
-        values = rounded.cast(pa.int64())
+    if is_number(values.type) and not pa.types.is_integer(values.type):
+        values = values.cast(pa.float64())
+        whole = pc.and_(pc.equal(values, pc.round(values)), pc.is_finite(values))
+        row = pc.index(whole, False).as_py()
+        if row >= 0:
+            raise DataError(
+                f"{source}: label {column!r} is {values[row]} in row {row + 1}: labels are "
+                "classes, and regression is not supported"
+            )
+        values = values.cast(pa.int64())
     if not (is_text(values.type) or is_number(values.type) or pa.types.is_boolean(values.type)):
         raise DataError(f"{source}: column {column!r} holds {values.type}, not labels")
-    found: list[str | int | bool] = values.to_pylist()
-    return found
+    return list(values.to_pylist())
 
 
 def decoded(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -187,7 +185,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
         header = next((row for row in csv.reader(file, delimiter=delimiter) if row), [])
     block = min(path.stat().st_size, LARGEST_BLOCK)
     try:
-        return pyarrow.csv.read_csv(
+        table = pyarrow.csv.read_csv(
             path,
             # Arrow counts rows for its messages only with one thread.
             read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=block),
@@ -199,6 +197,11 @@ def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
     except pa.ArrowInvalid as error:
         path.read_bytes().decode()  # where the encoding is at fault, this says at which byte
         raise ValueError(str(error).replace("Row #", "row ") + " (the header is row 1)") from error
+    # Arrow takes an open quote as closed by the end of the file, and all rows up to there as text.
+    last = table.column(-1)[-1].as_py() if table.num_rows else ""
+    if "\n" in last and not path.read_bytes().rstrip().endswith(b'"'):
+        raise ValueError(f"the quote opened in row {table.num_rows + 1} is never closed")
+    return table
 
 
 def _read_json(path: Path) -> pa.Table:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import peft
-import torch
 import transformers
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rolora.adapter import AdapterState, Specs
 from rolora.durable import new_folder
@@ -148,27 +147,27 @@ def save_adapter(
 
 
 def read_adapter(folder: Path, specs: Specs) -> AdapterState:
-    """Read a PEFT adapter folder that fits ``specs``; head tensors it lacks keep their seeds.
+    """The tensors of a PEFT adapter folder that fits ``specs``; it may lack the head.
 
     Only safetensors is read. Raises ConfigError naming the first tensor that does not fit.
     """
     file = folder / _WEIGHTS
     if not file.is_file():
         raise ConfigError(f"{folder} is no PEFT adapter with safetensors weights (no {_WEIGHTS})")
-    tensors: dict[str, Tensor] = dict(specs.head)
-    expected = {spec.name: spec.shape for spec in specs.tensors}
+    expected = {spec.name: spec for spec in specs.tensors}
     try:
         with safe_open(file, framework="pt") as stored:
             shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
-            for name, shape in expected.items():
-                if shapes.get(name, specs.head.get(name, torch.empty(0)).shape) != shape:
+            for name, spec in expected.items():
+                absent_head = spec.role == "head" and name not in shapes
+                if not absent_head and shapes.get(name) != spec.shape:
                     raise ConfigError(
                         f"{folder} does not fit: {name} is {shapes.get(name, 'missing')}, "
-                        f"expected {shape} (rank, target_modules and layers must be the same)"
+                        f"expected {spec.shape} (rank, target_modules and layers must be the same)"
                     )
             if extra := sorted(shapes.keys() - expected.keys()):
                 raise ConfigError(f"{folder} does not fit: it also holds {extra[0]}")
-            tensors |= {name: stored.get_tensor(name).float() for name in shapes}
+            tensors = {name: stored.get_tensor(name).float() for name in shapes}
     except SafetensorError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
     return AdapterState(tensors, specs.scaling)

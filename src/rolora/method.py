@@ -67,13 +67,20 @@ class ServerState:
 
 
 def lora_init(specs: Specs, rng: torch.Generator) -> AdapterState:
-    """lora_A ~ U(−1/√in, 1/√in) (Kaiming uniform with a = √5, as PEFT), lora_B = 0; float32."""
-    tensors: dict[str, Tensor] = dict(specs.head)
+    """lora_A ~ U(−1/√in, 1/√in) (Kaiming uniform with a = √5, as PEFT), lora_B = 0; float32.
+
+    Head weights that the checkpoint lacks are normal, head biases 0, as transformers does.
+    """
+    tensors: dict[str, Tensor] = {}
     for spec in specs.tensors:
         if spec.role == "A":
             bound = 1 / math.sqrt(spec.shape[1])
             tensors[spec.name] = (torch.rand(spec.shape, generator=rng) * 2 - 1) * bound
-        elif spec.role == "B":
+        elif spec.name in specs.head:
+            tensors[spec.name] = specs.head[spec.name]
+        elif spec.role == "head" and len(spec.shape) > 1:
+            tensors[spec.name] = torch.randn(spec.shape, generator=rng) * specs.head_std
+        else:
             tensors[spec.name] = torch.zeros(spec.shape)
     return AdapterState(tensors, specs.scaling)
 

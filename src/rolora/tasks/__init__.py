@@ -17,15 +17,18 @@ __all__ = ["Batch", "Examples", "Task", "collate"]
 class Task:
     """One kind of fine-tuning, as a record of functions.
 
-    ``encode(table, source)`` tokenises a pyarrow table; ``loss(model, batch)`` gives per row a
-    summed loss and how many things it was summed over, both (rows,), so that a client's loss is
-    Σ loss / Σ count over its own rows; ``outputs(model, batch)`` gives (rows, width) float32 for
-    ``score(outputs, examples)``, which returns the metrics. ``metric`` is the main one.
+    ``encode(table, source)`` tokenises a pyarrow table for training, one example per table row;
+    ``encode_test(table, source)`` for evaluation, where a table row may become several (a question
+    one per choice). ``loss(model, batch)`` gives per row a summed loss and how many things it was
+    summed over, both (rows,), so that a client's loss is Σ loss / Σ count over its own rows;
+    ``outputs(model, batch)`` gives (rows, width) float32 for ``score(outputs, examples)``, which
+    returns the metrics of an ``encode_test``. ``metric`` is the main one.
     """
 
     name: str
     metric: str
     encode: Callable[[Any, str], Examples]
+    encode_test: Callable[[Any, str], Examples]
     loss: Callable[[Any, Batch], tuple[Tensor, Tensor]]
     outputs: Callable[[Any, Batch], Tensor]
     score: Callable[[Tensor, Examples], dict[str, float]]
@@ -36,6 +39,7 @@ HIGHER_IS_BETTER = {
     "macro_f1": True,
     "matthews": True,
     "choice_accuracy": True,
+    "choice_accuracy_norm": True,
     "exact_match": True,
     "loss": False,
     "perplexity": False,

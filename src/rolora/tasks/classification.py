@@ -77,6 +77,7 @@ def classification(
         name="classification",
         metric="accuracy",
         encode=encode,
+        encode_test=encode,
         loss=loss,
         outputs=outputs,
         score=score,

@@ -1,0 +1,213 @@
+"""The run folder: configuration, one JSON line a round, checkpoints; nothing is ever half-written.
+
+A round is committed by its checkpoint (written whole, then renamed into place); its line in
+``rounds.jsonl`` follows. A resume cuts the lines back to the checkpoint and, if the power went in
+between, takes the missing line from the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rolora.adapter import AdapterState
+from rolora.durable import new_folder, sync, write_file
+from rolora.errors import ConfigError, RoloraError
+from rolora.method import ServerState
+from rolora.rounds import Best, RoundResult, RunState
+
+KEPT_CHECKPOINTS = 2
+
+
+def line(result: RoundResult) -> dict[str, Any]:
+    """What ``rounds.jsonl`` says of a round."""
+    return {
+        "round": result.round,
+        "attempt": result.attempt,
+        "factors": list(result.factors),
+        "cohort": list(result.cohort),
+        "loss": result.loss,
+        "lr": result.lr,
+        "clients": {client: dict(values) for client, values in result.clients.items()},
+        "metrics": dict(result.metrics),
+        "validation": dict(result.validation),
+        "client_metrics": {c: dict(values) for c, values in result.client_metrics.items()},
+        "aggregation_error": result.aggregation_error,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "seconds": round(result.seconds, 3),
+        "rejected": dict(result.rejected),
+    }
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder on disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def rounds(self) -> Path:
+        """One JSON line a round."""
+        return self.path / "rounds.jsonl"
+
+    @property
+    def clients(self) -> Path:
+        """Personal adapters, where the method has any."""
+        return self.path / "clients"
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT adapter folder that a finished run leaves."""
+        return self.path / "adapter"
+
+    @classmethod
+    def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
+        """A new run folder. ConfigError if anything stands at ``path``: nothing is overwritten."""
+        if path.exists():
+            raise ConfigError(
+                f"{path} exists; name another folder with --out, or go on with: rolora resume {path}"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(path) as part:
+            (part / "config.toml").write_text(config)
+            (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
+            (part / "rounds.jsonl").touch()
+            (part / "checkpoints").mkdir()
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A run folder that exists. ConfigError if ``path`` is none."""
+        if not (path / "config.toml").is_file() or not (path / "rounds.jsonl").is_file():
+            raise ConfigError(f"{path} is no run folder (no config.toml and rounds.jsonl in it)")
+        return cls(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. ConfigError if another process is writing to it."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"{self.path} is in use by another process") from None
+            yield
+
+    def commit(self, result: RoundResult) -> None:
+        """Save the state after a round (or a failed attempt at one), then its line."""
+        state, values = result.state, line(result)
+        payload = save(_tensors(state))
+        manifest = {
+            "round": state.server.round,
+            "attempt": state.server.attempt,
+            "scaling": state.server.adapter.scaling,
+            "ledger": state.ledger,
+            "stale": state.stale,
+            "best": state.best and {"round": state.best.round, "value": state.best.value},
+            "line": values if result.advanced else None,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+        }
+        retry = f"-attempt-{state.server.attempt}" if state.server.attempt else ""
+        name = f"round-{state.server.round:06d}{retry}"
+        with new_folder(self.path / "checkpoints" / name) as part:
+            (part / "state.safetensors").write_bytes(payload)
+            (part / "manifest.json").write_text(json.dumps(manifest))
+        if result.advanced:
+            with self.rounds.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            sync(self.rounds)
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            _remove(old)
+
+    def restore(self) -> tuple[RunState, list[str]]:
+        """The newest state that is whole, and notes on any that was not.
+
+        Cuts ``rounds.jsonl`` back to it. Raises RoloraError if no checkpoint can be read.
+        """
+        notes: list[str] = []
+        for folder in reversed(self._checkpoints()):
+            try:
+                state, last = _read_checkpoint(folder)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                notes.append(f"checkpoint {folder.name} is damaged ({error}); using the one before")
+                _remove(folder)
+                continue
+            self._cut_lines(state.server.round, last)
+            return state, notes
+        raise RoloraError(
+            f"{self.path} has no checkpoint that can be read, so it cannot be resumed; start anew "
+            f"with: rolora run {self.config} --out NEW_FOLDER"
+        )
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("round-*"))
+
+    def _cut_lines(self, round: int, last: Mapping[str, Any] | None) -> None:
+        kept = []
+        for text in self.rounds.read_text().splitlines():
+            try:
+                if json.loads(text)["round"] <= round:
+                    kept.append(text)
+            except json.JSONDecodeError:
+                break  # the line that was being written when the power went
+        if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
+            kept.append(json.dumps(last))
+        write_file(self.rounds, "".join(text + "\n" for text in kept))
+
+
+def _tensors(state: RunState) -> dict[str, Tensor]:
+    memory = {n: t for n, t in state.server.memory.items() if isinstance(t, Tensor)}
+    parts: dict[str, Mapping[str, Tensor]] = {"adapter": state.server.adapter, "memory": memory}
+    if state.best is not None:
+        parts["best"] = state.best.adapter
+    return {
+        f"{part}/{name}": tensor.contiguous().clone()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    payload = (folder / "state.safetensors").read_bytes()
+    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
+        raise ValueError("its sha256 does not match")
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "memory": {}, "best": {}}
+    for name, tensor in load(payload).items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    scaling = manifest["scaling"]
+    server = ServerState(
+        adapter=AdapterState(parts["adapter"], scaling),
+        memory=parts["memory"],
+        round=manifest["round"],
+        attempt=manifest["attempt"],
+    )
+    best = manifest["best"]
+    if best is not None:
+        best = Best(best["round"], best["value"], AdapterState(parts["best"], scaling))
+    return RunState(server, manifest["ledger"], best, manifest["stale"]), manifest["line"]
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a crash in between leaves no half of it under its name."""
+    doomed = folder.with_name(f".old-{folder.name}")
+    folder.rename(doomed)
+    for file in doomed.iterdir():
+        file.unlink()
+    doomed.rmdir()

@@ -1,0 +1,152 @@
+"""Causal language modelling: learn completions of prompts, or the assistant's turns of chats."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rolora import data
+from rolora.base import Base
+from rolora.errors import ConfigError, DataError
+from rolora.tasks import Batch, Examples, Task
+from rolora.tasks.examples import tokenizer_limit
+from rolora.tasks.spans import chats, encode_marked, joined, places, require_offsets
+
+CHUNK_LOGITS = 1 << 23  # logits held at a time: 32 MiB of float32
+
+
+def causal_lm(
+    base: Base, *, prompt: str | None, completion: str | None, messages: str | None, max_length: int
+) -> Task:
+    """The task of writing a completion, given by columns, or the assistant's turns of a chat.
+
+    Give ``completion`` (behind ``prompt``, if any; an end-of-text token follows it), or
+    ``messages``, a column of [{"role", "content"}] written out by the tokenizer's chat template.
+    Metrics: perplexity and loss (nats per token), over trained tokens only. Raises ConfigError
+    where the tokenizer lacks offsets or a chat template, or the model's logits are not its output
+    embedding's.
+    """
+    if (completion is None) == (messages is None) or (messages and prompt):
+        raise ConfigError("causal_lm needs data.prompt and data.completion, or data.messages")
+    require_offsets(base.tokenizer)
+    require_plain_logits(base.model)
+    if messages is not None and not base.tokenizer.chat_template:
+        raise ConfigError(
+            "the model's tokenizer has no chat template, so data.messages cannot be written out: "
+            "use data.prompt and data.completion"
+        )
+
+    def encode(table: Any, source: str) -> Examples:
+        if completion is None:
+            rows = chats(base.tokenizer, table, str(messages), source)
+        else:
+            ends = data.texts(table, completion, source)
+            for text, place in zip(ends, places(source), strict=False):
+                if not text.strip():
+                    raise DataError(f"{place}: {completion!r} is empty: there is nothing to learn")
+            starts = data.texts(table, prompt, source) if prompt else [""] * len(ends)
+            rows = [joined(*pair) for pair in zip(starts, ends, strict=True)]
+        limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
+        plain = completion is not None
+        return encode_marked(base.tokenizer, rows, places(source), limit, special=plain, end=plain)
+
+    return Task(
+        name="causal_lm",
+        metric="perplexity",
+        encode=encode,
+        encode_test=encode,
+        loss=loss,
+        outputs=outputs,
+        score=score,
+    )
+
+
+def require_plain_logits(model: Any) -> None:
+    """Raise ConfigError unless the logits are the output embedding of the last hidden state.
+
+    Scaled or capped logits (Gemma 2, Cohere, Granite) would need their own loss. Runs four tokens.
+    """
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise ConfigError(f"{name} has no plain output embedding: it cannot be trained here")
+    inputs = {"input_ids": torch.arange(4, device=head.weight.device).unsqueeze(0)}
+    with torch.no_grad():
+        given = model(**inputs).logits.double()
+        hidden = model.base_model(**inputs).last_hidden_state
+        plain = functional.linear(hidden, head.weight, head.bias).double()
+    same = given.shape == plain.shape and (given - plain).abs().max() <= 1e-5 * plain.abs().max()
+    # a cap bends logits as small as an untrained model's by less than rounding
+    capped = getattr(model.config, "final_logit_softcapping", None) is not None
+    if capped or not same:
+        raise ConfigError(
+            f"{name} scales or caps its logits after the output embedding, which is not supported: "
+            "use another model"
+        )
+
+
+class TokenLoss(torch.autograd.Function):
+    """-log softmax(weight · hidden + bias)[target] per token, a chunk of tokens at a time.
+
+    The gradient with respect to ``hidden``, (softmax − onehot) · weight, is formed in the forward
+    pass while a chunk's logits are there, so no logits are kept. The output embedding is frozen.
+    Logits of half-precision models are raised to float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+    ) -> Tensor:
+        """``hidden`` (tokens, width), ``weight`` (vocabulary, width), ``target`` (tokens,)."""
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wide = torch.float32 if hidden.dtype.itemsize < 4 else hidden.dtype
+        losses = torch.empty(len(target), dtype=wide, device=hidden.device)
+        size = max(CHUNK_LOGITS // len(weight), 1)
+        for first in range(0, len(target), size):
+            part = slice(first, first + size)
+            logits = functional.linear(hidden[part], weight, bias).to(wide)
+            index = target[part].unsqueeze(1)
+            total = logits.logsumexp(dim=1, keepdim=True)
+            losses[part] = (total - logits.gather(1, index)).squeeze(1)
+            if gradient is not None:
+                excess = logits.sub_(total).exp_()
+                excess.scatter_add_(1, index, torch.full_like(total, -1.0))
+                gradient[part] = excess.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[0].unsqueeze(1)).to(gradient.dtype), None, None, None
+
+
+def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Per row, the negative log-likelihood summed over its trained tokens, and their number."""
+    wanted = batch.targets[:, 1:].bool()
+    states = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    hidden = states[:, :-1][wanted]
+    head = model.get_output_embeddings()
+    target = batch.inputs["input_ids"][:, 1:][wanted]
+    each: Tensor = TokenLoss.apply(hidden, head.weight, head.bias, target)  # type: ignore[no-untyped-call]
+    by_row = each.new_zeros(wanted.shape).masked_scatter(wanted, each)
+    return by_row.sum(dim=1), wanted.sum(dim=1).to(each.dtype)
+
+
+def outputs(model: Any, batch: Batch) -> Tensor:
+    """(rows, 2) float32: ``loss``'s sum and number of tokens."""
+    return torch.stack(loss(model, batch), dim=1).float()
+
+
+def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
+    """Mean loss per trained token over all rows, and its exponential; infinite on overflow."""
+    total, count = outputs.double().sum(dim=0)
+    mean = total / count
+    return {
+        "loss": float(mean) if mean.isfinite() else math.inf,
+        "perplexity": float(mean.exp()) if mean.isfinite() else math.inf,
+    }

@@ -1,0 +1,83 @@
+"""Greedy generation through the bank, and exact match of generated completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import transformers
+
+from rolora.base import Base, quiet
+from rolora.errors import ConfigError
+from rolora.tasks import Examples
+from rolora.tasks.examples import tokenizer_limit
+from rolora.tasks.spans import last_span
+
+
+def generate(
+    base: Base, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 16
+) -> list[str]:
+    """The greedy continuation of each prompt (token ids), up to an end-of-text token.
+
+    The bank holds one client, or none for the plain base. A prompt keeps the last tokens that leave
+    the model room for ``max_new_tokens``; ConfigError if there is none.
+    """
+    pad = base.tokenizer.pad_token_id
+    room = tokenizer_limit(base.tokenizer, base.model.config, 1 << 30) - max_new_tokens
+    if room < 1:
+        raise ConfigError(f"the model has no room for {max_new_tokens} new tokens after a prompt")
+    # set here, since what is left unset comes from the checkpoint's own generation settings
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        pad_token_id=pad,
+        eos_token_id=_end_tokens(base),
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * len(prompts)
+    for first in range(0, len(order), batch_size):
+        places = order[first : first + batch_size]
+        rows = [prompts[i][-room:] for i in places]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        with torch.inference_mode(), quiet():
+            answers = base.model.generate(  # type: ignore[operator]
+                input_ids=ids.to(base.device),
+                attention_mask=mask.to(base.device),
+                generation_config=settings,
+            )
+        for place, answer in zip(places, answers[:, width:], strict=True):
+            texts[place] = base.tokenizer.decode(answer, skip_special_tokens=True)
+    return texts
+
+
+def _end_tokens(base: Base) -> list[int] | None:
+    """Every token that ends a text: the tokenizer's, and what the checkpoint generates up to."""
+    stated = base.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    stated = stated if isinstance(stated, list) else [stated]
+    return sorted({*stated, base.tokenizer.eos_token_id} - {None}) or None
+
+
+def exact_match(
+    base: Base,
+    examples: Examples,
+    rows: Iterable[int],
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+) -> float:
+    """The share of these rows whose last completion is generated word for word.
+
+    White space is not compared. ``max_new_tokens`` left out is the longest completion's length,
+    which is as much as any match can need.
+    """
+    pairs = [last_span(examples, row) for row in rows]
+    most = max_new_tokens or max(len(completion) for _, completion in pairs)
+    written = generate(base, [prompt for prompt, _ in pairs], most, batch_size)
+    matches = [
+        text.split() == base.tokenizer.decode(completion, skip_special_tokens=True).split()
+        for text, (_, completion) in zip(written, pairs, strict=True)
+    ]
+    return matches.count(True) / len(pairs)

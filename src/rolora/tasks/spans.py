@@ -1,0 +1,172 @@
+"""Texts of which only some parts are trained on: completions, and the assistant's turns of a chat.
+
+Which tokens those are is decided on the whole text's own tokens, through their character offsets;
+so a token that straddles the border between prompt and completion is the same one in training as
+it would be in any text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rolora import data
+from rolora.errors import ConfigError, DataError
+from rolora.tasks.examples import Examples, flatten, offsets_of
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A text and its parts that are trained on: (start, end) in characters, in order."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def joined(prompt: str, completion: str) -> Marked:
+    """The prompt with its completion behind it, trained on the completion."""
+    text = prompt + completion
+    return Marked(text, ((len(prompt), len(text)),))
+
+
+def chats(tokenizer: Any, table: Any, column: str, source: str) -> list[Marked]:
+    """A column of chats as the tokenizer's own template writes them, trained on assistant turns.
+
+    A chat is a list of {"role", "content"}. A turn is what the template adds between "assistant,
+    your turn" and the turn's end, end mark included. Raises DataError naming the first row that is
+    no such chat, or whose earlier turns the template writes differently once later ones follow.
+    """
+    data.require_columns(table, [column], source)
+    return [
+        _chat(tokenizer, _turns(value, place), place)
+        for value, place in zip(table[column].to_pylist(), places(source), strict=False)
+    ]
+
+
+def places(source: str) -> Iterable[str]:
+    """What the rows of a source are called in messages: they count from 1."""
+    row = 0
+    while True:
+        yield f"{source}, row {(row := row + 1)}"
+
+
+def _turns(value: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise DataError(f"{place}: messages must be a list of {{'role', 'content'}} entries")
+    for number, turn in enumerate(value, start=1):
+        for key in ("role", "content"):
+            if not isinstance(turn.get(key), str):
+                raise DataError(f"{place}: message {number} has no text under {key!r}")
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in value):
+        raise DataError(f"{place}: no message with role 'assistant' has any text to learn")
+    # Arrow gives every struct every key that any row has; a template must not see those
+    return [{key: item for key, item in turn.items() if item is not None} for turn in value]
+
+
+def _chat(tokenizer: Any, turns: list[dict[str, Any]], place: str) -> Marked:
+    text = _render(tokenizer, turns, place)
+    spans = []
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = _render(tokenizer, turns[:number], place, asking=True)
+        after = _render(tokenizer, turns[: number + 1], place)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise DataError(
+                f"{place}: the chat template writes message {number + 1} differently depending on "
+                "what follows it: use prompt and completion columns"
+            )
+        spans.append((len(before), len(after)))
+    return Marked(text, tuple(spans))
+
+
+def _render(tokenizer: Any, turns: Sequence[Any], place: str, asking: bool = False) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=asking
+        )
+    except Exception as error:  # a template is a program of the model's author: it raises anything
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{place}: the chat template refuses these messages: {first}") from error
+    return text
+
+
+def require_offsets(tokenizer: Any) -> None:
+    """Raise ConfigError for a tokenizer that cannot say where in the text its tokens lie."""
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which gives no character offsets: "
+            "use a model with a tokenizer.json"
+        )
+
+
+def encode_marked(
+    tokenizer: Any,
+    rows: Sequence[Marked],
+    named: Iterable[str],
+    max_length: int,
+    *,
+    special: bool,
+    end: bool,
+) -> Examples:
+    """Tokenise ``rows``; ``targets`` is 1 for each token that reaches into a span.
+
+    ``special`` adds the tokenizer's special tokens (a chat template has written its own), ``end``
+    one end-of-text token, trained on. Rows too long keep their last ``max_length`` tokens. A row's
+    first token is never predicted. ``named`` is what messages call the rows; DataError for one with no target.
+    """
+    encoded = tokenizer(
+        [row.text for row in rows],
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    tokens: list[list[int]] = []
+    targets: list[list[int]] = []
+    truncated = 0
+    for row, ids, offsets, place in zip(
+        rows, encoded["input_ids"], encoded["offset_mapping"], named, strict=False
+    ):
+        wanted = [int(any(a < stop and b > start for start, stop in row.spans)) for a, b in offsets]
+        if end and tokenizer.eos_token_id is not None:
+            if ids[-1:] != [tokenizer.eos_token_id]:
+                ids, wanted = [*ids, tokenizer.eos_token_id], [*wanted, 1]
+            wanted[-1] = 1
+        truncated += len(ids) > max_length
+        ids, wanted = ids[-max_length:], [0, *wanted[-max_length:][1:]]
+        if not any(wanted):
+            raise DataError(f"{place}: there is no token to learn after the row's first one")
+        tokens.append(ids)
+        targets.append(wanted)
+    return Examples(
+        tokens=flatten(tokens, torch.int32),
+        offsets=offsets_of(tokens),
+        targets=flatten(targets, torch.uint8),
+        truncated=truncated,
+    )
+
+
+def last_span(examples: Examples, row: int) -> tuple[list[int], list[int]]:
+    """A row's tokens before its last run of trained tokens, and that run."""
+    start, stop = (int(place) for place in examples.offsets[row : row + 2])
+    tokens: list[int] = examples.tokens[start:stop].tolist()
+    wanted = examples.targets[start:stop].tolist()
+    last = len(wanted) - 1 - wanted[::-1].index(1)
+    first = last
+    while wanted[first - 1]:  # position 0 is never trained on
+        first -= 1
+    return tokens[:first], tokens[first : last + 1]
+
+
+def masks(examples: Examples, tokenizer: Any, rows: Iterable[int]) -> list[list[tuple[str, bool]]]:
+    """For each of these rows, every token's text and whether it is trained on."""
+    shown = []
+    for row in rows:
+        start, stop = (int(place) for place in examples.offsets[row : row + 2])
+        texts = (tokenizer.decode([token]) for token in examples.tokens[start:stop].tolist())
+        shown.append(list(zip(texts, examples.targets[start:stop].bool().tolist(), strict=True)))
+    return shown
