@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from rolora.adapter import Specs
+from rolora.adapter import AdapterState, Specs
 from rolora.bank import Bank, LoraLinear, attach
 from rolora.errors import ConfigError
 from rolora.lora import HEADS, Kind, LoraSettings, peft_config, target_layers
@@ -38,6 +38,15 @@ class Base:
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def holding(self, adapter: AdapterState) -> Iterator[None]:
+        """The model with this one adapter in its bank; the plain base again afterwards."""
+        self.bank.load([adapter], self.device)
+        try:
+            yield
+        finally:
+            self.bank.unload()
 
 
 def load_base(

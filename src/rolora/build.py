@@ -2,62 +2,35 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import torch
-from torch import Tensor
 
-from rolora import data, partition
 from rolora.adapter import AdapterState
 from rolora.base import Base, load_base
 from rolora.config import RunConfig
 from rolora.draws import generator
 from rolora.engine import ClientStore, Debug, InProcess
-from rolora.errors import ConfigError, DataError
+from rolora.errors import ConfigError
 from rolora.local import LocalSettings, evaluate
 from rolora.lora import LoraSettings, read_adapter
 from rolora.method import Aggregation, Method, ServerState, freeze_head, get_method
-from rolora.partition import Partition
 from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
 from rolora.rounds import Federation, Metrics, RunState, learning_rate
+from rolora.rows import Rows, load_rows
 from rolora.tasks import HIGHER_IS_BETTER, Examples, Task
-from rolora.tasks.classification import class_labels, classification
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a run: all training rows in one table, who trains on which, what is held out.
-
-    ``shards`` and ``held_out`` index into ``train``; the two are disjoint.
-    """
-
-    train: pa.Table
-    test: pa.Table
-    validation: pa.Table | None
-    split: Partition
-    shards: Mapping[str, Tensor]
-    held_out: Mapping[str, Tensor]
-
-    def table(self, label: str | None) -> dict[str, Any]:
-        """The split as the run folder keeps it: rows and labels per client."""
-        names = self.train[label].to_pylist() if label else []
-        clients = []
-        for client, rows in self.shards.items():
-            counts = Counter(str(names[row]) for row in rows.tolist()) if label else {}
-            ordered = dict(sorted(counts.items()))
-            clients.append({"id": client, "num_examples": len(rows), "labels": ordered})
-        return {"clients": clients, "dropped": self.split.dropped, "note": self.split.note}
+from rolora.tasks.causal_lm import causal_lm
+from rolora.tasks.choice import choice
+from rolora.tasks.classification import Label, class_labels, classification
+from rolora.tasks.generation import exact_match
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to start: its federation, its first state, and what a user should know."""
+    """A run that is ready to start: its federation, its first state, what a user should know."""
 
     config: RunConfig
     base: Base
@@ -66,91 +39,9 @@ class Setup:
     examples: Examples
     federation: Federation
     start: RunState
+    labels: tuple[Label, ...]
     bank_size: int
     notes: tuple[str, ...]
-
-    @property
-    def split_table(self) -> dict[str, Any]:
-        """The split as the run folder keeps it."""
-        return self.rows.table(label_column(self.config, self.rows.train))
-
-
-def load_rows(config: RunConfig) -> Rows:
-    """Read the configured sources and split them.
-
-    Test and validation shares are cut off first and do not depend on the seed, so that runs with
-    other seeds are measured on the same rows. Raises DataError or ConfigError in one line.
-    """
-    where = config.data
-    read = partial(data.read_table, root=config.root, offline=config.offline)
-    per_file = data.is_glob(where.train)
-    if per_file != (config.partition.scheme == "files"):
-        raise ConfigError(
-            "partition.scheme = 'files' goes with a data.train pattern such as 'data/site-*.jsonl'; "
-            f"here scheme is {config.partition.scheme!r} and data.train is {where.train!r}"
-        )
-    if per_file:
-        files = data.read_clients(where.train, root=config.root)
-        train = pa.concat_tables(files.values(), promote_options="permissive")
-        owners = [client for client, table in files.items() for _ in range(table.num_rows)]
-    else:
-        train, owners = read(where.train, split=where.train_split), []
-    left = torch.arange(train.num_rows)
-    test, left = _part(where.test, "test", train, left, partial(read, split=where.test_split))
-    validation = None
-    if where.validation is not None:
-        validation, left = _part(
-            where.validation, "validation", train, left, partial(read, split="validation")
-        )
-    split = _partition(config, train, left, owners)
-    shards, held_out = {}, {}
-    for client, chosen in split.shards.items():
-        rows = left[chosen]
-        count = int(len(rows) * (where.client_test or 0))
-        order = torch.randperm(len(rows), generator=generator(config.seed, "held out", client))
-        shards[client] = rows[order[count:]].sort().values
-        if count:
-            held_out[client] = rows[order[:count]].sort().values
-    return Rows(train, test, validation, split, shards, held_out)
-
-
-def _part(
-    wanted: str | float, purpose: str, train: pa.Table, left: Tensor, read: Any
-) -> tuple[pa.Table, Tensor]:
-    """Rows for one purpose, and the rows still left: another source, or a share of the rest."""
-    if isinstance(wanted, str):
-        return read(wanted), left
-    order = left[torch.randperm(len(left), generator=generator(0, purpose))]
-    count = round(wanted * train.num_rows)
-    if not 0 < count < len(left):
-        raise DataError(f"data.{purpose} = {wanted} of {train.num_rows} rows leaves nothing over")
-    return train.take(order[:count].sort().values.tolist()), order[count:].sort().values
-
-
-def label_column(config: RunConfig, table: pa.Table) -> str | None:
-    """The column that splits by label and split tables use, if the data has it."""
-    return config.data.label if config.data.label in table.column_names else None
-
-
-def _partition(
-    config: RunConfig, train: pa.Table, left: Tensor, owners: Sequence[str]
-) -> Partition:
-    how = config.partition
-    rng = generator(config.seed, "partition")
-    kept = train.take(left.tolist())
-    at_least = how.min_examples
-    if how.scheme == "iid":
-        return partition.iid(len(left), how.clients, rng, min_examples=at_least)
-    if how.scheme == "files":
-        return partition.by_field([owners[i] for i in left.tolist()], min_examples=at_least)
-    if how.scheme == "by_field":
-        values = data.texts(kept, how.field or "", config.data.train)
-        return partition.by_field(values, min_examples=at_least)
-    labels = data.labels(kept, config.data.label, config.data.train)
-    if how.scheme == "by_label":
-        k = how.labels_per_client
-        return partition.by_label(labels, how.clients, k, rng, min_examples=at_least)
-    return partition.dirichlet(labels, how.clients, how.alpha, rng, min_examples=at_least)
 
 
 def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -> Setup:
@@ -162,7 +53,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         if config.model.task == "classification"
         else []
     )
-    base = base or _load_base(config, labels)
+    base = base or load_base_for(config, labels)
     task = make_task(config, base, labels)
     examples = task.encode(rows.train, config.data.train)
     test = task.encode_test(rows.test, _source(config.data.test, config))
@@ -216,17 +107,17 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         eval_every=config.eval.every,
         patience=config.eval.patience,
     )
-    _refuse_quorum(config, len(rows.shards))
     start = RunState(ServerState(first_adapter(config, method, base)))
     notes = _notes(config, rows, examples, test)
-    return Setup(config, base, task, rows, examples, federation, start, size, notes)
+    return Setup(config, base, task, rows, examples, federation, start, tuple(labels), size, notes)
 
 
 def _source(source: str | float | None, config: RunConfig) -> str:
     return source if isinstance(source, str) else config.data.train
 
 
-def _load_base(config: RunConfig, labels: Sequence[object]) -> Base:
+def load_base_for(config: RunConfig, labels: Sequence[object]) -> Base:
+    """The configured base model. ConfigError for a device that is not there."""
     wanted = config.model.dtype
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but torch sees no CUDA device; use device = 'cpu'")
@@ -252,3 +143,102 @@ def _load_base(config: RunConfig, labels: Sequence[object]) -> Base:
         device=config.device,
         offline=config.offline,
     )
+
+
+def make_task(config: RunConfig, base: Base, labels: Sequence[Label]) -> Task:
+    """The configured task, with the columns it reads. ConfigError if they do not fit together."""
+    columns, limit = config.data, config.data.max_length
+    if config.model.task == "classification":
+        text = [columns.text] if isinstance(columns.text, str) else columns.text
+        return classification(base, labels, text, columns.label, limit)
+    if config.model.task == "choice":
+        if columns.prompt is None or columns.choices is None or columns.answer is None:
+            raise ConfigError("task 'choice' needs data.prompt, data.choices and data.answer")
+        return choice(
+            base,
+            prompt=columns.prompt,
+            choices=columns.choices,
+            answer=columns.answer,
+            max_length=limit,
+        )
+    pair = columns.prompt is not None and columns.completion is not None
+    if pair == (columns.messages is not None):
+        raise ConfigError(
+            "task 'causal_lm' needs either data.prompt and data.completion, or data.messages"
+        )
+    return causal_lm(
+        base,
+        prompt=columns.prompt,
+        completion=columns.completion,
+        messages=columns.messages,
+        max_length=limit,
+    )
+
+
+def make_method(config: RunConfig) -> Method:
+    """The configured method; with ``model.head = "freeze"`` it leaves the head alone."""
+    method = get_method(config.method.name, **config.method.options)
+    return freeze_head(method) if config.model.head == "freeze" else method
+
+
+def make_reducer(config: RunConfig) -> Reducer:
+    """The configured reducer, clipped if a norm is given."""
+    how = config.aggregate
+    if how.reducer == "trimmed_mean":
+        reducer = trimmed_mean(how.trim)
+    else:
+        reducer = median() if how.reducer == "median" else mean()
+    return reducer if how.clip_norm is None else clip(reducer, how.clip_norm)
+
+
+def local_settings(config: RunConfig) -> LocalSettings:
+    """How the configured clients train in a round."""
+    train = config.train
+    steps = 5 if train.local_steps is None and train.local_epochs is None else train.local_steps
+    return LocalSettings(
+        steps=steps,
+        epochs=train.local_epochs,
+        batch_size=train.batch_size,
+        optimizer=train.optimizer,
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        max_grad_norm=train.max_grad_norm,
+    )
+
+
+def bank_size(config: RunConfig, clients: int) -> int:
+    """How many clients go through the model at once; "auto" aims at 128 rows in a pass."""
+    if config.train.bank != "auto":
+        return config.train.bank
+    return max(1, min(clients, 128 // config.train.batch_size))
+
+
+def first_adapter(config: RunConfig, method: Method, base: Base) -> AdapterState:
+    """What every client starts from: the method's own start, or a warm start from a PEFT folder."""
+    start = method.init(base.specs, generator(config.seed, "init"))
+    if config.lora.init_from is None:
+        return start
+    return start | read_adapter(config.root / config.lora.init_from, base.specs)
+
+
+def _score(
+    base: Base, task: Task, examples: Examples, generate: int, adapter: AdapterState
+) -> Metrics:
+    metrics = evaluate(base, task, examples, adapter)
+    if generate and task.name == "causal_lm":
+        with base.holding(adapter):
+            metrics["exact_match"] = exact_match(base, examples, range(generate)[: len(examples)])
+    return metrics
+
+
+def _notes(config: RunConfig, rows: Rows, examples: Examples, test: Examples) -> tuple[str, ...]:
+    notes = [rows.split.note] if rows.split.note else []
+    if rows.split.dropped:
+        notes.append(f"{rows.split.dropped} training rows belong to no client and are left out")
+    for what, encoded in (("training", examples), ("test", test)):
+        if encoded.truncated:
+            notes.append(
+                f"{encoded.truncated} of {len(encoded)} {what} rows are longer than "
+                f"{config.data.max_length} tokens (data.max_length) and were truncated"
+            )
+    return tuple(notes)

@@ -192,13 +192,9 @@ def evaluate(
     pad = base.tokenizer.pad_token_id
     order = examples.lengths.argsort(stable=True)
     found: list[Tensor] = []
-    base.bank.load([adapter], base.device)
-    try:
-        with torch.inference_mode():
-            for rows in torch.split(order, batch_size):
-                batch = collate(examples, rows, pad).to(base.device)
-                found.append(task.outputs(base.model, batch).cpu())
-    finally:
-        base.bank.unload()
+    with base.holding(adapter), torch.inference_mode():
+        for rows in torch.split(order, batch_size):
+            batch = collate(examples, rows, pad).to(base.device)
+            found.append(task.outputs(base.model, batch).cpu())
     outputs = torch.cat(found)
     return task.score(outputs[order.argsort()], examples)

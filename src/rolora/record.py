@@ -81,7 +81,8 @@ class RunFolder:
         """A new run folder. ConfigError if anything stands at ``path``: nothing is overwritten."""
         if path.exists():
             raise ConfigError(
-                f"{path} exists; name another folder with --out, or go on with: rolora resume {path}"
+                f"{path} exists and is never overwritten: name another folder with --out, "
+                f"or go on with: rolora resume {path}"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(path) as part:
@@ -134,11 +135,19 @@ class RunFolder:
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             _remove(old)
 
-    def restore(self) -> tuple[RunState, list[str]]:
+    def rewrite_config(self, config: str) -> None:
+        """Replace the configuration, as when a run is given more rounds."""
+        write_file(self.config, config)
+
+    def restore(self, start: RunState) -> tuple[RunState, list[str]]:
         """The newest state that is whole, and notes on any that was not.
 
-        Cuts ``rounds.jsonl`` back to it. Raises RoloraError if no checkpoint can be read.
+        ``start`` if nothing was committed yet. Cuts ``rounds.jsonl`` back to the state. Raises
+        RoloraError if there are checkpoints but none can be read.
         """
+        if not self._checkpoints():
+            write_file(self.rounds, "")
+            return start, []
         notes: list[str] = []
         for folder in reversed(self._checkpoints()):
             try:
@@ -147,7 +156,7 @@ class RunFolder:
                 notes.append(f"checkpoint {folder.name} is damaged ({error}); using the one before")
                 _remove(folder)
                 continue
-            self._cut_lines(state.server.round, last)
+            self._cut_lines(state, last)
             return state, notes
         raise RoloraError(
             f"{self.path} has no checkpoint that can be read, so it cannot be resumed; start anew "
@@ -157,8 +166,11 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("round-*"))
 
-    def _cut_lines(self, round: int, last: Mapping[str, Any] | None) -> None:
-        kept = []
+    def _cut_lines(self, state: RunState, last: Mapping[str, Any] | None) -> None:
+        if state.server.round == 0 and state.server.attempt == 0:
+            write_file(self.rounds, "")  # round 0 is evaluated, and written, again
+            return
+        kept, round = [], state.server.round
         for text in self.rounds.read_text().splitlines():
             try:
                 if json.loads(text)["round"] <= round:

@@ -105,9 +105,3 @@ def clip(inner: Reducer, norm: float) -> Reducer:
 
     return Reducer(inner.init, add, inner.finish)
 
-
-REDUCERS: dict[str, Callable[..., Reducer]] = {
-    "mean": mean,
-    "median": median,
-    "trimmed_mean": trimmed_mean,
-}

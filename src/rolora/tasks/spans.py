@@ -116,7 +116,8 @@ def encode_marked(
 
     ``special`` adds the tokenizer's special tokens (a chat template has written its own), ``end``
     one end-of-text token, trained on. Rows too long keep their last ``max_length`` tokens. A row's
-    first token is never predicted. ``named`` is what messages call the rows; DataError for one with no target.
+    first token is never predicted. ``named`` is what messages call the rows. Raises DataError for a
+    row without a target.
     """
     encoded = tokenizer(
         [row.text for row in rows],

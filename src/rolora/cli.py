@@ -1,0 +1,267 @@
+"""The command line. Every command calls one library function and prints what it returns.
+
+Results go to standard output, progress to standard error. Exit codes are in ``rolora.errors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rolora.errors import EXIT_CODES, ConfigError, RoloraError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Federated LoRA fine-tuning with exact averages.",
+    epilog="Exit codes: " + " · ".join(f"{code} {what}" for code, what in EXIT_CODES.items()),
+)
+out_console = Console(highlight=False, soft_wrap=True)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="the run's TOML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.lr=1e-3")
+]
+Out = Annotated[Path | None, typer.Option(help="the new folder; default: runs/NAME")]
+Json = Annotated[bool, typer.Option("--json", help="print what a program would read")]
+
+
+@app.command()
+def run(
+    config: ConfigPath, overrides: Overrides = None, out: Out = None, json: Json = False
+) -> None:
+    """Fine-tune: train, checkpoint every round, write the adapter and the report."""
+    from rolora import runs
+    from rolora.config import load_config
+    from rolora.display import working
+
+    settings = load_config(config, overrides or [])
+    with working("loading the model and the data"):
+        started = runs.start(settings, out)
+    _follow(started, json)
+
+
+@app.command()
+def resume(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    rounds: Annotated[int | None, typer.Option(help="train until this many rounds")] = None,
+    json: Json = False,
+) -> None:
+    """Go on with a run from its last checkpoint, as if it had never stopped."""
+    from rolora import runs
+    from rolora.display import working
+
+    with working("loading the model and the data"):
+        resumed = runs.resume(path, rounds)
+    _follow(resumed, json)
+
+
+@app.command()
+def compare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="comma-separated")] = "rolora,ffa_lora,fedit",
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
+    out: Annotated[Path | None, typer.Option(help="default: runs/NAME-compare")] = None,
+    json: Json = False,
+) -> None:
+    """Run several methods and seeds on the same rows, cohorts and batches, and compare them."""
+    from rolora import runs
+    from rolora.config import load_config
+    from rolora.display import follow
+
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise ConfigError(f"--seeds {seeds!r}: give whole numbers with commas, such as 0,1,2")
+    settings = load_config(config, overrides or [])
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    path = out or Path("runs") / f"{settings.name}-compare"
+    done = []
+    for one in runs.compare(settings, names, [int(seed) for seed in seeds.split(",")], path):
+        follow(one, one.folder.path.name)
+        done.append(one.folder.path)
+    _summary(done, json)
+    if not json:
+        out_console.print(f"\nreport   {path / 'report.html'}", markup=False)
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    json: Json = False,
+) -> None:
+    """Write one page about one or more runs: curves, tables, the split, the configuration."""
+    from rolora.report import write_report
+
+    write_report(paths, out)
+    _summary(paths, json)
+    if not json:
+        out_console.print(f"\nreport   {out}", markup=False)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER")],
+    data: Annotated[str, typer.Option(help="rows with the columns that the run was trained on")],
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a finished run, or an adapter folder, on other rows."""
+    from rolora.display import working
+    from rolora.runs import evaluate_adapter
+
+    with working("loading and evaluating"):
+        metrics = evaluate_adapter(path, data, model)
+    if json:
+        _print_json(metrics)
+    else:
+        for name, value in metrics.items():
+            out_console.print(f"{name:20} {value:.4f}", markup=False)
+
+
+@app.command()
+def partition(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option(help="png or svg")] = Path("partition.png"),
+    show_masks: Annotated[
+        int | None, typer.Option(metavar="N", help="show which tokens of N rows are trained on")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show who holds which rows, and save a picture of it. Trains nothing."""
+    from rolora.config import load_config
+    from rolora.report import save_split_picture
+    from rolora.rows import load_rows
+
+    settings = load_config(config, overrides or [])
+    rows = load_rows(settings)
+    table = rows.table()
+    save_split_picture(table, picture)
+    if json:
+        _print_json(table)
+    else:
+        _print_split(table, rows.test.num_rows)
+        out_console.print(f"\npicture   {picture}", markup=False)
+    if show_masks is not None:
+        _print_masks(settings, show_masks)
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the methods: what each trains, sends, and where it comes from."""
+    from rolora.method import describe_methods
+
+    rows = describe_methods()
+    if json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("method", "trains in rounds 1, 2", "sends", "options", "what it is"):
+        table.add_column(column)
+    for row in rows:
+        sends = " / ".join(row.sends)
+        table.add_row(row.name, " / ".join(row.trains), sends, ", ".join(row.options), row.summary)
+    out_console.print(table)
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
+    out: Annotated[Path, typer.Option(help="the config to write")] = Path("rolora.toml"),
+    model: Annotated[str, typer.Option(help="a folder, hub name or .gguf file")] = "",
+) -> None:
+    """Look at the columns of your file and write a commented config for it."""
+    from rolora.starter import write_starter
+
+    write_starter(data, out, model)
+    out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
+
+
+def _follow(started: Any, as_json: bool) -> None:
+    from rolora.display import follow
+
+    last = follow(started, started.setup.config.name)
+    folder = started.folder
+    _summary([folder.path], as_json)
+    if last is None and not as_json:
+        out_console.print("nothing was left to do", markup=False)
+    if not as_json:
+        out_console.print(f"\nreport    {folder.path / 'report.html'}", markup=False)
+        out_console.print(f"adapter   {folder.adapter}", markup=False)
+
+
+def _summary(paths: list[Path], as_json: bool) -> None:
+    from rolora.display import results_table
+    from rolora.report import load_run, summarise
+
+    rows = summarise([load_run(path) for path in paths])
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        out_console.print(results_table(rows))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_split(split: dict[str, Any], test_rows: int) -> None:
+    labels = sorted({label for client in split["clients"] for label in client["labels"]})
+    shown = labels if len(labels) <= 12 else []
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("client")
+    for column in ("rows", *shown):
+        table.add_column(column, justify="right")
+    for client in split["clients"]:
+        counts = [str(client["labels"].get(label, "")) for label in shown]
+        table.add_row(client["id"], str(client["num_examples"]), *counts)
+    out_console.print(table)
+    total = sum(client["num_examples"] for client in split["clients"])
+    out_console.print(f"\n{total} training rows, {test_rows} test rows", markup=False)
+    for note in filter(None, [split["note"]]):
+        out_console.print(f"note: {note}", markup=False)
+
+
+def _print_masks(settings: Any, count: int) -> None:
+    from rolora.runs import training_masks
+
+    for row, pieces in enumerate(training_masks(settings, count), start=1):
+        out_console.print(f"\nrow {row} (bold green is trained on)")
+        for text, trained in pieces:
+            style = "bold green" if trained else "dim"
+            out_console.print(text, style=style, end="", markup=False)
+        out_console.print()
+
+
+def main() -> None:
+    """The ``rolora`` command: one line and a documented exit code for whatever goes wrong."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(standalone_mode=False)
+    except RoloraError as error:
+        _leave(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _leave("interrupted; finished rounds are saved, go on with: rolora resume RUN", 130)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _leave(f"{os.strerror(error.errno) if error.errno else error}{where}", 1)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+
+
+def _leave(message: str, code: int) -> None:
+    one_line = " ".join(message.split())
+    print(f"rolora: {one_line}", file=sys.stderr)
+    sys.exit(code)

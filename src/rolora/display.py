@@ -1,0 +1,177 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere.
+
+Everything goes to standard error; standard output is for results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from rolora.adapter import ClientInfo, Failure, Update
+from rolora.engine import ClientMetrics, Engine, Job
+from rolora.method import Method, ServerState
+from rolora.report import Row
+from rolora.rounds import RoundResult
+from rolora.runs import Run
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An engine that tells ``tick`` of every update as it arrives, and changes nothing else."""
+
+    engine: Engine
+    tick: Callable[[], None]
+
+    def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
+        """As the engine's own."""
+        for reply in self.engine.run(method, job):
+            self.tick()
+            yield reply
+
+    def evaluate(
+        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
+    ) -> Iterable[ClientMetrics]:
+        """As the engine's own."""
+        return self.engine.evaluate(method, server, clients)
+
+
+def follow(run: Run, title: str) -> RoundResult | None:
+    """Run to the end, showing each round; returns the last one (None if there was none to do)."""
+    for note in run.notes:
+        console.print(f"note: {note}", markup=False)
+    federation = run.setup.federation
+    left = federation.rounds - run.state.server.round
+    sent = Sent()
+    last: RoundResult | None = None
+    with _bar(title, left) as (advance, tick):
+        started = time.monotonic()
+        done = 0
+        for result in run.rounds(lambda engine: Watched(engine, tick)):
+            last = result
+            sent = sent.plus(result)
+            done += result.advanced and result.round > 0
+            pace = (time.monotonic() - started) / done if done else 0.0
+            advance(describe(result, federation.rounds, sent, pace * (left - done)))
+    return last
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that have travelled so far."""
+
+    up: int = 0
+    down: int = 0
+
+    def plus(self, result: RoundResult) -> Sent:
+        """With this round's."""
+        return Sent(self.up + result.bytes_up, self.down + result.bytes_down)
+
+
+def describe(result: RoundResult, rounds: int, sent: Sent, seconds_left: float) -> str:
+    """One line about a round: phase, cohort, loss, metrics, aggregation error, bytes, time left."""
+    if result.round == 0:
+        return f"before training   {_metrics(result)}"
+    phase = "+".join(role for role in result.factors if role != "head") or "head"
+    parts = [f"round {result.round}/{rounds}", f"train {phase}", f"{len(result.cohort)} clients"]
+    if not result.advanced:
+        parts.append(f"no quorum, attempt {result.attempt + 1}; trying again")
+    if result.loss is not None:
+        parts.append(f"loss {result.loss:.3f}")
+    if found := _metrics(result):
+        parts.append(found)
+    if result.aggregation_error is not None:
+        parts.append(f"aggregation error {result.aggregation_error:.1e}")
+    if result.rejected:
+        parts.append(f"rejected {len(result.rejected)}: {_first(result.rejected.items())}")
+    parts.append(f"sent {sent.up / 1e6:.2f} MB up, {sent.down / 1e6:.2f} MB down")
+    parts.append(f"{_clock(seconds_left)} left")
+    return "   ".join(parts)
+
+
+def _metrics(result: RoundResult) -> str:
+    wanted = [name for name in result.metrics if name not in ("macro_f1", "matthews")]
+    return "  ".join(f"{name} {result.metrics[name]:.3f}" for name in wanted)
+
+
+def _first(items: Iterable[tuple[str, str]]) -> str:
+    client, reason = next(iter(items))
+    return f"{client} ({reason})"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+@contextlib.contextmanager
+def _bar(title: str, rounds: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """``advance(line)`` after a round, ``tick()`` after a client; a bar only on a terminal."""
+    if not console.is_terminal:
+        yield (lambda text: console.print(f"{title}: {text}", markup=False)), (lambda: None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("rounds   {task.fields[clients]} updates in this round"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=rounds, clients=0)
+        count = 0
+
+        def advance(text: str) -> None:
+            nonlocal count
+            count = 0
+            console.print(f"[bold]{title}[/bold]: {text}")
+            finished = 0 if text.startswith("before") or "no quorum" in text else 1
+            progress.update(task, advance=finished, clients=0)
+
+        def tick() -> None:
+            nonlocal count
+            count += 1
+            progress.update(task, clients=count)
+
+        yield advance, tick
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner on a terminal while something takes its time."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(f"{what} ...", markup=False)
+        yield
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """The summary of one or more runs as people read it."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    metric = rows[0].metric if rows else "metric"
+    table.add_column("method")
+    for name in (f"{metric} (mean ± sd)", "seeds", "best", "MB up", "MB down", "agg. error", "s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        spread = "" if row.final_sd is None else f" ± {row.final_sd:.3f}"
+        error = "unknown" if row.aggregation_error is None else f"{row.aggregation_error:.1e}"
+        table.add_row(
+            row.method,
+            f"{row.final_mean:.3f}{spread}",
+            ",".join(map(str, row.seeds)),
+            f"{row.best_mean:.3f}",
+            f"{row.megabytes_up:.2f}",
+            f"{row.megabytes_down:.2f}",
+            error,
+            f"{row.seconds:.0f}",
+        )
+    return table

@@ -1,0 +1,214 @@
+"""Start, resume, compare and evaluate runs: the library behind the commands.
+
+>>> import rolora
+>>> config = rolora.load_config("questions.toml")           # doctest: +SKIP
+>>> for result in rolora.start(config, "runs/q").rounds():  # doctest: +SKIP
+...     print(result.round, dict(result.metrics))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rolora import data
+from rolora.base import Base
+from rolora.build import Setup, load_base_for, make_task, prepare
+from rolora.config import RunConfig, dump_config, make_config
+from rolora.engine import Engine
+from rolora.errors import ConfigError
+from rolora.local import evaluate
+from rolora.lora import read_adapter, save_adapter
+from rolora.record import RunFolder
+from rolora.report import write_report
+from rolora.rounds import RoundResult, RunState, federate
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has a folder and a state to go on from."""
+
+    setup: Setup
+    folder: RunFolder
+    state: RunState
+    notes: tuple[str, ...]
+
+    def rounds(
+        self, watch: Callable[[Engine], Engine] = lambda engine: engine
+    ) -> Iterator[RoundResult]:
+        """Train; each round is on disk before it is yielded.
+
+        At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
+        updates as they arrive.
+        """
+        federation = replace(self.setup.federation, engine=watch(self.setup.federation.engine))
+        with self.folder.locked():
+            state = self.state
+            for result in federate(federation, state):
+                self.folder.commit(result)
+                state = result.state
+                yield result
+            self._finish(state)
+
+    def _finish(self, state: RunState) -> None:
+        """Write the adapter of the best validated round (of the last, without validation)."""
+        chosen = state.best.adapter if state.best else state.server.adapter
+        base, config = self.setup.base, self.setup.config
+        notes = {
+            "rolora": version("rolora"),
+            "round": state.best.round if state.best else state.server.round,
+            "root": str(config.root),
+            "labels": list(self.setup.labels),
+            "config": config.model_dump(mode="json", exclude_none=True),
+        }
+        save_adapter(self.folder.adapter, chosen, base.peft_config, base.model.config, notes)
+        write_report([self.folder.path], self.folder.path / "report.html")
+
+
+def start(config: RunConfig, out: str | Path | None = None, base: Base | None = None) -> Run:
+    """A new run in folder ``out`` (``runs/NAME`` if left out), which must not exist yet.
+
+    Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
+    """
+    path = Path(out) if out is not None else Path("runs") / config.name
+    if path.exists():
+        RunFolder.create(path, "", {})  # refuses
+    setup = prepare(config, path / "clients", base)
+    text = dump_config(config, provenance(setup))
+    folder = RunFolder.create(path, text, setup.rows.table())
+    return Run(setup, folder, setup.start, setup.notes)
+
+
+def resume(path: str | Path, rounds: int | None = None) -> Run:
+    """A run as its last whole checkpoint left it; ``rounds`` raises the number of rounds.
+
+    Thread count and bank size are those of the start, because the bits depend on them. Raises
+    ConfigError if the data is no longer what the run started with.
+    """
+    folder = RunFolder.open(Path(path))
+    with folder.locked():
+        values = tomllib.loads(folder.config.read_text())
+        origin = values.pop("provenance")
+        overrides = [] if rounds is None else [f"train.rounds={rounds}"]
+        config = make_config(values, overrides, root=Path(origin["root"]))
+        torch.set_num_threads(origin["threads"])
+        pinned = config.model_copy(
+            update={"train": config.train.model_copy(update={"bank": origin["bank"]})}
+        )
+        setup = prepare(pinned, folder.clients)
+        now = provenance(setup)
+        if now["data"] != origin["data"]:
+            raise ConfigError(f"the data of {path} has changed since the run started")
+        state, notes = folder.restore(setup.start)
+        if rounds is not None:
+            if rounds < state.server.round:
+                raise ConfigError(f"{path} has already done {state.server.round} rounds")
+            folder.rewrite_config(dump_config(config, origin))
+    for what in ("versions", "cpu"):
+        if now[what] != origin[what]:
+            notes.append(f"{what} differ from the start of the run, so the last bits may too")
+    return Run(setup, folder, state, (*setup.notes, *notes))
+
+
+def compare(
+    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: str | Path | None = None
+) -> Iterator[Run]:
+    """One run per seed and method in ``out/METHOD-seedN``, on the same rows, cohorts and batches.
+
+    Yields each run before it is started; iterate its ``rounds()``. When the last one is done,
+    ``out/report.html`` compares them all. The base model is loaded once.
+    """
+    path = Path(out) if out is not None else Path("runs") / f"{config.name}-compare"
+    if path.exists():
+        raise ConfigError(f"{path} exists and is never overwritten: name another with --out")
+    if not methods or not seeds:
+        raise ConfigError("compare needs at least one method and one seed")
+    variants = [
+        make_config(_variant(config, method, seed), root=config.root)
+        for seed in seeds
+        for method in methods
+    ]
+    base: Base | None = None
+    folders = []
+    for variant in variants:
+        folder = path / f"{variant.method.name}-seed{variant.seed}"
+        run = start(variant, folder, base)
+        base = run.setup.base
+        folders.append(folder)
+        yield run
+    write_report(folders, path / "report.html")
+
+
+def _variant(config: RunConfig, method: str, seed: int) -> dict[str, Any]:
+    values = config.model_dump(mode="json", exclude_none=True)
+    options = values["method"] if config.method.name == method else {"name": method}
+    return {**values, "method": options, "seed": seed}
+
+
+def evaluate_adapter(path: str | Path, source: str, model: str | None = None) -> dict[str, float]:
+    """Metrics of a finished run, or of an adapter folder that a run left, on other rows.
+
+    ``model`` names the base model where it is no longer at its old place. Raises ConfigError for a
+    folder that is neither, DataError for rows that do not fit.
+    """
+    folder = Path(path)
+    folder = folder / "adapter" if (folder / "config.toml").is_file() else folder
+    file = folder / "rolora.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder} is no adapter that rolora wrote (no rolora.json); "
+            "if its run is unfinished, go on with: rolora resume"
+        )
+    notes = json.loads(file.read_text())
+    overrides = [] if model is None else [f"model.path={Path(model).resolve()}"]
+    config = make_config(notes["config"], overrides, root=Path(notes["root"]))
+    table = data.read_table(source, root=Path(), split=config.data.test_split)
+    base = load_base_for(config, notes["labels"])
+    task = make_task(config, base, notes["labels"])
+    adapter = read_adapter(folder, base.specs)
+    return evaluate(base, task, task.encode_test(table, source), adapter)
+
+
+def provenance(setup: Setup) -> dict[str, Any]:
+    """Where and with what a run was made: versions, commit, processor, threads, data."""
+    packages = ("rolora", "torch", "transformers", "peft", "datasets", "numpy")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {
+        "versions": versions,
+        "git_commit": _git_commit(Path(__file__).parent),
+        "root": str(setup.config.root),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "bank": setup.bank_size,
+        "data": _data_hash(setup),
+    }
+
+
+def _data_hash(setup: Setup) -> str:
+    digest = hashlib.sha256()
+    for client, rows in setup.rows.shards.items():
+        digest.update(client.encode())
+        digest.update(rows.numpy().tobytes())
+    for tensor in (setup.examples.tokens, setup.examples.offsets, setup.examples.targets):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _git_commit(folder: Path) -> str:
+    """The commit of the checkout that rolora runs from, or "" where it is installed."""
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return found.stdout.strip()
