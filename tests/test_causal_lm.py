@@ -75,8 +75,9 @@ def full_loss(base: Base, batch: Any) -> torch.Tensor:
     """Per row, summed cross-entropy through the whole model's logits."""
     logits = base.model(**batch.inputs).logits[:, :-1]
     target = batch.inputs["input_ids"][:, 1:]
-    each: torch.Tensor = functional.cross_entropy(logits.mT, target, reduction="none")
-    return (each * batch.targets[:, 1:]).sum(dim=1)
+    each = functional.cross_entropy(logits.mT, target, reduction="none")
+    summed: torch.Tensor = (each * batch.targets[:, 1:]).sum(dim=1)
+    return summed
 
 
 def test_the_loss_is_what_transformers_computes_with_labels_of_minus_100(
@@ -201,17 +202,18 @@ def test_keys_that_only_other_chats_have_do_not_reach_the_template(
 ) -> None:
     template = "{% for m in messages %}{{ m.content }}{% if 'name' in m %}!{% endif %}{% endfor %}"
     monkeypatch.setattr(base.tokenizer, "chat_template", template)
-    loud, quiet = [{"role": "assistant", "content": "hi", "name": "x"}], CHAT[:3]
-    examples = chat_task(base).encode(pa.table({"chat": [loud, quiet]}), "train")
+    loud = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "hi"}]
+    examples = chat_task(base).encode(pa.table({"chat": [loud, CHAT[:3]]}), "train")
     texts = ["".join(text for text, _ in row) for row in masks(examples, base.tokenizer, [0, 1])]
-    assert texts == ["hi!", "you answerthe catsat on the mat"]
+    assert texts == ["a!hi", "you answerthe catsat on the mat"]
 
 
 @pytest.mark.parametrize(
     ("chat", "message"),
     [
         ([{"role": "user", "content": "a"}], "row 2: no message with role 'assistant'"),
-        ([{"role": "assistant", "content": " "}], "row 2: no message with role 'assistant'"),
+        ([CHAT[1], {"role": "assistant", "content": " "}], "row 2: no message with role 'assist"),
+        (CHAT[2:], "row 2: the first message is the assistant's"),
         ([{"role": "assistant"}], "row 2: message 1 has no text under 'content'"),
         ([{"content": "a"}], "row 2: message 1 has no text under 'role'"),
         (None, "row 2: messages must be a list"),

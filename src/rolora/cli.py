@@ -161,7 +161,7 @@ def partition(
 @app.command()
 def methods(json: Json = False) -> None:
     """List the methods: what each trains, sends, and where it comes from."""
-    from rolora.method import describe_methods
+    from rolora.catalogue import describe_methods
 
     rows = describe_methods()
     if json:
@@ -245,20 +245,27 @@ def _print_masks(settings: Any, count: int) -> None:
         out_console.print()
 
 
+class Interrupted(BaseException):
+    """Ctrl-C or a request to end. No library mistakes it for an error of its own."""
+
+
 def main() -> None:
     """The ``rolora`` command: one line and a documented exit code for whatever goes wrong."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
-        app(standalone_mode=False)
+        app()
     except RoloraError as error:
         _leave(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except Interrupted:
         _leave("interrupted; finished rounds are saved, go on with: rolora resume RUN", 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _leave(f"{os.strerror(error.errno) if error.errno else error}{where}", 1)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted
 
 
 def _leave(message: str, code: int) -> None:

@@ -104,4 +104,3 @@ def clip(inner: Reducer, norm: float) -> Reducer:
         return inner.add(memory, value, reference, weight)
 
     return Reducer(inner.init, add, inner.finish)
-

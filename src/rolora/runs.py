@@ -32,6 +32,8 @@ from rolora.lora import read_adapter, save_adapter
 from rolora.record import RunFolder
 from rolora.report import write_report
 from rolora.rounds import RoundResult, RunState, federate
+from rolora.rows import load_rows
+from rolora.tasks.spans import masks
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,19 @@ def evaluate_adapter(path: str | Path, source: str, model: str | None = None) ->
     task = make_task(config, base, notes["labels"])
     adapter = read_adapter(folder, base.specs)
     return evaluate(base, task, task.encode_test(table, source), adapter)
+
+
+def training_masks(config: RunConfig, rows: int) -> list[list[tuple[str, bool]]]:
+    """The tokens of the first training rows, each with whether the loss is taken on it.
+
+    ConfigError for a task whose loss is on the label alone.
+    """
+    if config.model.task == "classification":
+        raise ConfigError("masks belong to causal_lm and choice; classification learns the label")
+    table = load_rows(config).train.slice(0, rows)
+    base = load_base_for(config, [])
+    examples = make_task(config, base, []).encode(table, config.data.train)
+    return masks(examples, base.tokenizer, range(len(examples)))
 
 
 def provenance(setup: Setup) -> dict[str, Any]:

@@ -62,6 +62,10 @@ def _turns(value: Any, place: str) -> list[dict[str, Any]]:
                 raise DataError(f"{place}: message {number} has no text under {key!r}")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in value):
         raise DataError(f"{place}: no message with role 'assistant' has any text to learn")
+    if value[0]["role"] == "assistant":
+        raise DataError(
+            f"{place}: the first message is the assistant's: put the system's or user's before it"
+        )
     # Arrow gives every struct every key that any row has; a template must not see those
     return [{key: item for key, item in turn.items() if item is not None} for turn in value]
 

@@ -1,0 +1,42 @@
+# make demo      twenty clients fine-tune a real encoder; three methods side by side
+# make test      the default tests            make test-all  with slow, browser and docs tests
+# make check     formatting, lint, types      make demo-llm  the demo with a small chat model
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
+
+.PHONY: install demo demo-llm test test-all check build clean
+
+install: $(VENV)/installed
+
+# torch goes first and by version: a range would take a build with gigabytes of CUDA libraries
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/rolora demo
+
+demo-llm: install
+	$(BIN)/rolora demo --llm
+
+test: install
+	$(PYTEST)
+
+test-all: install
+	$(PYTEST) -m "slow or browser or not slow" -rs
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+build: install
+	$(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
