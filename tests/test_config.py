@@ -1,0 +1,81 @@
+"""The configuration: defaults in one place, overrides, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rolora.config import dump_config, load_config, make_config
+from rolora.errors import ConfigError
+
+LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}
+
+
+def fault(values: dict[str, object], *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make_config({**LEAST, **values}, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_least_config_is_a_model_and_a_file() -> None:
+    config = make_config(LEAST)
+    assert config.method.name == "rolora"
+    assert config.train.local_steps is None  # with local_epochs left out too, this means 5
+
+
+def test_an_override_reaches_any_key_and_takes_toml_values_or_bare_words() -> None:
+    config = make_config(
+        LEAST,
+        ["train.lr=1e-3", "method.name=ffa_lora", 'data.text=["a", "b"]', "offline=true"],
+    )
+    assert (config.train.lr, config.method.name) == (1e-3, "ffa_lora")
+    assert (config.data.text, config.offline) == (["a", "b"], True)
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "said"),
+    [
+        ({}, ["train.rouds=3"], "unknown key 'train.rouds': did you mean 'rounds'?"),
+        ({"trian": {}}, [], "unknown key 'trian': did you mean 'train'?"),
+        ({}, ["train.rounds=three"], "train.rounds: Input should be a valid integer"),
+        ({}, ["train.lr=-1"], "train.lr: Input should be greater than 0"),
+        ({}, ["train.lr"], "not of the form key.path=value"),
+        ({}, ["name.first=1", "name=x", "name.y=2"], "'y' is not inside a table"),
+        ({}, ["method.name=rolara"], "unknown method 'rolara': did you mean 'rolora'?"),
+        ({}, ["method.fist=B"], "unknown key 'method.fist': did you mean 'first'?"),
+        ({}, ["method.first=C"], "method.first: Input should be 'A' or 'B'"),
+        ({}, ["method.name=fedit", "method.first=B"], "method 'fedit' has no options"),
+        ({}, ["train.local_steps=1", "train.local_epochs=1"], "not both"),
+        ({}, ["partition.scheme=by_field"], "partition.field"),
+        ({}, ["eval.patience=2"], "data.validation"),
+        ({}, ["name=a/b"], "usable as a folder name"),
+        ({}, ["root=/"], "unknown key 'root'"),
+        ({"model": {}}, [], "model.path is missing"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(
+    values: dict[str, object], overrides: list[str], said: str
+) -> None:
+    assert said in fault(values, *overrides)
+
+
+def test_a_missing_or_broken_file_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = [")
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_a_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = make_config(LEAST, ["train.local_epochs=2", "data.validation=0.1"], root=tmp_path)
+    file = tmp_path / "config.toml"
+    file.write_text(dump_config(config, {}).replace("[provenance]", ""))
+    assert load_config(file) == config
+
+
+def test_every_default_of_the_schema_is_accepted_when_written_out() -> None:
+    text = make_config(LEAST).model_dump(mode="json", exclude_none=True)
+    assert make_config(text) == make_config(LEAST)

@@ -1,0 +1,188 @@
+"""The run folder: committed rounds survive a crash at any moment, and damage is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rolora.adapter import AdapterState
+from rolora.durable import new_folder, write_file
+from rolora.errors import ConfigError, RoloraError
+from rolora.method import ServerState
+from rolora.record import RunFolder, line
+from rolora.rounds import Best, RoundResult, RunState
+
+
+def state(round: int, attempt: int = 0) -> RunState:
+    tensors = {
+        "x.lora_A.weight": torch.full((2, 3), round + 0.1),
+        "x.lora_B.weight": torch.ones(4, 2),
+    }
+    adapter = AdapterState(tensors, {"x": 2.0})
+    best = Best(1, 0.5, adapter) if round else None
+    server = ServerState(adapter, {"velocity": torch.ones(3)}, round, attempt)
+    return RunState(server, {"c": {"x.lora_A.weight": "00"}}, best, stale=round)
+
+
+def result(round: int, attempt: int = 0, advanced: bool = True) -> RoundResult:
+    return RoundResult(
+        round=round,
+        attempt=attempt,
+        factors=("B",),
+        cohort=("c",),
+        lr=0.1,
+        clients={"c": {"num_examples": 2, "loss": 0.5, "steps": 1}},
+        metrics={},
+        validation={},
+        client_metrics={},
+        aggregation_error=0.0,
+        bytes_up=1,
+        bytes_down=2,
+        seconds=0.1,
+        rejected={},
+        advanced=advanced,
+        state=state(round, attempt),
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    run = RunFolder.create(tmp_path / "run", "name = 'x'\n", {"clients": []})
+    for round in range(4):
+        run.commit(result(round))
+    return run
+
+
+def rounds(folder: RunFolder) -> list[int]:
+    return [json.loads(text)["round"] for text in folder.rounds.read_text().splitlines()]
+
+
+def assert_same(one: RunState, other: RunState) -> None:
+    for a, b in [
+        (one.server.adapter, other.server.adapter),
+        (one.server.memory, other.server.memory),
+        (one.best.adapter if one.best else {}, other.best.adapter if other.best else {}),
+    ]:
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert one.server.adapter.scaling == other.server.adapter.scaling
+    assert (one.ledger, one.stale, one.server.round) == (
+        other.ledger,
+        other.stale,
+        other.server.round,
+    )
+    assert one.server.attempt == other.server.attempt
+
+
+def test_a_restored_state_is_the_committed_one_to_the_bit(folder: RunFolder) -> None:
+    restored, notes = folder.restore(state(0))
+    assert notes == []
+    assert_same(restored, state(3))
+
+
+def test_only_the_newest_two_checkpoints_are_kept(folder: RunFolder) -> None:
+    names = sorted(path.name for path in (folder.path / "checkpoints").iterdir())
+    assert names == ["round-000002", "round-000003"]
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
+    folder: RunFolder, file: str, damage: str
+) -> None:
+    path = folder.path / "checkpoints" / "round-000003" / file
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 0x20 if damage == "flipped" else 0
+        path.write_bytes(content[:-5] if damage == "truncated" else content)
+        if damage == "flipped" and file == "manifest.json":
+            path.write_bytes(b"\xff" + bytes(content))
+    restored, notes = folder.restore(state(0))
+    assert restored.server.round == 2
+    assert "round-000003 is damaged" in notes[0]
+    assert rounds(folder) == [0, 1, 2]
+
+
+def test_when_no_checkpoint_can_be_read_the_run_is_not_silently_restarted(
+    folder: RunFolder,
+) -> None:
+    for path in (folder.path / "checkpoints").glob("*/state.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(RoloraError, match="no checkpoint that can be read"):
+        folder.restore(state(0))
+
+
+def test_a_line_lost_between_checkpoint_and_log_comes_back_from_the_checkpoint(
+    folder: RunFolder,
+) -> None:
+    text = folder.rounds.read_text().splitlines(keepends=True)
+    folder.rounds.write_text("".join(text[:-1]) + text[-1][:20])
+    folder.restore(state(0))
+    assert rounds(folder) == [0, 1, 2, 3]
+    assert json.loads(folder.rounds.read_text().splitlines()[-1]) == line(result(3))
+
+
+def test_lines_of_rounds_after_the_checkpoint_are_cut(folder: RunFolder) -> None:
+    with folder.rounds.open("a") as file:
+        file.write(json.dumps({"round": 4}) + "\n")
+    folder.restore(state(0))
+    assert rounds(folder) == [0, 1, 2, 3]
+
+
+def test_an_attempt_without_quorum_is_saved_but_is_no_round(folder: RunFolder) -> None:
+    folder.commit(result(3, attempt=1, advanced=False))
+    restored, _ = folder.restore(state(0))
+    assert restored.server.attempt == 1
+    assert rounds(folder) == [0, 1, 2, 3]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_start(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "new", "", {})
+    begin = state(0)
+    assert folder.restore(begin)[0] is begin
+
+
+def test_a_run_folder_is_never_overwritten(folder: RunFolder) -> None:
+    with pytest.raises(ConfigError, match="never overwritten"):
+        RunFolder.create(folder.path, "", {})
+
+
+def test_two_processes_cannot_write_to_one_run(folder: RunFolder) -> None:
+    with (
+        folder.locked(),
+        pytest.raises(ConfigError, match="in use by another process"),
+        folder.locked(),
+    ):
+        pass
+
+
+def test_a_folder_that_fails_while_being_filled_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fill() -> None:
+        with new_folder(tmp_path / "x") as part:
+            (part / "file").write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_whole_keeps_its_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_file(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rolora.durable.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
