@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from rolora.local import LocalSettings, evaluate
 from rolora.lora import LoraSettings, read_adapter
 from rolora.method import Aggregation, Method, ServerState, freeze_head, get_method
 from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
-from rolora.rounds import Federation, Metrics, RunState, learning_rate
+from rolora.rounds import Federation, Metrics, RunState, cohort_size, learning_rate
 from rolora.rows import Rows, load_rows
 from rolora.tasks import HIGHER_IS_BETTER, Examples, Task
 from rolora.tasks.causal_lm import causal_lm
@@ -53,20 +53,19 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         if config.model.task == "classification"
         else []
     )
+    method, size = make_method(config), bank_size(config, len(rows.shards))
+    _refuse_quorum(config, len(rows.shards))
     base = base or load_base_for(config, labels)
     task = make_task(config, base, labels)
     examples = task.encode(rows.train, config.data.train)
     test = task.encode_test(rows.test, _source(config.data.test, config))
-    validation = (
-        None
-        if rows.validation is None
-        else task.encode_test(rows.validation, _source(config.data.validation, config))
-    )
+    validation = None
+    if rows.validation is not None:
+        validation = task.encode_test(rows.validation, _source(config.data.validation, config))
     held_out = {
         client: task.encode_test(rows.train.take(chosen.tolist()), config.data.train)
         for client, chosen in rows.held_out.items()
     }
-    size = bank_size(config, len(rows.shards))
     engine = InProcess(
         base,
         task,
@@ -78,10 +77,6 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         held_out=held_out,
         test=test,
     )
-    method = make_method(config)
-    metric = config.eval.metric or task.metric
-    if metric not in HIGHER_IS_BETTER:
-        raise ConfigError(f"eval.metric {metric!r} is none of {', '.join(HIGHER_IS_BETTER)}")
     federation = Federation(
         method=method,
         engine=Debug(engine) if config.train.engine == "debug" else engine,
@@ -92,15 +87,9 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         rank=config.lora.rank,
         seed=config.seed,
         rounds=config.train.rounds,
-        lr=partial(
-            learning_rate,
-            lr=config.train.lr,
-            rounds=config.train.rounds,
-            schedule=config.train.schedule,
-            warmup_rounds=config.train.warmup_rounds,
-        ),
+        lr=_schedule(config),
         participation=config.train.participation,
-        metric=metric,
+        metric=_metric(config, task),
         test=partial(_score, base, task, test, config.eval.generate),
         validation=None if validation is None else partial(_score, base, task, validation, 0),
         per_client=bool(held_out),
@@ -110,6 +99,33 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     start = RunState(ServerState(first_adapter(config, method, base)))
     notes = _notes(config, rows, examples, test)
     return Setup(config, base, task, rows, examples, federation, start, tuple(labels), size, notes)
+
+
+def _schedule(config: RunConfig) -> Callable[[int], float]:
+    train = config.train
+    return partial(
+        learning_rate,
+        lr=train.lr,
+        rounds=train.rounds,
+        schedule=train.schedule,
+        warmup_rounds=train.warmup_rounds,
+    )
+
+
+def _metric(config: RunConfig, task: Task) -> str:
+    metric = config.eval.metric or task.metric
+    if metric not in HIGHER_IS_BETTER:
+        raise ConfigError(f"eval.metric {metric!r} is none of {', '.join(HIGHER_IS_BETTER)}")
+    return metric
+
+
+def _refuse_quorum(config: RunConfig, clients: int) -> None:
+    cohort = cohort_size(clients, config.train.participation)
+    if config.aggregate.quorum > cohort:
+        raise ConfigError(
+            f"aggregate.quorum = {config.aggregate.quorum} can never be met by a cohort of "
+            f"{cohort} (train.participation of {clients} clients)"
+        )
 
 
 def _source(source: str | float | None, config: RunConfig) -> str:

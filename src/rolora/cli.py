@@ -76,18 +76,24 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="default: runs/NAME-compare")] = None,
     json: Json = False,
 ) -> None:
-    """Run several methods and seeds on the same rows, cohorts and batches, and compare them."""
+    """Run several methods and seeds on the same rows, cohorts and batches, and compare them.
+
+    An override may be for one method alone: fedit:train.lr=1e-3
+    """
     from rolora import runs
     from rolora.config import load_config
     from rolora.display import follow
 
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
         raise ConfigError(f"--seeds {seeds!r}: give whole numbers with commas, such as 0,1,2")
-    settings = load_config(config, overrides or [])
     names = [name.strip() for name in methods.split(",") if name.strip()]
+    only = {name: _meant_for(name, overrides or []) for name in names}
+    for_all = [text for text in overrides or [] if ":" not in text.partition("=")[0]]
+    settings = load_config(config, for_all)
     path = out or Path("runs") / f"{settings.name}-compare"
     done = []
-    for one in runs.compare(settings, names, [int(seed) for seed in seeds.split(",")], path):
+    chosen = [int(seed) for seed in seeds.split(",")]
+    for one in runs.compare(settings, names, chosen, path, only):
         follow(one, one.folder.path.name)
         done.append(one.folder.path)
     _summary(done, json)
@@ -187,6 +193,11 @@ def init(
 
     write_starter(data, out, model)
     out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
+
+
+def _meant_for(method: str, overrides: list[str]) -> list[str]:
+    """The overrides that are written METHOD:key=value for this method, without the prefix."""
+    return [text.removeprefix(f"{method}:") for text in overrides if text.startswith(f"{method}:")]
 
 
 def _follow(started: Any, as_json: bool) -> None:

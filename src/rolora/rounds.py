@@ -123,15 +123,19 @@ def learning_rate(
     return lr
 
 
+def cohort_size(clients: int, participation: float) -> int:
+    """How many of the clients take part in a round: the nearest whole number, at least one."""
+    return min(clients, max(1, math.floor(participation * clients + 0.5)))
+
+
 def sample_cohort(
     clients: Sequence[str], participation: float, seed: int, round: int, attempt: int
 ) -> tuple[str, ...]:
     """``participation`` of the clients (at least one), drawn without replacement, in id order."""
-    size = min(len(clients), max(1, math.floor(participation * len(clients) + 0.5)))
     rng = generator(seed, "cohort", round, attempt)
-    chosen = torch.randperm(len(clients), generator=rng)[:size].tolist()
+    chosen = torch.randperm(len(clients), generator=rng).tolist()
     ids = sorted(clients)
-    return tuple(ids[i] for i in sorted(chosen))
+    return tuple(ids[i] for i in sorted(chosen[: cohort_size(len(ids), participation)]))
 
 
 def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:

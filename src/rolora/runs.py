@@ -13,7 +13,7 @@ import json
 import platform
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -123,9 +123,15 @@ def resume(path: str | Path, rounds: int | None = None) -> Run:
 
 
 def compare(
-    config: RunConfig, methods: Sequence[str], seeds: Sequence[int], out: str | Path | None = None
+    config: RunConfig,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: str | Path | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Run]:
     """One run per seed and method in ``out/METHOD-seedN``, on the same rows, cohorts and batches.
+
+    ``only`` maps a method to overrides for it alone, such as the learning rate it was tuned to.
 
     Yields each run before it is started; iterate its ``rounds()``. When the last one is done,
     ``out/report.html`` compares them all. The base model is loaded once.
@@ -136,7 +142,7 @@ def compare(
     if not methods or not seeds:
         raise ConfigError("compare needs at least one method and one seed")
     variants = [
-        make_config(_variant(config, method, seed), root=config.root)
+        make_config(_variant(config, method, seed), (only or {}).get(method, ()), root=config.root)
         for seed in seeds
         for method in methods
     ]

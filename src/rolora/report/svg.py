@@ -1,0 +1,58 @@
+"""A figure as an ``<svg>`` element that stands inside an HTML page and takes on its theme."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+from matplotlib.figure import Figure
+
+from rolora.report.figures import BAND, GRID, INK, PALETTE, rendered
+
+THEME = {colour: f"var(--series-{n})" for n, colour in enumerate(PALETTE)} | {
+    INK: "currentColor",
+    GRID: "var(--grid)",
+    BAND: "var(--band)",
+}
+
+
+def inline_svg(figure: Figure, prefix: str, description: str = "") -> str:
+    """The figure as an ``<svg>`` element to stand inside an HTML page.
+
+    Its ids begin with ``prefix``, its colours are ``THEME``'s, it has no size of its own, and it is
+    announced as ``description`` (or hidden from screen readers if there is none).
+    """
+    root = ElementTree.fromstring(rendered(figure, "svg", facecolor="none"))
+    for element in root.iter():
+        for child in list(element):
+            if _bare(child.tag) in ("metadata", "style"):
+                element.remove(child)
+        element.tag = _bare(element.tag)
+        plain = {_bare(name): value for name, value in element.attrib.items()}
+        element.attrib.clear()
+        for name, value in plain.items():
+            element.set(name, _adopt(name, value, prefix))
+    for name in ("width", "height", "version"):
+        del root.attrib[name]
+    if description:
+        root.attrib |= {"role": "img", "aria-label": description}
+    else:
+        root.set("aria-hidden", "true")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _bare(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _adopt(name: str, value: str, prefix: str) -> str:
+    """An attribute's value with its ids under ``prefix`` and its colours and font the page's."""
+    if name == "id":
+        return prefix + value
+    if name == "href" and value.startswith("#"):
+        return f"#{prefix}{value[1:]}"
+    value = value.replace("url(#", f"url(#{prefix}")
+    if name != "style":
+        return value
+    value = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
+    return re.sub(r"#[0-9a-f]{6}", lambda hit: THEME.get(hit[0], hit[0]), value)

@@ -1,0 +1,254 @@
+"""The command line: exit codes, one clear line for every mistake, results where programs look."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_site import make_site, write_rows
+from typer.main import get_command
+
+from rolora import cli
+from rolora.errors import EXIT_CODES
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
+
+
+def rolora(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
+) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command run in this process."""
+    monkeypatch.setattr(sys, "argv", ["rolora", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    code = ended.value.code
+    captured = capsys.readouterr()
+    return (code if isinstance(code, int) else 0), captured.out, captured.err
+
+
+def broken_site(tmp_path: Path, site: Path) -> Path:
+    shutil.copytree(site.parent, tmp_path / "site")
+    return tmp_path / "site" / site.name
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ("train.rouds=3", 2, "did you mean 'rounds'"),
+        ("train.rounds=many", 2, "train.rounds: Input should be a valid integer"),
+        ("data.train=none.csv", 3, "none.csv"),
+        ("data.text=txet", 3, "no column 'txet': did you mean 'text'?"),
+        ("data.label=lable", 3, "no column 'lable'"),
+        ("data.train=empty.csv", 3, "empty.csv"),
+        ("data.train=one-class.csv", 3, "only one label ('good')"),
+        ("partition.clients=600", 3, "600"),
+        ("data.test=strange.csv", 3, "label 'ugly' does not occur in the training data"),
+        ("data.train=parts/site-*.csv", 2, "partition.scheme = 'files'"),
+        ("model.path=./nowhere", 2, "model folder './nowhere' does not exist"),
+        ("model.path=pictures", 2, "cannot load model 'pictures'"),
+        ("model.path=model/none.gguf", 2, "does not exist"),
+        ('lora.target_modules=["quary"]', 2, "no layer is named quary"),
+        ("lora.layers=top:9", 2, "lora.layers = 'top:9'"),
+        ("lora.init_from=model", 2, "no PEFT adapter"),
+        ("device=cuda", 2, "device = 'cpu'"),
+        ("train.lr=1e38", 1, "is not finite in round"),
+        ("eval.metric=f2", 2, "eval.metric 'f2'"),
+        ("model.task=causal_lm", 2, "data.prompt and data.completion, or data.messages"),
+        ("aggregate.quorum=9", 2, "quorum"),
+    ],
+)
+def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    code: int,
+    said: str,
+) -> None:
+    config = broken_site(tmp_path, site)
+    (config.parent / "empty.csv").write_text("")
+    write_rows(config.parent / "one-class.csv", 20, ["good"])
+    (config.parent / "strange.csv").write_text("text,label\na film,ugly\n")
+    (config.parent / "pictures").mkdir()
+    (config.parent / "pictures" / "config.json").write_text('{"model_type": "vit_mae"}')
+    out = tmp_path / "out"
+    got, _, err = rolora(monkeypatch, capsys, "run", config, change, "--out", out)
+    last = [text for text in err.splitlines() if text.startswith("rolora:")]
+    assert (got, len(last)) == (code, 1), err
+    assert said in last[0]
+    assert "Traceback" not in err
+    if code != 1:
+        assert not out.exists()
+
+
+def test_per_client_files_with_an_empty_one_name_it(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = broken_site(tmp_path, site)
+    (config.parent / "parts").mkdir()
+    write_rows(config.parent / "parts" / "site-a.csv", 9)
+    (config.parent / "parts" / "site-b.csv").write_text("text,label\n")
+    words = ("run", config, "data.train=parts/site-*.csv", "partition.scheme=files")
+    code, _, err = rolora(monkeypatch, capsys, *words, "--out", tmp_path / "out")
+    assert code == 3
+    assert "site-b.csv" in err.splitlines()[-1]
+
+
+def test_rows_longer_than_the_model_takes_are_truncated_counted_and_said(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("run", site, "data.max_length=6", "train.rounds=1", "--out", tmp_path / "out")
+    code, _, err = rolora(monkeypatch, capsys, *words)
+    assert code == 0
+    assert "60 of 60 training rows are longer than 6 tokens" in err
+
+
+def test_json_output_is_json_and_nothing_else(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("run", site, "train.rounds=1", "--out", tmp_path / "out", "--json")
+    code, out, err = rolora(monkeypatch, capsys, *words)
+    assert code == 0
+    (row,) = json.loads(out)
+    assert (row["method"], row["rounds"]) == ("rolora", 1)
+    assert "round 1/1" in err  # progress is on standard error, in plain lines
+
+
+def test_a_run_folder_that_exists_is_refused_and_left_alone(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mine").mkdir()
+    code, _, err = rolora(monkeypatch, capsys, "run", site, "--out", tmp_path / "mine")
+    assert (code, list((tmp_path / "mine").iterdir())) == (2, [])
+    assert "never overwritten" in err
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import rolora.record as record
+
+    real, calls = record.new_folder, []
+
+    def full(path: Path) -> object:
+        calls.append(path)
+        if path.name == "round-000002":
+            raise OSError(28, "No space left on device", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "new_folder", full)
+        code, _, err = rolora(patched, capsys, "run", site, "--out", tmp_path / "run")
+    assert code == 1
+    assert "rolora: No space left on device" in err
+    assert "Traceback" not in err
+    code, _, _ = rolora(monkeypatch, capsys, "resume", tmp_path / "run")
+    assert code == 0
+
+
+def test_ctrl_c_exits_130_and_the_run_resumes(site: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["run", str(site), "train.rounds=500", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rolora", *words], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/round-000001*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("rolora: interrupted")
+    assert "Traceback" not in err
+    assert list(out.glob("checkpoints/round-*"))
+
+
+def test_every_command_has_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {"run", "resume", "compare", "report", "eval", "partition", "methods", "init"} <= set(
+        commands
+    )
+    for name in commands:
+        code, out, _ = rolora(monkeypatch, capsys, name, "--help")
+        assert code == 0
+        assert "Usage" in out
+
+
+def test_the_help_names_every_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = rolora(monkeypatch, capsys, "--help")
+    for code in EXIT_CODES:
+        assert str(code) in out
+
+
+def test_partition_shows_the_split_and_saves_a_picture(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    picture = tmp_path / "split.png"
+    code, out, _ = rolora(monkeypatch, capsys, "partition", site, "--picture", picture)
+    assert code == 0
+    assert "60 training rows, 12 test rows" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_init_writes_a_config_that_runs_as_it_is(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = tmp_path / "mine.toml"
+    words = ("init", site.parent / "train.csv", "--out", config, "--model", site.parent / "model")
+    assert rolora(monkeypatch, capsys, *words)[0] == 0
+    words = ("run", config, "train.rounds=1", "partition.clients=3", "--out", tmp_path / "run")
+    assert rolora(monkeypatch, capsys, *words)[0] == 0
+    code, _, err = rolora(monkeypatch, capsys, "init", site.parent / "train.csv", "--out", config)
+    assert (code, "never overwritten" in err) == (2, True)
+
+
+def test_methods_lists_every_file_of_the_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = rolora(monkeypatch, capsys, "methods", "--json")
+    folder = Path(cli.__file__).parent / "methods"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    assert code == 0
+    assert {row["name"] for row in json.loads(out)} == files

@@ -1,0 +1,215 @@
+"""Whole runs on a tiny model: what a run leaves, resuming bit for bit, comparing on equal terms."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny_site import make_site, write_rows
+
+from rolora import runs
+from rolora.config import RunConfig, load_config
+from rolora.errors import ConfigError
+from rolora.lora import read_adapter
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_site(tmp_path_factory.mktemp("site"))
+
+
+def finish(run: runs.Run) -> Path:
+    list(run.rounds())
+    return run.folder.path
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
+
+
+def adapter_hash(path: Path) -> str:
+    return hashlib.sha256((path / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(runs.start(load_config(site), tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def test_a_run_leaves_the_folder_that_the_documentation_promises(whole: Path) -> None:
+    names = {path.name for path in whole.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "config.toml",
+        "partition.json",
+        "rounds.jsonl",
+        "checkpoints",
+        "adapter",
+        "report.html",
+    }
+    assert [entry["round"] for entry in lines(whole)] == [0, 1, 2, 3, 4]
+    assert [entry["factors"] for entry in lines(whole)[1:3]] == [["B", "head"], ["A", "head"]]
+
+
+def test_every_round_of_rolora_is_exact(whole: Path) -> None:
+    for entry in lines(whole)[1:]:
+        assert isinstance(entry["aggregation_error"], float)
+        assert entry["aggregation_error"] <= 1e-6
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_a_stopped_and_resumed_run_ends_with_the_same_bytes(
+    site: Path, whole: Path, tmp_path: Path, stop_after: int
+) -> None:
+    run = runs.start(load_config(site), tmp_path / "stopped")
+    for result in itertools.islice(run.rounds(), stop_after + 1):
+        last = result.round
+    assert last == stop_after
+    path = finish(runs.resume(tmp_path / "stopped"))
+    assert adapter_hash(path) == adapter_hash(whole)
+    untimed = [{k: v for k, v in entry.items() if k != "seconds"} for entry in lines(path)]
+    assert untimed == [{k: v for k, v in e.items() if k != "seconds"} for e in lines(whole)]
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(
+    site: Path, whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "rolora", "run", str(site), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/round-000001*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert adapter_hash(finish(runs.resume(out))) == adapter_hash(whole)
+
+
+def test_a_personal_method_resumes_to_the_same_bytes(site: Path, tmp_path: Path) -> None:
+    config = load_config(site, ["method.name=local"])
+    finish(runs.start(config, tmp_path / "whole"))
+    list(itertools.islice(runs.start(config, tmp_path / "stopped").rounds(), 3))
+    finish(runs.resume(tmp_path / "stopped"))
+    one, other = (lines(tmp_path / name)[-1] for name in ("whole", "stopped"))
+    assert one["client_metrics"] == other["client_metrics"]
+    assert one["metrics"] == other["metrics"]
+    for file in (tmp_path / "whole" / "clients").glob("*/*.safetensors"):
+        twin = tmp_path / "stopped" / file.relative_to(tmp_path / "whole")
+        assert twin.read_bytes() == file.read_bytes()
+
+
+def test_a_resumed_run_can_be_given_more_rounds(site: Path, whole: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(whole, tmp_path / "longer"))
+    finish(runs.resume(path, rounds=6))
+    assert [entry["round"] for entry in lines(path)] == [0, 1, 2, 3, 4, 5, 6]
+    straight = finish(runs.start(load_config(site, ["train.rounds=6"]), tmp_path / "straight"))
+    assert adapter_hash(path) == adapter_hash(straight)
+
+
+def test_a_run_whose_data_has_changed_is_not_resumed(site: Path, tmp_path: Path) -> None:
+    config = make_site(tmp_path)
+    list(itertools.islice(runs.start(load_config(config), tmp_path / "run").rounds(), 2))
+    write_rows(tmp_path / "train.csv", 61)
+    with pytest.raises(ConfigError, match="has changed since the run started"):
+        runs.resume(tmp_path / "run")
+
+
+def test_peft_loads_the_adapter_and_gives_the_same_logits(site: Path, whole: Path) -> None:
+    run = runs.start(load_config(site), whole.parent / "logits")
+    base, texts = run.setup.base, ["a good film and a dog", "the cat", "a bad plot"]
+    adapter = read_adapter(whole / "adapter", base.specs)
+    inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
+    with base.holding(adapter), torch.no_grad():
+        ours = base.model(**inputs).logits
+    config = transformers.AutoConfig.from_pretrained(whole / "adapter")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        site.parent / "model", config=config
+    )
+    theirs = peft.PeftModel.from_pretrained(plain, whole / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(**inputs).logits, ours, rtol=0, atol=1e-5)
+    assert config.id2label == {0: "bad", 1: "cat", 2: "good"}
+
+
+def test_an_adapter_is_evaluated_by_itself_as_in_its_run(site: Path, whole: Path) -> None:
+    metrics = runs.evaluate_adapter(whole, str(site.parent / "test.csv"))
+    assert metrics == lines(whole)[-1]["metrics"]
+    assert runs.evaluate_adapter(whole / "adapter", str(site.parent / "test.csv")) == metrics
+
+
+def test_a_warm_start_begins_where_the_other_run_ended(
+    site: Path, whole: Path, tmp_path: Path
+) -> None:
+    config = load_config(site, [f"lora.init_from={whole / 'adapter'}"])
+    first = next(runs.start(config, tmp_path / "warm").rounds())
+    assert dict(first.metrics) == lines(whole)[-1]["metrics"]
+
+
+def test_the_best_validated_round_is_exported_and_patience_ends_the_run(
+    site: Path, tmp_path: Path
+) -> None:
+    # a rate of next to nothing: no validation is better than the first one
+    changes = ["data.validation=0.2", "eval.patience=2", "eval.every=1", "train.lr=1e-12"]
+    run = runs.start(load_config(site, [*changes, "train.rounds=30"]), tmp_path / "early")
+    results = list(run.rounds())
+    best = results[-1].state.best
+    assert best is not None
+    assert (best.round, results[-1].round) == (1, 3)
+    exported = read_adapter(run.folder.adapter, run.setup.base.specs)
+    assert all(torch.equal(exported[name], best.adapter[name]) for name in exported)
+
+
+def test_compare_gives_each_method_the_same_cohorts_split_and_start(
+    site: Path, tmp_path: Path
+) -> None:
+    config: RunConfig = load_config(site, ["train.rounds=2"])
+    methods, seeds = ["rolora", "fedit", "centralized"], [0, 1]
+    for run in runs.compare(config, methods, seeds, tmp_path / "all"):
+        finish(run)
+    for seed in seeds:
+        found = [lines(tmp_path / "all" / f"{method}-seed{seed}") for method in methods]
+        for one in found[1:]:
+            assert [e["cohort"] for e in one] == [e["cohort"] for e in found[0]]
+            assert one[0]["metrics"] == found[0][0]["metrics"]
+    cohorts = [lines(tmp_path / "all" / f"rolora-seed{s}")[1]["clients"] for s in seeds]
+    assert cohorts[0] != cohorts[1]
+    assert (tmp_path / "all" / "report.html").stat().st_size > 10_000
+
+
+def test_compare_takes_settings_for_one_method_alone(site: Path, tmp_path: Path) -> None:
+    config = load_config(site, ["train.rounds=1"])
+    only = {"fedit": ["train.lr=0.25"]}
+    found = {}
+    for run in runs.compare(config, ["rolora", "fedit"], [0], tmp_path / "rates", only):
+        found[run.setup.config.method.name] = run.setup.config.train.lr
+        finish(run)
+    assert found == {"rolora": 5e-3, "fedit": 0.25}
+
+
+def test_clients_with_their_own_files_and_held_out_rows(site: Path, tmp_path: Path) -> None:
+    for name, count in (("site-a", 20), ("site-b", 31)):
+        write_rows(tmp_path / f"{name}.csv", count)
+    changes = [
+        f"data.train={tmp_path}/site-*.csv",
+        "partition.scheme=files",
+        "data.client_test=0.3",
+        "train.participation=1.0",
+    ]
+    run = runs.start(load_config(site, changes), tmp_path / "run")
+    last = list(run.rounds())[-1]
+    assert last.cohort == ("site-a", "site-b")
+    assert {c: values["num_examples"] for c, values in last.clients.items()} == {
+        "site-a": 14,
+        "site-b": 22,
+    }
+    assert last.client_metrics.keys() == {"site-a", "site-b"}
