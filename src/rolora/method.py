@@ -16,6 +16,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +25,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from rolora.adapter import (
-    AdapterState,
-    ClientInfo,
-    LowRank,
-    Roles,
-    Specs,
-    Update,
-    mean_delta,
-)
+from rolora.adapter import AdapterState, ClientInfo, LowRank, Roles, Specs, Update, mean_delta
 from rolora.errors import ConfigError, nearest
 from rolora.reduce import Memory, Reducer, Value
 
@@ -197,8 +190,10 @@ def step(
     round = server.round + 1
     accepted: list[Update] = []
     rejected: dict[str, str] = {}
-    for update in sorted(updates, key=lambda update: update.client):
-        fault = _fault(method, server, cohort, update, {u.client for u in accepted})
+    arrived = sorted(updates, key=lambda update: update.client)
+    times = Counter(update.client for update in arrived)
+    for update in arrived:
+        fault = _fault(method, server, cohort, update, times[update.client])
         if fault is None:
             accepted.append(update)
         else:
@@ -247,13 +242,13 @@ def _fault(
     server: ServerState,
     cohort: Mapping[str, ClientInfo],
     update: Update,
-    seen: set[str],
+    times: int,
 ) -> str | None:
     """Why this update cannot be used, in words for the record, or ``None``."""
     if update.client not in cohort:
         return "not in this round's cohort"
-    if update.client in seen:
-        return "a second update from the same client"
+    if times > 1:  # which of them to believe would depend on the order of arrival
+        return f"sent {times} updates"
     info = cohort[update.client]
     if type(update.num_examples) is not int or update.num_examples != info.num_examples:
         return f"num_examples is {update.num_examples!r}, but it joined with {info.num_examples}"

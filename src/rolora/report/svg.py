@@ -16,10 +16,10 @@ THEME = {colour: f"var(--series-{n})" for n, colour in enumerate(PALETTE)} | {
 }
 
 
-def inline_svg(figure: Figure, prefix: str, description: str = "") -> str:
+def inline_svg(figure: Figure, name: str, description: str = "") -> str:
     """The figure as an ``<svg>`` element to stand inside an HTML page.
 
-    Its ids begin with ``prefix``, its colours are ``THEME``'s, it has no size of its own, and it is
+    Its id is ``name`` and ids within begin with it, its colours are ``THEME``'s, it has no size of its own, and it is
     announced as ``description`` (or hidden from screen readers if there is none).
     """
     root = ElementTree.fromstring(rendered(figure, "svg", facecolor="none"))
@@ -30,10 +30,11 @@ def inline_svg(figure: Figure, prefix: str, description: str = "") -> str:
         element.tag = _bare(element.tag)
         plain = {_bare(name): value for name, value in element.attrib.items()}
         element.attrib.clear()
-        for name, value in plain.items():
-            element.set(name, _adopt(name, value, prefix))
-    for name in ("width", "height", "version"):
-        del root.attrib[name]
+        for attribute, value in plain.items():
+            element.set(attribute, _adopt(attribute, value, f"{name}-"))
+    for attribute in ("width", "height", "version"):
+        del root.attrib[attribute]
+    root.set("id", name)
     if description:
         root.attrib |= {"role": "img", "aria-label": description}
     else:
@@ -42,17 +43,18 @@ def inline_svg(figure: Figure, prefix: str, description: str = "") -> str:
 
 
 def _bare(name: str) -> str:
+    """A name without its XML namespace: HTML knows SVG's elements by their plain names."""
     return name.rpartition("}")[2]
 
 
-def _adopt(name: str, value: str, prefix: str) -> str:
+def _adopt(attribute: str, value: str, prefix: str) -> str:
     """An attribute's value with its ids under ``prefix`` and its colours and font the page's."""
-    if name == "id":
+    if attribute == "id":
         return prefix + value
-    if name == "href" and value.startswith("#"):
+    if attribute == "href" and value.startswith("#"):
         return f"#{prefix}{value[1:]}"
     value = value.replace("url(#", f"url(#{prefix}")
-    if name != "style":
+    if attribute != "style":
         return value
     value = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
     return re.sub(r"#[0-9a-f]{6}", lambda hit: THEME.get(hit[0], hit[0]), value)

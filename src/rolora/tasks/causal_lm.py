@@ -16,7 +16,7 @@ from rolora.tasks import Batch, Examples, Task
 from rolora.tasks.examples import tokenizer_limit
 from rolora.tasks.spans import chats, encode_marked, joined, places, require_offsets
 
-CHUNK_LOGITS = 1 << 23  # logits held at a time: 32 MiB of float32
+CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 
 
 def causal_lm(

@@ -1,0 +1,97 @@
+"""Adapters without a model: random states, what clients made of them, and dense oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rolora.adapter import AdapterState, ClientInfo, Roles, Specs, TensorSpec, Update, role_of
+from rolora.draws import generator
+from rolora.method import Method, ServerState
+
+Shape = tuple[int, int, int]  # out, in, rank of one adapted layer
+LAYERS: tuple[Shape, ...] = ((4, 6, 2), (7, 5, 2))
+HEAD: Mapping[str, tuple[int, ...]] = {"score.bias": (3,), "score.weight": (3, 4)}
+
+
+def make_specs(
+    layers: tuple[Shape, ...] = LAYERS, head: Mapping[str, tuple[int, ...]] = HEAD
+) -> Specs:
+    """Specs of a model with these layers; each layer has a scaling of its own."""
+    tensors = [TensorSpec(f"base_model.model.{name}", "head", shape) for name, shape in head.items()]
+    scaling = {}
+    for index, (out, width, rank) in enumerate(layers):
+        layer = f"base_model.model.layer.{index}.query"
+        tensors.append(TensorSpec(f"{layer}.lora_A.weight", "A", (rank, width)))
+        tensors.append(TensorSpec(f"{layer}.lora_B.weight", "B", (out, rank)))
+        scaling[layer] = 0.5 + index
+    return Specs(tuple(sorted(tensors, key=lambda spec: spec.name)), scaling, {})
+
+
+def random_state(
+    specs: Specs, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> AdapterState:
+    """Every tensor normal, lora_B too."""
+    rng = generator(seed, "state")
+    tensors = {
+        spec.name: (torch.randn(spec.shape, generator=rng, dtype=torch.float64) * scale).to(dtype)
+        for spec in specs.tensors
+    }
+    return AdapterState(tensors, specs.scaling)
+
+
+def moved(state: AdapterState, roles: Roles, seed: int, size: float = 0.1) -> AdapterState:
+    """The state after a pretended training that moved the tensors of these roles."""
+    rng = generator(seed, "moved")
+    steps = {
+        name: torch.randn(tensor.shape, generator=rng, dtype=torch.float64) * size
+        for name, tensor in state.items()
+    }
+    wanted = {name for name in state if role_of(name) in roles}
+    return state | {name: (state[name].double() + steps[name]).to(state[name]) for name in wanted}
+
+
+def dense(state: AdapterState) -> dict[str, Tensor]:
+    """layer -> scaling · B @ A, multiplied out in float64."""
+    return {
+        layer: scaling
+        * state[f"{layer}.lora_B.weight"].double()
+        @ state[f"{layer}.lora_A.weight"].double()
+        for layer, scaling in state.scaling.items()
+    }
+
+
+def trained(
+    method: Method, server: ServerState, info: ClientInfo, seed: int, size: float = 0.1
+) -> AdapterState:
+    """What a client holds after a pretended local training of this round."""
+    roles = method.trainable(server.round + 1, 0)
+    return moved(method.download(server, info), roles, seed, size)
+
+
+def sent(method: Method, server: ServerState, info: ClientInfo, adapter: AdapterState) -> Update:
+    """The part of a trained adapter that travels in this round."""
+    up = adapter.only(method.shared(server.round + 1))
+    return Update(info.id, up, info.num_examples, {"loss": 1.0})
+
+
+def cohort_of(sizes: Mapping[str, int], round: int = 1) -> dict[str, ClientInfo]:
+    """Clients with these row counts."""
+    return {id: ClientInfo(id, count, 2, round) for id, count in sizes.items()}
+
+
+def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Equal names, dtypes and values, bit for bit."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
+
+
+def relative(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """‖one − other‖ / ‖other‖ over all tensors together, in float64."""
+    assert one.keys() == other.keys()
+    missed = sum(float((one[n].double() - other[n].double()).square().sum()) for n in one)
+    whole = sum(float(other[n].double().square().sum()) for n in other)
+    return float((missed / whole) ** 0.5)
