@@ -20,7 +20,9 @@ def make_specs(
     layers: tuple[Shape, ...] = LAYERS, head: Mapping[str, tuple[int, ...]] = HEAD
 ) -> Specs:
     """Specs of a model with these layers; each layer has a scaling of its own."""
-    tensors = [TensorSpec(f"base_model.model.{name}", "head", shape) for name, shape in head.items()]
+    tensors = [
+        TensorSpec(f"base_model.model.{name}", "head", shape) for name, shape in head.items()
+    ]
     scaling = {}
     for index, (out, width, rank) in enumerate(layers):
         layer = f"base_model.model.layer.{index}.query"

@@ -47,7 +47,7 @@ def write_run(
     sends: float = 0.5,
     lr: float = 5e-3,
 ) -> Path:
-    """One run folder; what ``METHODS`` says of a method wins over the last arguments but ``reaches``."""
+    """One run folder; for a method of ``METHODS``, ``error`` and ``sends`` are those it says."""
     rng = random.Random(f"{method} {seed}")
     known = METHODS.get(method, {"reaches": 0.8, "error": error, "sends": sends})
     goal = reaches if reaches is not None else known["reaches"] + rng.uniform(-0.012, 0.012)
@@ -161,7 +161,7 @@ def gallery(folder: Path) -> list[Path]:
             folder / "eight" / f"run-{number}",
             method,
             clients=200,
-            labels=[f"label number {n} with a long name" for n in range(40)],
+            labels=[f"{n} is a long label" for n in range(40)],
             rejected={"client-007": "lora_B has a value that is not finite"},
             lr=1e-3 if method == "local" else 5e-3,
             **extra,

@@ -81,7 +81,9 @@ def test_overlaying_takes_the_right_side_and_leaves_both_sides_as_they_were() ->
 
 
 def test_a_state_does_not_follow_the_mapping_it_was_built_from() -> None:
-    tensors = {name: tensor.requires_grad_() for name, tensor in random_state(make_specs(), 1).items()}
+    tensors = {
+        name: tensor.requires_grad_() for name, tensor in random_state(make_specs(), 1).items()
+    }
     scaling = {"layer": 1.0}
     state = AdapterState(tensors, scaling)
     tensors.clear()

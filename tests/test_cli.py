@@ -156,9 +156,9 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import rolora.record as record
+    from rolora import durable, record
 
-    real, calls = record.new_folder, []
+    real, calls = durable.new_folder, []
 
     def full(path: Path) -> object:
         calls.append(path)
@@ -238,8 +238,8 @@ def test_init_writes_a_config_that_runs_as_it_is(
     config = tmp_path / "mine.toml"
     words = ("init", site.parent / "train.csv", "--out", config, "--model", site.parent / "model")
     assert rolora(monkeypatch, capsys, *words)[0] == 0
-    words = ("run", config, "train.rounds=1", "partition.clients=3", "--out", tmp_path / "run")
-    assert rolora(monkeypatch, capsys, *words)[0] == 0
+    run = ("run", config, "train.rounds=1", "partition.clients=3", "--out", tmp_path / "run")
+    assert rolora(monkeypatch, capsys, *run)[0] == 0
     code, _, err = rolora(monkeypatch, capsys, "init", site.parent / "train.csv", "--out", config)
     assert (code, "never overwritten" in err) == (2, True)
 

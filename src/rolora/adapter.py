@@ -8,7 +8,6 @@ writes ``scaling * lora_B @ lora_A``. We follow PEFT: lora_A is (rank, in), lora
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,7 +61,8 @@ class LowRank:
     """A matrix (out, in) kept as a sum of terms: weight · left (out, r) @ right (r, in).
 
     Sums concatenate and nothing is multiplied out, so the mean of many clients' products stays
-    small. Norms go through float64 Gram matrices of the factors.
+    small. Norms go through float64 QR factors, which keep the digits of a small difference of large
+    products (a Gram matrix would square them away).
     """
 
     def __init__(self, terms: Iterable[Term]) -> None:
@@ -98,14 +98,14 @@ class LowRank:
         return LowRank(_merged(terms, by_left) for terms in groups.values())
 
     def norm(self) -> float:
-        """Frobenius norm: sqrt of tr(R Rᵀ Lᵀ L) over the concatenated factors, in float64."""
+        """Frobenius norm, in float64: ‖L R‖ = ‖R_L R_Rᵀ‖ for L = Q_L R_L and Rᵀ = Q_R R_R."""
         terms = self.compact().terms
         if not terms:
             return 0.0
         left = torch.cat([weight * left.double() for weight, left, _ in terms], dim=1)
         right = torch.cat([right.double() for _, _, right in terms], dim=0)
-        square = float(((left.T @ left) * (right @ right.T)).sum())
-        return math.sqrt(max(square, 0.0))
+        small = (torch.linalg.qr(side, mode="r").R for side in (left, right.T))
+        return float(torch.linalg.matrix_norm(next(small) @ next(small).T))
 
 
 def _merged(terms: Sequence[Term], by_left: bool) -> Term:

@@ -162,25 +162,18 @@ def load_base_for(config: RunConfig, labels: Sequence[object]) -> Base:
 
 
 def make_task(config: RunConfig, base: Base, labels: Sequence[Label]) -> Task:
-    """The configured task, with the columns it reads. ConfigError if they do not fit together."""
+    """The configured task, with the columns it reads."""
     columns, limit = config.data, config.data.max_length
     if config.model.task == "classification":
         text = [columns.text] if isinstance(columns.text, str) else columns.text
         return classification(base, labels, text, columns.label, limit)
     if config.model.task == "choice":
-        if columns.prompt is None or columns.choices is None or columns.answer is None:
-            raise ConfigError("task 'choice' needs data.prompt, data.choices and data.answer")
         return choice(
             base,
-            prompt=columns.prompt,
-            choices=columns.choices,
-            answer=columns.answer,
+            prompt=str(columns.prompt),
+            choices=str(columns.choices),
+            answer=str(columns.answer),
             max_length=limit,
-        )
-    pair = columns.prompt is not None and columns.completion is not None
-    if pair == (columns.messages is not None):
-        raise ConfigError(
-            "task 'causal_lm' needs either data.prompt and data.completion, or data.messages"
         )
     return causal_lm(
         base,

@@ -142,8 +142,8 @@ def partition(
     overrides: Overrides = None,
     picture: Annotated[Path, typer.Option(help="png or svg")] = Path("partition.png"),
     show_masks: Annotated[
-        int | None, typer.Option(metavar="N", help="show which tokens of N rows are trained on")
-    ] = None,
+        bool, typer.Option("--show-masks", help="show which tokens of some rows are trained on")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show who holds which rows, and save a picture of it. Trains nothing."""
@@ -160,8 +160,8 @@ def partition(
     else:
         _print_split(table, rows.test.num_rows)
         out_console.print(f"\npicture   {picture}", markup=False)
-    if show_masks is not None:
-        _print_masks(settings, show_masks)
+    if show_masks:
+        _print_masks(settings, 3)
 
 
 @app.command()
@@ -180,6 +180,41 @@ def methods(json: Json = False) -> None:
         sends = " / ".join(row.sends)
         table.add_row(row.name, " / ".join(row.trains), sends, ", ".join(row.options), row.summary)
     out_console.print(table)
+
+
+@app.command()
+def demo(
+    llm: Annotated[bool, typer.Option("--llm", help="a small chat model instead")] = False,
+    folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
+) -> None:
+    """Fetch a real model and texts, run three methods on two seeds, and say what came out."""
+    from rolora import demo as demonstration
+    from rolora.display import follow, results_table, working
+    from rolora.report import load_run, summarise, verdicts
+
+    with working("fetching the model and the data, once"):
+        fetch = demonstration.language_demo if llm else demonstration.classification_demo
+        ready = fetch(folder)
+    runs = []
+    for one in ready.runs():
+        follow(one, one.folder.path.name)
+        runs.append(one)
+    found = [load_run(one.folder.path) for one in runs]
+    if llm:
+        for prompt, plain, tuned in demonstration.before_and_after(runs[0]):
+            for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
+                out_console.print(f"{what:8}{' '.join(text.split())}", markup=False)
+            out_console.print()
+    out_console.print(results_table(summarise(found)))
+    for verdict in verdicts(found):
+        out_console.print(f"\n{verdict.budget}: {verdict.headline}. {verdict.text}", markup=False)
+    out_console.print(f"\n{demonstration.MEANING}", markup=False)
+    for what, path in (
+        ("report", ready.out / "report.html"),
+        ("adapter", runs[0].folder.adapter),
+        ("config", ready.file),
+    ):
+        out_console.print(f"{what:9}{path}", markup=False)
 
 
 @app.command()

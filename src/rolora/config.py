@@ -174,6 +174,16 @@ class RunConfig(Section):
     def _fits_together(self) -> Self:
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             raise ValueError(f"name {self.name!r} must be usable as a folder name")
+        data, task = self.data, self.model.task
+        if task == "choice" and None in (data.prompt, data.choices, data.answer):
+            raise ValueError("task 'choice' needs data.prompt, data.choices and data.answer")
+        if task == "causal_lm":
+            pair = None not in (data.prompt, data.completion)
+            if pair == (data.messages is not None):
+                raise ValueError(
+                    "task 'causal_lm' needs either data.prompt and data.completion, "
+                    "or data.messages"
+                )
         if self.partition.scheme == "by_field" and self.partition.field is None:
             raise ValueError("partition.scheme = 'by_field' needs partition.field, a column's name")
         if self.eval.patience is not None and self.data.validation is None:

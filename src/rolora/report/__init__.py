@@ -8,6 +8,7 @@
 
 from rolora.report.figures import save_split_picture
 from rolora.report.page import write_report
+from rolora.report.reading import verdicts
 from rolora.report.summary import Row, Run, load_run, primary_metric, summarise
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "primary_metric",
     "save_split_picture",
     "summarise",
+    "verdicts",
     "write_report",
 ]

@@ -17,15 +17,16 @@ from typing import Any
 import matplotlib
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from rolora.durable import write_file
 from rolora.errors import ConfigError
 
-# Okabe & Ito 2008, "Color Universal Design"; markers and dashes tell the methods apart without it
+# Okabe & Ito 2008, "Color Universal Design"; markers and dashes tell methods apart in grey too.
+# Their black is #010101 here, because matplotlib leaves a black fill out of an SVG.
 PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
-    *("#56b4e9", "#e69f00", "#000000", "#f0e442"),
+    *("#56b4e9", "#e69f00", "#010101", "#f0e442"),
 )
 MARKERS = "os^DvPX*"
 DASHES: tuple[Any, ...] = (
@@ -117,7 +118,7 @@ def curves(
             _draw(axes, one, number / len(series))
         values = [v for one in series for v in one.mean if math.isfinite(v)]
         if values and min(values) > 0 and max(values) > 50 * min(values):
-            axes.set_yscale("log")
+            _logarithmic(axes)
             title += " (log)"
         if budget is not None:
             axes.axvline(budget, color=INK, linewidth=1, linestyle=(0, (1, 2)))
@@ -128,22 +129,30 @@ def curves(
         return figure
 
 
+def _logarithmic(axes: Any) -> None:
+    """A log axis with plain numbers: matplotlib's own labels are mathtext, which is off here."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def aggregation_errors(series: Sequence[Series]) -> Figure:
     """Log axis; everything up to ``ROUNDING``, zero too, lies in a band marked as exact."""
-    floor, top = ROUNDING / 100, 3 * max(1.0, *(v for s in series for v in s.mean))
+    values = [value for one in series for value in one.mean]
+    floor, top = ROUNDING / 100, 3 * max([1.0, *filter(math.isfinite, values)])
     with matplotlib.rc_context(STYLE):
         figure = _figure()
         axes = figure.subplots()
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_ylim(floor, top)
         axes.axhspan(floor, ROUNDING, color=BAND, zorder=0)
-        axes.text(0.01, ROUNDING, "exact up to rounding (0 to 1e-6)", va="bottom",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
         for number, one in enumerate(series):
             inside = floor * 100 ** ((number + 1) / (len(series) + 1))  # side by side in the band
             shown = [inside if value <= ROUNDING else value for value in one.mean]
             _draw(axes, Series(one.style, one.x, shown, [None] * len(shown)), number / len(series))
-        axes.yaxis.set_major_locator(FixedLocator([10.0**n for n in range(-6, 7) if 10**n < top]))
+        powers = [10.0**n for n in range(-5, 7) if 10**n < top]
+        names = ["exact", *(f"{power:g}" for power in powers)]
+        axes.set_yticks([floor * 10, *powers], names)
         axes.yaxis.set_minor_locator(FixedLocator([]))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_title("aggregation error (log)")
@@ -158,18 +167,19 @@ def client_spread(
 
     A tall line marks the mean, an open triangle the worst client (``worst`` is ``min`` or ``max``).
     """
+    most = max(max(Counter(round(v, 3) for v in own).values()) for own in clients.values())
     with matplotlib.rc_context(STYLE):
         figure = _figure(0.7 + 0.52 * len(clients))
         axes = figure.subplots()
         for row, (method, values) in enumerate(clients.items()):
             colour = PALETTE[styles[method] % len(PALETTE)]
             counts = Counter(round(value, 3) for value in values if math.isfinite(value))
-            sizes = [12 * count for count in counts.values()]
+            sizes = [max(4.0, 130 * count / most) for count in counts.values()]
             axes.scatter(list(counts), [row] * len(counts), s=sizes, color=colour, alpha=0.45, lw=0)
             mean, low = sum(values) / len(values), worst(values)
             axes.plot([mean, mean], [row - 0.24, row + 0.24], color=INK, linewidth=2.2)
             axes.plot([low], [row], marker="^", mfc="none", mec=INK, markersize=9, ls="none")
-            words = f"{elided(method, 26)}: mean {mean:.3g}, worst {low:.3g}"
+            words = f"{elided(method, 26)}: mean {mean:.3f}, worst {low:.3f}"
             axes.text(0, row - 0.3, words, va="bottom", transform=axes.get_yaxis_transform())
         axes.set_ylim(len(clients) - 0.6, -0.85)
         axes.set_yticks([])
@@ -204,22 +214,24 @@ def split_figure(partition: Mapping[str, Any]) -> Figure:
 
 
 def _label_mix(axes: Any, clients: Any, rows: Sequence[Any], names: Sequence[str]) -> None:
-    """Opacity is the label's share of the client's rows; the last row may gather the rest."""
-    rest = set(names) - {row for row in rows if row is not ...}
-    hue = to_rgb(PALETTE[0])
-    pixels = [
+    """Opacity is the label's share of the client's rows; the last row may gather the rest (...)."""
+    rest = set(names) - set(rows)
+    shares = [
         [
-            (*hue, sum(client["labels"].get(name, 0) for name in (rest if row is ... else [row]))
-             / max(client["num_examples"], 1))
+            sum(client["labels"].get(name, 0) for name in (rest if row is ... else [row]))
+            / max(client["num_examples"], 1)
             for client in clients
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
+    most = max(max(own) for own, row in zip(shares, rows, strict=True) if row is not ...)
+    hue = to_rgb(PALETTE[0])
+    pixels = [[(*hue, min(1.0, share / most)) for share in own] for own in shares]
     axes.imshow(pixels, aspect="auto", interpolation="none")
     shown = [f"{len(rest)} others" if row is ... else elided(row, 16) for row in rows]
     axes.set_yticks(range(len(rows)), shown)
     axes.grid(visible=False)
-    axes.set_title("share of each label (white 0 %, full colour 100 %)")
+    axes.set_title(f"share of each label (full colour: {most:.0%} of a client's rows)")
 
 
 def elided(text: str, width: int) -> str:
@@ -241,7 +253,7 @@ def key(style: int) -> Figure:
 
 
 def save_split_picture(partition: Mapping[str, Any], path: Path) -> None:
-    """Save ``split_figure`` on white, as PNG or SVG by the suffix of ``path`` (else ConfigError)."""
+    """Save ``split_figure`` on white: PNG or SVG by the suffix of ``path``, else ConfigError."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise ConfigError(f"a picture is saved as .png or .svg, not as {path.name!r}")

@@ -61,12 +61,6 @@ def render(runs: Sequence[Run]) -> str:
     metric = primary_metric(runs)
     groups = by_method(runs)
     rows = summarise(runs)
-    standings = {axis: standing(runs, metric, axis) for axis in ("rounds", "megabytes")}
-    verdicts = [
-        reading.verdict(found, metric)
-        for found in standings.values()
-        if found is not None and len(found.places) > 1
-    ]
     names = {run.name for run in runs}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -79,7 +73,7 @@ def render(runs: Sequence[Run]) -> str:
     return environment.get_template("page.html.j2").render(
         title=names.pop() if len(names) == 1 else f"{len(groups)} methods compared",
         about=reading.about(runs),
-        verdicts=verdicts or [reading.alone(row) for row in rows],
+        verdicts=reading.verdicts(runs),
         cautions=reading.cautions(runs),
         metric=metric,
         direction=reading.direction(metric),
@@ -87,7 +81,7 @@ def render(runs: Sequence[Run]) -> str:
         rounding=figures.ROUNDING,
         palette=list(enumerate(figures.PALETTE)),
         keys={m: (n, inline_svg(figures.key(n), f"key-{n}")) for n, m in enumerate(groups)},
-        pictures=_pictures(runs, groups, metric, standings["megabytes"]),
+        pictures=_pictures(runs, groups, metric, standing(runs, metric, "megabytes")),
         rejected=_rejected(runs),
         configs=[(run.label, tomli_w.dumps(run.config)) for run in runs],
         **_origins(runs),
@@ -202,8 +196,8 @@ def _client_spread(groups: Groups, metric: str) -> Picture | None:
         f"{metric} of each client for {', '.join(clients)}",
     )
     caption = (
-        "On each client's own held-out rows, at the last evaluation, clients of all seeds together. "
-        "A dot's area is the number of clients; bar: mean; triangle: worst client."
+        "On each client's own held-out rows, at the last evaluation, clients of all seeds together."
+        " A dot's area is the number of clients; bar: mean; triangle: worst client."
         + _missing(groups, clients, "its clients were not measured")
     )
     return Picture(f"{metric} of each client", svg, caption)

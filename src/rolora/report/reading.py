@@ -1,4 +1,4 @@
-"""What the runs say, in sentences: what was compared, who is ahead, and what to be careful about."""
+"""What the runs say, in sentences: what was compared, who is ahead, what to be careful about."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rolora.report.summary import Place, Row, Run, Standing, by_method, differing, flat
+from rolora.report.summary import (
+    Axis,
+    Place,
+    Row,
+    Run,
+    Standing,
+    by_method,
+    differing,
+    flat,
+    primary_metric,
+    standing,
+    summarise,
+)
 from rolora.tasks import HIGHER_IS_BETTER
 
 
@@ -62,11 +74,11 @@ def _all(values: Iterable[Any]) -> str:
     return ", ".join(map(str, distinct))
 
 
-def budget(standing: Standing) -> str:
+def budget(at: Standing) -> str:
     """'after 40 rounds', or 'after 3.20 MB sent up'."""
-    if standing.axis == "rounds":
-        return f"after {standing.budget:.0f} round{'' if standing.budget == 1 else 's'}"
-    return f"after {megabytes(standing.budget)} MB sent up"
+    if at.axis == "rounds":
+        return f"after {at.budget:.0f} round{'' if at.budget == 1 else 's'}"
+    return f"after {megabytes(at.budget)} MB sent up"
 
 
 def tied(first: Place, other: Place) -> bool | None:
@@ -78,10 +90,20 @@ def tied(first: Place, other: Place) -> bool | None:
     return abs(first.mean - other.mean) <= max(spreads) if spreads else None
 
 
-def verdict(standing: Standing, metric: str) -> Verdict:
-    """Who is ahead, or that nobody clearly is. ``standing`` has at least two places."""
-    first, second = standing.places[:2]
-    close = [p.method for p in standing.places[1:] if tied(first, p) or p.mean == first.mean]
+def verdicts(runs: Sequence[Run]) -> list[Verdict]:
+    """Who is ahead at equal rounds and at equal megabytes; for a single method, its result."""
+    metric = primary_metric(runs)
+    axes: tuple[Axis, ...] = ("rounds", "megabytes")
+    found = [standing(runs, metric, axis) for axis in axes]
+    return [verdict(each, metric) for each in found if each and len(each.places) > 1] or [
+        alone(row) for row in summarise(runs)
+    ]
+
+
+def verdict(at: Standing, metric: str) -> Verdict:
+    """Who is ahead, or that nobody clearly is. ``at`` has at least two places."""
+    first, second = at.places[:2]
+    close = [p.method for p in at.places[1:] if tied(first, p) or p.mean == first.mean]
     best = f"{first.method} has the best {metric}, {score(first.mean, first.sd)}"
     gap = score(abs(first.mean - second.mean))
     next_best = f"{second.method}, at {score(second.mean, second.sd)}"
@@ -95,10 +117,12 @@ def verdict(standing: Standing, metric: str) -> Verdict:
     else:
         headline = f"{first.method} is ahead"
         text = f"{best}; {gap}, more than one standard deviation, separate it from {next_best}."
-    if standing.left_out:
-        why = "was first evaluated later" if standing.axis == "rounds" else "sends nothing up"
-        text += f" Not placed, because it {why}: {', '.join(standing.left_out)}."
-    return Verdict(budget(standing), headline, text, standing.places)
+    if at.references:
+        bounds = ", ".join(f"{p.method} {score(p.mean, p.sd)}" for p in at.references)
+        text += f" Sending nothing, for reference: {bounds}."
+    if at.late:
+        text += f" Not placed, because first evaluated later: {', '.join(at.late)}."
+    return Verdict(budget(at), headline, text, at.places)
 
 
 def alone(row: Row) -> Verdict:

@@ -102,13 +102,16 @@ class Place:
 class Standing:
     """Methods at the largest budget that every run has reached, best first.
 
-    ``left_out`` are methods that cannot be placed: on the megabytes axis those that send nothing.
+    ``references`` are methods that send nothing, such as training alone or on all rows in one
+    place: they compete with no federated method, and have no place on the megabytes axis.
+    ``late`` are methods that were first evaluated beyond the budget.
     """
 
     axis: Axis
     budget: float
     places: tuple[Place, ...]
-    left_out: tuple[str, ...]
+    references: tuple[Place, ...]
+    late: tuple[str, ...]
 
 
 def load_run(path: str | Path) -> Run:
@@ -142,7 +145,7 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             raise DataError(
-                f"{where} is no JSON (rolora resume {file.parent} repairs a line cut off by a crash)"
+                f"{where} is no JSON: rolora resume {file.parent} repairs a line cut off by a crash"
             ) from None
         for key, kind in _ROUND_FIELDS.items():
             if not isinstance(line, dict) or not isinstance(line.get(key, ...), kind):
@@ -243,23 +246,30 @@ def standing(runs: Sequence[Run], metric: str, axis: Axis) -> Standing | None:
 
     Between two evaluated rounds the metric is interpolated linearly.
     """
+    groups = by_method(runs)
+    silent = {m for m, own in groups.items() if not any(run.curve(metric)[-1][1] for run in own)}
     column = 0 if axis == "rounds" else 1
     curves = {
         method: [[(float(point[column]), point[2]) for point in run.curve(metric)] for run in own]
-        for method, own in by_method(runs).items()
+        for method, own in groups.items()
+        if axis == "rounds" or method not in silent
     }
-    placed = {m: own for m, own in curves.items() if all(curve[-1][0] > 0 for curve in own)}
-    if not placed:
+    budget = min((curve[-1][0] for own in curves.values() for curve in own), default=0.0)
+    if budget == 0:
         return None
-    budget = min(curve[-1][0] for own in placed.values() for curve in own)
-    started = {m: own for m, own in placed.items() if all(curve[0][0] <= budget for curve in own)}
+    started = {m: own for m, own in curves.items() if all(curve[0][0] <= budget for curve in own)}
     places = [
         Place(method, *mean_sd([_interpolate(curve, budget) for curve in own]))
         for method, own in started.items()
     ]
     places.sort(key=lambda place: better(metric, place.mean), reverse=True)
-    left_out = tuple(method for method in curves if method not in started)
-    return Standing(axis, budget, tuple(places), left_out)
+    return Standing(
+        axis,
+        budget,
+        tuple(place for place in places if place.method not in silent),
+        tuple(place for place in places if place.method in silent),
+        tuple(method for method in curves if method not in started),
+    )
 
 
 def _interpolate(curve: Sequence[tuple[float, float]], x: float) -> float:

@@ -19,8 +19,8 @@ THEME = {colour: f"var(--series-{n})" for n, colour in enumerate(PALETTE)} | {
 def inline_svg(figure: Figure, name: str, description: str = "") -> str:
     """The figure as an ``<svg>`` element to stand inside an HTML page.
 
-    Its id is ``name`` and ids within begin with it, its colours are ``THEME``'s, it has no size of its own, and it is
-    announced as ``description`` (or hidden from screen readers if there is none).
+    Its id is ``name`` and ids within begin with it, its colours are ``THEME``'s, and it has no size
+    of its own. It is announced as ``description``, or hidden from screen readers without one.
     """
     root = ElementTree.fromstring(rendered(figure, "svg", facecolor="none"))
     for element in root.iter():
