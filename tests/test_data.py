@@ -146,6 +146,15 @@ def test_a_saved_dataset_dict_gives_the_split_asked_for(tmp_path: Path) -> None:
     assert refusal(tmp_path, "d", split="tets") == "d has no split 'tets': did you mean 'test'?"
 
 
+def test_a_saved_dataset_s_classes_are_read_by_their_names(tmp_path: Path) -> None:
+    classes = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict({"label": [1, 0, 1]}, classes).save_to_disk(tmp_path / "d")
+    assert labels(read_table("d", root=tmp_path), "label", "d") == ["yes", "no", "yes"]
+    datasets.Dataset.from_dict({"label": [1, -1]}, classes).save_to_disk(tmp_path / "hidden")
+    with pytest.raises(DataError, match="row 2"):
+        labels(read_table("hidden", root=tmp_path), "label", "hidden")
+
+
 def test_an_absolute_path_does_not_depend_on_root(tmp_path: Path) -> None:
     write(tmp_path / "a.csv", REVIEWS)
     assert read_table(str(tmp_path / "a.csv"), root=Path("/nowhere")).num_rows == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,13 +143,17 @@ def _one_line_errors(source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' loading bars and reports, and put its settings back afterwards."""
+    """Silence transformers' loading bars and reports, and put its settings back afterwards.
+
+    Its GGUF reader draws a bar whatever the settings are, hence the standard error.
+    """
     logs = transformers.utils.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logs.set_verbosity(verbosity)
         if bars:

@@ -281,13 +281,16 @@ def _print_split(split: dict[str, Any], test_rows: int) -> None:
 
 
 def _print_masks(settings: Any, count: int) -> None:
+    from rolora.display import working
     from rolora.runs import training_masks
 
-    for row, pieces in enumerate(training_masks(settings, count), start=1):
-        out_console.print(f"\nrow {row} (bold green is trained on)")
+    with working("loading the tokenizer"):
+        rows = training_masks(settings, count)
+    for row, pieces in enumerate(rows, start=1):
+        out_console.print(f"\nrow {row}, trained on what is between ⟦ and ⟧:", markup=False)
         for text, trained in pieces:
-            style = "bold green" if trained else "dim"
-            out_console.print(text, style=style, end="", markup=False)
+            shown, style = (f"⟦{text}⟧", "bold green") if trained else (text, "dim")
+            out_console.print(shown, style=style, end="", markup=False)
         out_console.print()
 
 

@@ -20,10 +20,9 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from rolora.errors import DataError, nearest
+from rolora.errors import DataError, nearest, one_line
 from rolora.partition import client_ids
 
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 # One block for most files: a row may not span two of Arrow's blocks, and row numbers in its
 # messages count from the start of a block.
 LARGEST_BLOCK = 1 << 30
@@ -43,13 +42,17 @@ def read_table(source: str, *, root: Path, split: str = "train", offline: bool =
     """
     path = root / Path(source).expanduser()
     if path.is_dir():
-        table = _read_folder(path, source, split)
+        from rolora.hub import read_folder  # importing datasets takes seconds
+
+        table = read_folder(path, source, split)
     elif path.suffix.lower() in READERS:
         table = _read_file(path, source)
     elif path.is_file():
         raise DataError(f"{source}: its suffix is not one of {', '.join(READERS)}")
     else:
-        table = _read_hub(source, root, split, offline)
+        from rolora.hub import read_hub
+
+        table = read_hub(source, root, split, offline)
     repeated = [name for name, times in Counter(table.column_names).items() if times > 1]
     if repeated:
         raise DataError(f"{source}: two columns are called {repeated[0]!r}: rename one")
@@ -257,43 +260,4 @@ def _read_file(path: Path, source: str) -> pa.Table:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{source} is not UTF-8 (line {line}): save it as UTF-8") from error
     except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
-        raise DataError(f"{source} cannot be read: {_short(error)}") from error
-
-
-def _read_folder(path: Path, source: str, split: str) -> pa.Table:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(
-            f"{source} is a folder, but not one written by datasets' save_to_disk: "
-            f"{_short(error)}; for a file per client write {source.rstrip('/')}/*.csv"
-        ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise DataError(f"{source} has no split {split!r}: {nearest(split, map(str, saved))}")
-        saved = saved[split]
-    return saved.with_format("arrow")[:]
-
-
-def _read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
-    name = HUB_NAME.fullmatch(source)
-    if not name:
-        raise DataError(f"{source}: no such file or folder (looked in {root.resolve()})")
-    if offline:
-        raise DataError(f"{source} is no file or folder in {root.resolve()}, and hub names are off")
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name["name"], name["config"], split=split)
-    except Exception as error:  # the hub's client raises errors of several libraries
-        raise DataError(
-            f"{source} is no file or folder in {root.resolve()}, and the hub did not give it: "
-            f"{_short(error)}"
-        ) from error
-    return found.with_format("arrow")[:]
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+        raise DataError(f"{source} cannot be read: {one_line(error)}") from error

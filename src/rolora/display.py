@@ -6,6 +6,7 @@ Everything goes to standard error; standard output is for results.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -145,9 +146,12 @@ def _bar(title: str, rounds: int) -> Iterator[tuple[Callable[[str], None], Calla
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner on a terminal while something takes its time."""
+    """A spinner on a terminal while something takes its time.
+
+    It writes to the terminal itself, so that it goes on turning where others are silenced.
+    """
     if console.is_terminal:
-        with console.status(what):
+        with Console(file=sys.stderr).status(what):
             yield
     else:
         console.print(f"{what} ...", markup=False)

@@ -49,3 +49,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     options = sorted(choices)
     close = difflib.get_close_matches(word, options, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+
+
+def one_line(error: Exception) -> str:
+    """The start of another library's error, on one line."""
+    return " ".join(str(error).split())[:160]

@@ -188,7 +188,7 @@ def evaluate_adapter(path: str | Path, source: str, model: str | None = None) ->
 
 
 def training_masks(config: RunConfig, rows: int) -> list[list[tuple[str, bool]]]:
-    """The tokens of the first training rows, each with whether the loss is taken on it.
+    """The first training rows in runs of tokens, each with whether the loss is taken on it.
 
     ConfigError for a task whose loss is on the label alone.
     """

@@ -7,6 +7,7 @@ it would be in any text.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,10 +169,12 @@ def last_span(examples: Examples, row: int) -> tuple[list[int], list[int]]:
 
 
 def masks(examples: Examples, tokenizer: Any, rows: Iterable[int]) -> list[list[tuple[str, bool]]]:
-    """For each of these rows, every token's text and whether it is trained on."""
+    """For each of these rows, its text in runs of tokens, and whether a run is trained on."""
     shown = []
     for row in rows:
         start, stop = (int(place) for place in examples.offsets[row : row + 2])
-        texts = (tokenizer.decode([token]) for token in examples.tokens[start:stop].tolist())
-        shown.append(list(zip(texts, examples.targets[start:stop].bool().tolist(), strict=True)))
+        targets = examples.targets[start:stop].bool().tolist()
+        pairs = zip(examples.tokens[start:stop].tolist(), targets, strict=True)
+        runs = itertools.groupby(pairs, key=lambda pair: pair[1])
+        shown.append([(tokenizer.decode([t for t, _ in run]), on) for on, run in runs])
     return shown

@@ -1,0 +1,58 @@
+"""Rows that the ``datasets`` library gives: folders it has saved, and names on a hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from rolora.errors import DataError, nearest, one_line
+
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+
+
+def read_folder(path: Path, source: str, split: str) -> pa.Table:
+    """One split of what ``save_to_disk`` wrote. DataError, naming ``source``, if it is not that."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(
+            f"{source} is a folder, but not one written by datasets' save_to_disk: "
+            f"{one_line(error)}; for a file per client write {source.rstrip('/')}/*.csv"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise DataError(f"{source} has no split {split!r}: {nearest(split, map(str, saved))}")
+        saved = saved[split]
+    return _with_label_names(saved)
+
+
+def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
+    """One split of ``name`` or ``name:config`` from a hub. DataError if there is none to be had."""
+    name = HUB_NAME.fullmatch(source)
+    if not name:
+        raise DataError(f"{source}: no such file or folder (looked in {root.resolve()})")
+    if offline:
+        raise DataError(f"{source} is no file or folder in {root.resolve()}, and hub names are off")
+    try:
+        found = datasets.load_dataset(name["name"], name["config"], split=split)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise DataError(
+            f"{source} is no file or folder in {root.resolve()}, and the hub did not give it: "
+            f"{one_line(error)}"
+        ) from error
+    return _with_label_names(found)
+
+
+def _with_label_names(rows: Any) -> pa.Table:
+    """A Dataset as a table, classes by their names; its -1, an unknown class, is missing."""
+    table: pa.Table = rows.with_format("arrow")[:]
+    for place, (column, feature) in enumerate(rows.features.items()):
+        if names := getattr(feature, "names", None):
+            known = {number: str(name) for number, name in enumerate(names)}
+            values = [known.get(number) for number in table[column].to_pylist()]
+            table = table.set_column(place, column, pa.array(values, pa.string()))
+    return table
