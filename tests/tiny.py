@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as byte_decoders
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 SENTENCES = [
@@ -22,6 +35,8 @@ SENTENCES = [
     "what is the capital of France? Paris, of course.",
     "system user assistant: you answer in one short line",
 ]
+
+HEADS = ("classifier", "pre_classifier", "score")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -35,24 +50,7 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
 
     Turns are ChatML; the padding token is the end-of-text token, as in many real checkpoints.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = byte_decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        model_max_length=128,
-    )
-    fast.chat_template = CHAT_TEMPLATE
+    fast = _chat_tokenizer()
     config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=32,
@@ -74,26 +72,7 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
 
     The classifier is left out of the file, as in a checkpoint that was only pre-trained.
     """
-    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.WordLevelTrainer(
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_max_length=64,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    fast = _word_tokenizer()
     config = BertConfig(
         vocab_size=len(fast),
         hidden_size=32,
@@ -107,13 +86,138 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
     return _save(folder, fast, BertForSequenceClassification, config, seed)
 
 
+def tiny_roberta(folder: Path, seed: int = 0) -> Path:
+    """A two-layer RoBERTa whose head is two linear layers, left out of the file."""
+    fast = _word_tokenizer()
+    config = RobertaConfig(**_SIZES, vocab_size=len(fast), pad_token_id=fast.pad_token_id)
+    return _save(folder, fast, RobertaForSequenceClassification, config, seed)
+
+
+def tiny_gpt2(folder: Path, seed: int = 0) -> Path:
+    """A two-layer GPT-2, whose layers are Conv1D: their weights are (in, out)."""
+    fast = _chat_tokenizer()
+    config = GPT2Config(
+        vocab_size=len(fast),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.2,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+    )
+    return _save(folder, fast, GPT2LMHeadModel, config, seed)
+
+
+def tiny_distilbert(folder: Path, seed: int = 0) -> Path:
+    """A DistilBERT, for which PEFT knows no default target modules."""
+    fast = _word_tokenizer()
+    config = DistilBertConfig(
+        vocab_size=len(fast), dim=32, hidden_dim=64, n_layers=2, n_heads=4, pad_token_id=0
+    )
+    return _save(folder, fast, DistilBertForSequenceClassification, config, seed)
+
+
+def tiny_deberta(folder: Path, seed: int = 0) -> Path:
+    """A DeBERTa-v2, whose key and query layers also see relative positions without a row axis."""
+    fast = _word_tokenizer()
+    config = DebertaV2Config(
+        **_SIZES,
+        vocab_size=len(fast),
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+        share_att_key=True,
+    )
+    return _save(folder, fast, DebertaV2ForSequenceClassification, config, seed)
+
+
+def tiny_albert(folder: Path, seed: int = 0) -> Path:
+    """An ALBERT: one layer, called once per depth."""
+    fast = _word_tokenizer()
+    config = AlbertConfig(**_SIZES, vocab_size=len(fast), embedding_size=16)
+    return _save(folder, fast, AlbertForSequenceClassification, config, seed)
+
+
+def tiny_bart(folder: Path, seed: int = 0) -> Path:
+    """A BART: encoder and decoder."""
+    fast = _word_tokenizer()
+    config = BartConfig(
+        vocab_size=len(fast),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=64,
+    )
+    return _save(folder, fast, BartForSequenceClassification, config, seed)
+
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 80,
+    "initializer_range": 0.2,
+}
+
+
+def _chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = byte_decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        model_max_length=128,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
 def _save(
     folder: Path, tokenizer: PreTrainedTokenizerFast, model_class: type, config: object, seed: int
 ) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config)
-    weights = {k: v for k, v in model.state_dict().items() if not k.startswith("classifier")}
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith(HEADS)}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     return folder

@@ -136,7 +136,6 @@ def attach(
     present values unless they are ``missing`` from the checkpoint. Returns the empty bank.
     """
     model.requires_grad_(False)
-    model.eval()
     tensors: list[TensorSpec] = []
     head: dict[str, Tensor] = {}
     names = {path: PREFIX + path for path in (*layers, *head_layers)}
@@ -160,6 +159,7 @@ def attach(
         if not isinstance(linear, nn.Linear):
             raise ConfigError(f"head module {path!r} is a {type(linear).__name__}, not a Linear")
         _replace(model, path, HeadLinear(linear, names[path], bank))
+    model.eval()
     return bank
 
 

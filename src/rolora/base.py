@@ -91,7 +91,10 @@ def load_base(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if model.config.is_encoder_decoder:
+        raise ConfigError(f"{source!r} is an encoder-decoder, which no task here can train")
     missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
     if kind == "causal_lm" and missing:
@@ -200,7 +203,7 @@ def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
         for hook in hooks:
             hook.remove()
     for path in adapted:
-        if [shape[:2] for shape in calls.get(path, [])] != [(rows, length)]:
+        if [shape[:-1] for shape in calls.get(path, [])] not in ([(rows, length)], [(rows,)]):
             raise ConfigError(
                 f"layer {path!r} is not called once with one row per example, so it cannot carry "
                 "per-client adapters: leave it out of lora.target_modules"

@@ -24,7 +24,7 @@ from rolora.local import LocalSettings, Trained, Work, evaluate, train_group
 from rolora.method import Method, ServerState
 from rolora.tasks import Examples, Task
 
-POOL = "all"  # the client id of a pooled method
+POOL = "(all)"  # the client id of a pooled method; brackets, as no client's own id has them
 
 
 @dataclass(frozen=True)

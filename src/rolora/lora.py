@@ -54,13 +54,13 @@ def peft_config(
     Raises ConfigError where PEFT has no default target modules or the layers do not exist.
     """
     architecture = model.config.model_type
+    names = {path.rpartition(".")[2] for path in _usable_paths(model, head_layers)}
     targets: Any = list(settings.target_modules)
+    if targets == ["all-linear"]:
+        targets = sorted(names)  # by name, so that lora.layers holds for them too
     if not targets:
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(architecture)
     if not targets:
-        names = {
-            path.rpartition(".")[2] for path in _linear_paths(model) if path not in head_layers
-        }
         raise ConfigError(
             f"no default target_modules for {architecture!r}: set lora.target_modules to some of "
             + ", ".join(sorted(names))
@@ -108,18 +108,23 @@ def _linear_paths(model: nn.Module) -> list[str]:
     ]
 
 
+def _usable_paths(model: Any, head_layers: Sequence[str]) -> list[str]:
+    """Linear layers that may carry LoRA: neither the task head nor the output embedding."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return [
+        path
+        for path in _linear_paths(model)
+        if path not in head_layers and (output is None or model.get_submodule(path) is not output)
+    ]
+
+
 def target_layers(model: nn.Module, config: Any, head_layers: Sequence[str]) -> list[str]:
     """Dotted paths of the linear layers that ``config`` (a peft.LoraConfig) selects.
 
     The task head and the output embedding are never among them. Raises ConfigError if none is.
     """
-    usable = [path for path in _linear_paths(model) if path not in head_layers]
-    if output := getattr(model, "get_output_embeddings", lambda: None)():
-        usable = [path for path in usable if model.get_submodule(path) is not output]
-    if config.target_modules == {"all-linear"}:
-        found = usable
-    else:
-        found = [path for path in usable if check_target_module_exists(config, path)]
+    usable = _usable_paths(model, head_layers)
+    found = [path for path in usable if check_target_module_exists(config, path)]
     if not found:
         names = sorted({path.rpartition(".")[2] for path in usable})
         raise ConfigError(

@@ -1,0 +1,235 @@
+"""Claims about the engines: who trains in a round, what each keeps, and what it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from states import relative, same
+from tiny import tiny_bert
+from tiny_clients import SHARDS, Bench, classifier
+
+from rolora.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.engine import POOL, ClientStore, Debug, Engine, InProcess, Job
+from rolora.errors import RoloraError
+from rolora.local import LocalSettings, Work, evaluate
+from rolora.method import Method, ServerState, freeze_head, get_method, method_names
+from rolora.partition import client_ids
+from rolora.tasks import Examples
+
+SETTINGS = LocalSettings(steps=None, epochs=1, batch_size=4)
+COHORT = tuple(ClientInfo(name, len(rows), 2, 1) for name, rows in SHARDS.items())
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tiny_bert(tmp_path_factory.mktemp("models") / "bert")
+    return classifier(folder, torch.float32, dropout=0.1)
+
+
+def engine_of(bench: Bench, folder: Path, **changes: Any) -> InProcess:
+    store = ClientStore(folder / "clients")
+    engine = InProcess(bench.base, bench.task, bench.examples, SHARDS, SETTINGS, store)
+    return replace(engine, **changes)
+
+
+def job_of(bench: Bench, round: int = 1) -> Job:
+    server = ServerState(bench.start(), round=round - 1)
+    return Job(server, COHORT, seed=7, lr=5e-3)
+
+
+def updates_of(found: Iterable[Update | Failure]) -> dict[str, Update]:
+    updates = [update for update in found if isinstance(update, Update)]
+    assert len({update.client for update in updates}) == len(updates)
+    return {update.client: update for update in updates}
+
+
+def run(engine: Engine, method: Method, job: Job) -> dict[str, Update]:
+    return updates_of(engine.run(method, job))
+
+
+@pytest.mark.parametrize("round", [1, 2])
+@pytest.mark.parametrize("name", method_names())
+def test_both_engines_send_the_same_bits_when_clients_go_one_at_a_time(
+    bench: Bench, tmp_path: Path, name: str, round: int
+) -> None:
+    method, job = get_method(name), job_of(bench, round)
+    found = run(engine_of(bench, tmp_path, bank_size=1), method, job)
+    debug = run(Debug(engine_of(bench, tmp_path)), method, job)
+    assert found.keys() == debug.keys()
+    for client, update in found.items():
+        assert same(update.adapter, debug[client].adapter)
+        assert update.metrics == debug[client].metrics
+        assert update.num_examples == debug[client].num_examples
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+def test_the_size_of_the_bank_changes_updates_by_rounding_only(
+    bench: Bench, tmp_path: Path, size: int
+) -> None:
+    method, job = get_method("fedit"), job_of(bench)
+    one_by_one = run(Debug(engine_of(bench, tmp_path)), method, job)
+    found = run(engine_of(bench, tmp_path, bank_size=size), method, job)
+    assert found.keys() == one_by_one.keys() == SHARDS.keys()
+    for client, update in found.items():
+        assert relative(update.adapter, one_by_one[client].adapter) <= 1e-5
+        assert update.metrics == pytest.approx(one_by_one[client].metrics, rel=1e-5)
+        assert update.num_examples == len(SHARDS[client])
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("round", [1, 2])
+@pytest.mark.parametrize("name", method_names())
+def test_an_update_holds_what_is_shared_and_nothing_else(
+    bench: Bench, tmp_path: Path, name: str, round: int, frozen_head: bool
+) -> None:
+    method = freeze_head(get_method(name)) if frozen_head else get_method(name)
+    job = job_of(bench, round)
+    for update in run(engine_of(bench, tmp_path), method, job).values():
+        assert {role_of(key) for key in update.adapter} == method.shared(round)
+        assert update.adapter.keys() == job.server.adapter.only(method.shared(round)).keys()
+        assert update.metrics.keys() == {"loss", "steps"}
+        for key, tensor in update.adapter.items():
+            assert not torch.equal(tensor, job.server.adapter[key])
+
+
+def test_a_pooled_method_trains_once_on_all_rows_with_the_steps_of_the_cohort(
+    bench: Bench, tmp_path: Path
+) -> None:
+    groups: list[list[Work]] = []
+
+    class Watched(InProcess):
+        def train(self, method: Method, job: Job, work: Any) -> Any:
+            groups.append(list(work))
+            return super().train(method, job, work)
+
+    engine = Watched(**vars(engine_of(bench, tmp_path)))
+    job = replace(job_of(bench), cohort=COHORT[:3])
+    updates = run(engine, get_method("centralized"), job)
+    assert list(updates) == [POOL]
+    assert updates[POOL].num_examples == 23
+    ((work,),) = groups
+    assert sorted(work.rows.tolist()) == list(range(23))  # dan's row too: rows are in one place
+    assert work.steps == 2 + 1 + 4 == updates[POOL].metrics["steps"]
+
+
+def test_the_pool_s_name_is_no_client_s(bench: Bench, tmp_path: Path) -> None:
+    assert POOL not in client_ids([POOL, "all", "(ALL)"]).values()
+    shards = {"all": torch.arange(4), "bob": torch.arange(4, 12)}
+    cohort = tuple(ClientInfo(name, len(rows), 2, 1) for name, rows in shards.items())
+    job = replace(job_of(bench), cohort=cohort)
+    work = engine_of(bench, tmp_path, shards=shards).prepare(get_method("fedit"), job, cohort[0])
+    assert torch.equal(work.rows, shards["all"])
+    assert work.steps == 1
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train", "check", "finish"])
+def test_the_debug_engine_names_client_round_and_stage(
+    bench: Bench, tmp_path: Path, stage: str
+) -> None:
+    class Broken(InProcess):
+        def prepare(self, method: Method, job: Job, client: ClientInfo) -> Work:
+            if (stage, client.id) == ("prepare", "bob"):
+                raise KeyError("no rows")
+            return super().prepare(method, job, client)
+
+        def train(self, method: Method, job: Job, work: Any) -> Any:
+            done = super().train(method, job, work)
+            if work[0].client != "bob" or stage not in ("train", "check"):
+                return done
+            if stage == "train":
+                raise ValueError("a shape")
+            return [replace(done[0], adapter=bench.start(99))]
+
+        def finish(self, method: Method, job: Job, client: ClientInfo, trained: Any) -> Update:
+            if (stage, client.id) == ("finish", "bob"):
+                raise OSError("no space")
+            return super().finish(method, job, client, trained)
+
+    engine = Debug(Broken(**vars(engine_of(bench, tmp_path))))
+    updates = engine.run(get_method("ffa_lora"), job_of(bench, round=3))
+    assert next(updates).client == "ann"
+    message = rf"^round 3, client 'bob', stage '{stage}': \w+: "
+    with pytest.raises(RoloraError, match=message) as caught:
+        next(updates)
+    assert "\n" not in str(caught.value)
+    assert (stage == "check") == ("frozen tensor" in str(caught.value))
+
+
+def stored(value: float) -> AdapterState:
+    return AdapterState({"x.lora_A.weight": torch.full((2, 3), float(value))}, {"x": 1.0})
+
+
+def test_a_store_gives_the_state_after_the_last_round_before_this_one(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    assert store.read("ann", before=1) == {}
+    for round in (1, 2, 5):
+        store.write("ann", round, stored(round))
+    for before, value in ((2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0), (6, 5.0), (99, 5.0)):
+        assert same(store.read("ann", before), stored(value))
+    assert store.read("bob", before=9) == {}
+
+
+def test_a_store_forgets_rounds_that_are_run_again_and_old_ones(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    for round in (1, 2, 3, 4, 5):
+        store.write("ann", round, stored(round))
+    assert same(store.read("ann", before=4), stored(3))
+    assert len(list((tmp_path / "ann").iterdir())) == 3
+    store.write("ann", 4, stored(44))  # the run went back to round 4: round 5 never happened
+    assert same(store.read("ann", before=9), stored(44))
+    assert same(store.read("ann", before=4), stored(3))
+
+
+def test_a_retried_round_starts_where_the_first_try_started(bench: Bench, tmp_path: Path) -> None:
+    engine, method = engine_of(bench, tmp_path, bank_size=1), get_method("local")
+    run(engine, method, job_of(bench, 1))
+    job = job_of(bench, 2)
+    first_round = engine.store.read("cat", before=2)
+    starts, ends, losses = [], [], []
+    for _ in range(2):
+        starts.append(engine.prepare(method, job, COHORT[2]).start)
+        losses.append(run(engine, method, job)["cat"].metrics["loss"])
+        ends.append(engine.store.read("cat", before=3))
+    assert same(starts[0], starts[1])
+    assert same(starts[0], first_round)
+    assert losses[0] == losses[1]
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], starts[0])
+
+
+def test_each_client_is_evaluated_on_its_own_rows_with_its_own_factors(
+    bench: Bench, tmp_path: Path
+) -> None:
+    held_out = {
+        "ann": rows_of(bench, ["the cat", "a good film"]),
+        "bob": rows_of(bench, ["no heart at all", "thin plot", "a dog"]),
+    }
+    test = rows_of(bench, ["a bad film", "the mat", "a clever plot and a dog"])
+    engine = engine_of(bench, tmp_path, held_out=held_out, test=test)
+    method, job = get_method("local"), job_of(bench)
+    run(engine, method, job)
+    after = replace(job.server, round=1)
+    for metrics in Debug(engine).evaluate(method, after, COHORT):
+        kept = job.server.adapter | engine.store.read(metrics.client, before=2)
+        own = held_out.get(metrics.client)
+        assert metrics.held_out == ({} if own is None else score(bench, own, kept))
+        assert metrics.test == score(bench, test, kept)
+    for metrics in engine.evaluate(get_method("fedit"), after, COHORT):
+        own = held_out.get(metrics.client)
+        assert metrics.test == {}  # there is but one adapter: the server tests it
+        assert (metrics.held_out == {}) == (own is None)
+
+
+def score(bench: Bench, examples: Examples, adapter: AdapterState) -> dict[str, float]:
+    return evaluate(bench.base, bench.task, examples, adapter)
+
+
+def rows_of(bench: Bench, texts: list[str]) -> Examples:
+    labels = ["bad", "good", "odd"][: len(texts)]
+    return bench.task.encode_test(pa.table({"text": texts, "label": labels}), "rows")

@@ -1,0 +1,174 @@
+"""Claims about adapters on disk: PEFT reads ours, we read PEFT's, nothing is lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from states import same
+from tiny_clients import LABELS, Bench, classifier, language_model
+
+from rolora.adapter import AdapterState
+from rolora.errors import ConfigError
+from rolora.lora import adapter_base, read_adapter, save_adapter
+from rolora.tasks import collate
+
+
+def make(kind: str, folder: Path, **lora: Any) -> Bench:
+    name, _, task = kind.partition(" ")
+    place = folder / name
+    if not place.exists():
+        getattr(tiny, f"tiny_{name}")(place)
+    build = language_model if task == "lm" else classifier
+    return build(place, torch.float32, **lora)
+
+
+def save(bench: Bench, adapter: AdapterState, folder: Path) -> Path:
+    base = bench.base
+    save_adapter(folder, adapter, base.peft_config, base.model.config, {"task": bench.task.name})
+    return folder
+
+
+def fresh(kind: str, model: Path, config: Any = None) -> Any:
+    """The base model as a stranger loads it, without this library."""
+    if kind.endswith("lm"):
+        return transformers.AutoModelForCausalLM.from_pretrained(model)
+    more = {"num_labels": len(LABELS)} if config is None else {"config": config}
+    return transformers.AutoModelForSequenceClassification.from_pretrained(model, **more)
+
+
+def logits(model: Any, bench: Bench) -> torch.Tensor:
+    batch = collate(bench.examples, torch.arange(6), bench.base.tokenizer.pad_token_id)
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**batch.inputs).logits
+    return found
+
+
+ROUND_TRIPS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", {}),
+    ("bert", {"rslora": True, "rank": 3, "alpha": 5}),
+    ("bert", {"target_modules": ("dense",)}),
+    ("bert", {"target_modules": ("all-linear",), "layers": "top:1"}),
+    ("roberta", {}),
+    ("roberta", {"target_modules": ("dense",), "layers": "top:1"}),  # the head has a dense too
+    ("llama lm", {}),
+    ("llama lm", {"layers": "top:1", "rslora": True}),
+    ("llama lm", {"target_modules": ("all-linear",)}),
+    ("llama", {"layers": (0,)}),
+    ("gpt2 lm", {"target_modules": ("all-linear",), "dropout": 0.1}),
+    ("gpt2", {}),
+    ("distilbert", {"target_modules": ("q_lin", "lin2")}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+@pytest.mark.parametrize(("kind", "lora"), ROUND_TRIPS, ids=lambda value: str(value))
+def test_peft_loads_what_we_write_and_computes_the_same_logits(
+    tmp_path: Path, kind: str, lora: dict[str, Any]
+) -> None:
+    bench = make(kind, tmp_path, **lora)
+    adapter = bench.start()
+    folder = save(bench, adapter, tmp_path / "adapter")
+    model = tmp_path / kind.partition(" ")[0]
+    configs = [None, transformers.AutoConfig.from_pretrained(folder)]
+    for config in configs[kind == "gpt2" :]:  # GPT-2's own names no padding token
+        theirs = peft.PeftModel.from_pretrained(fresh(kind, model, config), folder)
+        with bench.base.holding(adapter):
+            ours = logits(bench.base.model, bench)
+        assert torch.allclose(ours, logits(theirs, bench), rtol=0, atol=1e-5)
+    assert not torch.allclose(ours, logits(bench.base.model, bench), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "lora"), ROUND_TRIPS[:7], ids=lambda value: str(value))
+def test_what_is_read_is_what_was_written_bit_for_bit(
+    tmp_path: Path, kind: str, lora: dict[str, Any]
+) -> None:
+    bench = make(kind, tmp_path, **lora)
+    adapter = bench.start()
+    back = read_adapter(save(bench, adapter, tmp_path / "adapter"), bench.base.specs)
+    assert same(back, adapter)
+    assert back.scaling == adapter.scaling
+
+
+def test_the_folder_says_which_base_labels_and_task_it_belongs_to(tmp_path: Path) -> None:
+    bench = make("bert", tmp_path)
+    folder = save(bench, bench.start(), tmp_path / "adapter")
+    config = adapter_base(folder)
+    assert config["base_model_name_or_path"] == str(tmp_path / "bert")
+    assert config["modules_to_save"] == ["classifier"]
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {
+        str(index): label for index, label in enumerate(LABELS)
+    }
+    assert json.loads((folder / "rolora.json").read_text()) == {"task": "classification"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama lm", "llama"])
+def test_an_adapter_made_by_plain_peft_is_a_start(tmp_path: Path, kind: str) -> None:
+    bench = make(kind, tmp_path)
+    config = copy.deepcopy(bench.base.peft_config)
+    config.inference_mode = False
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = peft.get_peft_model(fresh(kind, tmp_path / kind.partition(" ")[0]), config)
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = read_adapter(tmp_path / "theirs", bench.base.specs)
+    assert adapter.keys() == {spec.name for spec in bench.base.specs.tensors}
+    with bench.base.holding(adapter):
+        ours = logits(bench.base.model, bench)
+    assert torch.allclose(ours, logits(theirs, bench), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_without_a_head_is_read_without_one(tmp_path: Path) -> None:
+    bench = make("bert", tmp_path)
+    adapter = bench.start()
+    folder = save(bench, adapter, tmp_path / "adapter")
+    weights = folder / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if "lora" in k}, weights)
+    back = read_adapter(folder, bench.base.specs)
+    assert same(back, adapter.only(frozenset({"A", "B"})))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 3}, r"lora_A.weight is \(3, 32\), expected \(2, 32\) \(rank, target_modules"),
+        ({"layers": "top:1"}, r"layer.0.attention.self.query.lora_A.weight is missing, expected"),
+        ({"target_modules": ("query",)}, r"value.lora_A.weight is missing, expected \(2, 32\)"),
+        ({"target_modules": ("query", "value", "key")}, r"it also holds .*key.lora_A.weight"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_refused_with_its_first_misfit(
+    tmp_path: Path, lora: dict[str, Any], message: str
+) -> None:
+    other = make("bert", tmp_path, **lora)
+    folder = save(other, other.start(), tmp_path / "adapter")
+    with pytest.raises(ConfigError) as caught:
+        read_adapter(folder, make("bert", tmp_path).base.specs)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert re.search(message, str(caught.value))
+
+
+def test_a_folder_that_is_no_adapter_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    bench = make("bert", tmp_path)
+    with pytest.raises(ConfigError, match="is no PEFT adapter with safetensors weights"):
+        read_adapter(tmp_path / "bert", bench.base.specs)
+    with pytest.raises(ConfigError, match=r"no adapter_config.json"):
+        adapter_base(tmp_path / "bert")
+    folder = save(bench, bench.start(), tmp_path / "adapter")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_adapter(folder, bench.base.specs)

@@ -1,0 +1,97 @@
+"""A few clients with tiny models: rows of unequal lengths, shards of unequal sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from states import random_state
+from tiny import SENTENCES
+
+from rolora.adapter import AdapterState, Roles
+from rolora.base import Base, load_base
+from rolora.local import LocalSettings, Trained, Work, train_group
+from rolora.lora import LoraSettings
+from rolora.tasks import Examples, Task
+from rolora.tasks.causal_lm import causal_lm
+from rolora.tasks.classification import classification
+
+ROWS = 32
+LABELS = ("bad", "good", "odd")
+EVERYTHING: Roles = frozenset({"A", "B", "head"})
+SHARDS = {  # rows of each client: with batches of 4, short last batches and 2, 1, 4 and 1 steps
+    "ann": torch.arange(0, 6),
+    "bob": torch.arange(6, 9),
+    "cat": torch.arange(9, 22),
+    "dan": torch.arange(22, 23),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, its task, and encoded rows."""
+
+    base: Base
+    task: Task
+    examples: Examples
+
+    def start(self, seed: int = 0, scale: float = 0.2) -> AdapterState:
+        """A random adapter, lora_B too, in the model's dtype."""
+        dtype = next(self.base.model.parameters()).dtype
+        return random_state(self.base.specs, seed, dtype, scale)
+
+    def work(self, settings: LocalSettings, same_start: bool = False) -> list[Work]:
+        """Each client's part of a round; every client starts elsewhere, unless told."""
+        return [
+            Work(name, rows, self.start(0 if same_start else i), settings.num_steps(len(rows)))
+            for i, (name, rows) in enumerate(SHARDS.items())
+        ]
+
+    def train(
+        self,
+        work: Sequence[Work],
+        settings: LocalSettings,
+        trainable: Callable[[int], Roles] = lambda step: EVERYTHING,
+        lr: float = 5e-3,
+        round: int = 1,
+    ) -> list[Trained]:
+        """These clients side by side."""
+        return train_group(
+            self.base,
+            self.task,
+            self.examples,
+            work,
+            trainable,
+            settings,
+            lr=lr,
+            seed=7,
+            round=round,
+        )
+
+
+def classifier(folder: Path, dtype: torch.dtype = torch.float64, **lora: Any) -> Bench:
+    """Three labels on a model saved in ``folder``."""
+    settings = LoraSettings(**{"rank": 2, **lora})
+    base = load_base(str(folder), "classification", settings, labels=LABELS, dtype=dtype)
+    task = classification(base, LABELS, ["text"], "label", 32)
+    table = pa.table({"text": _texts(), "label": [LABELS[i % 3] for i in range(ROWS)]})
+    return Bench(base, task, task.encode(table, "rows"))
+
+
+def language_model(folder: Path, dtype: torch.dtype = torch.float64, **lora: Any) -> Bench:
+    """Completions of prompts on a model saved in ``folder``."""
+    settings = LoraSettings(**{"rank": 2, **lora})
+    base = load_base(str(folder), "causal_lm", settings, dtype=dtype)
+    task = causal_lm(base, prompt="ask", completion="say", messages=None, max_length=48)
+    table = pa.table({"ask": _texts(), "say": [f" {text[::-1]}" for text in reversed(_texts())]})
+    return Bench(base, task, task.encode(table, "rows"))
+
+
+def _texts() -> list[str]:
+    """Texts of 2 to 10 words, all different."""
+    words = [sentence.split() for sentence in SENTENCES]
+    return [" ".join((words[i % 5] * 2)[i % 4 : i % 4 + 2 + i * 7 % 9]) for i in range(ROWS)]
