@@ -2,8 +2,9 @@
 
     python benchmarks/memory_by_clients.py CONFIG.toml [METHOD]
 
-Each run is a process of its own; the figure is the peak over rounds of ``Anonymous`` in
-/proc/self/smaps_rollup (Linux), after two rounds in which every client takes part.
+Each run is a process of its own: two rounds in which every client takes part, with as many local
+steps that both make the same number of passes through the model. The figure is the peak over rounds
+of ``Anonymous`` in /proc/self/smaps_rollup (Linux).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def measure(config: str, clients: int, method: str, folder: str) -> dict[str, in
         f"method.name={method}",
         "train.rounds=2",
         "train.participation=1.0",
-        "train.local_steps=1",
+        f"train.local_steps={200 // clients}",
         "train.bank=10",
         "eval.every=100",
     ]

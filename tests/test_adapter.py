@@ -15,7 +15,6 @@ from rolora.adapter import (
     LowRank,
     Roles,
     layer_of,
-    mean_delta,
     role_of,
     tensor_hash,
 )
@@ -202,14 +201,20 @@ def test_a_small_difference_of_large_products_keeps_its_digits() -> None:
 
 
 @reproducible
-@given(seeds, st.lists(st.floats(0.1, 9), min_size=1, max_size=4))
-def test_the_mean_delta_is_the_weighted_sum_of_dense_products(
-    seed: int, weights: list[float]
+@given(seeds, st.integers(1, 60), st.sampled_from(["A", "B", "both"]), st.integers(1, 3))
+def test_a_long_sum_of_products_stays_small_and_is_the_dense_sum(
+    seed: int, count: int, moving: str, rank: int
 ) -> None:
-    specs = make_specs()
-    states = [random_state(specs, seed + i, torch.float64) for i in range(len(weights))]
-    total = mean_delta([state.delta() for state in states], weights)
-    for layer in specs.scaling:
-        expected = sum(w * dense(state)[layer] for w, state in zip(weights, states, strict=True))
-        assert isinstance(expected, torch.Tensor)
-        close(total[layer].dense(), expected)
+    rng = generator(seed, "sum")
+    left, right = torch.randn(5, rank, generator=rng), torch.randn(rank, 7, generator=rng)
+    total, expected = LowRank(()), torch.zeros(5, 7, dtype=torch.float64)
+    for _ in range(count):
+        left = left if moving == "A" else torch.randn(5, rank, generator=rng)
+        right = right if moving == "B" else torch.randn(rank, 7, generator=rng)
+        weight = float(torch.rand((), generator=rng))
+        total = total + LowRank([(weight, left, right)])
+        expected += weight * left.double() @ right.double()
+    close(total.dense(), expected)
+    assert len(total.terms) <= 34
+    if moving != "both":
+        assert len(total.compact().terms) == 1

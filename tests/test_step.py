@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,20 +15,11 @@ from hypothesis import strategies as st
 from states import HEAD, cohort_of, dense, make_specs, random_state, same, sent, trained
 from torch import Tensor
 
-from rolora.adapter import AdapterState, Update
+from rolora.adapter import AdapterState, Failure, LowRank, Update
 from rolora.draws import generator
-from rolora.method import (
-    Aggregation,
-    Method,
-    Reduce,
-    RoundReport,
-    ServerState,
-    aggregation_error,
-    freeze_head,
-    get_method,
-    step,
-)
+from rolora.method import Method, Reduce, ServerState, freeze_head, get_method
 from rolora.reduce import clip, mean, median, trimmed_mean
+from rolora.step import Aggregation, RoundReport, aggregation_error, step
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
 COHORT = cohort_of(SIZES)
@@ -52,7 +45,7 @@ def updates_of(method: Method, server: ServerState, size: float = 0.1) -> list[U
 
 
 def take(
-    updates: list[Update],
+    updates: Iterable[Update | Failure],
     server: ServerState | None = None,
     method: Method = ROLORA,
     aggregation: Aggregation = MEAN,
@@ -134,15 +127,40 @@ def test_one_client_that_joined_with_one_row_may_not_say_true() -> None:
     assert report.rejected == {"ann": "num_examples is True, but it joined with 1"}
 
 
-def test_of_a_client_that_sends_two_updates_neither_is_used() -> None:
+def test_of_a_client_that_sends_two_updates_the_first_counts_and_it_is_named() -> None:
     ann, bob, cy, dee = updates_of(ROLORA, server_state())
     again = edited(bob, B, lambda tensor: tensor * 2)
-    expected, _ = take([ann, cy, dee])
-    for order in ([ann, bob, again, cy, dee], [again, dee, cy, bob, ann]):
+    expected, _ = take([ann, bob, cy, dee])
+    for order in ([ann, bob, again, cy, dee], [bob, dee, cy, again, ann]):
         after, report = take(order)
-        assert report.rejected == {"bob": "sent 2 updates"}
-        assert report.accepted == ("ann", "cy", "dee")
+        assert report.rejected == {"bob": "sent more than one update; the first counts"}
+        assert report.accepted == ("ann", "bob", "cy", "dee")
         assert same(after.adapter, expected.adapter)
+
+
+def test_a_failed_client_is_named_and_holds_up_nobody() -> None:
+    _, bob, cy, dee = updates_of(ROLORA, server_state())
+    expected, _ = take([bob, cy, dee])
+    after, report = take([Failure("ann", "out of memory"), bob, cy, dee])
+    assert report.rejected == {"ann": "out of memory"}
+    assert same(after.adapter, expected.adapter)
+
+
+def test_updates_that_come_in_turn_are_dropped_once_used() -> None:
+    server = server_state()
+    alive: list[weakref.ref[AdapterState]] = []
+
+    def stream() -> Iterator[Update]:
+        for update in updates_of(ROLORA, server):
+            copy = replace(update, adapter=update.adapter | {})
+            alive.append(weakref.ref(copy.adapter))
+            yield copy
+            del copy
+            gc.collect()
+            assert sum(ref() is not None for ref in alive) <= 1
+
+    _, report = step(ROLORA, MEAN, server, COHORT, stream(), generator(0))
+    assert len(report.accepted) == 4
 
 
 @pytest.mark.parametrize("aggregation", [MEAN, Aggregation(median()), Aggregation(clip(mean(), 1))])
@@ -326,7 +344,8 @@ def test_the_error_is_zero_when_nothing_moved(name: str) -> None:
 def test_the_error_is_infinite_where_the_server_moved_and_no_client_did() -> None:
     state = random_state(make_specs(), 0)
     before, after = ServerState(state), ServerState(random_state(make_specs(), 1))
-    assert aggregation_error([(state, state)], [1.0], before, after) == math.inf
+    nothing = {layer: LowRank(()) for layer in state.layers()}
+    assert aggregation_error(nothing, before, after) == math.inf
 
 
 def test_where_factors_are_personal_the_error_is_unknown() -> None:

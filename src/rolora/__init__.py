@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rolora.method import ServerState as ServerState
     from rolora.method import get_method as get_method
     from rolora.method import method_names as method_names
-    from rolora.method import step as step
     from rolora.reduce import Reducer as Reducer
     from rolora.report import write_report as write_report
     from rolora.rounds import RoundResult as RoundResult
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from rolora.runs import evaluate_adapter as evaluate_adapter
     from rolora.runs import resume as resume
     from rolora.runs import start as start
+    from rolora.step import step as step
 
 __version__ = version("rolora")
 
@@ -55,7 +55,7 @@ _HOMES = {
     "method_names": "method",
     "resume": "runs",
     "start": "runs",
-    "step": "method",
+    "step": "step",
     "write_report": "report",
 }
 __all__ = sorted(_HOMES)

@@ -60,22 +60,31 @@ Term = tuple[float, Tensor, Tensor]
 class LowRank:
     """A matrix (out, in) kept as a sum of terms: weight · left (out, r) @ right (r, in).
 
-    Sums concatenate and nothing is multiplied out, so the mean of many clients' products stays
-    small. Norms go through float64 QR factors, which keep the digits of a small difference of large
-    products (a Gram matrix would square them away).
+    Sums concatenate, and compact themselves whenever they have doubled; nothing is multiplied out
+    unless that is smaller. So the mean of any number of clients' products stays small. Norms go
+    through float64 QR factors, which keep the digits of a small difference of large products (a
+    Gram matrix would square them away).
     """
 
-    def __init__(self, terms: Iterable[Term]) -> None:
+    def __init__(self, terms: Iterable[Term], settled: int = 0) -> None:
         self.terms = tuple(terms)
+        self._settled = settled
 
     def __add__(self, other: LowRank) -> LowRank:
-        return LowRank(self.terms + other.terms)
+        total = LowRank(self.terms + other.terms, self._settled)
+        return total.compact() if len(total.terms) > 2 * self._settled + 16 else total
 
     def __sub__(self, other: LowRank) -> LowRank:
         return self + other * -1.0
 
     def __mul__(self, factor: float) -> LowRank:
-        return LowRank((weight * factor, left, right) for weight, left, right in self.terms)
+        terms = ((weight * factor, left, right) for weight, left, right in self.terms)
+        return LowRank(terms, self._settled)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in); (0, 0) for a sum of no terms."""
+        return next(((len(left), right.shape[1]) for _, left, right in self.terms), (0, 0))
 
     def dense(self) -> Tensor:
         """The matrix itself, float64 (out, in). For tests and small layers."""
@@ -95,7 +104,10 @@ class LowRank:
         groups: dict[str, list[Term]] = {}
         for key, term in same.items():
             groups.setdefault(key[0 if by_left else 1], []).append(term)
-        return LowRank(_merged(terms, by_left) for terms in groups.values())
+        merged = [_merged(terms, by_left) for terms in groups.values()]
+        if sum(len(right) for _, _, right in merged) > 2 * min(self.shape):
+            merged = [(1.0, LowRank(merged).dense(), torch.eye(self.shape[1]))]
+        return LowRank(merged, len(merged))
 
     def norm(self) -> float:
         """Frobenius norm, in float64: ‖L R‖ = ‖R_L R_Rᵀ‖ for L = Q_L R_L and Rᵀ = Q_R R_R."""
@@ -209,14 +221,3 @@ def tensor_hash(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def mean_delta(
-    deltas: Sequence[Mapping[str, LowRank]], weights: Sequence[float]
-) -> dict[str, LowRank]:
-    """layer -> Σ_i weights_i · delta_i: the mean of products, as concatenated factors."""
-    total: dict[str, LowRank] = {}
-    for delta, weight in zip(deltas, weights, strict=True):
-        for layer, matrix in delta.items():
-            total[layer] = total.get(layer, LowRank(())) + matrix * weight
-    return total

@@ -17,10 +17,11 @@ from rolora.engine import ClientStore, Debug, InProcess
 from rolora.errors import ConfigError
 from rolora.local import LocalSettings, evaluate
 from rolora.lora import LoraSettings, read_adapter
-from rolora.method import Aggregation, Method, ServerState, freeze_head, get_method
+from rolora.method import Method, ServerState, freeze_head, get_method
 from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
 from rolora.rounds import Federation, Metrics, RunState, cohort_size, learning_rate
 from rolora.rows import Rows, load_rows
+from rolora.step import Aggregation
 from rolora.tasks import HIGHER_IS_BETTER, Examples, Task
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.choice import choice

@@ -29,7 +29,7 @@ POOL = "(all)"  # the client id of a pooled method; brackets, as no client's own
 
 @dataclass(frozen=True)
 class Job:
-    """One round's work: the server's state, the cohort in order of id, the seed, the step size."""
+    """One round's work: the server's state, the cohort in order of use, the seed, the step size."""
 
     server: ServerState
     cohort: tuple[ClientInfo, ...]
@@ -113,11 +113,10 @@ class InProcess:
     test: Examples | None = None
 
     def run(self, method: Method, job: Job) -> Iterator[Update]:
-        """Train the cohort, group by group; clients with as many steps go together."""
+        """Train the cohort, group by group, in its order."""
         cohort = (pooled(job.cohort, self.shards),) if method.pooled else job.cohort
-        by_steps = sorted(cohort, key=lambda c: (-self.num_steps(c, job), c.id))
-        for first in range(0, len(by_steps), self.bank_size):
-            clients = by_steps[first : first + self.bank_size]
+        for first in range(0, len(cohort), self.bank_size):
+            clients = cohort[first : first + self.bank_size]
             work = [self.prepare(method, job, client) for client in clients]
             for client, trained in zip(clients, self.train(method, job, work), strict=True):
                 yield self.finish(method, job, client, trained)

@@ -16,18 +16,17 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, LowRank, Roles, Specs, Update, mean_delta
+from rolora.adapter import AdapterState, ClientInfo, Roles, Specs, Update
 from rolora.errors import ConfigError, nearest
-from rolora.reduce import Memory, Reducer, Value
+from rolora.reduce import Memory, Value
 
 Project = Callable[[AdapterState], Value]
 
@@ -147,149 +146,3 @@ def get_method(name: str, **options: Any) -> Method:
             hint = nearest(option, known) if known else "it takes no options"
             raise ConfigError(f"method {name!r} has no option {option!r}: {hint}")
     return factory(**options)
-
-
-@dataclass(frozen=True)
-class Aggregation:
-    """How a run combines updates: the reducer, the clients' weights, and the quorum."""
-
-    reducer: Reducer
-    weights: Literal["num_examples", "uniform"] = "num_examples"
-    quorum: int = 1
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What ``step`` found: who was used, who was rejected and why, and how exact the average was.
-
-    ``aggregation_error`` is ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i ΔW_i‖_F over all adapted layers, where
-    ΔW_i is the change of scaling·B·A between what client i received and what it returned, and ΔW
-    the change of the server's; ``None`` where the server cannot know (personal factors).
-    """
-
-    accepted: tuple[str, ...]
-    rejected: Mapping[str, str]
-    aggregation_error: float | None
-    quorum_met: bool
-
-
-def step(
-    method: Method,
-    aggregation: Aggregation,
-    server: ServerState,
-    cohort: Mapping[str, ClientInfo],
-    updates: Iterable[Update],
-    rng: torch.Generator,
-) -> tuple[ServerState, RoundReport]:
-    """Check the updates of a round, combine the good ones, and return the next server state.
-
-    Updates are taken in order of client id, so arrival order changes nothing. A faulty update is
-    rejected and named, never fatal. Below the quorum the round does not advance: the same state
-    comes back with ``attempt + 1``.
-    """
-    round = server.round + 1
-    accepted: list[Update] = []
-    rejected: dict[str, str] = {}
-    arrived = sorted(updates, key=lambda update: update.client)
-    times = Counter(update.client for update in arrived)
-    for update in arrived:
-        fault = _fault(method, server, cohort, update, times[update.client])
-        if fault is None:
-            accepted.append(update)
-        else:
-            rejected[update.client] = fault
-    names = tuple(update.client for update in accepted)
-    if len(accepted) < max(1, aggregation.quorum):
-        stalled = replace(server, attempt=server.attempt + 1)
-        return stalled, RoundReport(names, rejected, None, quorum_met=False)
-
-    received = {u.client: method.download(server, cohort[u.client]) for u in accepted}
-    weigh = _weights(aggregation)
-    kept: list[Memory] = []
-
-    def reduce(
-        project: Project | None = None, weight: Callable[[Update], float] | None = None
-    ) -> Value:
-        if kept:
-            raise RuntimeError(f"method {method.name!r} called reduce twice in one round")
-        into = project or (lambda view: view.only(method.shared(round)))
-        reducer, memory = aggregation.reducer, server.memory or aggregation.reducer.init()
-        for update in accepted:
-            view = received[update.client]
-            value, reference = into(view | update.adapter), into(view)
-            memory = reducer.add(memory, value, reference, (weight or weigh)(update))
-        reduced, memory = reducer.finish(memory, rng)
-        kept.append(memory)
-        return reduced
-
-    after = method.aggregate(server, reduce, rng)
-    after = replace(after, memory=kept[0] if kept else {}, round=round, attempt=0)
-    error = None
-    if not method.personal(round):
-        pairs = [(received[u.client], received[u.client] | u.adapter) for u in accepted]
-        error = aggregation_error(pairs, [weigh(u) for u in accepted], server, after)
-    return after, RoundReport(names, rejected, error, quorum_met=True)
-
-
-def _weights(aggregation: Aggregation) -> Callable[[Update], float]:
-    if aggregation.weights == "uniform":
-        return lambda update: 1.0
-    return lambda update: float(update.num_examples)
-
-
-def _fault(
-    method: Method,
-    server: ServerState,
-    cohort: Mapping[str, ClientInfo],
-    update: Update,
-    times: int,
-) -> str | None:
-    """Why this update cannot be used, in words for the record, or ``None``."""
-    if update.client not in cohort:
-        return "not in this round's cohort"
-    if times > 1:  # which of them to believe would depend on the order of arrival
-        return f"sent {times} updates"
-    info = cohort[update.client]
-    if type(update.num_examples) is not int or update.num_examples != info.num_examples:
-        return f"num_examples is {update.num_examples!r}, but it joined with {info.num_examples}"
-    expected = method.download(server, info).only(method.shared(server.round + 1))
-    if missing := sorted(expected.keys() - update.adapter.keys()):
-        return f"{missing[0]} is missing"
-    if extra := sorted(update.adapter.keys() - expected.keys()):
-        return f"{extra[0]} was not asked for"
-    for name, tensor in update.adapter.items():
-        like = expected[name]
-        if tensor.shape != like.shape:
-            return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
-        if tensor.dtype != like.dtype:
-            return f"{name} has dtype {tensor.dtype}, expected {like.dtype}"
-        if not torch.isfinite(tensor).all():
-            return f"{name} has values that are not finite"
-    return None
-
-
-def aggregation_error(
-    clients: Sequence[tuple[AdapterState, AdapterState]],
-    weights: Sequence[float],
-    before: ServerState,
-    after: ServerState,
-) -> float:
-    """Relative error of the aggregated product (see ``RoundReport``); 0.0 if nothing moved.
-
-    ``clients`` are (received, returned) pairs; weights need not sum to 1.
-    """
-    share = [weight / sum(weights) for weight in weights]
-    moves = [_change(received, returned) for received, returned in clients]
-    ideal, actual = mean_delta(moves, share), _change(before.adapter, after.adapter)
-    wanted = _norm(ideal)
-    missed = _norm({layer: ideal[layer] - actual[layer] for layer in ideal})
-    return missed / wanted if wanted else (math.inf if missed else 0.0)
-
-
-def _change(old: AdapterState, new: AdapterState) -> dict[str, LowRank]:
-    before = old.delta()
-    return {layer: matrix - before[layer] for layer, matrix in new.delta().items()}
-
-
-def _norm(matrices: Mapping[str, LowRank]) -> float:
-    return math.sqrt(sum(matrix.norm() ** 2 for matrix in matrices.values()))

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.adapter import AdapterState, ClientInfo
 from rolora.draws import generator
 from rolora.engine import POOL, Engine, Job
 from rolora.errors import NoQuorum
-from rolora.method import Aggregation, Method, ServerState, step
+from rolora.method import Method, ServerState
+from rolora.step import Aggregation, step
 from rolora.tasks import HIGHER_IS_BETTER
+from rolora.traffic import Arrival, Ledger, after_round, noting
 
 Metrics = Mapping[str, float]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -43,7 +45,7 @@ class RunState:
     """
 
     server: ServerState
-    ledger: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=dict)
     best: Best | None = None
     stale: int = 0
 
@@ -174,16 +176,15 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     method, server = run.method, state.server
     round, attempt = server.round + 1, server.attempt
     ids = sample_cohort(list(run.clients), run.participation, run.seed, round, attempt)
-    cohort = {id: ClientInfo(id, run.clients[id], run.rank, round) for id in ids}
+    members = {id: ClientInfo(id, run.clients[id], run.rank, round) for id in _in_order(run, ids)}
     pool = ClientInfo(POOL, sum(run.clients.values()), run.rank, round)
-    members = {POOL: pool} if method.pooled else cohort
-    job = Job(server, tuple(cohort.values()), run.seed, run.lr(round))
-    replies = list(run.engine.run(method, job))
-    updates = [reply for reply in replies if isinstance(reply, Update)]
-    failed = {reply.client: reply.reason for reply in replies if isinstance(reply, Failure)}
+    cohort = {POOL: pool} if method.pooled else members
+    job = Job(server, tuple(members.values()), run.seed, run.lr(round))
+    arrived: list[Arrival] = []
+    replies = noting(run.engine.run(method, job), arrived)
     rng = generator(run.seed, "aggregate", round, attempt)
-    after, report = step(method, run.aggregation, server, members, updates, rng)
-    ledger, down = _download(method, server, cohort, state.ledger, updates)
+    after, report = step(method, run.aggregation, server, cohort, replies, rng)
+    ledger, bytes_down = after_round(method, server, members, state.ledger, arrived)
     return RoundResult(
         round=round,
         attempt=attempt,
@@ -191,43 +192,29 @@ def _round(run: Federation, state: RunState) -> RoundResult:
         cohort=ids,
         lr=job.lr,
         clients={
-            u.client: {"num_examples": u.num_examples, **u.metrics}
-            for u in updates
-            if u.client in report.accepted
+            one.client: {"num_examples": cohort[one.client].num_examples, **one.metrics}
+            for one in reversed(arrived)  # the first of several counts
+            if one.client in report.accepted
         },
         metrics={},
         validation={},
         client_metrics={},
         aggregation_error=report.aggregation_error,
-        bytes_up=0 if method.pooled else sum(update.adapter.num_bytes() for update in updates),
-        bytes_down=0 if method.pooled else down,
+        bytes_up=0 if method.pooled else sum(one.num_bytes for one in arrived),
+        bytes_down=0 if method.pooled else bytes_down,
         seconds=0.0,
-        rejected={**failed, **report.rejected},
+        rejected=report.rejected,
         advanced=report.quorum_met,
         state=replace(state, server=after, ledger=ledger),
     )
 
 
-def _download(
-    method: Method,
-    server: ServerState,
-    cohort: Mapping[str, ClientInfo],
-    ledger: Mapping[str, Mapping[str, str]],
-    updates: Sequence[Update],
-) -> tuple[dict[str, Mapping[str, str]], int]:
-    """The ledger after this round, and the bytes that went down: only what a client lacked."""
-    sent = {update.client: update.adapter for update in updates}
-    held = dict(ledger)
-    whole, whole_hashes = server.adapter, server.adapter.hashes()
-    total = 0
-    for client, info in cohort.items():
-        view = method.download(server, info)
-        hashes = whole_hashes if view is whole else view.hashes()
-        before = ledger.get(client, {})
-        lacking = [name for name, digest in hashes.items() if before.get(name) != digest]
-        total += view.select(set(lacking).__contains__).num_bytes()
-        held[client] = {**hashes, **(sent[client].hashes() if client in sent else {})}
-    return held, total
+def _in_order(run: Federation, clients: Iterable[str]) -> list[str]:
+    """Largest shard first, then by id: the order in which clients are trained and combined.
+
+    Clients with as many steps then share a bank, and their updates come in the order of use.
+    """
+    return sorted(clients, key=lambda id: (-run.clients[id], id))
 
 
 def _evaluated(
