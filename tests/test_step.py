@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from states import HEAD, cohort_of, dense, make_specs, random_state, same, sent, trained
 from torch import Tensor
 
-from rolora.adapter import AdapterState, Failure, LowRank, Update
+from rolora.adapter import AdapterState, Failure, Update
 from rolora.draws import generator
 from rolora.method import Method, Reduce, ServerState, freeze_head, get_method
 from rolora.reduce import clip, mean, median, trimmed_mean
-from rolora.step import Aggregation, RoundReport, aggregation_error, step
+from rolora.step import Aggregation, RoundReport, step
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
 COHORT = cohort_of(SIZES)
@@ -231,14 +231,13 @@ def dense_error(
 ) -> float:
     """The aggregation error with every product multiplied out."""
     total = sum(u.num_examples for u in updates)
-    before, now = dense(server.adapter), dense(after.adapter)
+    now = dense(after.adapter)
     missed = wanted = 0.0
-    for layer in before:
-        ideal = torch.zeros_like(before[layer])
+    for layer in now:
+        ideal = torch.zeros_like(now[layer])
         for u in updates:
-            product = dense(server.adapter | u.adapter)[layer]
-            ideal += u.num_examples / total * (product - before[layer])
-        missed += float((ideal - (now[layer] - before[layer])).square().sum())
+            ideal += u.num_examples / total * dense(server.adapter | u.adapter)[layer]
+        missed += float((ideal - now[layer]).square().sum())
         wanted += float(ideal.square().sum())
     return math.sqrt(missed / wanted) if wanted else 0.0
 
@@ -299,7 +298,7 @@ def test_the_mean_of_both_factors_is_not_the_mean_of_the_products(
     server, sizes, size = case
     _, report, _ = play(get_method("fedit"), server, sizes, size)
     assert report.aggregation_error is not None
-    assert report.aggregation_error > 1e-6
+    assert report.aggregation_error > 1e-9  # rounding is 1e-15
 
 
 @pytest.mark.parametrize("name", ["rolora", "ffa_lora", "fedit"])
@@ -324,28 +323,21 @@ def test_the_aggregation_error_is_the_one_computed_densely(
 
 @pytest.mark.parametrize("round", [0, 1])
 @pytest.mark.parametrize("name", ["rolora", "ffa_lora"])
-@pytest.mark.parametrize(("size", "bound"), [(1e-1, 1e-6), (1e-2, 1e-6), (1e-4, 1e-4)])
-def test_in_float32_the_error_of_an_exact_method_is_rounding(
-    name: str, size: float, bound: float, round: int
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4, 1e-6])
+def test_in_float32_the_error_of_an_exact_method_is_rounding_however_little_moved(
+    name: str, size: float, round: int
 ) -> None:
     specs = make_specs(((64, 48, 8), (32, 64, 8)))
     server = ServerState(random_state(specs, 1, scale=0.1), round=round)
     _, report, _ = play(get_method(name), server, SIZES, size)
     assert report.aggregation_error is not None
-    assert report.aggregation_error <= bound  # float32 numbers near 0.1 are 7e-9 apart
+    assert report.aggregation_error <= 1e-7
 
 
 @pytest.mark.parametrize("name", ["rolora", "ffa_lora", "fedit"])
 def test_the_error_is_zero_when_nothing_moved(name: str) -> None:
     _, report, _ = play(get_method(name), server_state(), SIZES, 0.0)
     assert report.aggregation_error == 0.0
-
-
-def test_the_error_is_infinite_where_the_server_moved_and_no_client_did() -> None:
-    state = random_state(make_specs(), 0)
-    before, after = ServerState(state), ServerState(random_state(make_specs(), 1))
-    nothing = {layer: LowRank(()) for layer in state.layers()}
-    assert aggregation_error(nothing, before, after) == math.inf
 
 
 def test_where_factors_are_personal_the_error_is_unknown() -> None:

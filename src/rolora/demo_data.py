@@ -102,7 +102,7 @@ def questions(folder: Path) -> tuple[Path, Path]:
     5,381 distinct questions in the classes ABBR, DESC, ENTY, HUM, LOC and NUM; 500 are the test.
     """
     rows = [{"text": text, "label": label} for text, label in _question_rows(folder)]
-    return _write_pair(folder, "questions", rows)
+    return _write_pair(folder, "questions", rows, test_rows=500)
 
 
 KINDS = {
@@ -116,7 +116,7 @@ KINDS = {
 
 
 def question_prompts(folder: Path) -> tuple[Path, Path]:
-    """The same questions for a language model: columns prompt, completion and label."""
+    """The same questions for a language model: columns prompt, completion and label; 200 to test."""
     rows = [
         {
             "prompt": f"Question: {text}\nThe answer is a kind of:",
@@ -125,7 +125,7 @@ def question_prompts(folder: Path) -> tuple[Path, Path]:
         }
         for text, label in _question_rows(folder)
     ]
-    return _write_pair(folder, "prompts", rows)
+    return _write_pair(folder, "prompts", rows, test_rows=200)
 
 
 def _question_rows(folder: Path) -> list[tuple[str, str]]:
@@ -141,7 +141,7 @@ def _question_rows(folder: Path) -> list[tuple[str, str]]:
 
 
 def _write_pair(
-    folder: Path, name: str, rows: list[dict[str, str]], test_rows: int = 500
+    folder: Path, name: str, rows: list[dict[str, str]], test_rows: int
 ) -> tuple[Path, Path]:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     train, test = (folder / "data" / f"{name}-{part}.csv" for part in ("train", "test"))

@@ -36,15 +36,18 @@ class Aggregation:
 class RoundReport:
     """What ``step`` found: who was used, who was rejected and why, and how exact the average was.
 
-    ``aggregation_error`` is ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i ΔW_i‖_F over all adapted layers, where
-    ΔW_i is the change of scaling·B·A between what client i received and what it returned, and ΔW
-    the change of the server's; ``None`` where the server cannot know (personal factors).
+    ``aggregation_error`` is ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the
+    product scaling·B·A that client i returned, ΔW_i its change since the client received it, ΔW the
+    change of the server's product; ``None`` where the server cannot know (personal factors).
     """
 
     accepted: tuple[str, ...]
     rejected: Mapping[str, str]
     aggregation_error: float | None
     quorum_met: bool
+
+
+Products = dict[str, LowRank]  # layer -> a weighted sum of scaling · B · A
 
 
 class _BelowQuorum(Exception):
@@ -69,7 +72,8 @@ def step(
     accepted: list[str] = []
     rejected: dict[str, str] = {}
     kept: list[Memory] = []
-    ideal: dict[str, LowRank] = {}
+    products: Products = {}
+    changes: Products = {}
 
     def reduce(
         project: Project | None = None, weight: Callable[[Update], float] | None = None
@@ -86,9 +90,10 @@ def step(
             accepted.append(update.client)
             returned = received | update.adapter
             if not method.personal(round):
-                for layer, change in _change(received, returned).items():
-                    share = change * aggregation.weight(update)
-                    ideal[layer] = ideal.get(layer, LowRank(())) + share
+                share = aggregation.weight(update)
+                _add(products, returned.delta(), share)
+                _add(changes, returned.delta(), share)
+                _add(changes, received.delta(), -share)
             value, reference = into(returned), into(received)
             memory = reducer.add(memory, value, reference, (weight or aggregation.weight)(update))
         if len(accepted) < max(1, aggregation.quorum):
@@ -108,8 +113,9 @@ def step(
     error = None
     if not method.personal(round):
         total = sum(aggregation.weight(cohort[client]) for client in accepted)
-        mean = {layer: change * (1 / total) for layer, change in ideal.items()}
-        error = aggregation_error(mean, server, after)
+        _add(changes, after.adapter.delta(), -total)
+        _add(changes, server.adapter.delta(), total)
+        error = _ratio(_norm(changes), _norm(products))
     return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True)
 
 
@@ -161,23 +167,14 @@ def _fault(method: Method, received: AdapterState, info: ClientInfo, update: Upd
     return None
 
 
-def aggregation_error(
-    ideal: Mapping[str, LowRank], before: ServerState, after: ServerState
-) -> float:
-    """How far the server's change is from ``ideal``, the mean of the clients' changes, relatively.
-
-    See ``RoundReport``; 0.0 if nothing moved.
-    """
-    actual = _change(before.adapter, after.adapter)
-    wanted = _norm(ideal)
-    missed = _norm({layer: ideal[layer] - actual[layer] for layer in ideal})
-    return missed / wanted if wanted else (math.inf if missed else 0.0)
+def _add(total: Products, products: Mapping[str, LowRank], weight: float) -> None:
+    for layer, matrix in products.items():
+        total[layer] = total.get(layer, LowRank(())) + matrix * weight
 
 
-def _change(old: AdapterState, new: AdapterState) -> dict[str, LowRank]:
-    before = old.delta()
-    return {layer: matrix - before[layer] for layer, matrix in new.delta().items()}
-
-
-def _norm(matrices: Mapping[str, LowRank]) -> float:
+def _norm(matrices: Products) -> float:
     return math.sqrt(sum(matrix.norm() ** 2 for matrix in matrices.values()))
+
+
+def _ratio(missed: float, whole: float) -> float:
+    return missed / whole if whole else (math.inf if missed else 0.0)

@@ -1,7 +1,7 @@
 """The pictures: curves over methods, the spread over clients, the split.
 
 Figures are drawn in fixed colours, to be saved on white; ``rolora.report.svg`` makes them follow a
-page's theme. A page is read on phones of 360 px too, so figures are 360 pt wide with 10 pt text.
+page's theme. A page is read on phones of 360 px too, so figures are 360 pt wide with 11 pt text.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ DASHES: tuple[Any, ...] = (
     *((0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (4, 4)), (0, (12, 2, 2, 2))),
 )
 INK, GRID, BAND = "#222222", "#cccccc", "#eeeeee"
-WIDTH, HEIGHT, TEXT = 5.0, 3.1, 10  # inches, inches, points
+WIDTH, HEIGHT, TEXT = 5.0, 3.1, 11  # inches, inches, points
 ROUNDING = 1e-6  # an aggregation error up to here is float32 arithmetic
 MOST_LABELS = 24
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 STYLE = {
     "font.family": "sans-serif",
@@ -123,7 +124,7 @@ def curves(
         if budget is not None:
             axes.axvline(budget, color=INK, linewidth=1, linestyle=(0, (1, 2)))
         if xlabel == "round":
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.xaxis.set_major_locator(_whole(6))
         axes.set_title(title)
         axes.set_xlabel(xlabel)
         return figure
@@ -150,11 +151,11 @@ def aggregation_errors(series: Sequence[Series]) -> Figure:
             inside = floor * 100 ** ((number + 1) / (len(series) + 1))  # side by side in the band
             shown = [inside if value <= ROUNDING else value for value in one.mean]
             _draw(axes, Series(one.style, one.x, shown, [None] * len(shown)), number / len(series))
-        powers = [10.0**n for n in range(-5, 7) if 10**n < top]
-        names = ["exact", *(f"{power:g}" for power in powers)]
-        axes.set_yticks([floor * 10, *powers], names)
+        powers = [n for n in range(-5, 7) if 10**n < top]
+        names = ["exact", *("10" + str(n).translate(SUPERSCRIPTS) for n in powers)]
+        axes.set_yticks([floor * 10, *(10.0**n for n in powers)], names)
         axes.yaxis.set_minor_locator(FixedLocator([]))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(_whole(6))
         axes.set_title("aggregation error (log)")
         axes.set_xlabel("round")
         return figure
@@ -179,7 +180,7 @@ def client_spread(
             mean, low = sum(values) / len(values), worst(values)
             axes.plot([mean, mean], [row - 0.24, row + 0.24], color=INK, linewidth=2.2)
             axes.plot([low], [row], marker="^", mfc="none", mec=INK, markersize=9, ls="none")
-            words = f"{elided(method, 26)}: mean {mean:.3f}, worst {low:.3f}"
+            words = f"{elided(method, 22)}: mean {mean:.3f}, worst {low:.3f}"
             axes.text(0, row - 0.3, words, va="bottom", transform=axes.get_yaxis_transform())
         axes.set_ylim(len(clients) - 0.6, -0.85)
         axes.set_yticks([])
@@ -204,9 +205,9 @@ def split_figure(partition: Mapping[str, Any]) -> Figure:
         xs = range(len(clients))
         bars.bar(xs, [client["num_examples"] for client in clients], 0.85, color=PALETTE[0])
         bars.set_title("training rows of each client")
-        bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        bars.yaxis.set_major_locator(_whole(4))
         bars.grid(visible=False, axis="x")
-        bars.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        bars.xaxis.set_major_locator(_whole(8))
         if rows:
             _label_mix(panels[1][0], clients, rows, names)
         panels[-1][0].set_xlabel(f"client (0 to {len(clients) - 1}, in order of id)")
@@ -231,7 +232,12 @@ def _label_mix(axes: Any, clients: Any, rows: Sequence[Any], names: Sequence[str
     shown = [f"{len(rest)} others" if row is ... else elided(row, 16) for row in rows]
     axes.set_yticks(range(len(rows)), shown)
     axes.grid(visible=False)
-    axes.set_title(f"share of each label (full colour: {most:.0%} of a client's rows)")
+    axes.set_title(f"share of client's rows (full colour: {most:.0%})")
+
+
+def _whole(most: int) -> MaxNLocator:
+    """At most ``most`` steps of 1, 2, 5, 10, ..."""
+    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
 
 
 def elided(text: str, width: int) -> str:

@@ -18,6 +18,7 @@ from rolora.report.summary import (
     Run,
     Standing,
     by_method,
+    differing,
     load_run,
     mean_sd,
     primary_metric,
@@ -97,7 +98,7 @@ def _pictures(
         _aggregation_error(groups),
         _client_spread(groups, metric),
         _training_loss(groups),
-        _split(runs),
+        *_splits(runs),
     )
     return [picture for picture in makers if picture is not None]
 
@@ -172,8 +173,8 @@ def _aggregation_error(groups: Groups) -> Picture | None:
         f"aggregation error of each round for {', '.join(found)}",
     )
     caption = (
-        "How far the server's change of B·A is from the mean of the clients' changes, relative to "
-        "that mean. In the grey band the average is exact; lines there are set apart only to be "
+        "How far the server's B·A is from the mean of the clients' B·A, relative to that mean. In "
+        "the grey band the average is exact; lines there are set apart only to be "
         "seen." + _missing(groups, found, "the server cannot know it")
     )
     return Picture("Aggregation error", svg, caption, tuple(found))
@@ -217,20 +218,31 @@ def _training_loss(groups: Groups) -> Picture | None:
     return Picture("Training loss", svg, caption, tuple(found))
 
 
-def _split(runs: Sequence[Run]) -> Picture:
-    run = runs[0]
-    sizes = [client["num_examples"] for client in run.partition["clients"]]
+def _splits(runs: Sequence[Run]) -> list[Picture]:
+    """One picture for each split there is: seeds differ in it, methods do not."""
+    found: list[list[Run]] = []
+    for run in runs:
+        same = next((own for own in found if own[0].partition == run.partition), None)
+        found.append([run]) if same is None else same.append(run)
+    return [_split(own, number, len(found)) for number, own in enumerate(found)]
+
+
+def _split(runs: Sequence[Run], number: int, of: int) -> Picture:
+    partition = runs[0].partition
+    sizes = [client["num_examples"] for client in partition["clients"]]
     svg = inline_svg(
-        figures.split_figure(run.partition),
-        "split",
+        figures.split_figure(partition),
+        f"split-{number}",
         f"training rows of {len(sizes)} clients, {min(sizes)} to {max(sizes)} rows each",
     )
     caption = f"{len(sizes)} clients hold {min(sizes):,} to {max(sizes):,} rows each."
-    if any(other.partition != run.partition for other in runs):
-        caption += f" This is the split of {run.label}; not all runs have the same."
-    for said in (run.partition.get("note"), _dropped(run.partition.get("dropped", 0))):
+    for said in (partition.get("note"), _dropped(partition.get("dropped", 0))):
         caption += f" {said[0].upper()}{said[1:]}." if said else ""
-    return Picture("Who holds which rows", svg, caption)
+    if of > 1:
+        caption += f" The split of {', '.join(run.label for run in runs)}."
+    return Picture(
+        "Who holds which rows" + (f" ({number + 1} of {of})" if of > 1 else ""), svg, caption
+    )
 
 
 def _dropped(rows: int) -> str:
@@ -248,7 +260,7 @@ def _rejected(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
 
 
 def _origins(runs: Sequence[Run]) -> dict[str, Any]:
-    """A table of what each run was made with: ``origin_names`` and ``origins``, one row a run.
+    """What each run was made with: ``shared`` by all, and a table of the rest, one row a run.
 
     The folder it ran in is left out: a page is made to be shown to others.
     """
@@ -257,8 +269,10 @@ def _origins(runs: Sequence[Run]) -> dict[str, Any]:
         made = {key: value for key, value in run.provenance.items() if key != "root"}
         tables.append({**made.pop("versions", {}), **made})
     names = list(dict.fromkeys(name for table in tables for name in table))
-    cells = [
-        (run.label, [table.get(n, "") for n in names])
-        for run, table in zip(runs, tables, strict=True)
-    ]
-    return {"origin_names": names, "origins": cells}
+    apart = differing(tables)
+    rows = zip(runs, tables, strict=True)
+    return {
+        "shared": [f"{name} {tables[0][name]}" for name in names if name not in apart],
+        "origin_names": apart,
+        "origins": [(run.label, [table.get(n, "") for n in apart]) for run, table in rows],
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,26 +52,33 @@ def about(runs: Sequence[Run]) -> str:
         what = f"{len(groups)} methods are compared over {sum(map(len, groups.values()))} runs"
     else:
         what = f"{next(iter(groups))} in {'one run' if len(runs) == 1 else f'{len(runs)} runs'}"
-    clients = _all(len(run.partition["clients"]) for run in runs)
-    rows = _all(sum(c["num_examples"] for c in run.partition["clients"]) for run in runs)
+    shards = [[client["num_examples"] for client in run.partition["clients"]] for run in runs]
     settings = [dict(flat(run.config)) for run in runs]
 
     def setting(key: str) -> str:
         return _all(own[key] for own in settings if key in own) or "unknown"
 
+    shares = [own["train.participation"] for own in settings if "train.participation" in own]
     return (
         f"{what} ({seeds}): {setting('model.task')} on {setting('model.path')} with LoRA of rank "
-        f"{setting('lora.rank')}, {rows} training rows held by {clients} clients "
-        f"({setting('partition.scheme')} split), {setting('train.participation')} of them in a "
-        f"round, {setting('train.rounds')} rounds."
+        f"{setting('lora.rank')}, {_range(map(sum, shards))} training rows held by "
+        f"{_range(map(len, shards))} clients ({setting('partition.scheme')} split), "
+        f"{_all(f'{share:.0%}' for share in shares) or 'unknown'} of them in a round, "
+        f"{setting('train.rounds')} rounds."
     )
 
 
+def _range(counts: Iterable[int]) -> str:
+    """'1,122', or '887 to 1,122' where they differ."""
+    ordered = sorted(counts)
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((ordered[0], ordered[-1])))
+
+
 def _all(values: Iterable[Any]) -> str:
-    """The distinct values in order: '20', or '0, 1, 2'."""
+    """The distinct values: '20', or '0, 1, 2'. Numbers in order, words as they come."""
     distinct = list(dict.fromkeys(values))
     if all(isinstance(value, int) for value in distinct):
-        return ", ".join(f"{value:,}" for value in sorted(distinct))
+        distinct.sort()
     return ", ".join(map(str, distinct))
 
 
@@ -95,34 +103,49 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     metric = primary_metric(runs)
     axes: tuple[Axis, ...] = ("rounds", "megabytes")
     found = [standing(runs, metric, axis) for axis in axes]
-    return [verdict(each, metric) for each in found if each and len(each.places) > 1] or [
-        alone(row) for row in summarise(runs)
-    ]
+    compared = [at for at in found if at and at.places and len(at.places + at.references) > 1]
+    return [verdict(at, metric) for at in compared] or [alone(row) for row in summarise(runs)]
 
 
 def verdict(at: Standing, metric: str) -> Verdict:
-    """Who is ahead, or that nobody clearly is. ``at`` has at least two places."""
-    first, second = at.places[:2]
-    close = [p.method for p in at.places[1:] if tied(first, p) or p.mean == first.mean]
+    """Who is ahead, or that nobody clearly is, and what is not ranked and why."""
+    ranked = tuple(place for place in at.places if math.isfinite(place.mean))
+    headline, text = _ranking(ranked, metric)
+    unranked = {
+        "because nothing is sent": [
+            f"{place.method} {score(place.mean, place.sd)}" for place in at.references
+        ],
+        f"because {metric} is not finite": [
+            place.method for place in at.places if place not in ranked
+        ],
+        "because first evaluated later": at.late,
+    }
+    for why, methods in unranked.items():
+        text += f" Not ranked, {why}: {', '.join(methods)}." if methods else ""
+    return Verdict(budget(at), headline, text, ranked if len(ranked) > 1 else ())
+
+
+def _ranking(places: Sequence[Place], metric: str) -> tuple[str, str]:
+    """Headline and sentences about ``places``, best first and all finite."""
+    if not places:
+        return f"No finite {metric}", "Training has diverged."
+    first, *others = places
+    result = f"{metric} {score(first.mean, first.sd)}"
+    if not others:
+        return result, f"{first.method} has {result} ({direction(metric)})."
     best = f"{first.method} has the best {metric}, {score(first.mean, first.sd)}"
-    gap = score(abs(first.mean - second.mean))
-    next_best = f"{second.method}, at {score(second.mean, second.sd)}"
-    if close:
-        headline = "No clear leader"
+    if close := [p.method for p in others if tied(first, p) or p.mean == first.mean]:
         text = f"{best}, but within one standard deviation of it: {', '.join(close)}."
-    elif tied(first, second) is None:
-        headline = f"{first.method}, on one seed"
-        text = f"{best}; {gap} separate it from {next_best}. One seed does not show how much of "
-        text += "that is chance: run more seeds before relying on it."
-    else:
-        headline = f"{first.method} is ahead"
-        text = f"{best}; {gap}, more than one standard deviation, separate it from {next_best}."
-    if at.references:
-        bounds = ", ".join(f"{p.method} {score(p.mean, p.sd)}" for p in at.references)
-        text += f" Sending nothing, for reference: {bounds}."
-    if at.late:
-        text += f" Not placed, because first evaluated later: {', '.join(at.late)}."
-    return Verdict(budget(at), headline, text, at.places)
+        return "No clear leader", text
+    second = others[0]
+    gap = score(abs(first.mean - second.mean))
+    text = f"{best}. Next is {second.method} with {score(second.mean, second.sd)}: "
+    if once := [place.method for place in (first, second) if place.sd is None]:
+        text += f"a gap of {gap}. But {' and '.join(once)} ran on one seed, which does not show "
+        text += "how much of that is chance: run more seeds before relying on it."
+        return f"{first.method} leads, on too few seeds", text
+    text += f"the gap of {gap} is more than one standard deviation."
+    return f"{first.method} is ahead", text
 
 
 def alone(row: Row) -> Verdict:
@@ -148,11 +171,15 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     settings = [dict(flat(run.config)) for run in runs]
     for key in differing(settings):
         if not key.startswith("method."):
-            values = {
-                run.method: own.get(key, "unset") for run, own in zip(runs, settings, strict=True)
-            }
-            said = "; ".join(f"{method} {value}" for method, value in values.items())
+            having: dict[str, list[str]] = {}
+            for run, own in zip(runs, settings, strict=True):
+                having.setdefault(str(own.get(key, "unset")), []).append(run.method)
+            said = "; ".join(f"{value} ({_all(methods)})" for value, methods in having.items())
             notes.append(f"{key} is not the same in all runs: {said}.")
+    for method, own_runs in by_method(runs).items():
+        seeds = [run.seed for run in own_runs]
+        if again := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+            notes.append(f"{method} has several runs of seed {_all(again)}, counted one by one.")
     by_seed: dict[int, set[str]] = {}
     for run in runs:
         by_seed.setdefault(run.seed, set()).add(str(run.provenance.get("data")))

@@ -127,10 +127,10 @@ def load_run(path: str | Path) -> Run:
         options = dict(config["method"])
         method = str(options.pop("name"))
         name, seed = str(config["name"]), int(config["seed"])
-        sizes = [int(client["num_examples"]) for client in partition["clients"]]
+        shards = [(int(c["num_examples"]), dict(c["labels"])) for c in partition["clients"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: config.toml or partition.json is damaged ({error!r})") from None
-    if not sizes:
+    if not shards:
         raise DataError(f"{path}: partition.json names no client")
     if options:
         method += f" ({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
@@ -139,7 +139,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
         where = f"{file}, line {number}"
         try:
             line = json.loads(text)
@@ -150,6 +150,8 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
         for key, kind in _ROUND_FIELDS.items():
             if not isinstance(line, dict) or not isinstance(line.get(key, ...), kind):
                 raise DataError(f"{where}: {key!r} is missing or not of its type")
+        if not all(isinstance(value, int | float) for value in line["metrics"].values()):
+            raise DataError(f"{where}: a metric is not a number")
         yield line
 
 

@@ -1,0 +1,390 @@
+"""What every file in ``rolora/methods`` must hold, and what each method is.
+
+The common part runs over ``method_names()``: a new method file is tested by being there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from states import cohort_of, make_specs, random_state, relative, same, sent, trained
+from tiny import tiny_bert
+from tiny_clients import SHARDS, Bench, classifier
+
+from rolora.adapter import ClientInfo, Roles, Update, role_of
+from rolora.catalogue import MethodRow, describe_methods
+from rolora.draws import generator
+from rolora.engine import POOL, ClientStore, InProcess, Job
+from rolora.errors import ConfigError
+from rolora.local import LocalSettings
+from rolora.method import (
+    Method,
+    Reduce,
+    ServerState,
+    freeze_head,
+    get_method,
+    method_factory,
+    method_names,
+)
+from rolora.reduce import mean
+from rolora.step import Aggregation, step
+
+SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
+MEAN = Aggregation(mean())
+ROUNDS = range(1, 9)
+HEAD: Roles = frozenset({"head"})
+every_method = pytest.mark.parametrize(
+    "method", [get_method(name) for name in method_names()], ids=method_names()
+)
+head_or_not = pytest.mark.parametrize(
+    "how", [lambda method: method, freeze_head], ids=["head", "frozen"]
+)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return classifier(tiny_bert(tmp_path_factory.mktemp("bert")))
+
+
+def server_at(round: int) -> ServerState:
+    """A server that is about to run this round; lora_B is not 0."""
+    return ServerState(random_state(make_specs(), round, torch.float64), round=round - 1)
+
+
+def cohort_at(method: Method, round: int) -> dict[str, ClientInfo]:
+    return cohort_of({POOL: 25} if method.pooled else SIZES, round)
+
+
+def updates_at(method: Method, server: ServerState) -> list[Update]:
+    cohort = cohort_at(method, server.round + 1).values()
+    return [
+        sent(method, server, info, trained(method, server, info, seed))
+        for seed, info in enumerate(cohort)
+    ]
+
+
+def after(method: Method, server: ServerState, updates: list[Update], seed: int = 0) -> ServerState:
+    cohort = {u.client: cohort_at(method, server.round + 1)[u.client] for u in updates}
+    return step(method, MEAN, server, cohort, updates, generator(seed, "aggregate"))[0]
+
+
+# every method
+
+
+@every_method
+def test_a_method_is_named_after_its_file(method: Method) -> None:
+    assert method.name in method_names()
+    assert method_factory(method.name).__module__ == f"rolora.methods.{method.name}"
+
+
+@every_method
+def test_a_method_file_cites_its_source_by_arxiv_number(method: Method) -> None:
+    text = importlib.import_module(f"rolora.methods.{method.name}").__doc__ or ""
+    (row,) = (row for row in describe_methods() if row.name == method.name)
+    number = row.paper.removeprefix("arXiv:")
+    assert len(number.replace(".", "")) == 9
+    assert number in text
+
+
+@every_method
+def test_a_method_file_has_at_most_60_lines(method: Method) -> None:
+    file = Path(inspect.getfile(method_factory(method.name)))
+    assert len(file.read_text().splitlines()) <= 60
+
+
+@every_method
+def test_every_option_of_a_method_is_a_keyword_with_a_default(method: Method) -> None:
+    for option in inspect.signature(method_factory(method.name)).parameters.values():
+        assert option.kind is inspect.Parameter.KEYWORD_ONLY
+        assert option.default is not inspect.Parameter.empty
+
+
+@every_method
+@head_or_not
+def test_only_what_is_trained_travels_and_personal_is_exactly_the_rest(
+    method: Method, how: Callable[[Method], Method]
+) -> None:
+    method = how(method)
+    for round in ROUNDS:
+        trains = method.trainable(round, 0)
+        assert method.shared(round) <= trains <= {"A", "B", "head"}
+        assert method.personal(round) | method.shared(round) == trains
+        assert not method.personal(round) & method.shared(round)
+
+
+@every_method
+def test_both_factors_or_at_least_b_are_trained_within_two_rounds(method: Method) -> None:
+    for round in ROUNDS:
+        two = method.trainable(round, 0) | method.trainable(round + 1, 0)
+        assert {"B", "head"} <= two  # lora_B starts at 0: nothing is learned without it
+
+
+@every_method
+@head_or_not
+@pytest.mark.parametrize("round", [1, 2])
+def test_local_training_changes_every_tensor_it_declares_and_no_bit_of_another(
+    bench: Bench,
+    tmp_path: Path,
+    method: Method,
+    how: Callable[[Method], Method],
+    round: int,
+) -> None:
+    method = how(method)
+    engine = InProcess(
+        bench.base,
+        bench.task,
+        bench.examples,
+        SHARDS,
+        LocalSettings(steps=2, batch_size=4),
+        ClientStore(tmp_path),
+    )
+    server = ServerState(bench.start(), round=round - 1)
+    members = tuple(ClientInfo(id, len(rows), 2, round) for id, rows in SHARDS.items())
+    job = Job(server, members, 0, 5e-3)
+    client = replace(members[0], id=POOL, num_examples=23) if method.pooled else members[0]
+    work = engine.prepare(method, job, client)
+    (result,) = engine.train(method, job, [work])
+    changed = {n for n, t in result.adapter.items() if not torch.equal(t, server.adapter[n])}
+    assert changed == set(server.adapter.only(method.trainable(round, 0)))
+    assert changed
+
+
+@every_method
+def test_a_client_is_handed_every_tensor_of_the_adapter(method: Method) -> None:
+    for round in ROUNDS:
+        server = server_at(round)
+        for info in cohort_at(method, round).values():
+            view = method.download(server, info)
+            assert view.keys() == {spec.name for spec in make_specs().tensors}
+            assert {n: t.shape for n, t in view.items()} == {
+                spec.name: spec.shape for spec in make_specs().tensors
+            }
+
+
+@every_method
+def test_the_start_has_every_tensor_a_product_of_zero_and_hangs_on_its_seed_alone(
+    method: Method,
+) -> None:
+    specs = make_specs()
+    first, again, other = (method.init(specs, generator(seed)) for seed in (0, 0, 1))
+    assert {name: tensor.shape for name, tensor in first.items()} == {
+        spec.name: spec.shape for spec in specs.tensors
+    }
+    assert all(matrix.norm() == 0 for matrix in first.delta().values())
+    assert same(first, again)
+    assert not same(first, other)
+
+
+@every_method
+def test_a_round_of_clients_that_agree_ends_where_they_are(method: Method) -> None:
+    for round in (1, 2):
+        server = server_at(round)
+        (one, *_) = updates_at(method, server)
+        cohort = cohort_at(method, round).values()
+        agreed = [replace(one, client=c.id, num_examples=c.num_examples) for c in cohort]
+        ended = after(method, server, agreed)
+        assert relative(ended.adapter, server.adapter | one.adapter) <= 1e-15
+
+
+@every_method
+def test_a_single_client_s_round_ends_with_exactly_what_it_sent(method: Method) -> None:
+    for round in (1, 2):
+        full = server_at(round)
+        adapter = full.adapter | {n: t.float() for n, t in full.adapter.items()}
+        server = replace(full, adapter=adapter)
+        (one, *_) = updates_at(method, server)
+        assert same(after(method, server, [one]).adapter, server.adapter | one.adapter)
+
+
+@every_method
+def test_what_is_not_shared_stays_on_the_server_bit_for_bit(method: Method) -> None:
+    for round in (1, 2):
+        server = server_at(round)
+        ended = after(method, server, updates_at(method, server))
+        moved = {n for n in server.adapter if not torch.equal(ended.adapter[n], server.adapter[n])}
+        assert {role_of(name) for name in moved} == method.shared(round)
+
+
+@every_method
+def test_neither_order_of_arrival_nor_the_names_of_clients_matter(method: Method) -> None:
+    server = server_at(1)
+    updates = updates_at(method, server)
+    first = after(method, server, updates).adapter
+    cohort = cohort_at(method, 1)
+    for order in permutations(updates):
+        arrived, _ = step(method, MEAN, server, cohort, order, generator(0, "aggregate"))
+        assert same(arrived.adapter, first)
+        permuted = after(method, server, list(order)).adapter  # another order of the cohort
+        assert relative(permuted, first) <= 1e-15
+
+
+@every_method
+def test_the_same_updates_and_generator_give_the_same_state(method: Method) -> None:
+    server = server_at(2)
+    updates = updates_at(method, server)
+    first, again = (after(method, server, updates) for _ in range(2))
+    assert same(first.adapter, again.adapter)
+    assert (first.round, first.attempt, first.memory) == (again.round, again.attempt, again.memory)
+
+
+@every_method
+def test_a_round_reduces_once_and_leaves_the_state_it_was_given_as_it_was(method: Method) -> None:
+    server = server_at(1)
+    before = {name: tensor.clone() for name, tensor in server.adapter.items()}
+    calls = []
+
+    def counted(state: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        def once(*args: object, **named: object) -> object:
+            calls.append(1)
+            return reduce(*args, **named)  # type: ignore[arg-type]
+
+        return method.aggregate(state, once, rng)  # type: ignore[arg-type]
+
+    after(replace(method, aggregate=counted), server, updates_at(method, server))
+    assert len(calls) == 1
+    assert same(server.adapter, before)
+
+
+@every_method
+def test_a_frozen_head_is_neither_trained_nor_sent_and_nothing_else_changes(method: Method) -> None:
+    frozen = freeze_head(method)
+    for round in ROUNDS:
+        assert frozen.trainable(round, 0) == method.trainable(round, 0) - HEAD
+        assert frozen.shared(round) == method.shared(round) - HEAD
+        for update in updates_at(frozen, server_at(round)):
+            assert "head" not in set(map(role_of, update.adapter))
+
+
+@every_method
+def test_the_row_of_a_method_says_what_the_method_does(method: Method) -> None:
+    (row,) = (row for row in describe_methods() if row.name == method.name)
+
+    def roles(text: str) -> set[str]:
+        return set() if text == "nothing" else set(text.split("+"))
+
+    for index, round in enumerate((1, 2)):
+        assert roles(row.trains[index]) == method.trainable(round, 0) - HEAD
+        sends = set() if method.pooled else method.shared(round) - HEAD
+        assert roles(row.sends[index]) == sends
+    options = inspect.signature(method_factory(method.name)).parameters
+    assert [option.partition("=")[0] for option in row.options] == list(options)
+
+
+# the methods by name
+
+PAPERS = {
+    "centralized": "arXiv:2106.09685",
+    "fedit": "arXiv:2305.05644",
+    "ffa_lora": "arXiv:2403.12313",
+    "local": "arXiv:1602.05629",
+    "rolora": "arXiv:2502.01755",
+}
+ROWS: dict[str, tuple[tuple[str, str], tuple[str, str], tuple[str, ...]]] = {
+    "centralized": (("A+B", "A+B"), ("nothing", "nothing"), ()),
+    "fedit": (("A+B", "A+B"), ("A+B", "A+B"), ()),
+    "ffa_lora": (("B", "B"), ("B", "B"), ()),
+    "local": (("A+B", "A+B"), ("nothing", "nothing"), ()),
+    "rolora": (("B", "A"), ("B", "A"), ("first='B'",)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_row_of_a_known_method_is_this_one(name: str) -> None:
+    (row,) = (row for row in describe_methods() if row.name == name)
+    trains, sends, options = ROWS[name]
+    assert row == MethodRow(name, trains, sends, options, row.summary, PAPERS[name])
+    assert "arXiv" not in row.summary
+
+
+def moving(method: Method) -> list[Roles]:
+    """Trained = sent, round by round."""
+    found = [method.trainable(round, 0) for round in ROUNDS]
+    assert found == [method.shared(round) for round in ROUNDS]
+    return found
+
+
+def test_rolora_trains_and_sends_b_in_odd_rounds_and_a_in_even_ones() -> None:
+    assert moving(get_method("rolora")) == [{"B", "head"}, {"A", "head"}] * 4
+
+
+def test_first_a_swaps_the_rounds_of_rolora() -> None:
+    assert moving(get_method("rolora", first="A")) == [{"A", "head"}, {"B", "head"}] * 4
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_retried_attempt_stays_in_the_phase_of_its_round(round: int) -> None:
+    method, server = get_method("rolora"), server_at(round)
+    few = Aggregation(mean(), quorum=4)
+    for attempt in (1, 2, 3):
+        one = updates_at(method, server)[:1]
+        server, _ = step(method, few, server, cohort_at(method, round), one, generator(0))
+        assert (server.round + 1, server.attempt) == (round, attempt)
+        expected = {"B" if round == 1 else "A", "head"}
+        assert {role_of(n) for u in updates_at(method, server) for n in u.adapter} == expected
+
+
+def test_ffa_lora_never_trains_sends_or_changes_a() -> None:
+    method, server = get_method("ffa_lora"), server_at(1)
+    start = server.adapter.only(frozenset({"A"}))
+    assert moving(method) == [{"B", "head"}] * 8
+    for _ in range(4):
+        server = after(method, server, updates_at(method, server))
+        assert same(server.adapter.only(frozenset({"A"})), start)
+
+
+def test_fedit_trains_and_sends_both_factors_every_round() -> None:
+    assert moving(get_method("fedit")) == [{"A", "B", "head"}] * 8
+
+
+def test_local_trains_everything_and_sends_nothing() -> None:
+    method = get_method("local")
+    for round in ROUNDS:
+        assert method.personal(round) == method.trainable(round, 0) == {"A", "B", "head"}
+        assert [len(update.adapter) for update in updates_at(method, server_at(round))] == [0] * 4
+
+
+def test_centralized_alone_is_pooled_and_trains_everything() -> None:
+    assert [name for name in method_names() if get_method(name).pooled] == ["centralized"]
+    assert moving(get_method("centralized")) == [{"A", "B", "head"}] * 8
+
+
+@pytest.mark.parametrize("name", ["rolora", "ffa_lora", "fedit"])
+def test_a_trained_head_travels_every_round(name: str) -> None:
+    method, specs = get_method(name), make_specs()
+    head = {spec.name for spec in specs.tensors if spec.role == "head"}
+    for round in ROUNDS:
+        assert all(head <= update.adapter.keys() for update in updates_at(method, server_at(round)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rolorra", r"unknown method 'rolorra': did you mean 'rolora'\?"),
+        ("ffa-lora", r"unknown method 'ffa-lora': did you mean 'ffa_lora'\?"),
+        ("zzz", r"unknown method 'zzz': known: centralized, fedit, ffa_lora, local, rolora"),
+        ("__init__", "unknown method '__init__'"),
+    ],
+)
+def test_an_unknown_method_names_the_nearest_or_all(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        get_method(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "said"),
+    [
+        ("rolora", "frist", r"method 'rolora' has no option 'frist': did you mean 'first'\?"),
+        ("rolora", "zzz", "method 'rolora' has no option 'zzz': known: first"),
+        ("fedit", "first", "method 'fedit' has no option 'first': it takes no options"),
+    ],
+)
+def test_an_unknown_option_names_the_known_ones(name: str, option: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        get_method(name, **{option: "A"})

@@ -1,0 +1,237 @@
+"""The report page: whole in one file, the same for the same runs, and unharmed by what runs say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_runs import write_run
+
+from rolora.errors import ConfigError
+from rolora.report import load_run, save_split_picture, write_report
+from rolora.report.figures import ROUNDING, Series, aggregation_errors, elided, key
+from rolora.report.svg import inline_svg
+
+HOSTILE = '"><img src=x onerror=alert(1)> </pre><script>alert(2)</script> & $x_1$ {{ 7 * 7 }}'
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags with attributes, and its text by tag."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+        self.text.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.text[self.open[-1]][-1] += data
+
+    def values(self, attribute: str) -> list[str]:
+        return [value for _, own in self.tags if (value := own.get(attribute)) is not None]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("compared")
+    return [
+        write_run(folder / f"{method}-seed{seed}", method, seed=seed, clients=6, rounds=10)
+        for method in ("rolora", "fedit")
+        for seed in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def html(runs: list[Path]) -> str:
+    return write_report(runs, runs[0].parent / "page.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("hostile")
+    run = write_run(
+        folder / "run <b>",
+        HOSTILE,
+        name=HOSTILE,
+        labels=(HOSTILE, "other"),
+        clients=3,
+        rounds=10,
+        options={HOSTILE: HOSTILE},
+        rejected={HOSTILE: HOSTILE},
+    )
+    return write_report([run], folder / "page.html").read_text()
+
+
+def test_the_same_folders_give_the_same_bytes_in_another_process_too(
+    runs: list[Path], html: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "again.html"
+    code = "import sys, pathlib as p; from rolora.report import write_report as w\n"
+    code += "w([p.Path(a) for a in sys.argv[2:]], p.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(out), *map(str, runs)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert out.read_text() == html
+
+
+@pytest.mark.parametrize("which", ["html", "hostile"])
+def test_a_page_fetches_nothing_and_runs_nothing(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    text = request.getfixturevalue(which)
+    page = Page(text)
+    assert {tag for tag, _ in page.tags} & {"script", "iframe", "object", "img", "base"} == set()
+    assert all(value.startswith(("#", "data:")) for value in page.values("href"))
+    assert page.values("src") == []
+    assert not [name for _, own in page.tags for name in own if name.startswith("on")]
+    assert all(hit.startswith("#") for hit in re.findall(r"url\(\s*([^)]*)", text))
+    assert "@import" not in text
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "default-src 'none'" in page.values("content")[0]
+
+
+def test_hostile_names_are_shown_as_they_are(hostile: str) -> None:
+    page = Page(hostile)
+    assert page.text["h1"] == [HOSTILE]
+    assert page.text["title"] == [f"{HOSTILE} · rolora"]
+    assert [cell for cell in page.text["td"] if cell == HOSTILE] == [HOSTILE] * 2  # client, reason
+    assert f"{HOSTILE} ({HOSTILE}={HOSTILE})" in page.text["span"]
+    assert elided(HOSTILE, 16) in page.text["text"]
+
+
+def test_every_id_of_a_page_is_there_once_and_every_reference_has_its_target(html: str) -> None:
+    page = Page(html)
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    wanted = {value[1:] for value in page.values("href") if value.startswith("#")}
+    assert wanted | set(re.findall(r"url\(#([^)]*)\)", html)) <= set(ids)
+
+
+def test_the_settings_of_every_run_are_on_the_page(runs: list[Path], html: str) -> None:
+    shown = [tomllib.loads(text) for text in Page(html).text["pre"]]
+    assert shown == [load_run(run).config for run in runs]
+    assert [f"{run.parent.name}/{run.name}" for run in runs] == Page(html).text["summary"]
+
+
+def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    moved = write_run(tmp_path / "moved", "rolora", seed=5, clients=6, rounds=10)
+    text = (moved / "config.toml").read_text().replace("2.13.0", "2.14.1")
+    (moved / "config.toml").write_text(text)
+    html = write_report([*runs, moved], tmp_path / "page.html").read_text()
+    assert "The same in all runs: python 3.11.7; rolora 0.1.0; git_commit 5905833d26" in html
+    cells = Page(html).text["td"]
+    assert (cells.count("2.13.0"), cells.count("2.14.1")) == (4, 1)
+    assert "secret-project" not in html
+
+
+def test_every_split_is_on_the_page_once_with_the_runs_that_trained_on_it(
+    runs: list[Path], html: str
+) -> None:
+    for number, seed in enumerate((0, 1)):
+        clients = json.loads((runs[seed] / "partition.json").read_text())["clients"]
+        sizes = [client["num_examples"] for client in clients]
+        caption = f"6 clients hold {min(sizes)} to {max(sizes)} rows each. 2 clients topped up"
+        assert caption in html
+        assert f"Who holds which rows ({number + 1} of 2)" in html
+        folder = runs[seed].parent.name
+        assert f"The split of {folder}/rolora-seed{seed}, {folder}/fedit-seed{seed}." in html
+    assert "(3 of" not in html
+
+
+def client_values(runs: Sequence[Path], method: str) -> list[float]:
+    last = [json.loads((run / "rounds.jsonl").read_text().splitlines()[-1]) for run in runs]
+    return [
+        own["accuracy"]
+        for run, line in zip(runs, last, strict=True)
+        for own in line["client_metrics"].values()
+        if run.name.startswith(method)
+    ]
+
+
+def test_mean_and_worst_client_are_on_the_page_where_clients_were_measured(
+    runs: list[Path], html: str, tmp_path: Path
+) -> None:
+    for method in ("rolora", "fedit"):
+        values = client_values(runs, method)
+        words = f"{method}: mean {sum(values) / 12:.3f}, worst {min(values):.3f}"
+        assert words in Page(html).text["text"]
+    unmeasured = write_run(tmp_path / "a", rounds=10, per_client=False)
+    page = write_report([unmeasured], tmp_path / "page.html").read_text()
+    assert "of each client" in html
+    assert "accuracy of each client" not in page
+
+
+def test_an_aggregation_error_of_zero_or_rounding_lies_in_the_exact_band() -> None:
+    figure = aggregation_errors(
+        [
+            Series(0, [1, 2], [0.0, ROUNDING], [None, None]),
+            Series(1, [1, 2], [3e-8, 2 * ROUNDING], [None, None]),
+        ]
+    )
+    axes = figure.axes[0]
+    low, _ = axes.get_ylim()
+    first, second = ([float(y) for y in line.get_ydata()] for line in axes.lines)
+    assert all(low < y < ROUNDING for y in [*first, second[0]])
+    assert second[1] == 2 * ROUNDING
+    ticks = {
+        label.get_text(): at
+        for label, at in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)
+    }
+    assert low < ticks["exact"] < ROUNDING
+    assert ticks["10⁻⁵"] == 1e-5
+
+
+def test_methods_can_be_told_apart_without_colour() -> None:
+    grey = set()
+    for style in range(16):
+        drawing = inline_svg(key(style), "key")
+        drawing = re.sub(r"var\(--series-\d\)", "grey", drawing)
+        grey.add(re.sub(r'id="[^"]*"|"#[^"]*"|url\(#[^)]*\)', "", drawing))
+    assert len(grey) == 16
+
+
+def test_a_picture_takes_its_colours_from_the_page(html: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(drawings) > 6
+    assert not [hit for one in drawings for hit in re.findall(r"(?:fill|stroke): #\w+", one)]
+    named = set(re.findall(r"var\((--[\w-]+)\)", html))
+    assert named <= set(re.findall(r"(--[\w-]+):", html))
+
+
+@pytest.mark.parametrize(("name", "start"), [("split.png", b"\x89PNG"), ("split.svg", b"<?xml")])
+def test_a_split_is_saved_as_the_picture_its_name_says(
+    runs: list[Path], tmp_path: Path, name: str, start: bytes
+) -> None:
+    save_split_picture(load_run(runs[0]).partition, tmp_path / "new" / name)
+    assert (tmp_path / "new" / name).read_bytes().startswith(start)
+
+
+def test_a_split_is_saved_in_no_other_format(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"saved as \.png or \.svg, not as 'split\.pdf'"):
+        save_split_picture(load_run(runs[0]).partition, tmp_path / "split.pdf")
+
+
+def test_a_report_on_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one run folder"):
+        write_report([], tmp_path / "page.html")

@@ -1,0 +1,299 @@
+"""What run folders say, against numbers worked out by hand from the lines written here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from rolora.errors import ConfigError, DataError
+from rolora.report import load_run, summarise, verdicts, write_report
+from rolora.report.reading import Verdict, cautions
+from rolora.report.summary import standing
+
+MEGABYTE = 1_000_000
+
+
+def write(
+    path: Path,
+    values: Sequence[float | None],
+    method: str = "rolora",
+    *,
+    seed: int = 0,
+    metric: str = "accuracy",
+    up: int = MEGABYTE,
+    errors: Sequence[float | None] = (),
+    **settings: Any,
+) -> Path:
+    """A run folder with one line for each of ``values``; None is a round without evaluation."""
+    path.mkdir(parents=True)
+    config = {
+        "name": "by-hand",
+        "seed": seed,
+        "method": {"name": method},
+        "train": {"rounds": len(values) - 1, **settings},
+        "provenance": {"versions": {"torch": "2.6.0"}, "data": f"rows of seed {seed}"},
+    }
+    clients = [{"id": "c", "num_examples": 4, "labels": {"x": 3, "y": 1}}]
+    (path / "config.toml").write_text(tomli_w.dumps(config))
+    (path / "partition.json").write_text(json.dumps({"clients": clients}))
+    lines = [
+        {
+            "round": number,
+            "metrics": {} if value is None else {metric: value},
+            "client_metrics": {},
+            "loss": 0.5 if number else None,
+            "aggregation_error": errors[number] if errors else None,
+            "bytes_up": up if number else 0,
+            "bytes_down": 2 * up if number else 0,
+            "seconds": 1.5,
+            "rejected": {},
+        }
+        for number, value in enumerate(values)
+    ]
+    (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def said(*folders: Path) -> list[Verdict]:
+    return verdicts([load_run(folder) for folder in folders])
+
+
+def test_a_row_holds_the_mean_sd_megabytes_and_aggregation_error_of_the_json_lines(
+    tmp_path: Path,
+) -> None:
+    first = write(tmp_path / "a", [0.1, 0.9, 0.7], seed=0, up=1_500_000, errors=[None, 0.2, 0.4])
+    second = write(tmp_path / "b", [0.1, 0.5, 0.8], seed=1, up=500_000, errors=[None, 0.6, 0.0])
+    (row,) = summarise([load_run(first), load_run(second)])
+    assert (row.method, row.metric, row.seeds, row.runs, row.rounds) == (
+        "rolora",
+        "accuracy",
+        (0, 1),
+        2,
+        2,
+    )
+    assert row.final_mean == pytest.approx((0.7 + 0.8) / 2)
+    assert row.final_sd == pytest.approx(0.1 / math.sqrt(2))  # n - 1 below the sum of squares
+    assert row.best_mean == pytest.approx((0.9 + 0.8) / 2)
+    assert row.megabytes_up == pytest.approx((3.0 + 1.0) / 2)
+    assert row.megabytes_down == pytest.approx((6.0 + 2.0) / 2)
+    assert row.aggregation_error == pytest.approx((0.2 + 0.4 + 0.6 + 0.0) / 4)
+    assert row.seconds == pytest.approx(4.5)
+
+
+def test_the_page_prints_the_numbers_of_the_row(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / "a", [0.1, 0.7], seed=0, up=2_340_000, errors=[None, 0.25]),
+        write(tmp_path / "b", [0.1, 0.8], seed=1, up=2_340_000, errors=[None, 0.25]),
+    ]
+    page = write_report(runs, tmp_path / "page.html").read_text()
+    for cell in ("0.750 ± 0.071", "0, 1", "2.34", "4.68", "0.25", "3.0"):
+        assert f"<td>{cell}</td>" in page
+
+
+def test_an_aggregation_error_that_no_round_knows_is_unknown_not_zero(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", [0.1, 0.7])
+    assert summarise([load_run(run)])[0].aggregation_error is None
+    assert "<td>unknown</td>" in write_report([run], tmp_path / "page.html").read_text()
+
+
+def test_a_method_more_than_one_sd_above_the_next_is_ahead(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / f"{method}{seed}", [0.1, mean + shift], method, seed=seed)
+        for method, mean in (("rolora", 0.8), ("fedit", 0.7))
+        for seed, shift in enumerate((-0.01, 0.01))
+    ]
+    by_rounds, by_megabytes = said(*runs)
+    assert (by_rounds.headline, by_megabytes.headline) == ("rolora is ahead",) * 2
+    assert (by_rounds.budget, by_megabytes.budget) == ("after 1 round", "after 1.00 MB sent up")
+    assert "Next is fedit with 0.700 ± 0.014: the gap of 0.100 is more" in by_rounds.text
+
+
+def test_methods_within_one_sd_have_no_leader(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / f"{method}{seed}", [0.1, mean + shift], method, seed=seed)
+        for method, mean, spread in (("rolora", 0.8, 0.01), ("fedit", 0.75, 0.05))
+        for seed, shift in enumerate((-spread, spread))
+    ]
+    assert said(*runs)[0].headline == "No clear leader"
+    assert "within one standard deviation of it: fedit" in said(*runs)[0].text
+
+
+@pytest.mark.parametrize("seeds", [{"rolora": 1, "fedit": 1}, {"rolora": 2, "fedit": 1}])
+def test_a_lead_over_or_of_a_single_seed_is_said_to_be_one(
+    tmp_path: Path, seeds: dict[str, int]
+) -> None:
+    runs = [
+        write(tmp_path / f"{method}{seed}", [0.1, mean + seed / 1000], method, seed=seed)
+        for method, mean in (("rolora", 0.8), ("fedit", 0.7))
+        for seed in range(seeds[method])
+    ]
+    verdict = said(*runs)[0]
+    alone = " and ".join(method for method in seeds if seeds[method] == 1)
+    assert verdict.headline == "rolora leads, on too few seeds"
+    assert f"{alone} ran on one seed" in verdict.text
+
+
+def test_at_equal_megabytes_the_metric_is_interpolated_between_evaluated_rounds(
+    tmp_path: Path,
+) -> None:
+    half = write(tmp_path / "half", [0.1, None, 0.6], "rolora", up=MEGABYTE // 2)  # 1 MB in all
+    whole = write(tmp_path / "whole", [0.2, None, 0.8], "fedit", up=MEGABYTE)  # 2 MB in all
+    at = standing([load_run(half), load_run(whole)], "accuracy", "megabytes")
+    assert at is not None
+    assert at.budget == 1.0
+    assert {place.method: place.mean for place in at.places} == pytest.approx(
+        {"rolora": 0.6, "fedit": (0.2 + 0.8) / 2}
+    )
+
+
+def test_methods_are_compared_at_the_last_round_that_all_of_them_have_reached(
+    tmp_path: Path,
+) -> None:
+    short = write(tmp_path / "short", [0.1, 0.6], "rolora")
+    long = write(tmp_path / "long", [0.1, 0.5, 0.9], "fedit")
+    verdict = said(short, long)[0]
+    assert (verdict.budget, verdict.headline) == ("after 1 round", "rolora leads, on too few seeds")
+    assert summarise([load_run(short), load_run(long)])[0].method == "fedit"  # at its own end
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "loss"])
+def test_where_lower_is_better_the_lower_value_leads_and_the_lowest_round_is_best(
+    tmp_path: Path, metric: str
+) -> None:
+    low = write(tmp_path / "low", [9.0, 2.0, 3.0], "rolora", metric=metric)
+    high = write(tmp_path / "high", [9.0, 4.0, 5.0], "fedit", metric=metric)
+    assert said(high, low)[0].places[0].method == "rolora"
+    best, worst = summarise([load_run(high), load_run(low)])
+    assert (best.method, best.best_mean, worst.method) == ("rolora", 2.0, "fedit")
+
+
+def test_methods_that_send_nothing_are_named_for_reference_and_never_ranked(
+    tmp_path: Path,
+) -> None:
+    bounds = [
+        write(tmp_path / "local", [0.1, 0.5], "local", up=0),
+        write(tmp_path / "all", [0.1, 0.95], "centralized", up=0),
+    ]
+    federated = [
+        write(tmp_path / "a", [0.1, 0.8], "rolora"),
+        write(tmp_path / "b", [0.1, 0.7], "fedit"),
+    ]
+    named = "Not ranked, because nothing is sent: centralized 0.950, local 0.500."
+    by_rounds, by_megabytes = said(*bounds, *federated)
+    assert [place.method for place in by_rounds.places] == ["rolora", "fedit"]
+    assert by_rounds.text.endswith(named)
+    assert "centralized" not in by_megabytes.text
+    (single,) = said(*bounds, federated[0])
+    assert (single.headline, single.places) == ("accuracy 0.800", ())
+    assert single.text == f"rolora has accuracy 0.800 (higher is better). {named}"
+
+
+def test_a_diverged_method_is_not_ranked_and_does_not_hide_the_others(tmp_path: Path) -> None:
+    runs = [
+        write(tmp_path / "a", [9.0, math.nan], "fedit", metric="perplexity"),
+        write(tmp_path / "b", [9.0, 3.0], "rolora", metric="perplexity"),
+    ]
+    for verdict in said(*runs):
+        assert verdict.headline == "perplexity 3.000"
+        assert verdict.text.endswith("Not ranked, because perplexity is not finite: fedit.")
+    assert "nan" in write_report(runs, tmp_path / "page.html").read_text()
+
+
+def test_runs_of_one_method_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
+    slow = write(tmp_path / "slow", [0.1, 0.6], lr=0.001)
+    fast = write(tmp_path / "fast", [0.1, 0.8], seed=1, lr=0.01)
+    rows = summarise([load_run(slow), load_run(fast)])
+    assert [(row.method, row.final_mean, row.runs) for row in rows] == [
+        ("rolora, train.lr=0.01", 0.8, 1),
+        ("rolora, train.lr=0.001", 0.6, 1),
+    ]
+
+
+def test_what_makes_a_comparison_uneven_is_said(tmp_path: Path) -> None:
+    slow = write(tmp_path / "slow", [0.1, 0.6], "rolora", lr=0.001)
+    again = write(tmp_path / "again", [0.1, 0.6], "rolora", lr=0.001)
+    fast = write(tmp_path / "fast", [0.1, 0.8], "fedit", lr=0.01)
+    other = fast / "config.toml"
+    other.write_text(other.read_text().replace("2.6.0", "2.7.0").replace("rows of", "other rows"))
+    assert cautions([load_run(folder) for folder in (slow, again, fast)]) == [
+        "train.lr is not the same in all runs: 0.001 (rolora); 0.01 (fedit).",
+        "rolora has several runs of seed 0, counted one by one.",
+        "Runs of seed 0 did not train on the same rows and shards.",
+        "Library versions are not the same in all runs (listed below).",
+    ]
+
+
+def test_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
+    run = load_run(write(tmp_path / "a", [0.1, 0.6]))
+    (row,) = summarise([run, load_run(tmp_path / "b" / ".." / "a"), run])
+    assert (row.runs, row.final_sd) == (1, None)
+
+
+def test_an_unfinished_run_is_reported_and_said_to_be_unfinished(tmp_path: Path) -> None:
+    run = write(tmp_path / "a", [0.1, 0.5, 0.6, 0.7])
+    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (run / "rounds.jsonl").write_text("".join(lines[:2]))
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert f"{tmp_path.name}/a has done 1 of 3 rounds." in page
+
+
+def damage(run: Path, how: str) -> None:
+    rounds, config = run / "rounds.jsonl", run / "config.toml"
+    match how:
+        case "cut off":
+            rounds.write_bytes(rounds.read_bytes()[:-20])
+        case "not text":
+            rounds.write_bytes(b"\xff\xfe\n")
+        case "a field gone":
+            rounds.write_text(rounds.read_text().replace('"bytes_up"', '"bytes"'))
+        case "a word as metric":
+            rounds.write_text(rounds.read_text().replace('"accuracy": 0.6', '"accuracy": "good"'))
+        case "never evaluated":
+            rounds.write_text(rounds.read_text().replace('"accuracy": 0.1', "").splitlines()[0])
+        case "empty":
+            rounds.write_text("")
+        case "no toml":
+            config.write_text("name = ")
+        case "no method":
+            config.write_text(config.read_text().replace("[method]", "[other]"))
+        case "no clients":
+            (run / "partition.json").write_text('{"clients": []}')
+        case "no labels":
+            (run / "partition.json").write_text('{"clients": [{"num_examples": 1}]}')
+        case "gone":
+            config.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [
+        ("cut off", DataError, "line 2 is no JSON: rolora resume"),
+        ("not text", DataError, "line 1 is no JSON"),
+        ("a field gone", DataError, "line 1: 'bytes_up' is missing"),
+        ("a word as metric", DataError, "line 2: a metric is not a number"),
+        ("never evaluated", DataError, "no evaluated round yet"),
+        ("empty", DataError, "no evaluated round yet"),
+        ("no toml", DataError, "config.toml or partition.json is damaged"),
+        ("no method", DataError, "config.toml or partition.json is damaged"),
+        ("no clients", DataError, "names no client"),
+        ("no labels", DataError, "config.toml or partition.json is damaged"),
+        ("gone", ConfigError, "is no run folder (no config.toml in it)"),
+    ],
+)
+def test_a_damaged_or_unevaluated_run_folder_is_one_line_that_names_it(
+    tmp_path: Path, how: str, error: type[Exception], says: str
+) -> None:
+    run = write(tmp_path / "a", [0.1, 0.6])
+    damage(run, how)
+    with pytest.raises(error) as caught:
+        write_report([run], tmp_path / "page.html")
+    assert says in str(caught.value)
+    assert str(run) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
