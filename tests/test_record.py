@@ -186,3 +186,10 @@ def test_a_file_that_cannot_be_written_whole_keeps_its_old_content(
         write_file(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_of_more_than_ten_attempts_the_newest_is_restored(folder: RunFolder) -> None:
+    for attempt in range(1, 13):
+        folder.commit(result(3, attempt, advanced=False))
+    restored, _ = folder.restore(state(0))
+    assert restored.server.attempt == 12

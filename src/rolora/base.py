@@ -17,7 +17,7 @@ from torch import nn
 from rolora.adapter import AdapterState, Specs
 from rolora.bank import Bank, LoraLinear, attach
 from rolora.errors import ConfigError
-from rolora.lora import HEADS, Kind, LoraSettings, peft_config, target_layers
+from rolora.lora import Kind, LoraSettings, above_encoder, peft_config, target_layers
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,9 @@ def quiet() -> Iterator[None]:
 
 
 def _head_layers(model: Any, missing: set[str], source: str) -> list[str]:
+    """The linear layers above the pre-trained encoder, and those that the checkpoint lacks."""
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [
-        path
-        for path in linears
-        if path.split(".")[0] in HEADS or not missing.isdisjoint({f"{path}.weight"})
-    ]
+    found = [p for p in linears if above_encoder(model, p) or f"{p}.weight" in missing]
     covered = {f"{path}.{key}" for path in found for key in ("weight", "bias")}
     if missing - covered:
         raise ConfigError(

@@ -6,6 +6,7 @@ Results go to standard output, progress to standard error. Exit codes are in ``r
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -148,8 +149,10 @@ def partition(
 ) -> None:
     """Show who holds which rows, and save a picture of it. Trains nothing."""
     from rolora.config import load_config
+    from rolora.display import masked_text, split_table, working
     from rolora.report import save_split_picture
     from rolora.rows import load_rows
+    from rolora.runs import training_masks
 
     settings = load_config(config, overrides or [])
     rows = load_rows(settings)
@@ -158,10 +161,18 @@ def partition(
     if json:
         _print_json(table)
     else:
-        _print_split(table, rows.test.num_rows)
+        total = sum(client["num_examples"] for client in table["clients"])
+        out_console.print(split_table(table))
+        out_console.print(f"\n{total} training rows, {rows.test.num_rows} test rows", markup=False)
+        if table["note"]:
+            out_console.print(f"note: {table['note']}", markup=False)
         out_console.print(f"\npicture   {picture}", markup=False)
     if show_masks:
-        _print_masks(settings, 3)
+        with working("loading the tokenizer"):
+            masked = training_masks(settings, 3)
+        for row, pieces in enumerate(masked, start=1):
+            out_console.print(f"\nrow {row}, trained on what is between ⟦ and ⟧:", markup=False)
+            out_console.print(masked_text(pieces))
 
 
 @app.command()
@@ -263,37 +274,6 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _print_split(split: dict[str, Any], test_rows: int) -> None:
-    labels = sorted({label for client in split["clients"] for label in client["labels"]})
-    shown = labels if len(labels) <= 12 else []
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("client")
-    for column in ("rows", *shown):
-        table.add_column(column, justify="right")
-    for client in split["clients"]:
-        counts = [str(client["labels"].get(label, "")) for label in shown]
-        table.add_row(client["id"], str(client["num_examples"]), *counts)
-    out_console.print(table)
-    total = sum(client["num_examples"] for client in split["clients"])
-    out_console.print(f"\n{total} training rows, {test_rows} test rows", markup=False)
-    for note in filter(None, [split["note"]]):
-        out_console.print(f"note: {note}", markup=False)
-
-
-def _print_masks(settings: Any, count: int) -> None:
-    from rolora.display import working
-    from rolora.runs import training_masks
-
-    with working("loading the tokenizer"):
-        rows = training_masks(settings, count)
-    for row, pieces in enumerate(rows, start=1):
-        out_console.print(f"\nrow {row}, trained on what is between ⟦ and ⟧:", markup=False)
-        for text, trained in pieces:
-            shown, style = (f"⟦{text}⟧", "bold green") if trained else (text, "dim")
-            out_console.print(shown, style=style, end="", markup=False)
-        out_console.print()
-
-
 class Interrupted(BaseException):
     """Ctrl-C or a request to end. No library mistakes it for an error of its own."""
 
@@ -310,7 +290,8 @@ def main() -> None:
         _leave("interrupted; finished rounds are saved, go on with: rolora resume RUN", 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        _leave(f"{os.strerror(error.errno) if error.errno else error}{where}", 1)
+        hint = "; free some, then: rolora resume RUN" if error.errno == errno.ENOSPC else ""
+        _leave(f"{os.strerror(error.errno) if error.errno else error}{where}{hint}", 1)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -116,7 +116,7 @@ KINDS = {
 
 
 def question_prompts(folder: Path) -> tuple[Path, Path]:
-    """The same questions for a language model: columns prompt, completion and label; 200 to test."""
+    """The same questions for a language model, 200 to test: columns prompt, completion, label."""
     rows = [
         {
             "prompt": f"Question: {text}\nThe answer is a kind of:",

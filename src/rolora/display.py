@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from rolora.adapter import ClientInfo, Failure, Update
 from rolora.engine import ClientMetrics, Engine, Job
@@ -179,3 +181,24 @@ def results_table(rows: Sequence[Row]) -> Table:
             f"{row.seconds:.0f}",
         )
     return table
+
+
+def split_table(split: Mapping[str, Any]) -> Table:
+    """Who holds how many rows, of which label where there are at most 12 labels."""
+    labels = sorted({label for client in split["clients"] for label in client["labels"]})
+    shown = labels if len(labels) <= 12 else []
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("client")
+    for column in ("rows", *shown):
+        table.add_column(column, justify="right")
+    for client in split["clients"]:
+        counts = [str(client["labels"].get(label, "")) for label in shown]
+        table.add_row(client["id"], str(client["num_examples"]), *counts)
+    return table
+
+
+def masked_text(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """A row in which the pieces that are trained on stand between ⟦ and ⟧."""
+    return Text.assemble(
+        *((f"⟦{text}⟧", "bold green") if trained else (text, "dim") for text, trained in pieces)
+    )

@@ -21,7 +21,6 @@ from rolora.durable import new_folder
 from rolora.errors import ConfigError
 
 Kind = Literal["classification", "causal_lm"]
-HEADS = ("classifier", "score", "pre_classifier")  # what PEFT and transformers call task heads
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -74,13 +73,18 @@ def peft_config(
         use_rslora=settings.rslora,
         fan_in_fan_out=architecture == "gpt2",
         modules_to_save=sorted(
-            {p.split(".")[0] if p.split(".")[0] in HEADS else p for p in head_layers}
+            {p.split(".")[0] if above_encoder(model, p) else p for p in head_layers}
         )
         or None,
         task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
         base_model_name_or_path=source,
         inference_mode=True,
     )
+
+
+def above_encoder(model: Any, path: str) -> bool:
+    """Whether a module is part of the task head that transformers puts on its pre-trained model."""
+    return not path.startswith(f"{model.base_model_prefix}.")
 
 
 def _layer_indices(layers: str | tuple[int, ...], config: Any) -> list[int] | None:

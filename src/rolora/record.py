@@ -123,7 +123,7 @@ class RunFolder:
             "line": values if result.advanced else None,
             "sha256": hashlib.sha256(payload).hexdigest(),
         }
-        retry = f"-attempt-{state.server.attempt}" if state.server.attempt else ""
+        retry = f"-attempt-{state.server.attempt:03d}" if state.server.attempt else ""
         name = f"round-{state.server.round:06d}{retry}"
         with new_folder(self.path / "checkpoints" / name) as part:
             (part / "state.safetensors").write_bytes(payload)

@@ -17,7 +17,7 @@ import torch
 from rolora.adapter import AdapterState, ClientInfo
 from rolora.draws import generator
 from rolora.engine import POOL, Engine, Job
-from rolora.errors import NoQuorum
+from rolora.errors import ConfigError, NoQuorum
 from rolora.method import Method, ServerState
 from rolora.step import Aggregation, step
 from rolora.tasks import HIGHER_IS_BETTER
@@ -144,20 +144,23 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     """Run rounds until ``run.rounds`` are done or validation has stopped improving.
 
     An attempt below the quorum yields a result that has not ``advanced`` and is tried again with a
-    new cohort; after ``max_attempts`` NoQuorum is raised. A consumer that saves every yielded
-    ``state`` before it asks for the next can be killed at any moment and go on.
+    new cohort; after ``max_attempts`` NoQuorum is raised, and a resumed run may try as often again.
+    A consumer that saves every yielded ``state`` before it asks for the next can be killed at any
+    moment and go on. Raises ConfigError if validation does not measure ``run.metric``.
     """
     if state.server.round == 0 and state.server.attempt == 0:
         started = time.perf_counter()
         yield _evaluated(run, _blank(state), started, first=True)
+    failed = 0
     while state.server.round < run.rounds and not _stopped(run, state):
-        if state.server.attempt >= run.max_attempts:
+        if failed == run.max_attempts:
             raise NoQuorum(
                 f"round {state.server.round + 1}: no quorum of {run.aggregation.quorum} after "
                 f"{run.max_attempts} attempts; the run is saved and can be resumed"
             )
         started = time.perf_counter()
         result = _round(run, state)
+        failed = 0 if result.advanced else failed + 1
         if result.advanced:
             result = _evaluated(run, result, started)
         state = result.state
@@ -183,7 +186,8 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     arrived: list[Arrival] = []
     replies = noting(run.engine.run(method, job), arrived)
     rng = generator(run.seed, "aggregate", round, attempt)
-    after, report = step(method, run.aggregation, server, cohort, replies, rng)
+    aggregation = replace(run.aggregation, quorum=1) if method.pooled else run.aggregation
+    after, report = step(method, aggregation, server, cohort, replies, rng)
     ledger, bytes_down = after_round(method, server, members, state.ledger, arrived)
     return RoundResult(
         round=round,
@@ -236,6 +240,10 @@ def _evaluated(
     if run.test is not None and not metrics:
         metrics = run.test(server.adapter)
     validation = run.validation(server.adapter) if run.validation is not None else {}
+    if validation and run.metric not in validation:
+        raise ConfigError(
+            f"metric {run.metric!r} is none of what validation measures: {', '.join(validation)}"
+        )
     if validation and not first:
         state = _track_best(run, state, validation)
     return replace(

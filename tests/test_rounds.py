@@ -1,0 +1,474 @@
+"""The round loop, with clients that only pretend to train: cohorts, bytes, retries, stopping."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from states import make_specs, moved, random_state, relative, same, sent, trained
+
+from rolora.adapter import AdapterState, ClientInfo, Failure, Roles, Update, tensor_hash
+from rolora.draws import derived_seed
+from rolora.engine import POOL, ClientMetrics, Job
+from rolora.errors import ConfigError, NoQuorum
+from rolora.method import Method, ServerState, freeze_head, get_method, method_names
+from rolora.record import line
+from rolora.reduce import mean
+from rolora.rounds import (
+    Federation,
+    RoundResult,
+    RunState,
+    cohort_size,
+    federate,
+    learning_rate,
+    sample_cohort,
+)
+from rolora.step import Aggregation
+
+CLIENTS = {"ann": 5, "bob": 9, "cy": 9, "dee": 2, "eve": 4, "flo": 7}
+SPECS = make_specs(((4, 6, 2), (7, 9, 2)))
+A, B, HEAD = 4 * (2 * 6 + 2 * 9), 4 * (4 * 2 + 7 * 2), 4 * (3 * 4 + 3)  # bytes in float32
+Broken = Callable[[int, int, str], bool]  # round, attempt, client
+
+
+@dataclass(frozen=True)
+class Pretended:
+    """Clients that move what they train at random; ``broken`` ones fail. Keeps what it is asked."""
+
+    broken: Broken = lambda round, attempt, client: False
+    jobs: list[Job] = field(default_factory=list)
+
+    def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
+        self.jobs.append(job)
+        pool = ClientInfo(POOL, sum(CLIENTS.values()), 2, job.round)
+        for client in (pool,) if method.pooled else job.cohort:
+            if self.broken(job.round, job.server.attempt, client.id):
+                yield Failure(client.id, "offline")
+                continue
+            seed = derived_seed(job.seed, job.round, client.id)
+            update = sent(method, job.server, client, trained(method, job.server, client, seed))
+            yield replace(update, metrics={"loss": float(client.num_examples)})
+
+    def evaluate(
+        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
+    ) -> Iterator[ClientMetrics]:
+        for client in clients:
+            found = {"accuracy": client.num_examples + server.round / 100}
+            personal = bool(method.personal(1))
+            held_out = found if client.id != "ann" else {}  # ann is too small for held-out rows
+            yield ClientMetrics(client.id, held_out, found if personal else {})
+
+
+def federation(method: str | Method = "rolora", **changes: Any) -> Federation:
+    chosen = get_method(method) if isinstance(method, str) else method
+    plain = Federation(
+        method=chosen,
+        engine=Pretended(),
+        aggregation=Aggregation(mean()),
+        clients=CLIENTS,
+        rank=2,
+        seed=3,
+        rounds=6,
+        lr=lambda round: 0.1 / round,
+    )
+    return replace(plain, **changes)
+
+
+def start() -> RunState:
+    return RunState(ServerState(random_state(SPECS, 0)))
+
+
+def play(run: Federation, state: RunState | None = None) -> list[RoundResult]:
+    return list(federate(run, state or start()))
+
+
+def scores(by_round: Mapping[int, float], metric: str = "accuracy") -> Callable[..., Any]:
+    """An evaluation that gives these values, one a call, from round 0 on."""
+    values = iter(by_round[round] for round in sorted(by_round))
+    return lambda adapter: {metric: next(values)}
+
+
+# what travels
+
+
+@pytest.mark.parametrize(
+    ("method", "up"),
+    [
+        (get_method("rolora"), [B + HEAD, A + HEAD] * 3),
+        (get_method("rolora", first="A"), [A + HEAD, B + HEAD] * 3),
+        (freeze_head(get_method("rolora")), [B, A] * 3),
+        (get_method("ffa_lora"), [B + HEAD] * 6),
+        (get_method("fedit"), [A + B + HEAD] * 6),
+        (freeze_head(get_method("fedit")), [A + B] * 6),
+        (get_method("local"), [0] * 6),
+        (get_method("centralized"), [0] * 6),
+    ],
+)
+def test_up_travels_what_is_shared_to_the_byte(method: Method, up: list[int]) -> None:
+    first, *results = play(federation(method))
+    assert (first.bytes_up, first.bytes_down) == (0, 0)
+    assert [result.bytes_up for result in results] == [len(CLIENTS) * each for each in up]
+
+
+@pytest.mark.parametrize(
+    ("method", "later"),
+    [
+        (get_method("rolora"), [B + HEAD, A + HEAD] * 2),
+        (freeze_head(get_method("rolora")), [B, A] * 2),
+        (get_method("ffa_lora"), [B + HEAD] * 4),
+        (get_method("fedit"), [A + B + HEAD] * 4),
+        (get_method("local"), [0] * 4),
+    ],
+)
+def test_down_travels_everything_once_and_then_only_what_the_last_round_averaged(
+    method: Method, later: list[int]
+) -> None:
+    _, *results = play(federation(method, rounds=5))
+    each = [result.bytes_down / len(CLIENTS) for result in results]
+    assert each == [A + B + HEAD, *later]
+
+
+def test_a_pooled_method_sends_nothing_down() -> None:
+    assert [result.bytes_down for result in play(federation("centralized"))] == [0] * 7
+
+
+def test_a_client_that_missed_a_round_is_sent_both_factors() -> None:
+    _, *results = play(federation(rounds=12, participation=0.5))
+    last: dict[str, int] = {}
+    missed = 0
+    for result in results:
+        expected = 0
+        for client in result.cohort:
+            if last.get(client) == result.round - 1:
+                expected += HEAD + (B if result.round % 2 == 0 else A)
+            else:
+                expected += A + B + HEAD
+                missed += client in last
+            last[client] = result.round
+        assert result.bytes_down == expected
+    assert missed > 3
+
+
+def test_the_ledger_holds_the_hashes_of_what_each_client_of_the_cohort_now_has() -> None:
+    run = federation(participation=0.5)
+    _, first, *_ = play(run)
+    (job,) = run.engine.jobs[:1]  # type: ignore[attr-defined]
+    assert first.state.ledger.keys() == set(first.cohort)
+    for update in Pretended().run(run.method, job):
+        assert isinstance(update, Update)
+        has = job.server.adapter | update.adapter
+        expected = {name: tensor_hash(tensor) for name, tensor in has.items()}
+        assert first.state.ledger[update.client] == expected
+
+
+def test_a_rejected_update_has_travelled_and_a_failure_has_not() -> None:
+    @dataclass(frozen=True)
+    class Spoiling(Pretended):
+        def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
+            for reply in super().run(method, job):
+                if reply.client == "ann" and isinstance(reply, Update):
+                    yield replace(reply, num_examples=10**9)
+                else:
+                    yield reply
+
+    engine = Spoiling(broken=lambda round, attempt, client: client == "bob")
+    _, result = play(federation(engine=engine, rounds=1))
+    assert result.rejected.keys() == {"ann", "bob"}
+    assert result.clients.keys() == CLIENTS.keys() - {"ann", "bob"}
+    assert result.bytes_up == 5 * (B + HEAD)
+
+
+# cohorts
+
+
+@pytest.mark.parametrize(
+    ("clients", "participation", "size"),
+    [(10, 1.0, 10), (10, 0.25, 3), (10, 0.24, 2), (3, 0.5, 2), (7, 0.01, 1), (1, 0.3, 1)],
+)
+def test_a_cohort_is_the_nearest_whole_number_of_clients_and_at_least_one(
+    clients: int, participation: float, size: int
+) -> None:
+    ids = [f"client-{i:02d}" for i in range(clients)]
+    cohort = sample_cohort(ids, participation, 0, 1, 0)
+    assert cohort_size(clients, participation) == size == len(cohort)
+    assert list(cohort) == sorted(set(cohort))
+    assert set(cohort) <= set(ids)
+
+
+def test_a_cohort_depends_on_seed_round_and_attempt_and_not_on_the_order_of_clients() -> None:
+    ids = [f"client-{i:02d}" for i in range(30)]
+    drawn = {key: sample_cohort(ids, 0.3, *key) for key in itertools.product(range(4), repeat=3)}
+    assert len(set(drawn.values())) == len(drawn)
+    for key, cohort in drawn.items():
+        assert sample_cohort(ids[::-1], 0.3, *key) == cohort
+
+
+def test_every_client_is_drawn_equally_often() -> None:
+    ids = list("abcdefgh")
+    drawn = "".join("".join(sample_cohort(ids, 0.25, 0, round, 0)) for round in range(1, 1001))
+    for client in ids:
+        assert abs(drawn.count(client) - 250) < 5 * math.sqrt(1000 * 0.25 * 0.75)
+
+
+def test_every_method_sees_the_same_cohorts() -> None:
+    cohorts = {
+        tuple(result.cohort for result in play(federation(name, participation=0.5)))
+        for name in method_names()
+    }
+    assert len(cohorts) == 1
+    (one,) = cohorts
+    assert one[0] == ()
+    assert len(set(one)) > 3
+
+
+def test_the_engine_is_given_the_cohort_with_the_largest_shard_first() -> None:
+    run = federation(participation=0.7)
+    results = play(run)
+    jobs: list[Job] = run.engine.jobs  # type: ignore[attr-defined]
+    for job, result in zip(jobs, results[1:], strict=True):
+        ids = sorted(result.cohort, key=lambda id: (-CLIENTS[id], id))
+        assert job.cohort == tuple(ClientInfo(id, CLIENTS[id], 2, result.round) for id in ids)
+
+
+def test_the_loss_of_a_round_weighs_clients_by_their_rows() -> None:
+    first, result, *_ = play(federation())
+    assert first.loss is None
+    assert result.loss == pytest.approx(
+        sum(n * n for n in CLIENTS.values()) / sum(CLIENTS.values())
+    )
+    assert result.clients["cy"] == {"num_examples": 9, "loss": 9.0}
+
+
+# quorum
+
+
+def test_a_round_that_never_finds_a_quorum_is_tried_thrice_and_exits_with_code_4() -> None:
+    engine = Pretended(broken=lambda round, attempt, client: round == 2 and client != "ann")
+    run = federation(engine=engine, aggregation=Aggregation(mean(), quorum=2))
+    results: list[RoundResult] = []
+    with pytest.raises(NoQuorum, match="round 2: no quorum of 2 after 3 attempts") as stopped:
+        results.extend(federate(run, start()))
+    assert stopped.value.exit_code == 4
+    done = [(result.round, result.attempt, result.advanced) for result in results]
+    assert done == [(0, 0, True), (1, 0, True), (2, 0, False), (2, 1, False), (2, 2, False)]
+
+
+def test_a_failed_attempt_changes_no_tensor_and_its_retry_is_of_the_same_phase() -> None:
+    engine = Pretended(broken=lambda round, attempt, client: round == 2 and attempt < 2)
+    run = federation(engine=engine, participation=0.5, rounds=3)
+    _, one, failed, again, two, three = play(run)
+    for attempt in (failed, again):
+        assert not attempt.advanced
+        assert same(attempt.state.server.adapter, one.state.server.adapter)
+        assert attempt.metrics == {}
+        assert attempt.rejected == dict.fromkeys(attempt.cohort, "offline")
+    assert [r.round for r in (failed, again, two, three)] == [2, 2, 2, 3]
+    assert [r.attempt for r in (failed, again, two, three)] == [0, 1, 2, 0]
+    assert [r.factors for r in (failed, again, two)] == [("A", "head")] * 3
+    assert three.factors == ("B", "head")
+    assert len({r.cohort for r in (failed, again, two)}) > 1  # a retry draws anew
+
+
+def test_a_run_that_gave_up_tries_again_when_it_is_resumed() -> None:
+    down = Pretended(broken=lambda round, attempt, client: round == 2)
+    results: list[RoundResult] = []
+    with pytest.raises(NoQuorum):
+        results.extend(federate(federation(engine=down), start()))
+    resumed = play(federation(), results[-1].state)
+    assert [result.round for result in resumed] == [2, 3, 4, 5, 6]
+    assert resumed[0].attempt == 3  # never a cohort that was asked before
+    with pytest.raises(NoQuorum):
+        play(federation(engine=down), results[-1].state)
+
+
+def test_a_pooled_method_has_no_clients_to_miss_a_quorum_of() -> None:
+    few = Aggregation(mean(), quorum=3)
+    results = play(federation("centralized", aggregation=few))
+    assert [(result.round, result.advanced) for result in results] == [(r, True) for r in range(7)]
+    assert results[1].cohort == tuple(sorted(CLIENTS))
+    assert results[1].clients.keys() == {POOL}
+
+
+# step sizes
+
+
+def test_a_constant_rate_is_the_rate_in_every_round() -> None:
+    assert {learning_rate(round, lr=0.3, rounds=7) for round in range(1, 8)} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_a_falling_rate_starts_at_the_rate_and_would_be_0_after_the_last_round(
+    schedule: Any, rates: list[float]
+) -> None:
+    found = [learning_rate(r, lr=2.0, rounds=4, schedule=schedule) for r in range(1, 6)]
+    assert found == pytest.approx([2 * rate for rate in [*rates, 0.0]])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_warm_up_rises_evenly_and_the_round_after_it_has_the_whole_rate(schedule: Any) -> None:
+    found = [
+        learning_rate(r, lr=1.0, rounds=8, schedule=schedule, warmup_rounds=3) for r in range(1, 9)
+    ]
+    assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert sorted(found[3:], reverse=True) == found[3:]
+    assert found[-1] > 0
+    assert (found[4] < 1) == (schedule != "constant")
+
+
+def test_each_round_trains_with_the_rate_of_its_number_even_when_it_is_retried() -> None:
+    engine = Pretended(broken=lambda round, attempt, client: round == 2 and attempt == 0)
+    results = play(federation(engine=engine, rounds=3))
+    assert [result.lr for result in results[1:]] == [0.1, 0.05, 0.05, 0.1 / 3]
+    assert [job.lr for job in engine.jobs] == [0.1, 0.05, 0.05, 0.1 / 3]
+
+
+# evaluation, the best round, stopping
+
+
+@pytest.mark.parametrize(
+    ("every", "rounds", "evaluated"),
+    [(3, 7, [0, 3, 6, 7]), (2, 4, [0, 2, 4]), (1, 3, [0, 1, 2, 3]), (100, 5, [0, 5])],
+)
+def test_the_first_the_last_and_every_nth_round_are_evaluated(
+    every: int, rounds: int, evaluated: list[int]
+) -> None:
+    seen: list[AdapterState] = []
+
+    def measure(adapter: AdapterState) -> dict[str, float]:
+        seen.append(adapter)
+        return {"accuracy": len(seen)}
+
+    results = play(federation(eval_every=every, rounds=rounds, test=measure))
+    assert [result.round for result in results if result.metrics] == evaluated
+    states = [result.state.server.adapter for result in results if result.metrics]
+    assert all(one is other for one, other in zip(seen, states, strict=True))
+
+
+VALIDATION = {0: 0.9, 1: 0.2, 2: 0.3, 3: 0.5, 4: 0.5, 5: 0.4, 6: 0.6}
+
+
+@pytest.mark.parametrize("test_scores", [range(7), range(7, 0, -1)])
+def test_stopping_and_the_best_round_go_by_validation_and_never_by_the_test(
+    test_scores: range,
+) -> None:
+    test = scores(dict(enumerate(test_scores)))
+    run = federation(eval_every=1, patience=2, validation=scores(VALIDATION), test=test)
+    results = play(run)
+    assert [result.round for result in results] == [0, 1, 2, 3, 4, 5]  # 4 and 5 are no better
+    best = results[-1].state.best
+    assert best is not None
+    assert (best.round, best.value) == (3, 0.5)
+    assert same(best.adapter, results[3].state.server.adapter)
+    assert not same(best.adapter, results[-1].state.server.adapter)
+
+
+def test_without_patience_every_round_runs_and_the_best_is_kept_all_the_same() -> None:
+    results = play(federation(eval_every=1, validation=scores(VALIDATION)))
+    bests = [result.state.best.round if result.state.best else None for result in results]
+    assert bests == [None, 1, 2, 3, 3, 3, 6]  # the start, however good, is no round
+
+
+def test_of_a_metric_where_lower_is_better_the_lowest_is_best() -> None:
+    values = {0: 0.1, 1: 0.9, 2: 0.4, 3: 0.6, 4: 0.5, 5: 0.1, 6: 0.1}
+    validation = scores(values, "loss")
+    run = federation(eval_every=1, patience=2, metric="loss", validation=validation)
+    results = play(run)
+    assert results[-1].round == 4
+    assert results[-1].state.best is not None
+    assert results[-1].state.best.round == 2
+
+
+def test_patience_counts_evaluations_and_not_rounds() -> None:
+    values = {0: 0.0, 1: 0.5, 2: 0.4, 3: 0.3}
+    run = federation(eval_every=3, patience=2, rounds=30, validation=scores(values))
+    assert play(run)[-1].round == 9
+
+
+def test_a_metric_that_validation_does_not_have_is_named_before_any_training() -> None:
+    run = federation(metric="perplexity", validation=lambda adapter: {"accuracy": 0.5, "loss": 1})
+    with pytest.raises(ConfigError, match=r"'perplexity'.*: accuracy, loss"):
+        play(run)
+    assert run.engine.jobs == []  # type: ignore[attr-defined]
+
+
+def test_every_client_with_held_out_rows_is_measured_whether_in_the_cohort_or_not() -> None:
+    run = federation(per_client=True, participation=0.3, eval_every=4, test=lambda _: {"loss": 1.0})
+    results = play(run)
+    assert [result.round for result in results if result.client_metrics] == [0, 4, 6]
+    assert results[4].client_metrics == {
+        client: {"accuracy": rows + 0.04} for client, rows in CLIENTS.items() if client != "ann"
+    }
+    assert results[4].metrics == {"loss": 1.0}  # one adapter for all: the server's test
+
+
+def test_clients_are_not_measured_unless_that_is_asked_for() -> None:
+    assert not any(result.client_metrics for result in play(federation(eval_every=1)))
+
+
+def test_where_adapters_are_personal_the_test_metric_is_the_mean_over_clients() -> None:
+    results = play(federation("local", eval_every=3, test=lambda _: {"accuracy": -1.0}))
+    assert results[0].metrics == {"accuracy": -1.0}  # nobody has trained yet
+    mean_rows = sum(CLIENTS.values()) / len(CLIENTS)
+    assert results[3].metrics["accuracy"] == pytest.approx(mean_rows + 0.03)
+    assert results[3].client_metrics.keys() == CLIENTS.keys() - {"ann"}
+
+
+# going on
+
+
+def drift(adapter: AdapterState) -> dict[str, float]:
+    """A measure that depends on every tensor and on nothing else."""
+    return {"accuracy": sum(float(tensor.abs().sum()) for tensor in adapter.values()) % 1}
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_going_on_from_any_result_gives_what_never_stopping_gives(name: str) -> None:
+    def run() -> Federation:
+        shaky = Pretended(broken=lambda r, attempt, client: r == 3 and attempt < 2)
+        changes = {"validation": drift, "test": drift, "patience": 4, "eval_every": 1}
+        return federation(name, engine=shaky, participation=0.5, rounds=7, **changes)
+
+    whole = play(run())
+    assert len(whole) > 5
+    for index, result in enumerate(whole):
+        # the state of round 0 is the start itself, so round 0 is evaluated, and yielded, again
+        rest = play(run(), result.state)[1 if index == 0 else 0 :]
+        assert len(rest) == len(whole) - index - 1
+        for one, other in zip(rest, whole[index + 1 :], strict=True):
+            assert {**line(one), "seconds": 0} == {**line(other), "seconds": 0}
+            assert one.advanced == other.advanced
+            assert same(one.state.server.adapter, other.state.server.adapter)
+            assert one.state.ledger == other.state.ledger
+            assert one.state.stale == other.state.stale
+            assert (one.state.best and one.state.best.round) == (
+                other.state.best and other.state.best.round
+            )
+
+
+def test_a_finished_run_has_nothing_left_to_do() -> None:
+    assert play(federation(), play(federation())[-1].state) == []
+
+
+def test_a_round_s_server_state_is_the_weighted_mean_of_what_its_clients_sent() -> None:
+    run = federation(rounds=1)
+    _, result = play(run)
+    (job,) = run.engine.jobs  # type: ignore[attr-defined]
+    roles: Roles = frozenset({"B", "head"})
+    total = sum(CLIENTS.values())
+    expected = {name: 0 * tensor.double() for name, tensor in start().server.adapter.items()}
+    for client in job.cohort:
+        seed = derived_seed(job.seed, 1, client.id)
+        held = moved(start().server.adapter, roles, seed)
+        for name, tensor in held.items():
+            expected[name] += client.num_examples / total * tensor.double()
+    assert relative(result.state.server.adapter, expected) < 1e-7
