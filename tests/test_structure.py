@@ -123,8 +123,8 @@ def loaded_by(code: str, libraries: set[str]) -> list[str]:
 
 @every_module
 def test_imports_go_to_a_lower_level_or_stay_within_one(module: str) -> None:
-    upward = {other for other in siblings(module) if level(other) > level(module)}
-    assert not upward
+    own = level(module)
+    assert not {other for other in siblings(module) if level(other) > own}
 
 
 def test_imports_have_no_cycle() -> None:
@@ -175,11 +175,12 @@ def test_a_module_has_at_most_300_lines(module: str) -> None:
 
 
 @every_module
-def test_a_function_has_at_most_60_lines(module: str) -> None:
+def test_a_function_has_at_most_60_lines_beside_its_docstring(module: str) -> None:
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = min([node.lineno, *(mark.lineno for mark in node.decorator_list)])
-            assert (node.end_lineno or 0) - first + 1 <= 60, f"{module}.{node.name}"
+            text = (ast.get_docstring(node, clean=False) or "").count("\n") + 1
+            assert (node.end_lineno or 0) - first + 1 - text <= 60, f"{module}.{node.name}"
 
 
 @every_module
@@ -238,14 +239,8 @@ def test_the_public_names_are_these() -> None:
     assert rolora.__all__ == PUBLIC
 
 
-def test_every_public_name_resolves_however_much_is_imported_before() -> None:
-    everything = "\n".join(
-        f"import rolora.{module}" for module in FILES if module not in {"__init__", "__main__"}
-    )
-    code = "print(*(type(getattr(rolora, name)).__name__ for name in rolora.__all__))"
-    alone = fresh(f"import rolora\n{code}")
-    assert "module" not in alone.split()
-    assert fresh(f"import rolora\n{everything}\n{code}") == alone
+def test_no_public_name_is_also_a_module_s_which_would_hide_it_once_imported() -> None:
+    assert not set(rolora.__all__) & FILES.keys()
 
 
 def test_every_public_name_is_what_its_home_defines() -> None:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from rolora.runs import evaluate_adapter as evaluate_adapter
     from rolora.runs import resume as resume
     from rolora.runs import start as start
-    from rolora.step import step as step
 
 __version__ = version("rolora")
 
@@ -55,7 +54,6 @@ _HOMES = {
     "method_names": "method",
     "resume": "runs",
     "start": "runs",
-    "step": "step",
     "write_report": "report",
 }
 __all__ = sorted(_HOMES)

@@ -79,7 +79,9 @@ def load_base(
         more["id2label"] = dict(enumerate(names))
         more["label2id"] = {name: index for index, name in enumerate(names)}
         more["ignore_mismatched_sizes"] = True
-    with _one_line_errors(source), quiet():
+    # the GGUF reader draws a bar on standard error whatever the settings are
+    silent = contextlib.redirect_stderr(io.StringIO())
+    with _one_line_errors(source), quiet(), silent:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
         model, info = auto.from_pretrained(
             **place,
@@ -146,17 +148,13 @@ def _one_line_errors(source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' loading bars and reports, and put its settings back afterwards.
-
-    Its GGUF reader draws a bar whatever the settings are, hence the standard error.
-    """
+    """Silence transformers' loading bars and reports, and put its settings back afterwards."""
     logs = transformers.utils.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         logs.set_verbosity(verbosity)
         if bars:

@@ -161,18 +161,12 @@ def partition(
     if json:
         _print_json(table)
     else:
-        total = sum(client["num_examples"] for client in table["clients"])
-        out_console.print(split_table(table))
-        out_console.print(f"\n{total} training rows, {rows.test.num_rows} test rows", markup=False)
-        if table["note"]:
-            out_console.print(f"note: {table['note']}", markup=False)
+        out_console.print(split_table(table, rows.test.num_rows))
         out_console.print(f"\npicture   {picture}", markup=False)
     if show_masks:
         with working("loading the tokenizer"):
             masked = training_masks(settings, 3)
-        for row, pieces in enumerate(masked, start=1):
-            out_console.print(f"\nrow {row}, trained on what is between ⟦ and ⟧:", markup=False)
-            out_console.print(masked_text(pieces))
+        out_console.print(masked_text(masked))
 
 
 @app.command()

@@ -71,7 +71,7 @@ alpha = 0.5
 rounds = 10
 local_steps = 2
 batch_size = 4
-lr = 1e-2
+lr = 2e-2
 [eval]
 every = 5
 generate = 100

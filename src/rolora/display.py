@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -183,22 +183,28 @@ def results_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def split_table(split: Mapping[str, Any]) -> Table:
-    """Who holds how many rows, of which label where there are at most 12 labels."""
+def split_table(split: Mapping[str, Any], test_rows: int) -> Group:
+    """Who holds how many rows, and of which label where there are at most 12 labels."""
     labels = sorted({label for client in split["clients"] for label in client["labels"]})
     shown = labels if len(labels) <= 12 else []
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("client")
     for column in ("rows", *shown):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     for client in split["clients"]:
         counts = [str(client["labels"].get(label, "")) for label in shown]
-        table.add_row(client["id"], str(client["num_examples"]), *counts)
-    return table
+        table.add_row(Text(client["id"]), str(client["num_examples"]), *counts)
+    total = sum(client["num_examples"] for client in split["clients"])
+    note = f"\nnote: {split['note']}" if split["note"] else ""
+    return Group(table, Text(f"\n{total} training rows, {test_rows} test rows{note}"))
 
 
-def masked_text(pieces: Sequence[tuple[str, bool]]) -> Text:
-    """A row in which the pieces that are trained on stand between ⟦ and ⟧."""
-    return Text.assemble(
-        *((f"⟦{text}⟧", "bold green") if trained else (text, "dim") for text, trained in pieces)
-    )
+def masked_text(rows: Iterable[Sequence[tuple[str, bool]]]) -> Text:
+    """Each row in pieces; those that are trained on stand between ⟦ and ⟧."""
+    text = Text()
+    for row, pieces in enumerate(rows, start=1):
+        text.append(f"\nrow {row}, trained on what is between ⟦ and ⟧:\n")
+        for piece, trained in pieces:
+            text.append(*((f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")))
+        text.append("\n")
+    return text

@@ -1,0 +1,198 @@
+"""The documents say what is so: their code runs, their commands parse, their links lead on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import tiny_bert
+from tiny_site import write_rows
+from typer.main import get_command
+
+from rolora import cli
+from rolora.config import RunConfig, make_config
+from rolora.method import method_names
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv", "validation": 0.1}}
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of these languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for language, text in found if language in languages]
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every shell command: lines of shell blocks, and code in the text."""
+    for block in blocks(page, "sh", "bash", "shell", "console"):
+        for text in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(text.removeprefix("$ "), comments=True)
+    for text in re.findall(r"`((?:rolora|make) [^`]+)`", prose(page)):
+        yield shlex.split(text)
+
+
+def section(page: Path, title: str) -> str:
+    """The text under a heading."""
+    return page.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def overrides(words: list[str]) -> list[str]:
+    """The words of a command that set a key, without the method that compare may set it for."""
+    pairs = [word for word in words if "=" in word and not word.startswith("-")]
+    return [pair.partition(":")[2] if ":" in pair.partition("=")[0] else pair for pair in pairs]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place with a model and rows under the names that the documents use."""
+    tiny_bert(tmp_path / "models" / "minilm")
+    write_rows(tmp_path / "mydata.csv", 60)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*words: str, **environment: str) -> str:
+    """What a command prints; it must end well."""
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@every_page
+def test_every_command_line_parses(page: Path) -> None:
+    tree = get_command(cli.app)
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in commands(page):
+        if words[:1] == ["rolora"] and not words[1].startswith("-"):
+            command = tree.commands[words[1]]  # type: ignore[attr-defined]
+            command.make_context(words[1], [word for word in words[2:] if word != "..."])
+            make_config(LEAST, overrides(words))
+        elif words[:1] == ["make"]:
+            assert {word for word in words[1:] if "=" not in word} <= targets
+
+
+def test_a_command_that_does_not_parse_would_be_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    for wrong in ("rolora rum x", "rolora run --ouy x", "rolora run x train.rouds=3", "make al"):
+        page.write_text(f"```sh\n{wrong}   # as it is\n```\n")
+        with pytest.raises(Exception, match=r"rum|ouy|rouds|al") as found:
+            test_every_command_line_parses(page)
+        assert not isinstance(found.value, FileNotFoundError)
+
+
+@every_page
+def test_every_key_in_the_text_is_a_key_of_the_configuration(page: Path) -> None:
+    for name, key in re.findall(r"`([a-z]+)\.([a-z_]+)(?= = |=|`)", prose(page)):
+        if name in RunConfig.model_fields and key not in {"py", "md", "toml", "csv"}:
+            assert name == "method" or key in RunConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
+
+
+@every_page
+def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in slugs, f"{page.name} links to {link}"
+
+
+def test_the_page_of_the_configuration_is_the_one_written_from_the_schema() -> None:
+    file = ROOT / "docs" / "make_configuration.py"
+    spec = importlib.util.spec_from_file_location("make_configuration", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "configuration.md").read_text() == module.page()
+
+
+def test_every_file_that_the_tree_of_the_readme_names_exists() -> None:
+    parent, found = ROOT, 0
+    for text in section(ROOT / "README.md", "The tree").splitlines():
+        indent, names = text.startswith("  "), re.findall(r"[\w/]+(?:\.py|/)(?=\s|$)", text)
+        if not indent:
+            parent = ROOT
+        for name in names:
+            assert (parent / name).exists(), name
+            found += 1
+        if not indent and names == ["src/rolora/"]:
+            parent = ROOT / "src" / "rolora"
+    assert found > 20
+
+
+def test_the_readme_lists_every_method_and_no_other() -> None:
+    table = section(ROOT / "README.md", "Methods")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == method_names()
+
+
+@pytest.mark.slow
+def test_the_commands_and_the_python_of_the_readme_run_in_their_order(folder: Path) -> None:
+    (shell,) = (text for text in blocks(ROOT / "README.md", "bash", "sh") if "rolora init" in text)
+    for text in shell.splitlines():
+        program, *words = shlex.split(text, comments=True)
+        assert program == "rolora"
+        call("rolora", *words)
+    assert {path.name for path in (folder / "runs").iterdir()} == {"mydata", "mydata-compare"}
+    left = section(ROOT / "README.md", "What a run leaves")
+    for name in re.findall(r"^  (\S+)", left, re.MULTILINE):
+        assert (folder / "runs" / "mydata" / name).exists(), name
+    call("rolora", "resume", "runs/mydata")
+    names: dict[str, object] = {}
+    for block in blocks(ROOT / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert (folder / "runs" / "from-python" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if blocks(p, "python") and p.name not in {"README.md", "CONTRIBUTING.md"}],
+    ids=lambda page: page.name,
+)
+def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
+    call("rolora", "init", "mydata.csv", "--model", "models/minilm")
+    names: dict[str, object] = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_example_of_contributing_is_a_method_by_being_dropped_in(tmp_path: Path) -> None:
+    (example,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    (tmp_path / "src" / "rolora" / "methods" / "example.py").write_text(example)
+    source = str(tmp_path / "src")
+    table = call("rolora", "methods", "--json", PYTHONPATH=source)
+    assert '"name": "example"' in table
+    assert '"paper": "arXiv:2403.12313"' in table
+    suite = str(ROOT / "tests" / "test_methods.py")
+    options = ("-k", "example", "-p", "no:cacheprovider", "-p", "no:xdist")
+    told = call("pytest", suite, *options, f"--rootdir={ROOT}", PYTHONPATH=source)
+    assert int(re.findall(r"(\d+) passed", told)[0]) > 15
