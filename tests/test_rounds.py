@@ -24,9 +24,9 @@ from rolora.rounds import (
     RunState,
     cohort_size,
     federate,
-    learning_rate,
     sample_cohort,
 )
+from rolora.schedule import learning_rate
 from rolora.step import Aggregation
 
 CLIENTS = {"ann": 5, "bob": 9, "cy": 9, "dee": 2, "eve": 4, "flo": 7}

@@ -19,10 +19,11 @@ from rolora.local import LocalSettings, evaluate
 from rolora.lora import LoraSettings, read_adapter
 from rolora.method import Method, ServerState, freeze_head, get_method
 from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
-from rolora.rounds import Federation, Metrics, RunState, cohort_size, learning_rate
+from rolora.rounds import Federation, Metrics, RunState, cohort_size
 from rolora.rows import Rows, load_rows
+from rolora.schedule import learning_rate
 from rolora.step import Aggregation
-from rolora.tasks import HIGHER_IS_BETTER, Examples, Task
+from rolora.tasks import Examples, Task
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.choice import choice
 from rolora.tasks.classification import Label, class_labels, classification
@@ -114,9 +115,10 @@ def _schedule(config: RunConfig) -> Callable[[int], float]:
 
 
 def _metric(config: RunConfig, task: Task) -> str:
-    metric = config.eval.metric or task.metric
-    if metric not in HIGHER_IS_BETTER:
-        raise ConfigError(f"eval.metric {metric!r} is none of {', '.join(HIGHER_IS_BETTER)}")
+    metric = config.eval.metric or task.metrics[0]
+    if metric not in task.metrics:
+        known = ", ".join(task.metrics)
+        raise ConfigError(f"eval.metric {metric!r} is none of what {task.name} measures: {known}")
     return metric
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rolora.errors import ConfigError, nearest
 from rolora.method import method_factory
-from rolora.rounds import Schedule
+from rolora.schedule import Schedule
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 

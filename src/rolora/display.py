@@ -134,7 +134,7 @@ def _bar(title: str, rounds: int) -> Iterator[tuple[Callable[[str], None], Calla
         def advance(text: str) -> None:
             nonlocal count
             count = 0
-            console.print(f"[bold]{title}[/bold]: {text}")
+            console.print(Text.assemble((title, "bold"), f": {text}"))
             finished = 0 if text.startswith("before") or "no quorum" in text else 1
             progress.update(task, advance=finished, clients=0)
 

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -24,7 +23,6 @@ from rolora.tasks import HIGHER_IS_BETTER
 from rolora.traffic import Arrival, Ledger, after_round, noting
 
 Metrics = Mapping[str, float]
-Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -109,20 +107,6 @@ class Federation:
     eval_every: int = 5
     patience: int | None = None
     max_attempts: int = 3
-
-
-def learning_rate(
-    round: int, *, lr: float, rounds: int, schedule: Schedule = "constant", warmup_rounds: int = 0
-) -> float:
-    """The step size of a round: linear warm-up, then constant, or falling towards 0 at the end."""
-    if round <= warmup_rounds:
-        return lr * round / (warmup_rounds + 1)
-    left = 1 - (round - 1 - warmup_rounds) / max(1, rounds - warmup_rounds)
-    if schedule == "linear":
-        return lr * left
-    if schedule == "cosine":
-        return lr * (1 + math.cos(math.pi * (1 - left))) / 2
-    return lr
 
 
 def cohort_size(clients: int, participation: float) -> int:

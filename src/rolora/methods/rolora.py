@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import Literal
 
 from rolora.adapter import Roles
+from rolora.errors import ConfigError
 from rolora.method import Method
 
 
 def method(*, first: Literal["A", "B"] = "B") -> Method:
     """``first``: the factor of round 1. With lora_B = 0, lora_A has no gradient, hence "B"."""
+    if first not in ("A", "B"):
+        raise ConfigError(f"rolora: first is 'A' or 'B', not {first!r}")
     second: Literal["A", "B"] = "A" if first == "B" else "B"
 
     def moving(round: int) -> Roles:

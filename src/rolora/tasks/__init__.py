@@ -22,11 +22,11 @@ class Task:
     one per choice). ``loss(model, batch)`` gives per row a summed loss and how many things it was
     summed over, both (rows,), so that a client's loss is Σ loss / Σ count over its own rows;
     ``outputs(model, batch)`` gives (rows, width) float32 for ``score(outputs, examples)``, which
-    returns the metrics of an ``encode_test``. ``metric`` is the main one.
+    returns ``metrics`` (the first is the main one) of an ``encode_test``.
     """
 
     name: str
-    metric: str
+    metrics: tuple[str, ...]
     encode: Callable[[Any, str], Examples]
     encode_test: Callable[[Any, str], Examples]
     loss: Callable[[Any, Batch], tuple[Tensor, Tensor]]

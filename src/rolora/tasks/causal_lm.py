@@ -56,7 +56,7 @@ def causal_lm(
 
     return Task(
         name="causal_lm",
-        metric="perplexity",
+        metrics=("perplexity", "loss"),
         encode=encode,
         encode_test=encode,
         loss=loss,

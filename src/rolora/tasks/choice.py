@@ -70,7 +70,7 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
 
     return Task(
         name="choice",
-        metric="choice_accuracy",
+        metrics=("choice_accuracy", "choice_accuracy_norm", "perplexity", "loss"),
         encode=encode,
         encode_test=encode_test,
         loss=loss,

@@ -75,7 +75,7 @@ def classification(
 
     return Task(
         name="classification",
-        metric="accuracy",
+        metrics=("accuracy", "macro_f1", "matthews", "loss"),
         encode=encode,
         encode_test=encode,
         loss=loss,
