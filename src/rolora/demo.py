@@ -82,8 +82,8 @@ MEANING = """\
 Every method saw the same rows, split, cohorts and batches. "mean ± sd" is over the seeds, on test
 rows that no client holds. "MB up" is what the clients sent: rolora and ffa_lora send one factor of
 the adapter in a round, fedit both, so equal rounds and equal megabytes are two comparisons. "agg.
-error" is how far the averaged product B·A is from the average of the clients' products: rounding for
-rolora and ffa_lora, real for fedit. The report shows all of it; the adapter is a PEFT folder.
+error" is how far the averaged product B·A is from the average of the clients' products: rounding
+for rolora and ffa_lora, real for fedit. The report shows all of it; the adapter is a PEFT folder.
 """
 
 
