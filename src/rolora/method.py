@@ -1,8 +1,7 @@
-"""The contract of a federated-LoRA method, and the one server step that every method goes through.
+"""The contract of a federated-LoRA method: a record of small pure functions.
 
-A method is a record of small pure functions. It never sees a model, a network, or a raw client
-update: ``aggregate`` gets ``reduce``, which it calls once a round, so that checks, robust rules and
-clipping apply to every method alike.
+A method never sees a model, a network, or a raw client update: ``aggregate`` gets ``reduce``, which
+it calls once a round, so that checks, robust rules and clipping apply to every method alike.
 
 >>> from rolora.method import get_method
 >>> rolora = get_method("rolora", first="B")
