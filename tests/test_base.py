@@ -57,6 +57,37 @@ def test_a_folder_without_weights_is_refused_in_one_line(tmp_path: Path) -> None
     assert "does not exist" in str(refusal(tmp_path / "nowhere"))
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = tiny.tiny_bert(tmp_path / "model")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert "there is no tokenizer beside its weights" in str(refusal(folder))
+
+
+def test_a_configuration_that_is_no_object_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tiny.tiny_bert(tmp_path / "model")
+    (folder / "config.json").write_text("[]")
+    assert str(refusal(folder)).startswith(f"cannot load model '{folder}'")
+
+
+def test_a_base_is_told_by_its_weights_and_not_by_a_head_that_is_drawn(tmp_path: Path) -> None:
+    def digest(labels: int = 2) -> str:
+        names = [str(label) for label in range(labels)]
+        return load_base(
+            str(tmp_path / "model"), "classification", LoraSettings(), labels=names
+        ).digest
+
+    tiny.tiny_bert(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = {k: v for k, v in load_file(weights).items() if not k.startswith("classifier")}
+    save_file(tensors, weights, {"format": "pt"})
+    before = digest()
+    assert digest() == before == digest(labels=3)
+    tensors["bert.embeddings.word_embeddings.weight"][0, 0] += 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    assert digest() != before
+
+
 def test_a_head_model_cannot_stand_in_for_a_language_model(tmp_path: Path) -> None:
     folder = tiny.tiny_llama(tmp_path / "model")
     assert not AutoConfig.from_pretrained(folder).tie_word_embeddings

@@ -319,11 +319,16 @@ def test_a_pattern_without_a_match_is_refused(tmp_path: Path) -> None:
         read_clients("sites/*.csv", root=tmp_path)
 
 
-def test_only_patterns_are_globs() -> None:
-    assert is_glob("sites/*.csv")
-    assert is_glob("site-[ab].csv")
-    assert not is_glob("sites/a.csv")
-    assert not is_glob("nyu-mll/glue:sst2")
+def test_only_patterns_are_globs(tmp_path: Path) -> None:
+    assert is_glob("sites/*.csv", root=tmp_path)
+    assert is_glob("site-[ab].csv", root=tmp_path)
+    assert not is_glob("sites/a.csv", root=tmp_path)
+    assert not is_glob("nyu-mll/glue:sst2", root=tmp_path)
+
+
+def test_a_file_with_brackets_in_its_name_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "rows [1].csv").touch()
+    assert not is_glob("rows [1].csv", root=tmp_path)
 
 
 def test_a_missing_column_is_named_with_the_nearest_and_all_others() -> None:
@@ -393,6 +398,18 @@ def test_labels_are_text_whole_numbers_or_booleans(values: Any, expected: list[A
 def test_a_missing_or_empty_label_is_named_by_its_row(values: list[Any]) -> None:
     with pytest.raises(DataError, match=r"column 'y' is missing in row 2 \(1 of 2 rows\)"):
         labels(pa.table({"y": values}), "y", "a.csv")
+
+
+@pytest.mark.parametrize("values", [[1.0, 1e30], ["1", "-9007199254740993.0"]])
+def test_a_label_too_large_for_a_whole_number_is_refused(values: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"label 'y' is .* in row 2: labels are classes"):
+        labels(pa.table({"y": values}), "y", "a.csv")
+
+
+def test_json_nested_beyond_measure_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"deep\.jsonl cannot be read"):
+        read_table("deep.jsonl", root=tmp_path)
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.5], ["1.0", "2.5"], [Decimal("1.0"), Decimal("2.5")]])

@@ -89,7 +89,7 @@ def test_only_the_newest_two_checkpoints_are_kept(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "manifest.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "another", "gone"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     folder: RunFolder, file: str, damage: str
 ) -> None:
@@ -97,6 +97,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     content = bytearray(path.read_bytes())
     if damage == "gone":
         path.unlink()
+    elif damage == "another":
+        path.write_text("[]")
     else:
         content[len(content) // 2] ^= 0x20 if damage == "flipped" else 0
         path.write_bytes(content[:-5] if damage == "truncated" else content)

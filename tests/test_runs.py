@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_site import make_site, write_rows
 
 from rolora import runs
@@ -116,12 +119,72 @@ def test_a_resumed_run_can_be_given_more_rounds(site: Path, whole: Path, tmp_pat
     assert adapter_hash(path) == adapter_hash(straight)
 
 
-def test_a_run_whose_data_has_changed_is_not_resumed(site: Path, tmp_path: Path) -> None:
+def with_other_weights(site: Path) -> None:
+    file = site / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["bert.encoder.layer.0.attention.self.key.weight"] *= 1.5
+    save_file(tensors, file, {"format": "pt"})
+
+
+def with_other_settings(site: Path) -> None:
+    file = site / "run" / "config.toml"
+    file.write_text(file.read_text().replace("lr = 0.005", "lr = 0.05"))
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("the data", lambda site: write_rows(site / "train.csv", 61)),
+        ("the data", lambda site: write_rows(site / "test.csv", 13)),
+        ("the base model", with_other_weights),
+        ("the configuration", with_other_settings),
+    ],
+)
+def test_a_run_is_not_resumed_on_other_data_another_model_or_other_settings(
+    tmp_path: Path, what: str, change: Callable[[Path], object]
+) -> None:
     config = make_site(tmp_path)
     list(itertools.islice(runs.start(load_config(config), tmp_path / "run").rounds(), 2))
-    write_rows(tmp_path / "train.csv", 61)
-    with pytest.raises(ConfigError, match="has changed since the run started"):
+    runs.resume(tmp_path / "run")
+    change(tmp_path)
+    with pytest.raises(ConfigError, match=f"{what} of .* changed since the run started"):
         runs.resume(tmp_path / "run")
+
+
+def test_the_configuration_of_a_run_folder_starts_the_same_run_anew(
+    whole: Path, tmp_path: Path
+) -> None:
+    again = finish(runs.start(load_config(whole / "config.toml"), tmp_path / "again"))
+    assert adapter_hash(again) == adapter_hash(whole)
+
+
+@pytest.mark.parametrize(
+    ("file", "damaged", "message"),
+    [
+        ("config.toml", "seed = ", "config.toml is not valid TOML"),
+        ("config.toml", "seed = 0", "config.toml is damaged: provenance.bank is missing"),
+        ("partition.json", None, "is no run folder (no partition.json in it)"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused_before_any_training(
+    whole: Path, tmp_path: Path, file: str, damaged: str | None, message: str
+) -> None:
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    (path / file).unlink()
+    if damaged is not None:
+        (path / file).write_text(damaged)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        runs.resume(path)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", "{}"])
+def test_an_adapter_whose_notes_are_damaged_is_refused(
+    whole: Path, tmp_path: Path, damaged: str
+) -> None:
+    folder = Path(shutil.copytree(whole / "adapter", tmp_path / "adapter"))
+    (folder / "rolora.json").write_text(damaged)
+    with pytest.raises(ConfigError, match=r"rolora\.json is damaged"):
+        runs.evaluate_adapter(folder, "rows.csv")
 
 
 def test_peft_loads_the_adapter_and_gives_the_same_logits(site: Path, whole: Path) -> None:

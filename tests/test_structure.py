@@ -45,7 +45,7 @@ FENCES: dict[str, set[str]] = {
     "peft": {"lora"},
     "datasets": {"hub"},
     "pyarrow": {"data", "hub", "rows", "columns"},
-    "safetensors": {"base", "lora", "engine", "record"},
+    "safetensors": {"lora", "engine", "record"},
     "sklearn": {"tasks.classification"},
     "pydantic": {"config"},
     "tomli_w": {"config", "report.page"},

@@ -219,5 +219,5 @@ class Failure:
 def tensor_hash(tensor: Tensor) -> str:
     """A short hash of dtype, shape and exact bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
-from rolora.adapter import AdapterState, Specs
+from rolora.adapter import AdapterState, Specs, tensor_hash
 from rolora.bank import Bank, LoraLinear, attach
 from rolora.errors import ConfigError
 from rolora.lora import Kind, LoraSettings, above_encoder, peft_config, target_layers
@@ -34,6 +35,19 @@ class Base:
     def specs(self) -> Specs:
         """What an adapter of this model looks like."""
         return self.bank.specs
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of every weight that stays as the checkpoint has it."""
+        weights = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith(tuple(f"{layer}." for layer in self.head_layers))
+        }
+        digest = hashlib.sha256()
+        for name, tensor in sorted({**weights, **self.specs.head}.items()):
+            digest.update(f"{name} {tensor_hash(tensor.cpu())}".encode())
+        return digest.hexdigest()[:32]
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +96,7 @@ def load_base(
     # the GGUF reader draws a bar on standard error whatever the settings are
     silent = contextlib.redirect_stderr(io.StringIO())
     with _one_line_errors(source), quiet(), silent:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+        tokenizer = _load_tokenizer(place)
         model, info = auto.from_pretrained(
             **place,
             **more,
@@ -91,8 +105,6 @@ def load_base(
             use_safetensors=None if "gguf_file" in place else True,
             output_loading_info=True,
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.config.is_encoder_decoder:
@@ -134,11 +146,20 @@ def _locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": source, "local_files_only": offline}
 
 
+def _load_tokenizer(place: dict[str, Any]) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError("there is no tokenizer beside its weights")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 @contextlib.contextmanager
 def _one_line_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged config.json makes transformers raise anything
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(
             f"cannot load model {source!r}: {first or type(error).__name__} "

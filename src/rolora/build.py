@@ -39,6 +39,7 @@ class Setup:
     task: Task
     rows: Rows
     examples: Examples
+    test: Examples
     federation: Federation
     start: RunState
     labels: tuple[Label, ...]
@@ -100,7 +101,9 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     )
     start = RunState(ServerState(first_adapter(config, method, base)))
     notes = _notes(config, rows, examples, test)
-    return Setup(config, base, task, rows, examples, federation, start, tuple(labels), size, notes)
+    return Setup(
+        config, base, task, rows, examples, test, federation, start, tuple(labels), size, notes
+    )
 
 
 def _schedule(config: RunConfig) -> Callable[[int], float]:

@@ -85,7 +85,7 @@ def compare(
     from rolora.config import load_config
     from rolora.display import follow
 
-    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
         raise ConfigError(f"--seeds {seeds!r}: give whole numbers with commas, such as 0,1,2")
     names = [name.strip() for name in methods.split(",") if name.strip()]
     only = {name: _meant_for(name, overrides or []) for name in names}

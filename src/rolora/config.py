@@ -15,6 +15,7 @@ from rolora.method import method_factory
 from rolora.schedule import Schedule
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 
 
 class Section(BaseModel):
@@ -61,7 +62,7 @@ class DataConfig(Section):
     )
     train_split: str = Field("train", description="of a datasets folder or hub name")
     test_split: str = Field("test", description="of a datasets folder or hub name")
-    text: str | list[str] = Field("text", description="classification: one or two columns")
+    text: str | Texts = Field("text", description="classification: one or two columns")
     label: str = Field("label", description="the label column; splits by label use it too")
     prompt: str | None = Field(None, description="causal_lm, choice: the column of prompts")
     completion: str | None = Field(None, description="causal_lm: what follows the prompt")
@@ -116,7 +117,7 @@ class AggregateConfig(Section):
 class TrainConfig(Section):
     """``[train]``: rounds and local training."""
 
-    rounds: int = Field(40, ge=1, description="of the server")
+    rounds: int = Field(40, ge=1, le=999_999, description="of the server")
     participation: float = Field(1.0, gt=0, le=1, description="share of clients in a round")
     local_steps: int | None = Field(None, ge=1, description="5 if local_epochs is left out too")
     local_epochs: int | None = Field(None, ge=1, description="passes over the client's shard")
@@ -194,18 +195,26 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file, apply ``key.path=value`` overrides, and check everything.
 
-    Raises ConfigError, one line, naming the key and the nearest known one.
+    The resolved ``config.toml`` of a run folder is read as the run was started: paths from where
+    they were. Raises ConfigError, one line, naming the key and the nearest known one.
     """
+    values = read_toml(path)
     file = Path(path).expanduser()
+    origin = values.pop("provenance", {})
+    root = origin.get("root", file.parent) if isinstance(origin, dict) else file.parent
+    return make_config({"name": file.stem, **values}, overrides, root=Path(root))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError, one line, if it cannot be read."""
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config {path} does not exist (rolora init writes one)") from None
     except IsADirectoryError:
         raise ConfigError(f"config {path} is a folder; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    return make_config({"name": file.stem, **values}, overrides, root=file.parent)
 
 
 def make_config(

@@ -90,9 +90,12 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
     return {client: tables[client].select(order) for client in sorted(tables)}
 
 
-def is_glob(source: str) -> bool:
-    """Whether ``source`` is a pattern of per-client files rather than one source."""
-    return glob.has_magic(source)
+def is_glob(source: str, *, root: Path) -> bool:
+    """Whether ``source`` is a pattern of per-client files rather than one source.
+
+    A file or folder of that very name is no pattern, brackets or not.
+    """
+    return glob.has_magic(source) and not (root / Path(source).expanduser()).exists()
 
 
 def require_columns(table: pa.Table, columns: Sequence[str], source: str) -> None:
@@ -133,7 +136,8 @@ def labels(table: pa.Table, column: str, source: str) -> list[str | int | bool]:
         _require_all(values.is_null(nan_is_null=True), column, source)
     if is_number(values.type) and not pa.types.is_integer(values.type):
         values = values.cast(pa.float64())
-        whole = pc.and_(pc.equal(values, pc.round(values)), pc.is_finite(values))
+        fits = pc.less(pc.abs(values), 2.0**53)  # float64 tells whole numbers apart up to there
+        whole = pc.and_(pc.equal(values, pc.round(values)), fits)
         row = pc.index(whole, False).as_py()
         if row >= 0:
             raise DataError(
@@ -259,5 +263,5 @@ def _read_file(path: Path, source: str) -> pa.Table:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise DataError(f"{source} is not UTF-8 (line {line}): save it as UTF-8") from error
-    except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
+    except (pa.ArrowException, csv.Error, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{source} cannot be read: {one_line(error)}") from error

@@ -95,8 +95,9 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """A run folder that exists. ConfigError if ``path`` is none."""
-        if not (path / "config.toml").is_file() or not (path / "rounds.jsonl").is_file():
-            raise ConfigError(f"{path} is no run folder (no config.toml and rounds.jsonl in it)")
+        for name in ("config.toml", "rounds.jsonl", "partition.json"):
+            if not (path / name).is_file():
+                raise ConfigError(f"{path} is no run folder (no {name} in it)")
         return cls(path)
 
     @contextlib.contextmanager
@@ -152,7 +153,7 @@ class RunFolder:
         for folder in reversed(self._checkpoints()):
             try:
                 state, last = _read_checkpoint(folder)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 notes.append(f"checkpoint {folder.name} is damaged ({error}); using the one before")
                 _remove(folder)
                 continue

@@ -56,7 +56,7 @@ def load_rows(config: RunConfig) -> Rows:
     """
     where = config.data
     read = partial(data.read_table, root=config.root, offline=config.offline)
-    per_file = data.is_glob(where.train)
+    per_file = data.is_glob(where.train, root=config.root)
     if per_file != (config.partition.scheme == "files"):
         raise ConfigError(
             "partition.scheme = 'files' goes with a data.train pattern like 'data/site-*.jsonl'; "

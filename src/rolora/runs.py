@@ -12,7 +12,6 @@ import hashlib
 import json
 import platform
 import subprocess
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,7 +23,7 @@ import torch
 from rolora import data
 from rolora.base import Base
 from rolora.build import Setup, load_base_for, make_task, prepare
-from rolora.config import RunConfig, dump_config, make_config
+from rolora.config import RunConfig, dump_config, load_config, make_config, read_toml
 from rolora.engine import Engine
 from rolora.errors import ConfigError
 from rolora.local import evaluate
@@ -95,28 +94,33 @@ def resume(path: str | Path, rounds: int | None = None) -> Run:
     """A run as its last whole checkpoint left it; ``rounds`` raises the number of rounds.
 
     Thread count and bank size are those of the start, because the bits depend on them. Raises
-    ConfigError if the data is no longer what the run started with.
+    ConfigError if the data, the base model or the configuration is no longer that of the start.
     """
     folder = RunFolder.open(Path(path))
     with folder.locked():
-        values = tomllib.loads(folder.config.read_text())
-        origin = values.pop("provenance")
+        origin = read_toml(folder.config).get("provenance", {})
+        if lost := {"root", "threads", "bank", *_SAME, *_ALIKE} - origin.keys():
+            raise ConfigError(f"{folder.config} is damaged: provenance.{min(lost)} is missing")
         overrides = [] if rounds is None else [f"train.rounds={rounds}"]
-        config = make_config(values, overrides, root=Path(origin["root"]))
+        config = load_config(folder.config, overrides)
         torch.set_num_threads(origin["threads"])
         pinned = config.model_copy(
             update={"train": config.train.model_copy(update={"bank": origin["bank"]})}
         )
         setup = prepare(pinned, folder.clients)
         now = provenance(setup)
-        if now["data"] != origin["data"]:
-            raise ConfigError(f"the data of {path} has changed since the run started")
+        for key, what in _SAME.items():
+            if now[key] != origin[key]:
+                raise ConfigError(
+                    f"{what} of {path} changed since the run started: change it back, or start "
+                    f"anew with: rolora run {folder.config} --out NEW_FOLDER"
+                )
         state, notes = folder.restore(setup.start)
         if rounds is not None:
             if rounds < state.server.round:
                 raise ConfigError(f"{path} has already done {state.server.round} rounds")
             folder.rewrite_config(dump_config(config, origin))
-    for what in ("versions", "cpu"):
+    for what in _ALIKE:
         if now[what] != origin[what]:
             notes.append(f"{what} differ from the start of the run, so the last bits may too")
     return Run(setup, folder, state, (*setup.notes, *notes))
@@ -177,12 +181,16 @@ def evaluate_adapter(path: str | Path, source: str, model: str | None = None) ->
             f"{folder} is no adapter that rolora wrote (no rolora.json); "
             "if its run is unfinished, go on with: rolora resume"
         )
-    notes = json.loads(file.read_text())
+    try:
+        notes = json.loads(file.read_text())
+        settings, root, labels = notes["config"], Path(notes["root"]), list(notes["labels"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged: {error!r}") from None
     overrides = [] if model is None else [f"model.path={Path(model).resolve()}"]
-    config = make_config(notes["config"], overrides, root=Path(notes["root"]))
+    config = make_config(settings, overrides, root=root)
     table = data.read_table(source, root=Path(), split=config.data.test_split)
-    base = load_base_for(config, notes["labels"])
-    task = make_task(config, base, notes["labels"])
+    base = load_base_for(config, labels)
+    task = make_task(config, base, labels)
     adapter = read_adapter(folder, base.specs)
     return evaluate(base, task, task.encode_test(table, source), adapter)
 
@@ -212,7 +220,13 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "bank": setup.bank_size,
         "data": _data_hash(setup),
+        "base": setup.base.digest,
+        "config": _config_hash(setup.config),
     }
+
+
+_SAME = {"data": "the data", "base": "the base model", "config": "the configuration"}
+_ALIKE = ("versions", "cpu")
 
 
 def _data_hash(setup: Setup) -> str:
@@ -220,9 +234,16 @@ def _data_hash(setup: Setup) -> str:
     for client, rows in setup.rows.shards.items():
         digest.update(client.encode())
         digest.update(rows.numpy().tobytes())
-    for tensor in (setup.examples.tokens, setup.examples.offsets, setup.examples.targets):
-        digest.update(tensor.numpy().tobytes())
+    for examples in (setup.examples, setup.test):
+        for tensor in (examples.tokens, examples.offsets, examples.targets):
+            digest.update(tensor.numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _config_hash(config: RunConfig) -> str:
+    """Of all settings but the number of rounds, which may grow, and the bank, which is pinned."""
+    values = config.model_dump_json(exclude={"train": {"rounds", "bank"}})
+    return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 
 def _git_commit(folder: Path) -> str:

@@ -28,12 +28,13 @@ def write_starter(source: str, out: Path, model: str = "") -> None:
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
     here = Path()
-    if data.is_glob(source):
+    pattern = data.is_glob(source, root=here)
+    if pattern:
         tables = data.read_clients(source, root=here)
         table, clients = next(iter(tables.values())), len(tables)
     else:
         table, clients = data.read_table(source, root=here), 0
-    local = data.is_glob(source) or Path(source).exists()
+    local = pattern or Path(source).exists()
     place = os.path.relpath(source, out.parent) if local else source
     write_file(out, starter(place, guess_columns(table), describe(table), clients, model, out))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -271,6 +272,7 @@ def rendered(figure: Figure, kind: str, **options: Any) -> bytes:
     """The file's bytes: the same for the same figure, without a date."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {}
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a label in a script without a font
         figure.savefig(buffer, format=kind, metadata=metadata, dpi=200, **options)
     return buffer.getvalue()
