@@ -9,7 +9,7 @@ from tiny import tiny_bert
 from tiny_clients import Bench, classifier
 from torch import Tensor
 
-from rolora.bank import dropout_mask, row_keys
+from rolora.bank import Noise, row_keys
 from rolora.local import LocalSettings, Work, evaluate
 from rolora.tasks import collate
 
@@ -18,12 +18,12 @@ SEEDS = [11, 22, 2**63 - 1, 0]
 
 def kept(keys: Tensor, layer: int = 5, length: int = 32, rate: float = 0.3) -> Tensor:
     """Which elements of (rows, length, 64) stay."""
-    return dropout_mask(keys, layer, torch.zeros(len(keys), length, 64), rate) > 0
+    return Noise(keys).mask(torch.zeros(len(keys), length, 64), layer, rate) > 0
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
 def test_the_share_dropped_is_the_rate_and_the_mean_is_kept(rate: float) -> None:
-    mask = dropout_mask(row_keys(SEEDS, 0, 8), 5, torch.zeros(32, 64, 128), rate)
+    mask = Noise(row_keys(SEEDS, 0, [8] * 4)).mask(torch.zeros(32, 64, 128), 5, rate)
     assert torch.unique(mask).tolist() == pytest.approx([0.0, 1 / (1 - rate)])
     assert float((mask == 0).float().mean()) == pytest.approx(rate, abs=0.01)  # of 262,144
     by_row = (mask == 0).float().mean(dim=(1, 2))
@@ -31,12 +31,12 @@ def test_the_share_dropped_is_the_rate_and_the_mean_is_kept(rate: float) -> None
 
 
 def test_rows_clients_steps_layers_and_positions_toss_independent_coins() -> None:
-    keys = row_keys(SEEDS[:2], 3, 2)
+    keys = row_keys(SEEDS[:2], 3, [2, 2])
     first = kept(keys)
     others = {
         "next row": first.roll(1, dims=0),
         "other client": first.roll(2, dims=0),
-        "next step": kept(row_keys(SEEDS[:2], 4, 2)),
+        "next step": kept(row_keys(SEEDS[:2], 4, [2, 2])),
         "other layer": kept(keys, layer=6),
         "next position": first.roll(1, dims=1),
         "next feature": first.roll(1, dims=2),
@@ -46,19 +46,19 @@ def test_rows_clients_steps_layers_and_positions_toss_independent_coins() -> Non
 
 
 def test_a_row_s_mask_does_not_depend_on_its_padding() -> None:
-    keys = row_keys(SEEDS, 1, 2)
+    keys = row_keys(SEEDS, 1, [2] * 4)
     assert torch.equal(kept(keys, length=9), kept(keys, length=20)[:, :9])
 
 
 def test_a_row_s_key_does_not_depend_on_the_clients_or_rows_beside_it() -> None:
-    together = row_keys(SEEDS, 2, 5).view(4, 5)
+    together = row_keys(SEEDS, 2, [5] * 4).view(4, 5)
     for client, seed in enumerate(SEEDS):
-        assert torch.equal(row_keys([seed], 2, 3), together[client, :3])
+        assert torch.equal(row_keys([seed], 2, [3]), together[client, :3])
     assert torch.equal(kept(together[2]), kept(together.reshape(-1)).view(4, 5, 32, 64)[2])
 
 
 def test_keys_differ_between_all_rows_clients_and_steps() -> None:
-    keys = torch.cat([row_keys(SEEDS, step, 64) for step in range(64)])
+    keys = torch.cat([row_keys(SEEDS, step, [64] * 4) for step in range(64)])
     assert len(torch.unique(keys)) == len(SEEDS) * 64 * 64
 
 

@@ -25,8 +25,19 @@ every_module = pytest.mark.parametrize("module", FILES)
 
 # A module imports from its own row or from one above it. A package named with ".*" means its files.
 LEVELS = (
-    ("errors", "draws", "durable", "schedule", "adapter", "reduce", "tasks.examples"),
-    ("method", "partition", "tasks", "bank", "lora", "hub", "demo_data"),
+    (
+        "errors",
+        "draws",
+        "durable",
+        "schedule",
+        "adapter",
+        "reduce",
+        "tasks.examples",
+        "segments",
+        "packing",
+        "stack",
+    ),
+    ("method", "partition", "tasks", "packing", "stack", "bank", "lora", "hub", "demo_data"),
     ("methods", "methods.*", "step", "traffic", "catalogue", "base", "data", "report", "report.*"),
     ("tasks.*", "local", "columns", "starter"),
     ("engine",),
@@ -41,7 +52,7 @@ LEVELS = (
 # Which modules may import which library; the standard library and rolora itself are free.
 FENCES: dict[str, set[str]] = {
     "torch": {"*"},
-    "transformers": {"base", "lora", "tasks.generation"},
+    "transformers": {"base", "lora", "packing", "stack", "tasks.generation"},
     "peft": {"lora"},
     "datasets": {"hub"},
     "pyarrow": {"data", "hub", "rows", "columns"},

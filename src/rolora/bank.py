@@ -1,9 +1,9 @@
 """The client bank: K clients' factors stacked on one frozen base model.
 
-The batch axis holds K·b rows, client-major; the frozen weights see one large matrix product and
-only the low-rank part is per client::
+Rows lie client after client; the frozen weights see one large matrix product and only the low-rank
+part is per client::
 
-    y = W0 x + scaling · B_k (A_k x)     x (K·b, ..., in)   A (K, rank, in)   B (K, out, rank)
+    y = W0 x + scaling · B_k (A_k x)     x (..., in)   A (K, rank, in)   B (K, out, rank)
 
 The loss is summed over clients, so client k's gradient is exactly what it would be alone. K = 1 is
 a plain client.
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from rolora.adapter import AdapterState, Specs, TensorSpec
 from rolora.errors import ConfigError
+from rolora.segments import segment_linear
 
 PREFIX = "base_model.model."
 
@@ -27,15 +29,18 @@ class Bank:
     """Stacked leaves of K clients, read by the layers that ``attach`` put into a model.
 
     ``leaves`` maps each adapter tensor's name to a (K, *shape) leaf. With no leaves loaded the
-    model is the plain base. ``dropout`` is LoRA's input dropout, active only while ``row_keys``
-    (int64, one per row) says which random stream each row draws from.
+    model is the plain base. ``rows`` says how many rows of the batch each client has, ``tokens``
+    how many tokens where the batch is packed; left empty, all have as many. ``dropout`` is
+    LoRA's input dropout, active only while ``noise`` says which random stream a row draws from.
     """
 
     def __init__(self, specs: Specs, dropout: float) -> None:
         self.specs = specs
         self.dropout = dropout
         self.leaves: dict[str, Tensor] = {}
-        self.row_keys: Tensor | None = None
+        self.rows: tuple[int, ...] = ()
+        self.tokens: tuple[int, ...] = ()
+        self.noise: Noise | None = None
 
     @property
     def clients(self) -> int:
@@ -51,7 +56,7 @@ class Bank:
 
     def unload(self) -> None:
         """Leave the plain base model."""
-        self.leaves, self.row_keys = {}, None
+        self.leaves, self.rows, self.tokens, self.noise = {}, (), (), None
 
     def take(self, client: int) -> AdapterState:
         """A copy, on the CPU, of what the client at this position holds."""
@@ -67,9 +72,15 @@ class Bank:
             for name, leaf in self.leaves.items()
         }
 
-    def by_client(self, x: Tensor) -> Tensor:
-        """``x`` (K·b, ..., width), client-major, seen as (K, b·..., width)."""
-        return x.reshape(self.clients, -1, x.shape[-1])
+    def sizes(self, x: Tensor) -> tuple[int, ...]:
+        """How many of the vectors in ``x`` (..., width) are each client's: all its tokens, or as
+        many as its rows have."""
+        count = x.numel() // x.shape[-1]
+        if not self.rows:
+            return (count // self.clients,) * self.clients
+        if self.tokens and count == sum(self.tokens):
+            return self.tokens
+        return tuple(count // sum(self.rows) * rows for rows in self.rows)
 
 
 class LoraLinear(nn.Module):
@@ -90,12 +101,12 @@ class LoraLinear(nn.Module):
             return y
         lora_a = bank.leaves[f"{self.layer}.lora_A.weight"]  # (K, rank, in)
         lora_b = bank.leaves[f"{self.layer}.lora_B.weight"]  # (K, out, rank)
-        h = x.to(lora_a.dtype)
-        if bank.row_keys is not None and bank.dropout > 0:
-            h = h * dropout_mask(bank.row_keys, self.noise_key, h, bank.dropout)
-        down = torch.bmm(bank.by_client(h), lora_a.mT)  # (K, b·seq, rank)
-        up = torch.bmm(down, lora_b.mT) * self.scaling  # (K, b·seq, out)
-        return y + up.reshape(y.shape).to(y.dtype)
+        if bank.noise is not None and bank.dropout > 0:
+            x = x * bank.noise.mask(x, self.noise_key, bank.dropout)
+        sizes = bank.sizes(x)
+        down = segment_linear(x, lora_a, sizes)  # (..., rank)
+        up = segment_linear(down * self.scaling, lora_b, sizes)  # (..., out)
+        return y.add_(up.to(y.dtype))
 
 
 class HeadLinear(nn.Module):
@@ -112,11 +123,13 @@ class HeadLinear(nn.Module):
         if not bank.leaves:
             plain: Tensor = self.base(x)
             return plain
-        weight = bank.leaves[f"{self.layer}.weight"]
-        y = torch.bmm(bank.by_client(x.to(weight.dtype)), weight.mT)
-        if self.base.bias is not None:
-            y = y + bank.leaves[f"{self.layer}.bias"].unsqueeze(1)
-        return y.reshape(*x.shape[:-1], -1)
+        sizes = bank.sizes(x)
+        y = segment_linear(x, bank.leaves[f"{self.layer}.weight"], sizes)
+        if self.base.bias is None:
+            return y
+        bias = bank.leaves[f"{self.layer}.bias"]
+        each = torch.tensor(sizes, device=bias.device)
+        return y + bias.repeat_interleave(each, dim=0).view(y.shape)
 
 
 def attach(
@@ -178,20 +191,38 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def dropout_mask(row_keys: Tensor, layer_key: int, like: Tensor, rate: float) -> Tensor:
-    """A dropout mask for ``like`` (rows, ..., width), scaled by 1/(1−rate).
+@dataclass(frozen=True)
+class Noise:
+    """Which random stream every vector of a batch draws its dropout from.
 
-    Element (row, position, feature) depends on its row's key, the layer and its own place, and on
-    nothing else: not on the padding, nor on which other clients share the pass. The hash is
-    splitmix64's finaliser (Steele et al. 2014) on wrapping int64.
+    ``keys`` int64 (rows,); where the batch is packed, ``row`` and ``position`` (tokens,) say which
+    token is which.
     """
-    places = torch.arange(like[0].numel(), device=like.device).view(1, *like.shape[1:])
-    keys = row_keys.to(like.device).view(-1, *[1] * (like.dim() - 1))
-    z = (keys ^ _signed(layer_key * _ODD)) + places * _ODD
-    z = (z ^ ((z >> 30) & 0x3_FFFF_FFFF)) * _MIX1
-    z = (z ^ ((z >> 27) & 0x1F_FFFF_FFFF)) * _MIX2
-    uniform = ((z >> 31) & 0xFF_FFFF).to(torch.float32) / float(1 << 24)
-    return (uniform >= rate).to(like.dtype) / (1.0 - rate)
+
+    keys: Tensor
+    row: Tensor | None = None
+    position: Tensor | None = None
+
+    def mask(self, x: Tensor, layer_key: int, rate: float) -> Tensor:
+        """A dropout mask for ``x`` (rows, ..., width) or (1, tokens, width), scaled by 1/(1−rate).
+
+        Element (row, position, feature) depends on its row's key, the layer and its own place, and
+        on nothing else: not on the padding, nor on which other clients share the pass. The hash is
+        splitmix64's finaliser (Steele et al. 2014) on wrapping int64.
+        """
+        packed = self.row is not None and x.shape[:-1] == (1, len(self.row))
+        if packed and self.position is not None:
+            keys = self.keys[self.row].view(1, -1, 1)
+            feature = torch.arange(x.shape[-1], device=x.device)
+            places = self.position.view(1, -1, 1) * x.shape[-1] + feature
+        else:
+            keys = self.keys.view(-1, *[1] * (x.dim() - 1))
+            places = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])
+        z = (keys ^ _signed(layer_key * _ODD)) + places * _ODD
+        z = (z ^ ((z >> 30) & 0x3_FFFF_FFFF)) * _MIX1
+        z = (z ^ ((z >> 27) & 0x1F_FFFF_FFFF)) * _MIX2
+        uniform = ((z >> 31) & 0xFF_FFFF).to(torch.float32) / float(1 << 24)
+        return (uniform >= rate).to(x.dtype) / (1.0 - rate)
 
 
 def _signed(value: int) -> int:
@@ -205,9 +236,11 @@ _MIX1 = _signed(0xBF58476D1CE4E5B9)
 _MIX2 = _signed(0x94D049BB133111EB)
 
 
-def row_keys(client_seeds: Sequence[int], step: int, rows: int) -> Tensor:
-    """One key (int64) per row, client-major, from (client's round seed, step, row in the batch)."""
+def row_keys(client_seeds: Sequence[int], step: int, rows: Sequence[int]) -> Tensor:
+    """One key (int64) per row, client after client, from (client's round seed, step, its row)."""
     seeds = torch.tensor([_signed(seed) for seed in client_seeds])
-    index = torch.arange(rows) + (step << 20) + 1
-    mixed = (seeds.unsqueeze(1) + index * _ODD) * _MIX1
-    return (mixed ^ ((mixed >> 29) & 0x7_FFFF_FFFF)).reshape(-1)
+    each = torch.tensor(rows)
+    starts = (each.cumsum(0) - each).repeat_interleave(each)
+    index = torch.arange(len(starts)) - starts + (step << 20) + 1
+    mixed = (seeds.repeat_interleave(each) + index * _ODD) * _MIX1
+    return mixed ^ ((mixed >> 29) & 0x7_FFFF_FFFF)

@@ -6,19 +6,21 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from rolora.adapter import AdapterState, Specs, tensor_hash
-from rolora.bank import Bank, LoraLinear, attach
+from rolora.bank import Bank, LoraLinear, Noise, attach
 from rolora.errors import ConfigError
 from rolora.lora import Kind, LoraSettings, above_encoder, peft_config, target_layers
+from rolora.stack import Stack, take_over
+from rolora.tasks.examples import Batch
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Base:
     bank: Bank
     peft_config: Any
     head_layers: tuple[str, ...]
+    stack: Stack | None
 
     @property
     def specs(self) -> Specs:
@@ -53,6 +56,33 @@ class Base:
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def running(
+        self, batch: Batch, sizes: Sequence[int] = (), keys: Tensor | None = None
+    ) -> Iterator[Batch]:
+        """The batch as the model takes it while this lasts: packed where the model can be.
+
+        ``sizes``: rows of each client in the bank (empty for one client); ``keys`` int64 (rows,)
+        seed LoRA's dropout, which is off without them.
+        """
+        bank, lengths = self.bank, batch.lengths
+        bank.rows, bank.tokens = tuple(sizes), ()
+        bank.noise = None if keys is None else Noise(keys.to(self.device))
+        if self.stack is None:
+            yield batch
+            return
+        with self.stack.packed(lengths, batch.prefix) as packing:
+            if packing is None:
+                yield batch
+                return
+            if sizes:
+                bank.tokens = tuple(int(part.sum()) for part in torch.split(lengths, list(sizes)))
+            if bank.noise is not None:
+                bank.noise = replace(bank.noise, row=packing.row, position=packing.position)
+            # right-padded rows need no mask where each attends to itself alone
+            inputs = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
+            yield replace(batch, inputs=inputs)
 
     @contextlib.contextmanager
     def holding(self, adapter: AdapterState) -> Iterator[None]:
@@ -126,7 +156,8 @@ def load_base(
         dropout=settings.dropout,
     )
     _refuse_unreachable_layers(model, bank)
-    return Base(model.to(device), tokenizer, bank, config, tuple(head_layers))
+    stack = take_over(model, set(layers).__contains__)
+    return Base(model.to(device), tokenizer, bank, config, tuple(head_layers), stack)
 
 
 def _locate(source: str, root: Path, offline: bool) -> dict[str, Any]:

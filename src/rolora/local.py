@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from rolora.bank import Bank, row_keys
 from rolora.base import Base
 from rolora.draws import derived_seed, generator
 from rolora.errors import RoloraError
-from rolora.tasks import Examples, Task, collate
+from rolora.tasks import Batch, Examples, Task, collate
+
+Item = TypeVar("Item")
 
 
 class NonFiniteLoss(RoloraError):
@@ -85,30 +88,29 @@ def train_group(
 ) -> list[Trained]:
     """Train these clients side by side; the result is as if each had trained alone.
 
-    Clients with fewer steps leave the bank early and take their optimiser state with them; short
-    batches are filled with copies of a real row that weigh nothing. Raises NonFiniteLoss naming
-    client and step.
+    Clients with fewer steps leave the bank early and take their optimiser state with them. Raises
+    NonFiniteLoss naming client and step.
     """
     bank = base.bank
     order = sorted(range(len(work)), key=lambda i: -work[i].steps)
     active = [work[i] for i in order]
     done: list[Trained] = []
-    streams = [batches(w, settings.batch_size, seed, round) for w in active]
+    prepared = ahead(_batches(base, examples, active, settings.batch_size, seed, round))
     seeds = [derived_seed(seed, "dropout", round, w.client) for w in active]
     bank.load([w.start for w in active], base.device)
     optimizer = _optimizer(bank, settings, lr)
     total = torch.zeros(len(active), dtype=torch.float64)
     try:
-        for step in range(active[0].steps):
-            staying = sum(w.steps > step for w in active)
+        for step, (sizes, batch) in enumerate(prepared):
+            staying = len(sizes)
             if staying < bank.clients:
                 done[:0] = [_leave(bank, k, active[k], total) for k in range(staying, bank.clients)]
                 optimizer = _shrink(bank, optimizer, staying, settings, lr)
             for name, leaf in bank.leaves.items():
                 leaf.requires_grad_(role_of(name) in trainable(step))
                 leaf.grad = None
-            rows = [next(stream) for stream in streams[:staying]]
-            losses = _losses(base, task, examples, rows, seeds, step)
+            keys = row_keys(seeds[:staying], step, sizes)
+            losses = _losses(base, task, batch, sizes, keys)
             _refuse_nonfinite(losses, active, round, step)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             if settings.max_grad_norm is not None:
@@ -128,19 +130,37 @@ def _leave(bank: Bank, position: int, work: Work, total: Tensor) -> Trained:
     return Trained(bank.take(position), float(total[position]) / max(work.steps, 1), work.steps)
 
 
-def _losses(
-    base: Base, task: Task, examples: Examples, rows: list[Tensor], seeds: list[int], step: int
-) -> Tensor:
-    """Each client's mean loss over its own batch, (K,)."""
-    width = max(len(r) for r in rows)
-    filled = torch.stack([torch.cat([r, r[:1].expand(width - len(r))]) for r in rows])
-    real = torch.tensor([[float(j < len(r)) for j in range(width)] for r in rows])
-    base.bank.row_keys = row_keys(seeds[: len(rows)], step, width)
-    batch = collate(examples, filled.reshape(-1), base.tokenizer.pad_token_id).to(base.device)
-    each, count = task.loss(base.model, batch)
-    real = real.to(each)
-    summed = (each.view(len(rows), width) * real).sum(dim=1)
-    return summed / (count.view(len(rows), width) * real).sum(dim=1)
+def _batches(
+    base: Base, examples: Examples, active: Sequence[Work], batch_size: int, seed: int, round: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Of every step: how many rows each client has, and all clients' rows one after another.
+
+    ``active`` is ordered by steps, most first; a client with no step left is not among the rows.
+    """
+    streams = [batches(work, batch_size, seed, round) for work in active]
+    for step in range(active[0].steps):
+        staying = sum(work.steps > step for work in active)
+        rows = [next(stream) for stream in streams[:staying]]
+        batch = collate(examples, torch.cat(rows), base.tokenizer.pad_token_id)
+        yield [len(chosen) for chosen in rows], batch.to(base.device)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made while the one before is in use."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item
+
+
+def _losses(base: Base, task: Task, batch: Batch, sizes: Sequence[int], keys: Tensor) -> Tensor:
+    """Each client's mean loss over its own rows, (K,); ``keys`` seed the dropout of every row."""
+    clients = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(base.device)
+    with base.running(batch, sizes, keys) as given:
+        each, count = task.loss(base.model, given)
+    summed = each.new_zeros(len(sizes)).index_add(0, clients, each)
+    return summed / count.new_zeros(len(sizes)).index_add(0, clients, count)
 
 
 def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: int) -> None:
@@ -157,8 +177,9 @@ def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Op
     leaves = list(bank.leaves.values())
     decay = settings.weight_decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(leaves, lr=lr, momentum=settings.momentum, weight_decay=decay)
-    return torch.optim.AdamW(leaves, lr=lr, weight_decay=decay)
+        momentum = settings.momentum
+        return torch.optim.SGD(leaves, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(leaves, lr=lr, weight_decay=decay, fused=True)
 
 
 def _shrink(
@@ -195,6 +216,7 @@ def evaluate(
     with base.holding(adapter), torch.inference_mode():
         for rows in torch.split(order, batch_size):
             batch = collate(examples, rows, pad).to(base.device)
-            found.append(task.outputs(base.model, batch).cpu())
+            with base.running(batch) as given:
+                found.append(task.outputs(base.model, given).cpu())
     outputs = torch.cat(found)
     return task.score(outputs[order.argsort()], examples)

@@ -18,7 +18,8 @@ class Examples:
     per token, 1 where it is to be predicted (causal_lm, choice). ``truncated`` counts rows that
     were cut to max_length.
     ``groups`` int64 (rows,) ties the rows of one multiple-choice question together and ``answers``
-    int64 (groups,) says which of its rows, counted from 0, is right.
+    int64 (groups,) says which of its rows, counted from 0, is right. ``prefix`` (total, hidden) is
+    what enters the lowest layer with an adapter, per token, where that has been computed.
     """
 
     tokens: Tensor
@@ -28,6 +29,7 @@ class Examples:
     truncated: int = 0
     groups: Tensor | None = None
     answers: Tensor | None = None
+    prefix: Tensor | None = None
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -41,16 +43,19 @@ class Examples:
 @dataclass(frozen=True)
 class Batch:
     """Right-padded rows: ``inputs`` as the model takes them; ``lengths`` (rows,) int64;
-    ``targets`` (rows,) labels or (rows, length) 0/1 per token, as in ``Examples``."""
+    ``targets`` (rows,) labels or (rows, length) 0/1 per token, as in ``Examples``; ``prefix`` its
+    real tokens' (tokens, hidden), row after row, or None."""
 
     inputs: dict[str, Tensor]
     lengths: Tensor
     targets: Tensor
+    prefix: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on this device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.lengths.to(device), self.targets.to(device))
+        prefix = None if self.prefix is None else self.prefix.to(device)
+        return Batch(inputs, self.lengths.to(device), self.targets.to(device), prefix)
 
 
 def flatten(rows: list[list[int]], dtype: torch.dtype) -> Tensor:
@@ -79,7 +84,8 @@ def collate(examples: Examples, rows: Tensor, pad_id: int) -> Batch:
         inputs["token_type_ids"] = torch.where(real, examples.types[places].long(), 0)
     per_token = examples.targets.dtype == torch.uint8
     targets = examples.targets[places] * real if per_token else examples.targets[rows]
-    return Batch(inputs, lengths, targets)
+    prefix = None if examples.prefix is None else examples.prefix[places[real]]
+    return Batch(inputs, lengths, targets, prefix)
 
 
 def tokenizer_limit(tokenizer: Any, config: Any, wanted: int) -> int:

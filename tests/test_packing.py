@@ -1,0 +1,123 @@
+"""Claims about packed batches: nothing is computed on padding, and nothing else changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from states import relative
+from tiny_clients import Bench, classifier, language_model
+from torch import Tensor
+
+from rolora.base import Base
+from rolora.local import LocalSettings, evaluate
+from rolora.packing import Collect, Spread, pack
+from rolora.stack import take_over
+from rolora.tasks import Batch
+
+MODELS = ("bert", "roberta", "distilbert", "llama", "gpt2")
+SETTINGS = LocalSettings(steps=None, epochs=2, batch_size=4)
+Make = Callable[..., Bench]
+
+
+def make(name: str, folder: Path, **lora: object) -> Bench:
+    targets = {"distilbert": ("q_lin", "v_lin")}.get(name, ())
+    maker: Make = language_model if name in ("llama", "gpt2") else classifier
+    return maker(getattr(tiny, f"tiny_{name}")(folder), **{"target_modules": targets, **lora})
+
+
+def padded(bench: Bench) -> Bench:
+    return dataclasses.replace(bench, base=dataclasses.replace(bench.base, stack=None))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_clients_train_and_score_as_padded_ones(
+    name: str, dropout: float, tmp_path: Path
+) -> None:
+    bench = make(name, tmp_path / "model", dropout=dropout)
+    assert bench.base.stack is not None
+    work = bench.work(SETTINGS)
+    packed, plain = bench.train(work, SETTINGS), padded(bench).train(work, SETTINGS)
+    for one, other in zip(packed, plain, strict=True):
+        assert relative(one.adapter, other.adapter) <= 1e-9
+        assert one.loss == pytest.approx(other.loss, rel=1e-10)
+    adapter = packed[0].adapter
+    scores = evaluate(bench.base, bench.task, bench.examples, adapter)
+    expected = evaluate(padded(bench).base, bench.task, bench.examples, adapter)
+    assert scores == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_layers_see_each_real_token_once_and_no_padding(name: str, tmp_path: Path) -> None:
+    bench = make(name, tmp_path / "model")
+    seen: list[tuple[int, ...]] = []
+    for path, module in bench.base.model.named_modules():
+        if path.endswith(("intermediate.dense", "mlp.up_proj")):
+            module.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape[:2])))
+    settings = LocalSettings(steps=1, batch_size=64)
+    work = bench.work(settings)[:2]
+    bench.train(work, settings)
+    tokens = sum(int(bench.examples.lengths[w.rows].sum()) for w in work)
+    assert set(seen) == {(1, tokens)}
+
+
+def test_rows_longer_than_an_attention_window_run_padded(tmp_path: Path) -> None:
+    bench = make("bert", tmp_path / "model")
+    stack = bench.base.stack
+    assert stack is not None
+    stack.window = 4
+    batch = Batch({"attention_mask": torch.ones(1, 5)}, torch.tensor([5]), torch.tensor([0]))
+    with bench.base.running(batch) as given:
+        assert "attention_mask" in given.inputs
+    with bench.base.running(dataclasses.replace(batch, lengths=torch.tensor([4]))) as given:
+        assert "attention_mask" not in given.inputs
+
+
+def test_a_model_with_position_biases_keeps_its_padding_and_its_numbers(tmp_path: Path) -> None:
+    config = transformers.MPNetConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    torch.manual_seed(0)
+    model = transformers.MPNetForSequenceClassification(config).eval()
+    ids = torch.arange(10, 20).view(2, 5)
+    before = model(input_ids=ids).logits
+    assert take_over(model, lambda path: True) is None
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_model_that_is_not_packed_still_trains(tmp_path: Path) -> None:
+    base: Base = make("bert", tmp_path / "model").base
+    assert base.stack is not None
+    base.stack.window = 1
+    bench = make("bert", tmp_path / "other")
+    assert bench.train(bench.work(SETTINGS)[:1], SETTINGS)[0].loss > 0
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 4], [40, 2, 17, 33, 1], [5, 5, 5], [1]])
+def test_spreading_and_collecting_are_each_other_s_inverse_and_gradient(lengths: list[int]) -> None:
+    packing = pack(torch.tensor(lengths))
+    x = torch.randn(sum(lengths), 2, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(x: Tensor) -> Tensor:
+        spread = Spread.apply(x, packing.groups)  # type: ignore[no-untyped-call]
+        real = [g.real.reshape(-1, 1) for g in packing.groups]
+        # what padding holds must not matter, so it is made different
+        changed = [torch.where(r, part.sin(), 7.0) for part, r in zip(spread, real, strict=True)]
+        result: Tensor = Collect.apply(packing.groups, len(x), *changed)  # type: ignore[no-untyped-call]
+        return result
+
+    assert torch.equal(there_and_back(x), x.sin())
+    assert torch.autograd.gradcheck(there_and_back, (x,))
+    assert sum(g.rows for g in packing.groups) == len(lengths)
+    for group in packing.groups:
+        assert group.width < 2 * max(16, int(group.real.sum(dim=-1).min()))

@@ -1,0 +1,111 @@
+"""Claims about per-client products: each client's rows meet its own weight and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny_clients import Bench, classifier, language_model
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from rolora import segments
+from rolora.adapter import Roles
+from rolora.local import LocalSettings, Work
+from rolora.segments import segment_linear
+
+SIZES = (3, 1, 5)
+
+
+def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 6, generator=rng, dtype=dtype)
+    return x, torch.randn(3, 4, 6, generator=rng, dtype=dtype)
+
+
+def test_every_row_meets_the_weight_of_its_own_client() -> None:
+    x, weight = example()
+    owner = torch.arange(3).repeat_interleave(torch.tensor(SIZES))
+    expected = torch.einsum("ni,noi->no", x, weight[owner])
+    assert torch.allclose(segment_linear(x, weight, SIZES), expected, rtol=1e-12)
+    shaped = segment_linear(x.view(1, 9, 6), weight, SIZES)
+    assert torch.allclose(shaped, expected.view(1, 9, 4), rtol=1e-12)
+
+
+def test_its_gradients_are_those_of_the_product() -> None:
+    x, weight = example()
+    both = (x.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, w: segment_linear(x, w, SIZES), both)
+
+
+def test_the_one_call_for_a_gpu_gives_what_the_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    x, weight = example(torch.float32)
+    x, weight = x.repeat(1, 2)[:, :8].contiguous(), weight.repeat(1, 1, 2)[:, :, :8].contiguous()
+    grads = []
+    for whole in (False, True):
+        monkeypatch.setattr(segments, "grouped", lambda *_, whole=whole: whole)
+        inputs = (x.clone().requires_grad_(), weight.clone().requires_grad_())
+        out = segment_linear(*inputs, SIZES)
+        grads.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def kept(roles: Roles, bench: Bench) -> int:
+    """Bytes that one step keeps for its backward pass."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        settings = LocalSettings(steps=1, batch_size=8)
+        bench.train(bench.work(settings), settings, lambda step: roles)
+    return sum(sizes.values())
+
+
+def test_a_round_that_trains_b_keeps_less_than_one_that_trains_a(tmp_path: Path) -> None:
+    bench = classifier(tiny.tiny_bert(tmp_path / "model"), target_modules=("all-linear",))
+    assert kept(frozenset({"B"}), bench) < 0.9 * kept(frozenset({"A"}), bench)
+
+
+SHAPES = [(rows, length) for rows in (2, 4, 8) for length in (4, 8, 16, 32)]
+
+
+@pytest.mark.parametrize(("rows", "length"), SHAPES)
+@pytest.mark.parametrize(("name", "make"), [("bert", classifier), ("llama", language_model)])
+def test_on_one_thread_clients_with_rows_of_equal_length_are_the_same_bits_together_and_alone(
+    name: str, make: Callable[..., Bench], rows: int, length: int, tmp_path: Path
+) -> None:
+    bench = make(getattr(tiny, f"tiny_{name}")(tmp_path / "model"), torch.float32)
+    count = len(bench.examples)
+    tokens = torch.randint(5, 60, (count * length,), generator=torch.Generator().manual_seed(3))
+    per_token = bench.examples.targets.dtype == torch.uint8
+    examples = replace(
+        bench.examples,
+        tokens=tokens.int(),
+        offsets=torch.arange(count + 1) * length,
+        targets=(tokens % 2).to(torch.uint8) if per_token else bench.examples.targets,
+    )
+    bench = replace(bench, examples=examples)
+    settings = LocalSettings(steps=2, batch_size=rows)
+    shards = [torch.arange(8), torch.arange(8, 16), torch.arange(16, 24)]
+    work = [Work(f"c{i}", shard, bench.start(i), 2) for i, shard in enumerate(shards)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        together = bench.train(work, settings)
+        alone = [bench.train([w], settings)[0] for w in work]
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(together, alone, strict=True):
+        for tensor in one.adapter:
+            assert torch.equal(one.adapter[tensor], other.adapter[tensor]), tensor
