@@ -77,9 +77,11 @@ def test_a_round_that_trains_b_keeps_less_than_one_that_trains_a(tmp_path: Path)
     assert kept(frozenset({"B"}), bench) < 0.9 * kept(frozenset({"A"}), bench)
 
 
+KNOWN = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 SHAPES = [(rows, length) for rows in (2, 4, 8) for length in (4, 8, 16, 32)]
 
 
+@pytest.mark.skipif(not KNOWN, reason="other processors choose their kernels otherwise")
 @pytest.mark.parametrize(("rows", "length"), SHAPES)
 @pytest.mark.parametrize(("name", "make"), [("bert", classifier), ("llama", language_model)])
 def test_on_one_thread_clients_with_rows_of_equal_length_are_the_same_bits_together_and_alone(
@@ -87,7 +89,7 @@ def test_on_one_thread_clients_with_rows_of_equal_length_are_the_same_bits_toget
 ) -> None:
     bench = make(getattr(tiny, f"tiny_{name}")(tmp_path / "model"), torch.float32)
     count = len(bench.examples)
-    tokens = torch.randint(5, 60, (count * length,), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(5, 20, (count * length,), generator=torch.Generator().manual_seed(3))
     per_token = bench.examples.targets.dtype == torch.uint8
     examples = replace(
         bench.examples,
