@@ -26,7 +26,7 @@ every_module = pytest.mark.parametrize("module", FILES)
 # A module imports from its own row or from one above it. A package named with ".*" means its files.
 LEVELS = (
     ("errors", "draws", "durable", "schedule", "adapter", "reduce", "tasks.examples"),
-    ("method", "partition", "tasks", "bank", "lora", "hub", "demo_data"),
+    ("method", "products", "partition", "tasks", "bank", "lora", "hub", "demo_data"),
     ("methods", "methods.*", "step", "traffic", "catalogue", "base", "data", "report", "report.*"),
     ("tasks.*", "local", "columns", "starter"),
     ("engine",),
@@ -54,7 +54,17 @@ FENCES: dict[str, set[str]] = {
     "matplotlib": {"report.figures", "report.svg"},
     "jinja2": {"report.page"},
 }
-TORCH_ALONE = ("adapter", "draws", "errors", "reduce", "partition", "method", "step", "traffic")
+TORCH_ALONE = (
+    "adapter",
+    "draws",
+    "errors",
+    "reduce",
+    "products",
+    "partition",
+    "method",
+    "step",
+    "traffic",
+)
 # gguf is for transformers, which imports it when it reads such a file
 INDIRECT = {"gguf"}
 
