@@ -14,6 +14,7 @@ from rolora.errors import ConfigError, RoloraError
 from rolora.method import ServerState
 from rolora.record import RunFolder, line
 from rolora.rounds import Best, RoundResult, RunState
+from rolora.traffic import Held, Ledger
 
 
 def state(round: int, attempt: int = 0) -> RunState:
@@ -24,7 +25,9 @@ def state(round: int, attempt: int = 0) -> RunState:
     adapter = AdapterState(tensors, {"x": 2.0})
     best = Best(1, 0.5, adapter) if round else None
     server = ServerState(adapter, {"velocity": torch.ones(3)}, round, attempt)
-    return RunState(server, {"c": {"x.lora_A.weight": "00"}}, best, stale=round)
+    return RunState(
+        server, Ledger({"x.lora_A.weight": round}, {"c": Held(round, True)}), best, stale=round
+    )
 
 
 def result(round: int, attempt: int = 0, advanced: bool = True) -> RoundResult:

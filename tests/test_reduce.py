@@ -13,7 +13,7 @@ from states import relative, same
 from torch import Tensor
 
 from rolora.draws import generator
-from rolora.reduce import Reducer, Value, clip, mean, median, trimmed_mean
+from rolora.reduce import Reducer, Value, add_, clip, mean, median, trimmed_mean, zeros_like
 
 reproducible = settings(max_examples=40, deadline=None, derandomize=True)
 REDUCERS: dict[str, Callable[[], Reducer]] = {
@@ -177,3 +177,35 @@ def test_a_trim_that_leaves_nobody_is_refused(trim: float) -> None:
 def test_a_clip_norm_that_is_not_positive_is_refused(norm: float) -> None:
     with pytest.raises(ValueError, match="clip_norm must be positive"):
         clip(mean(), norm)
+
+
+@pytest.mark.parametrize("size", [3, (1 << 16) + 5])
+def test_the_mean_has_the_bits_of_float64_terms_added_one_after_another(size: int) -> None:
+    rng = generator(6, "bits")
+    many = [{"a": torch.randn(2, size, generator=rng).T} for _ in range(7)]
+    weights = [1.0, 913.0, 7.0, 12345.0, 3.0, 64.0, 81.0]
+    total = many[0]["a"].double() * weights[0]
+    for value, weight in zip(many[1:], weights[1:], strict=True):
+        total = total + value["a"].double() * weight
+    assert same(run(mean(), many, weights), {"a": (total / sum(weights)).float()})
+
+
+def test_a_sum_of_sums_gives_the_same_average_as_one_sum() -> None:
+    rng = generator(8, "tree")
+    many = [torch.randn(1000, generator=rng) for _ in range(60)]
+    weights = [float(1 + i % 9) for i in range(60)]
+    (one,) = zeros_like(many[:1], torch.float64)
+    (root,) = zeros_like(many[:1], torch.float64)
+    for tensor, weight in zip(many, weights, strict=True):
+        add_([one], [tensor], weight)
+    for first in range(0, 60, 10):
+        (leaf,) = zeros_like(many[:1], torch.float64)
+        for tensor, weight in zip(many[first:][:10], weights[first:][:10], strict=True):
+            add_([leaf], [tensor], weight)
+        add_([root], [leaf], 1.0)
+    assert torch.equal((one / sum(weights)).float(), (root / sum(weights)).float())
+
+
+def test_a_lone_negative_zero_stays_one() -> None:
+    reduced = run(mean(), [{"a": torch.tensor([-0.0, 0.0])}], [3.0])
+    assert torch.signbit(reduced["a"]).tolist() == [True, False]

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import torch
 from states import make_specs, moved, random_state, relative, same, sent, trained
+from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, Roles, Update, tensor_hash
+from rolora.adapter import AdapterState, ClientInfo, Failure, Roles, Update, role_of
 from rolora.draws import derived_seed
 from rolora.engine import POOL, ClientMetrics, Job
 from rolora.errors import ConfigError, NoQuorum
 from rolora.method import Method, ServerState, freeze_head, get_method, method_names
 from rolora.record import line
-from rolora.reduce import mean
+from rolora.reduce import clip, mean
 from rolora.rounds import (
     Federation,
     RoundResult,
@@ -163,16 +165,58 @@ def test_a_factor_that_never_changes_travels_to_each_client_once_however_long_it
     assert met == set(CLIENTS)
 
 
-def test_the_ledger_holds_the_hashes_of_what_each_client_of_the_cohort_now_has() -> None:
-    run = federation(participation=0.5)
-    _, first, *_ = play(run)
-    (job,) = run.engine.jobs[:1]  # type: ignore[attr-defined]
-    assert first.state.ledger.keys() == set(first.cohort)
-    for update in Pretended().run(run.method, job):
-        assert isinstance(update, Update)
-        has = job.server.adapter | update.adapter
-        expected = {name: tensor_hash(tensor) for name, tensor in has.items()}
-        assert first.state.ledger[update.client] == expected
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("participation", [0.17, 0.5, 1.0])
+def test_a_client_is_sent_every_tensor_that_it_does_not_hold_bit_for_bit_and_no_other(
+    method: str, participation: float
+) -> None:
+    def broken(round: int, attempt: int, client: str) -> bool:
+        return client == "ann" or (round in (3, 6) and attempt == 0 and client != "bob")
+
+    engine = Pretended(broken)
+    few = Aggregation(mean(), quorum=2 if participation > 0.2 else 1)  # bob sends in vain
+    run = federation(method, engine=engine, rounds=14, participation=participation, aggregation=few)
+    results = play(run, start())[1:]
+    holds: dict[str, AdapterState] = {}
+    for job, result in zip(engine.jobs, results, strict=True):
+        expected = 0
+        for client in job.cohort:
+            view = run.method.download(job.server, client)
+            has: Mapping[str, Tensor] = holds.get(client.id, {})
+            lacks = [n for n in view if n not in has or not torch.equal(has[n], view[n])]
+            expected += view.select(lacks.__contains__).num_bytes()
+            holds[client.id] = view
+        for update in Pretended(broken).run(run.method, job):
+            if isinstance(update, Update) and not run.method.pooled:
+                holds[update.client] = holds[update.client] | update.adapter
+        assert result.bytes_down == (0 if run.method.pooled else expected)
+
+
+def test_a_lone_client_holds_the_average_of_its_own_update() -> None:
+    _, *results = play(federation(clients={"ann": 5}, rounds=4))
+    assert [result.bytes_down for result in results] == [A + B + HEAD, 0, 0, 0]
+    clipped = Aggregation(clip(mean(), 1e-3))
+    _, *results = play(federation(clients={"ann": 5}, rounds=3, aggregation=clipped))
+    assert [result.bytes_down for result in results] == [A + B + HEAD, B + HEAD, A + HEAD]
+
+
+def test_a_tensor_made_for_one_client_travels_every_time() -> None:
+    def cut(server: ServerState, client: ClientInfo) -> AdapterState:
+        made = {name: t.clone() for name, t in server.adapter.items() if role_of(name) == "A"}
+        return server.adapter | made
+
+    _, *results = play(federation(replace(get_method("ffa_lora"), download=cut), rounds=3))
+    each = [result.bytes_down / len(CLIENTS) for result in results]
+    assert each == [A + B + HEAD] * 3
+
+
+def test_a_client_that_has_never_taken_part_costs_the_ledger_nothing() -> None:
+    waiting = {f"waiting-{i:04d}": 1 for i in range(1000)}
+    *_, few = play(federation(rounds=1))
+    *_, many = play(federation(rounds=1, clients=CLIENTS | waiting, participation=0.006))
+    assert many.state.ledger.held.keys() == set(many.cohort)
+    assert len(many.cohort) == len(few.cohort) == len(CLIENTS)
+    assert many.state.ledger.changed == few.state.ledger.changed
 
 
 def test_a_rejected_update_has_travelled_and_a_failure_has_not() -> None:

@@ -25,19 +25,19 @@ every_module = pytest.mark.parametrize("module", FILES)
 
 # A module imports from its own row or from one above it. A package named with ".*" means its files.
 LEVELS = (
+    ("errors", "draws", "durable", "schedule", "adapter", "reduce", "tasks.examples", "segments"),
     (
-        "errors",
-        "draws",
-        "durable",
-        "schedule",
-        "adapter",
-        "reduce",
-        "tasks.examples",
-        "segments",
+        "method",
+        "products",
+        "partition",
+        "tasks",
         "packing",
         "stack",
+        "bank",
+        "lora",
+        "hub",
+        "demo_data",
     ),
-    ("method", "partition", "tasks", "packing", "stack", "bank", "lora", "hub", "demo_data"),
     ("methods", "methods.*", "step", "traffic", "catalogue", "base", "data", "report", "report.*"),
     ("tasks.*", "local", "columns", "starter"),
     ("engine",),
@@ -65,7 +65,17 @@ FENCES: dict[str, set[str]] = {
     "matplotlib": {"report.figures", "report.svg"},
     "jinja2": {"report.page"},
 }
-TORCH_ALONE = ("adapter", "draws", "errors", "reduce", "partition", "method", "step", "traffic")
+TORCH_ALONE = (
+    "adapter",
+    "draws",
+    "errors",
+    "reduce",
+    "products",
+    "partition",
+    "method",
+    "step",
+    "traffic",
+)
 # gguf is for transformers, which imports it when it reads such a file
 INDIRECT = {"gguf"}
 

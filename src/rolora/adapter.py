@@ -7,6 +7,7 @@ writes ``scaling * lora_B @ lora_A``. We follow PEFT: lora_A is (rank, in), lora
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ Roles = frozenset[Role]
 _SUFFIX: dict[str, Role] = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def role_of(name: str) -> Role:
     """What a tensor of this name is: ``"A"`` (rank, in), ``"B"`` (out, rank), or ``"head"``."""
     return next((role for suffix, role in _SUFFIX.items() if name.endswith(suffix)), "head")
@@ -60,35 +62,41 @@ Term = tuple[float, Tensor, Tensor]
 class LowRank:
     """A matrix (out, in) kept as a sum of terms: weight · left (out, r) @ right (r, in).
 
-    Sums concatenate, and compact themselves whenever they have doubled; nothing is multiplied out
-    unless that is smaller. So the mean of any number of clients' products stays small. Norms go
-    through float64 QR factors, which keep the digits of a small difference of large products (a
-    Gram matrix would square them away).
+    Sums concatenate, and compact themselves once they are larger than the matrix multiplied out.
+    So the mean of any number of clients' products stays small. Norms go through float64 QR factors,
+    which keep the digits of a small difference of large products (a Gram matrix would square them
+    away).
     """
 
-    def __init__(self, terms: Iterable[Term], settled: int = 0) -> None:
+    def __init__(self, terms: Iterable[Term], rank: int | None = None) -> None:
         self.terms = tuple(terms)
-        self._settled = settled
+        self.rank = sum(t[2].shape[0] for t in self.terms) if rank is None else rank
 
     def __add__(self, other: LowRank) -> LowRank:
-        total = LowRank(self.terms + other.terms, self._settled)
-        return total.compact() if len(total.terms) > 2 * self._settled + 16 else total
+        total = LowRank(self.terms + other.terms, self.rank + other.rank)
+        return total.compact() if total.rank > 2 * min(total.shape) else total
 
     def __sub__(self, other: LowRank) -> LowRank:
         return self + other * -1.0
 
     def __mul__(self, factor: float) -> LowRank:
         terms = ((weight * factor, left, right) for weight, left, right in self.terms)
-        return LowRank(terms, self._settled)
+        return LowRank(terms, self.rank)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in); (0, 0) for a sum of no terms."""
-        return next(((len(left), right.shape[1]) for _, left, right in self.terms), (0, 0))
+        if not self.terms:
+            return (0, 0)
+        _, left, right = self.terms[0]
+        return (left.shape[0], right.shape[1])
 
     def dense(self) -> Tensor:
         """The matrix itself, float64 (out, in). For tests and small layers."""
-        return torch.stack([w * (left.double() @ r.double()) for w, left, r in self.terms]).sum(0)
+        total = torch.zeros(self.shape, dtype=torch.float64)
+        for weight, left, right in self.terms:
+            total.addmm_(left.double(), right.double(), alpha=weight)
+        return total
 
     def compact(self) -> LowRank:
         """The same matrix with terms that share a factor, bit for bit, merged into one.
@@ -96,18 +104,22 @@ class LowRank:
         Clients that hold the same frozen A differ only in B: their sum is one term, and what
         cancels in exact arithmetic cancels here before any product is formed.
         """
-        keyed = [(tensor_hash(left), tensor_hash(right)) for _, left, right in self.terms]
-        same: dict[tuple[str, str], Term] = {}
-        for key, (weight, left, right) in zip(keyed, self.terms, strict=True):
+        lefts = _numbered([left for _, left, _ in self.terms])
+        rights = _numbered([right for _, _, right in self.terms])
+        keys = list(zip(lefts, rights, strict=True))
+        same: dict[tuple[int, int], Term] = {}
+        for key, (weight, left, right) in zip(keys, self.terms, strict=True):
             same[key] = (same[key][0] + weight if key in same else weight, left, right)
         by_left = len({left for left, _ in same}) < len({right for _, right in same})
-        groups: dict[str, list[Term]] = {}
+        groups: dict[int, list[Term]] = {}
         for key, term in same.items():
             groups.setdefault(key[0 if by_left else 1], []).append(term)
-        merged = [_merged(terms, by_left) for terms in groups.values()]
-        if sum(len(right) for _, _, right in merged) > 2 * min(self.shape):
-            merged = [(1.0, LowRank(merged).dense(), torch.eye(self.shape[1]))]
-        return LowRank(merged, len(merged))
+        merged = LowRank(_merged(terms, by_left) for terms in groups.values())
+        if merged.rank <= 2 * min(self.shape):
+            return merged
+        whole, (out, width) = merged.dense(), self.shape
+        pair = (whole, torch.eye(width)) if width <= out else (torch.eye(out), whole)
+        return LowRank([(1.0, *pair)])
 
     def norm(self) -> float:
         """Frobenius norm, in float64: ‖L R‖ = ‖R_L R_Rᵀ‖ for L = Q_L R_L and Rᵀ = Q_R R_R."""
@@ -118,6 +130,26 @@ class LowRank:
         right = torch.cat([right.double() for _, _, right in terms], dim=0)
         small = (torch.linalg.qr(side, mode="r").R for side in (left, right.T))
         return float(torch.linalg.matrix_norm(next(small) @ next(small).T))
+
+
+def _numbered(tensors: Sequence[Tensor]) -> list[int]:
+    """A number for each tensor, the same for tensors that are equal bit for bit.
+
+    Nothing is hashed: only tensors of one shape with the same last element are compared at all.
+    """
+    kinds: dict[tuple[torch.Size, float], list[int]] = {}
+    numbers: list[int] = []
+    for index, tensor in enumerate(tensors):
+        alike = kinds.setdefault((tensor.shape, tensor[-1, -1].item()), [])
+        found = next((i for i in alike if _equal(tensors[i], tensor)), index)
+        if found == index:
+            alike.append(index)
+        numbers.append(found)
+    return numbers
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
 def _merged(terms: Sequence[Term], by_left: bool) -> Term:
@@ -135,7 +167,7 @@ class AdapterState(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
-        self._tensors = {name: tensors[name].detach() for name in sorted(tensors)}
+        self._tensors = {name: _constant(tensors[name]) for name in sorted(tensors)}
         self.scaling = dict(scaling)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -149,6 +181,9 @@ class AdapterState(Mapping[str, Tensor]):
 
     def __or__(self, other: Mapping[str, Tensor]) -> AdapterState:
         """This adapter with ``other``'s tensors in place of its own."""
+        if other.keys() <= self._tensors.keys():
+            own = (other if isinstance(other, AdapterState) else AdapterState(other, {}))._tensors
+            return self._with({**self._tensors, **own})
         return AdapterState({**self._tensors, **other}, self.scaling)
 
     def only(self, roles: Roles) -> AdapterState:
@@ -157,7 +192,13 @@ class AdapterState(Mapping[str, Tensor]):
 
     def select(self, wanted: Callable[[str], bool]) -> AdapterState:
         """The tensors whose name is wanted."""
-        return AdapterState({n: t for n, t in self._tensors.items() if wanted(n)}, self.scaling)
+        return self._with({name: t for name, t in self._tensors.items() if wanted(name)})
+
+    def _with(self, tensors: dict[str, Tensor]) -> AdapterState:
+        """These tensors, in name order and without gradients already, with this scaling."""
+        state = AdapterState({}, self.scaling)
+        state._tensors = tensors
+        return state
 
     def delta(self) -> dict[str, LowRank]:
         """layer -> scaling · lora_B @ lora_A as factors; layers that lack a factor are left out."""
@@ -179,13 +220,14 @@ class AdapterState(Mapping[str, Tensor]):
         found = (layer_of(name) for name in self if role_of(name) == "A")
         return [layer for layer in found if f"{layer}.lora_B.weight" in self._tensors]
 
-    def hashes(self) -> dict[str, str]:
-        """name -> hash of dtype, shape and bytes: what a client reports that it holds."""
-        return {name: tensor_hash(tensor) for name, tensor in self._tensors.items()}
-
     def num_bytes(self) -> int:
         """Payload bytes: elements × width, summed over tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    # a tensor that needs no gradient stays the same object, so that "is" tells who shares it
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @dataclass(frozen=True)

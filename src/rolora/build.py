@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,28 @@ class Setup:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class HeldOut(Mapping[str, Examples]):
+    """Each client's held-out rows, tokenised anew whenever asked for: nothing is kept per client.
+
+    Their faults were named when all training rows were encoded.
+    """
+
+    task: Task
+    rows: Rows
+    source: str
+
+    def __getitem__(self, client: str) -> Examples:
+        chosen = self.rows.held_out[client]
+        return self.task.encode_test(self.rows.train.take(chosen.tolist()), self.source)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows.held_out)
+
+    def __len__(self) -> int:
+        return len(self.rows.held_out)
+
+
 def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -> Setup:
     """Build a run. ``clients_folder`` will hold personal adapters; ``base`` may be one that an
     earlier ``prepare`` of the same model, labels and LoRA settings has loaded."""
@@ -65,10 +87,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     validation = None
     if rows.validation is not None:
         validation = task.encode_test(rows.validation, _source(config.data.validation, config))
-    held_out = {
-        client: task.encode_test(rows.train.take(chosen.tolist()), config.data.train)
-        for client, chosen in rows.held_out.items()
-    }
+    held_out = HeldOut(task, rows, config.data.train)
     engine = InProcess(
         base,
         task,

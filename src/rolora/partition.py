@@ -6,6 +6,7 @@ alone. What had to be adjusted to get there is counted and said in ``Partition.n
 
 from __future__ import annotations
 
+import heapq
 import re
 import unicodedata
 from collections import Counter
@@ -229,12 +230,16 @@ def _top_up(
 ) -> int:
     """Move rows, in place, to shards that are too small; the number of shards topped up."""
     small = [client for client, shard in enumerate(shards) if len(shard) < min_examples]
+    heap = [(-len(shard), donor) for donor, shard in enumerate(shards) if len(shard) > min_examples]
+    heapq.heapify(heap)  # the largest shard first, of equals the first
     for client in small:
         while len(shards[client]) < min_examples:
-            by_size = sorted(shards, key=len, reverse=True)
-            donors = (shard for shard in by_size if len(shard) > min_examples)
-            offers = ((s, [row for row in s if may_hold(client, row)]) for s in donors)
-            donor, rows = next(((s, rows) for s, rows in offers if rows), ([], []))
+            passed: list[tuple[int, int]] = []
+            rows: Rows = []
+            while heap and not rows:
+                size, donor = heapq.heappop(heap)
+                rows = [row for row in shards[donor] if may_hold(client, row)]
+                passed.append((size, donor))
             if not rows:
                 raise DataError(
                     f"client {client} gets {_count(len(shards[client]), 'row')} of its labels, "
@@ -242,8 +247,13 @@ def _top_up(
                     "use fewer clients, more labels a client, or a lower min_examples"
                 )
             row = rows[int(torch.randint(len(rows), (), generator=rng))]
-            donor.remove(row)
+            shards[donor].remove(row)
             shards[client].append(row)
+            size, donor = passed.pop()
+            if -size - 1 > min_examples:
+                passed.append((size + 1, donor))
+            for entry in passed:
+                heapq.heappush(heap, entry)
     return len(small)
 
 

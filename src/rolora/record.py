@@ -25,6 +25,7 @@ from rolora.durable import new_folder, sync, write_file
 from rolora.errors import ConfigError, RoloraError
 from rolora.method import ServerState
 from rolora.rounds import Best, RoundResult, RunState
+from rolora.traffic import Held, Ledger
 
 KEPT_CHECKPOINTS = 2
 
@@ -118,7 +119,7 @@ class RunFolder:
             "round": state.server.round,
             "attempt": state.server.attempt,
             "scaling": state.server.adapter.scaling,
-            "ledger": state.ledger,
+            "ledger": {"changed": state.ledger.changed, "held": state.ledger.held},
             "stale": state.stale,
             "best": state.best and {"round": state.best.round, "value": state.best.value},
             "line": values if result.advanced else None,
@@ -214,7 +215,9 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
     best = manifest["best"]
     if best is not None:
         best = Best(best["round"], best["value"], AdapterState(parts["best"], scaling))
-    return RunState(server, manifest["ledger"], best, manifest["stale"]), manifest["line"]
+    held = {client: Held(*held) for client, held in manifest["ledger"]["held"].items()}
+    ledger = Ledger(manifest["ledger"]["changed"], held)
+    return RunState(server, ledger, best, manifest["stale"]), manifest["line"]
 
 
 def _remove(folder: Path) -> None:

@@ -38,12 +38,11 @@ class Best:
 class RunState:
     """What a run carries from round to round, and what a checkpoint holds.
 
-    ``ledger`` maps client -> tensor name -> hash of what the client holds; ``stale`` counts
-    validations since the best one.
+    ``ledger`` says what each client holds; ``stale`` counts validations since the best one.
     """
 
     server: ServerState
-    ledger: Ledger = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
     best: Best | None = None
     stale: int = 0
 
@@ -119,9 +118,9 @@ def sample_cohort(
 ) -> tuple[str, ...]:
     """``participation`` of the clients (at least one), drawn without replacement, in id order."""
     rng = generator(seed, "cohort", round, attempt)
-    chosen = torch.randperm(len(clients), generator=rng).tolist()
+    chosen = torch.randperm(len(clients), generator=rng)[: cohort_size(len(clients), participation)]
     ids = sorted(clients)
-    return tuple(ids[i] for i in sorted(chosen[: cohort_size(len(ids), participation)]))
+    return tuple(ids[i] for i in chosen.sort().values.tolist())
 
 
 def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
@@ -168,11 +167,11 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     cohort = {POOL: pool} if method.pooled else members
     job = Job(server, tuple(members.values()), run.seed, run.lr(round))
     arrived: list[Arrival] = []
-    replies = noting(run.engine.run(method, job), arrived)
+    replies = noting(run.engine.run(method, job), arrived, lone=len(members) == 1)
     rng = generator(run.seed, "aggregate", round, attempt)
     aggregation = replace(run.aggregation, quorum=1) if method.pooled else run.aggregation
     after, report = step(method, aggregation, server, cohort, replies, rng)
-    ledger, bytes_down = after_round(method, server, members, state.ledger, arrived)
+    ledger, bytes_down = after_round(method, server, after, members, state.ledger, arrived)
     return RoundResult(
         round=round,
         attempt=attempt,

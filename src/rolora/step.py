@@ -14,8 +14,9 @@ from typing import Literal
 
 import torch
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, LowRank, Update
+from rolora.adapter import AdapterState, ClientInfo, Failure, Update
 from rolora.method import Method, Project, ServerState
+from rolora.products import Products, norm
 from rolora.reduce import Memory, Reducer, Value
 
 
@@ -47,9 +48,6 @@ class RoundReport:
     quorum_met: bool
 
 
-Products = dict[str, LowRank]  # layer -> a weighted sum of scaling · B · A
-
-
 class _BelowQuorum(Exception):
     """Too few usable updates: the round does not advance."""
 
@@ -72,8 +70,7 @@ def step(
     accepted: list[str] = []
     rejected: dict[str, str] = {}
     kept: list[Memory] = []
-    products: Products = {}
-    changes: Products = {}
+    products, handed_out = Products(server.adapter), Products(server.adapter)
 
     def reduce(
         project: Project | None = None, weight: Callable[[Update], float] | None = None
@@ -91,9 +88,10 @@ def step(
             returned = received | update.adapter
             if not method.personal(round):
                 share = aggregation.weight(update)
-                _add(products, returned.delta(), share)
-                _add(changes, returned.delta(), share)
-                _add(changes, received.delta(), -share)
+                products.add(returned, share)
+                if received is not server.adapter:
+                    handed_out.add(received, share)
+                    handed_out.add(server.adapter, -share)
             value, reference = into(returned), into(received)
             memory = reducer.add(memory, value, reference, (weight or aggregation.weight)(update))
         if len(accepted) < max(1, aggregation.quorum):
@@ -112,10 +110,9 @@ def step(
     after = replace(after, memory=kept[0], round=round, attempt=0)
     error = None
     if not method.personal(round):
-        total = sum(aggregation.weight(cohort[client]) for client in accepted)
-        _add(changes, after.adapter.delta(), -total)
-        _add(changes, server.adapter.delta(), total)
-        error = _ratio(_norm(changes), _norm(products))
+        whole = norm(products.total())
+        products.add(after.adapter, -sum(aggregation.weight(cohort[id]) for id in accepted))
+        error = _ratio(norm(products.total(), handed_out.total(), -1.0), whole)
     return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True)
 
 
@@ -162,18 +159,10 @@ def _fault(method: Method, received: AdapterState, info: ClientInfo, update: Upd
             return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
         if tensor.dtype != like.dtype:
             return f"{name} has dtype {tensor.dtype}, expected {like.dtype}"
-        if not torch.isfinite(tensor).all():
+        # one pass: a sum is finite only if all values are; where finite ones overflowed, look again
+        if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
             return f"{name} has values that are not finite"
     return None
-
-
-def _add(total: Products, products: Mapping[str, LowRank], weight: float) -> None:
-    for layer, matrix in products.items():
-        total[layer] = total.get(layer, LowRank(())) + matrix * weight
-
-
-def _norm(matrices: Products) -> float:
-    return math.sqrt(sum(matrix.norm() ** 2 for matrix in matrices.values()))
 
 
 def _ratio(missed: float, whole: float) -> float:
