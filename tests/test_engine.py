@@ -146,7 +146,9 @@ def test_the_debug_engine_names_client_round_and_stage(
                 raise ValueError("a shape")
             return [replace(done[0], adapter=bench.start(99))]
 
-        def finish(self, method: Method, job: Job, client: ClientInfo, trained: Any) -> Update:
+        def finish(
+            self, method: Method, job: Job, client: ClientInfo, trained: Any
+        ) -> Update | Failure:
             if (stage, client.id) == ("finish", "bob"):
                 raise OSError("no space")
             return super().finish(method, job, client, trained)

@@ -25,7 +25,7 @@ every_module = pytest.mark.parametrize("module", FILES)
 
 # A module imports from its own row or from one above it. A package named with ".*" means its files.
 LEVELS = (
-    ("errors", "draws", "durable", "schedule", "adapter", "reduce", "tasks.examples"),
+    ("errors", "draws", "durable", "schedule", "adapter", "reduce", "tasks.examples", "wire"),
     ("method", "partition", "tasks", "bank", "lora", "hub", "demo_data"),
     ("methods", "methods.*", "step", "traffic", "catalogue", "base", "data", "report", "report.*"),
     ("tasks.*", "local", "columns", "starter"),
@@ -45,7 +45,7 @@ FENCES: dict[str, set[str]] = {
     "peft": {"lora"},
     "datasets": {"hub"},
     "pyarrow": {"data", "hub", "rows", "columns"},
-    "safetensors": {"lora", "engine", "record"},
+    "safetensors": {"lora", "engine", "record", "wire"},
     "sklearn": {"tasks.classification"},
     "pydantic": {"config"},
     "tomli_w": {"config", "report.page"},

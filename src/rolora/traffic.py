@@ -1,6 +1,7 @@
 """What travels in a round, counted to the byte, and the ledger of what each client holds.
 
-Up travels what a client sends. Down travels every tensor of its view whose hash it does not hold:
+Up travels what a client sends, as it is encoded; the client works out what the server decodes and
+holds that from then on. Down travels every tensor of its view whose hash it does not hold:
 in the steady state of an alternating method the other factor, averaged in the round before; to a
 client that has missed rounds, both.
 """
@@ -32,8 +33,8 @@ def noting(
     """The replies, unchanged; ``arrived`` grows by a note of each update as it passes."""
     for reply in replies:
         if isinstance(reply, Update):
-            sent = reply.adapter
-            arrived.append(Arrival(reply.client, reply.metrics, sent.num_bytes(), sent.hashes()))
+            hashes = reply.adapter.hashes()
+            arrived.append(Arrival(reply.client, reply.metrics, reply.num_bytes(), hashes))
         yield reply
 
 
