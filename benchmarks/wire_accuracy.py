@@ -4,7 +4,7 @@
     python benchmarks/wire_accuracy.py table RECORD.json
 
 ``run`` trains every format with seeds 0 to 4, two runs at a time, and adds each finished run to the
-record; ``table`` prints what docs/wire.md shows. Runs of a seed share rows, cohorts and batches, so
+record, so that it can be stopped and called again; ``table`` prints what docs/wire.md shows. Runs of a seed share rows, cohorts and batches, so
 their differences are paired.
 """
 
@@ -80,18 +80,25 @@ def measure(config: str, arm: str, seed: int, overrides: list[str]) -> dict[str,
 
 
 def record(config: str, target: Path, overrides: list[str]) -> None:
-    """Run every seed and arm; the record grows run by run."""
-    found: list[dict[str, Any]] = []
+    """Run every seed and arm that the record lacks; it grows run by run."""
+    found: list[dict[str, Any]] = json.loads(target.read_text())["runs"] if target.exists() else []
+    done = {(one["seed"], one["arm"]) for one in found}
+    wanted = [(seed, arm) for seed in SEEDS for arm in ARMS[:-1]]
+    wanted += [(seed, ARMS[-1]) for seed in SEEDS]
     command = ["python", "benchmarks/wire_accuracy.py", "run", config, target.name, *overrides]
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, fresh) as pool:
-        jobs = [pool.submit(measure, config, a, s, overrides) for s in SEEDS for a in ARMS]
+        jobs = [
+            pool.submit(measure, config, arm, seed, overrides)
+            for seed, arm in wanted
+            if (seed, arm) not in done
+        ]
         for job in as_completed(jobs):
             found.append(job.result())
             found.sort(key=lambda one: (ARMS.index(one["arm"]), one["seed"]))
             content = {"command": " ".join(command), "setting": list(SETTING), "runs": found}
             target.write_text(json.dumps(content, indent=1) + "\n")
-            print(len(found), "of", len(jobs), file=sys.stderr)
+            print(len(found), "of", len(wanted), file=sys.stderr)
 
 
 def within(run: dict[str, Any], budget: float) -> float:
@@ -116,12 +123,12 @@ def table(content: dict[str, Any]) -> str:
     heads = [f"accuracy, {last} rounds", "less fp32's, by seed", "MB up"]
     heads += [f"accuracy, {budget / 1e6:.2f} MB up" for budget in budgets]
     rows = [f"| uploads | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    plain = [one["curve"][-1]["accuracy"] for one in runs["fp32"]]
+    plain = {one["seed"]: one["curve"][-1]["accuracy"] for one in runs["fp32"]}
     for arm in ARMS:
-        ends = [one["curve"][-1]["accuracy"] for one in runs[arm]]
+        ends = {one["seed"]: one["curve"][-1]["accuracy"] for one in runs[arm]}
         cells = [
-            spread(ends),
-            "" if arm == "fp32" else spread([x - y for x, y in zip(ends, plain, strict=True)]),
+            spread(list(ends.values())),
+            "" if arm == "fp32" else spread([ends[seed] - plain[seed] for seed in ends]),
             f"{total[arm] / 1e6:.2f}",
             *(spread([within(one, budget) for one in runs[arm]]) for budget in budgets),
         ]
