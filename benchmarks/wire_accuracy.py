@@ -4,8 +4,8 @@
     python benchmarks/wire_accuracy.py table RECORD.json
 
 ``run`` trains every format with seeds 0 to 4, two runs at a time, and adds each finished run to the
-record, so that it can be stopped and called again; ``table`` prints what docs/wire.md shows. Runs of a seed share rows, cohorts and batches, so
-their differences are paired.
+record, so that it can be stopped and called again; ``table`` prints what docs/wire.md shows. Runs
+of a seed share rows, cohorts and batches, so their differences are paired.
 """
 
 from __future__ import annotations
