@@ -85,7 +85,8 @@ def record(config: str, target: Path, overrides: list[str]) -> None:
     done = {(one["seed"], one["arm"]) for one in found}
     wanted = [(seed, arm) for seed in SEEDS for arm in ARMS[:-1]]
     wanted += [(seed, ARMS[-1]) for seed in SEEDS]
-    command = ["python", "benchmarks/wire_accuracy.py", "run", config, target.name, *overrides]
+    names = [Path(config).name, target.name]
+    command = ["python", "benchmarks/wire_accuracy.py", "run", *names, *overrides]
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, fresh) as pool:
         jobs = [
@@ -116,17 +117,19 @@ def spread(values: list[float]) -> str:
 
 def table(content: dict[str, Any]) -> str:
     """The record as a Markdown table: at equal rounds, less fp32 seed by seed, at equal bytes."""
-    runs = {arm: [one for one in content["runs"] if one["arm"] == arm] for arm in ARMS}
-    total = {arm: mean(one["curve"][-1]["bytes_up"] for one in runs[arm]) for arm in ARMS}
+    done = [arm for arm in ARMS if sum(one["arm"] == arm for one in content["runs"]) > 1]
+    runs = {arm: [one for one in content["runs"] if one["arm"] == arm] for arm in done}
+    total = {arm: mean(one["curve"][-1]["bytes_up"] for one in runs[arm]) for arm in done}
     budgets = [total["int4"], total["int8"]]
     last = runs["fp32"][0]["curve"][-1]["round"]
-    heads = [f"accuracy, {last} rounds", "less fp32's, by seed", "MB up"]
+    heads = ["seeds", f"accuracy, {last} rounds", "less fp32's, by seed", "MB up"]
     heads += [f"accuracy, {budget / 1e6:.2f} MB up" for budget in budgets]
     rows = [f"| uploads | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     plain = {one["seed"]: one["curve"][-1]["accuracy"] for one in runs["fp32"]}
-    for arm in ARMS:
+    for arm in done:
         ends = {one["seed"]: one["curve"][-1]["accuracy"] for one in runs[arm]}
         cells = [
+            str(len(ends)),
             spread(list(ends.values())),
             "" if arm == "fp32" else spread([ends[seed] - plain[seed] for seed in ends]),
             f"{total[arm] / 1e6:.2f}",
