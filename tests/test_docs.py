@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -11,8 +12,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import torch
 from tiny import tiny_bert
 from tiny_site import write_rows
 from typer.main import get_command
@@ -20,6 +23,7 @@ from typer.main import get_command
 from rolora import cli
 from rolora.config import RunConfig, make_config
 from rolora.method import method_names
+from rolora.wire import Format, encode
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -123,14 +127,39 @@ def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
             assert anchor in slugs, f"{page.name} links to {link}"
 
 
-def test_the_page_of_the_configuration_is_the_one_written_from_the_schema() -> None:
-    file = ROOT / "docs" / "make_configuration.py"
-    spec = importlib.util.spec_from_file_location("make_configuration", file)
+def script(path: str) -> Any:
+    """The module of a script of the repository."""
+    file = ROOT / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # a dataclass looks for its module there
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "configuration.md").read_text() == module.page()
+    return module
+
+
+def test_the_page_of_the_configuration_is_the_one_written_from_the_schema() -> None:
+    page = script("docs/make_configuration.py").page()
+    assert (ROOT / "docs" / "configuration.md").read_text() == page
+
+
+def test_the_table_of_the_page_on_uploads_is_the_one_made_from_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "records" / "wire.json").read_text())
+    table = script("benchmarks/wire_accuracy.py").table(record)
+    assert table in (ROOT / "docs" / "wire.md").read_text()
+
+
+def test_the_payloads_on_the_page_on_uploads_are_as_long_as_it_says() -> None:
+    layers = [f"base_model.model.bert.encoder.layer.{i}.attention.self." for i in range(6)]
+    names = [f"{layer}{which}.lora_B.weight" for layer in layers for which in ("query", "value")]
+    like = {name: torch.zeros(384, 4) for name in names}
+    like |= {"base_model.model.classifier.weight": torch.zeros(6, 384)}
+    like |= {"base_model.model.classifier.bias": torch.zeros(6)}
+    assert sum(tensor.numel() for tensor in like.values()) == 20_742
+    page = (ROOT / "docs" / "wire.md").read_text()
+    said = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) \|$", page, re.MULTILINE))
+    assert said == {f: f"{len(encode(f, like, like, {})[0]):,}" for f in get_args(Format)}
 
 
 def test_every_file_that_the_tree_of_the_readme_names_exists() -> None:

@@ -21,6 +21,7 @@ from rolora.local import LocalSettings, Work, evaluate
 from rolora.method import Method, ServerState, freeze_head, get_method, method_names
 from rolora.partition import client_ids
 from rolora.tasks import Examples
+from rolora.wire import Format
 
 SETTINGS = LocalSettings(steps=None, epochs=1, batch_size=4)
 COHORT = tuple(ClientInfo(name, len(rows), 2, 1) for name, rows in SHARDS.items())
@@ -146,7 +147,9 @@ def test_the_debug_engine_names_client_round_and_stage(
                 raise ValueError("a shape")
             return [replace(done[0], adapter=bench.start(99))]
 
-        def finish(self, method: Method, job: Job, client: ClientInfo, trained: Any) -> Update:
+        def finish(
+            self, method: Method, job: Job, client: ClientInfo, trained: Any
+        ) -> Update | Failure:
             if (stage, client.id) == ("finish", "bob"):
                 raise OSError("no space")
             return super().finish(method, job, client, trained)
@@ -201,6 +204,87 @@ def test_a_retried_round_starts_where_the_first_try_started(bench: Bench, tmp_pa
     assert losses[0] == losses[1]
     assert same(ends[0], ends[1])
     assert not same(ends[0], starts[0])
+
+
+def test_in_fp32_the_trained_values_are_sent_as_they_are_and_nothing_is_kept(
+    bench: Bench, tmp_path: Path
+) -> None:
+    engine, method, job = engine_of(bench, tmp_path), get_method("rolora"), job_of(bench)
+    work = [engine.prepare(method, job, client) for client in COHORT]
+    trained = engine.train(method, job, work)
+    for update, one in zip(engine.run(method, job), trained, strict=True):
+        assert isinstance(update, Update)
+        assert same(update.adapter, one.adapter.only(method.shared(1)))
+        assert update.num_bytes() == update.adapter.num_bytes()
+    assert not engine.store.folder.exists()
+
+
+@pytest.mark.parametrize(("up", "largest"), [("int8", 127), ("int4", 7)])
+def test_the_size_of_the_bank_changes_what_arrives_encoded_by_one_step_at_most(
+    bench: Bench, tmp_path: Path, up: Format, largest: int
+) -> None:
+    method, job = get_method("fedit"), job_of(bench)
+    found = [
+        run(engine_of(bench, tmp_path / f"{size}", up=up, bank_size=size), method, job)
+        for size in (1, 3)
+    ]
+    for client in SHARDS:
+        for name, tensor in found[0][client].adapter.items():
+            step = float((tensor - job.server.adapter[name]).abs().max()) / largest * 1.01
+            assert float((tensor - found[1][client].adapter[name]).abs().max()) <= step
+
+
+def test_what_an_upload_rounded_away_waits_for_the_next_upload_of_the_same_tensor(
+    bench: Bench, tmp_path: Path
+) -> None:
+    engine, method = engine_of(bench, tmp_path, bank_size=1, up="int4"), get_method("rolora")
+    store = ClientStore(engine.store.folder, kind="residual")
+    kept = {1: store.read("ann", before=1)}
+    for round in (1, 2, 3):
+        (trained, *_) = engine.train(
+            method, job_of(bench, round), [engine.prepare(method, job_of(bench, round), COHORT[0])]
+        )
+        arrived = run(engine, method, job_of(bench, round))["ann"].adapter
+        kept[round + 1] = store.read("ann", before=round + 1)
+        for name in arrived:
+            wanted = trained.adapter[name].double() + kept[round].get(name, torch.tensor(0.0))
+            left = kept[round + 1][name].double()
+            assert float((wanted - arrived[name] - left).abs().max()) <= 1e-6
+            assert float(left.abs().max()) > 1e-5
+        assert all(
+            torch.equal(kept[round + 1][name], tensor)
+            for name, tensor in kept[round].items()
+            if name not in arrived
+        )
+    roles = [{role_of(name) for name in kept[before]} for before in (1, 2, 3, 4)]
+    assert roles == [set(), {"B", "head"}, {"A", "B", "head"}, {"A", "B", "head"}]
+
+
+def test_a_retried_round_sends_the_same_bits_encoded_as_the_first_try(
+    bench: Bench, tmp_path: Path
+) -> None:
+    engine, method = engine_of(bench, tmp_path, bank_size=1, up="int8"), get_method("fedit")
+    run(engine, method, job_of(bench, 1))
+    first, again = (run(engine, method, job_of(bench, 2))["cat"].adapter for _ in range(2))
+    assert same(first, again)
+
+
+def test_an_upload_that_cannot_be_encoded_is_that_client_s_failure_and_changes_nothing_it_kept(
+    bench: Bench, tmp_path: Path
+) -> None:
+    class Overflowing(InProcess):
+        def train(self, method: Method, job: Job, work: Any) -> Any:
+            done = super().train(method, job, work)
+            name = min(done[1].adapter.only(method.shared(job.round)))
+            bad = done[1].adapter | {name: done[1].adapter[name] * torch.inf}
+            return [done[0], replace(done[1], adapter=bad), *done[2:]]
+
+    engine = Overflowing(**vars(engine_of(bench, tmp_path, up="int8")))
+    replies = list(engine.run(get_method("rolora"), job_of(bench)))
+    name = min(job_of(bench).server.adapter.only(get_method("rolora").shared(1)))
+    assert replies[1] == Failure("bob", f"{name} has values that are not finite")
+    assert [reply.client for reply in replies if isinstance(reply, Update)] == ["ann", "cat", "dan"]
+    assert {path.name for path in engine.store.folder.iterdir()} == {"ann", "cat", "dan"}
 
 
 def test_each_client_is_evaluated_on_its_own_rows_with_its_own_factors(

@@ -34,7 +34,9 @@ from rolora.method import (
     method_names,
 )
 from rolora.reduce import mean
+from rolora.rounds import Federation, RoundResult, RunState, federate
 from rolora.step import Aggregation, step
+from rolora.wire import Format, num_bytes
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
 MEAN = Aggregation(mean())
@@ -51,6 +53,11 @@ head_or_not = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return classifier(tiny_bert(tmp_path_factory.mktemp("bert")))
+
+
+@pytest.fixture(scope="module")
+def bench32(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return classifier(tiny_bert(tmp_path_factory.mktemp("bert32")), torch.float32)
 
 
 def server_at(round: int) -> ServerState:
@@ -154,6 +161,52 @@ def test_local_training_changes_every_tensor_it_declares_and_no_bit_of_another(
     changed = {n for n, t in result.adapter.items() if not torch.equal(t, server.adapter[n])}
     assert changed == set(server.adapter.only(method.trainable(round, 0)))
     assert changed
+
+
+@every_method
+@pytest.mark.parametrize("up", ["bf16", "int8", "int4"])
+def test_three_rounds_of_encoded_uploads_cost_their_bytes_and_stay_near_those_in_fp32(
+    bench32: Bench, tmp_path: Path, method: Method, up: Format
+) -> None:
+    def play(how: Format) -> list[RoundResult]:
+        engine = InProcess(
+            bench32.base,
+            bench32.task,
+            bench32.examples,
+            SHARDS,
+            LocalSettings(steps=2, batch_size=4),
+            ClientStore(tmp_path / how),
+            up=how,
+        )
+        clients = {id: len(rows) for id, rows in SHARDS.items()}
+        run = Federation(
+            method=method,
+            engine=engine,
+            aggregation=MEAN,
+            clients=clients,
+            rank=2,
+            seed=0,
+            rounds=3,
+            lr=lambda round: 5e-3,
+        )
+        return list(federate(run, RunState(ServerState(bench32.start()))))[1:]
+
+    start, plain, encoded = bench32.start(), play("fp32"), play(up)
+    for result in encoded:
+        shared = start.only(method.shared(result.round))
+        each = 0 if method.pooled else num_bytes(up, shared)
+        assert result.rejected == {}
+        assert result.bytes_up == len(SHARDS) * each
+        assert result.bytes_down == plain[result.round - 1].bytes_down
+        if method.name in ("rolora", "ffa_lora"):
+            assert result.aggregation_error is not None
+            assert result.aggregation_error <= 1e-6
+    ended, wanted = encoded[-1].state.server.adapter, plain[-1].state.server.adapter
+    if method.pooled or not method.shared(1):
+        assert same(ended, wanted)
+    else:
+        moved = relative(start, wanted)
+        assert 0 < relative(ended, wanted) <= {"bf16": 0.01, "int8": 0.05, "int4": 0.3}[up] * moved
 
 
 @every_method

@@ -116,6 +116,16 @@ def test_up_travels_what_is_shared_to_the_byte(method: Method, up: list[int]) ->
     assert [result.bytes_up for result in results] == [len(CLIENTS) * each for each in up]
 
 
+def test_of_an_encoded_upload_the_bytes_that_travelled_are_counted() -> None:
+    class Encoded(Pretended):
+        def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
+            for reply in super().run(method, job):
+                yield replace(reply, encoded_bytes=17) if isinstance(reply, Update) else reply
+
+    _, *results = play(federation("fedit", engine=Encoded()))
+    assert [result.bytes_up for result in results] == [17 * len(CLIENTS)] * 6
+
+
 @pytest.mark.parametrize(
     ("method", "later"),
     [

@@ -111,6 +111,25 @@ def test_a_personal_method_resumes_to_the_same_bytes(site: Path, tmp_path: Path)
         assert twin.read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_run_with_int8_uploads_resumes_to_the_same_bytes(
+    site: Path, whole: Path, tmp_path: Path, stop_after: int
+) -> None:
+    config = load_config(site, ["wire.up=int8"])
+    finish(runs.start(config, tmp_path / "whole"))
+    list(itertools.islice(runs.start(config, tmp_path / "stopped").rounds(), stop_after + 1))
+    finish(runs.resume(tmp_path / "stopped"))
+    assert adapter_hash(tmp_path / "stopped") == adapter_hash(tmp_path / "whole")
+    assert adapter_hash(tmp_path / "whole") != adapter_hash(whole)
+    files = sorted((tmp_path / "whole" / "clients").glob("*/residual-*.safetensors"))
+    assert files
+    for file in files:
+        twin = tmp_path / "stopped" / file.relative_to(tmp_path / "whole")
+        assert twin.read_bytes() == file.read_bytes()
+    for encoded, plain in zip(lines(tmp_path / "whole")[1:], lines(whole)[1:], strict=True):
+        assert 3 < float(str(plain["bytes_up"])) / float(str(encoded["bytes_up"])) < 4
+
+
 def test_a_resumed_run_can_be_given_more_rounds(site: Path, whole: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(whole, tmp_path / "longer"))
     finish(runs.resume(path, rounds=6))

@@ -25,7 +25,17 @@ every_module = pytest.mark.parametrize("module", FILES)
 
 # A module imports from its own row or from one above it. A package named with ".*" means its files.
 LEVELS = (
-    ("errors", "draws", "durable", "schedule", "adapter", "reduce", "tasks.examples", "segments"),
+    (
+        "errors",
+        "draws",
+        "durable",
+        "schedule",
+        "adapter",
+        "reduce",
+        "tasks.examples",
+        "segments",
+        "wire",
+    ),
     (
         "method",
         "products",
@@ -56,7 +66,7 @@ FENCES: dict[str, set[str]] = {
     "peft": {"lora"},
     "datasets": {"hub"},
     "pyarrow": {"data", "hub", "rows", "columns"},
-    "safetensors": {"lora", "engine", "record"},
+    "safetensors": {"lora", "engine", "record", "wire"},
     "sklearn": {"tasks.classification"},
     "pydantic": {"config"},
     "tomli_w": {"config", "report.page"},

@@ -242,12 +242,21 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends: absolute values of the shared tensors, never differences."""
+    """What a client sends: absolute values of the shared tensors, never differences.
+
+    ``encoded_bytes`` is what travelled for them where that was an encoding (``rolora.wire``); the
+    adapter is then what the server decoded.
+    """
 
     client: str
     adapter: AdapterState
     num_examples: int
     metrics: Mapping[str, float]
+    encoded_bytes: int | None = None
+
+    def num_bytes(self) -> int:
+        """Payload bytes that travelled: of the encoding, or else elements × width."""
+        return self.adapter.num_bytes() if self.encoded_bytes is None else self.encoded_bytes
 
 
 @dataclass(frozen=True)

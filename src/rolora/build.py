@@ -98,6 +98,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         bank_size=size,
         held_out=held_out,
         test=test,
+        up=config.wire.up,
     )
     federation = Federation(
         method=method,

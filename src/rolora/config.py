@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rolora.errors import ConfigError, nearest
 from rolora.method import method_factory
 from rolora.schedule import Schedule
+from rolora.wire import Format
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
@@ -57,9 +58,7 @@ class DataConfig(Section):
     validation: str | Share | None = Field(
         None, description="rows for the best round and early stopping: a source, or a share"
     )
-    client_test: Share | None = Field(
-        None, description="share of each shard held out for its client"
-    )
+    client_test: Share | None = Field(None, description="share of a shard held out for its client")
     train_split: str = Field("train", description="of a datasets folder or hub name")
     test_split: str = Field("test", description="of a datasets folder or hub name")
     text: str | Texts = Field("text", description="classification: one or two columns")
@@ -149,9 +148,13 @@ class EvalConfig(Section):
     every: int = Field(5, ge=1, description="rounds; the first and last are always evaluated")
     generate: int = Field(0, ge=0, description="causal_lm: test rows answered for exact_match")
     metric: str | None = Field(None, description="of the best round; left out: the task's own")
-    patience: int | None = Field(
-        None, ge=1, description="stop after this many evaluations without a better validation"
-    )
+    patience: int | None = Field(None, ge=1, description="evaluations without gain before a stop")
+
+
+class WireConfig(Section):
+    """``[wire]``: how what is sent is written."""
+
+    up: Format = Field("fp32", description="from clients; the others: moves with error feedback")
 
 
 class RunConfig(Section):
@@ -169,6 +172,7 @@ class RunConfig(Section):
     aggregate: AggregateConfig = AggregateConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    wire: WireConfig = WireConfig()
     root: Path = Field(Path(), exclude=True)
 
     @model_validator(mode="after")

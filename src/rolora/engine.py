@@ -23,6 +23,7 @@ from rolora.errors import RoloraError
 from rolora.local import LocalSettings, Trained, Work, evaluate, train_group
 from rolora.method import Method, ServerState
 from rolora.tasks import Examples, Task
+from rolora.wire import Format, WireError, decode, encode, num_bytes
 
 POOL = "(all)"  # the client id of a pooled method; brackets, as no client's own id has them
 
@@ -67,31 +68,33 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class ClientStore:
-    """Personal adapters on disk, one file per client and round, so that memory does not grow.
+    """What clients keep, on disk: one file per client and round, so that memory does not grow.
 
     A client's state for round t is the newest file of an earlier round; so a retried or resumed
-    round starts from what the first try started from.
+    round starts from what the first try started from. ``kind`` begins the files' names: "round" for
+    personal adapters, "residual" for what an upload rounded away.
     """
 
     folder: Path
+    kind: str = "round"
 
     def read(self, client: str, before: int) -> dict[str, Tensor]:
-        """The client's personal tensors as of the last round before this one; {} if none."""
+        """The client's tensors as of the last round before this one; {} if none."""
         earlier = [file for round, file in self._files(client) if round < before]
         return load_file(earlier[-1]) if earlier else {}
 
-    def write(self, client: str, round: int, adapter: AdapterState) -> None:
+    def write(self, client: str, round: int, kept: Mapping[str, Tensor]) -> None:
         """Keep the state after this round, and of the older ones what two checkpoints may need."""
         (self.folder / client).mkdir(parents=True, exist_ok=True)
-        write_file(self.folder / client / f"round-{round:06d}.safetensors", save(dict(adapter)))
+        write_file(self.folder / client / f"{self.kind}-{round:06d}.safetensors", save(dict(kept)))
         files = self._files(client)
         past = [file for at, file in files if at <= round]
         for file in [*past[:-3], *(file for at, file in files if at > round)]:
             file.unlink()
 
     def _files(self, client: str) -> list[tuple[int, Path]]:
-        found = sorted((self.folder / client).glob("round-*.safetensors"))
-        return [(int(file.stem.removeprefix("round-")), file) for file in found]
+        found = sorted((self.folder / client).glob(f"{self.kind}-*.safetensors"))
+        return [(int(file.stem.removeprefix(f"{self.kind}-")), file) for file in found]
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class InProcess:
 
     ``shards`` maps client -> row indices into ``examples``; ``held_out`` client -> rows that it
     never trains on. The result does not depend on ``bank_size`` beyond floating-point rounding.
+    ``up`` is how uploads travel; other than fp32, each is encoded and decoded as it would be.
     """
 
     base: Base
@@ -111,8 +115,9 @@ class InProcess:
     bank_size: int = 16
     held_out: Mapping[str, Examples] = field(default_factory=dict)
     test: Examples | None = None
+    up: Format = "fp32"
 
-    def run(self, method: Method, job: Job) -> Iterator[Update]:
+    def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """Train the cohort, group by group, in its order."""
         cohort = (pooled(job.cohort, self.shards),) if method.pooled else job.cohort
         for first in range(0, len(cohort), self.bank_size):
@@ -150,13 +155,32 @@ class InProcess:
             round=job.round,
         )
 
-    def finish(self, method: Method, job: Job, client: ClientInfo, trained: Trained) -> Update:
+    def finish(
+        self, method: Method, job: Job, client: ClientInfo, trained: Trained
+    ) -> Update | Failure:
         """Keep what is personal, send what is shared."""
         if personal := method.personal(job.round):
             self.store.write(client.id, job.round, trained.adapter.only(personal))
         metrics = {"loss": trained.loss, "steps": float(trained.steps)}
-        sent = trained.adapter.only(method.shared(job.round))
-        return Update(client.id, sent, client.num_examples, metrics)
+        shared = method.shared(job.round)
+        sent = trained.adapter.only(shared)
+        update = Update(client.id, sent, client.num_examples, metrics)
+        if self.up == "fp32" or method.pooled:
+            return update
+        return self.through_wire(update, method.download(job.server, client).only(shared), job)
+
+    def through_wire(self, update: Update, received: AdapterState, job: Job) -> Update | Failure:
+        """The update as the server decodes it; what rounding kept back stays with the client."""
+        store = replace(self.store, kind="residual")
+        residual = store.read(update.client, before=job.round)
+        try:
+            payload, kept = encode(self.up, update.adapter, received, residual)
+            arrived = update.adapter | decode(self.up, payload, received)
+        except WireError as error:
+            return Failure(update.client, str(error))
+        if kept:
+            store.write(update.client, job.round, residual | kept)
+        return replace(update, adapter=arrived, encoded_bytes=num_bytes(self.up, received))
 
     def evaluate(
         self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
@@ -188,7 +212,7 @@ class Debug:
 
     engine: InProcess
 
-    def run(self, method: Method, job: Job) -> Iterator[Update]:
+    def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """As ``InProcess.run``, with every stage of every client checked by itself."""
         engine = self.engine
         cohort = (pooled(job.cohort, engine.shards),) if method.pooled else job.cohort

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +16,6 @@ from rolora.base import Base
 from rolora.draws import derived_seed, generator
 from rolora.errors import RoloraError
 from rolora.tasks import Batch, Examples, Task, collate
-
-Item = TypeVar("Item")
-
 
 class NonFiniteLoss(RoloraError):
     """A client's loss became NaN or infinite; the round stops."""
@@ -95,13 +91,14 @@ def train_group(
     order = sorted(range(len(work)), key=lambda i: -work[i].steps)
     active = [work[i] for i in order]
     done: list[Trained] = []
-    prepared = ahead(_batches(base, examples, active, settings.batch_size, seed, round))
+    prepared = _batches(base, examples, active, settings.batch_size, seed, round)
     seeds = [derived_seed(seed, "dropout", round, w.client) for w in active]
     bank.load([w.start for w in active], base.device)
     optimizer = _optimizer(bank, settings, lr)
     total = torch.zeros(len(active), dtype=torch.float64)
     try:
-        for step, (sizes, batch) in enumerate(prepared):
+        sizes, batch = next(prepared)
+        for step in range(active[0].steps):
             staying = len(sizes)
             if staying < bank.clients:
                 done[:0] = [_leave(bank, k, active[k], total) for k in range(staying, bank.clients)]
@@ -111,11 +108,12 @@ def train_group(
                 leaf.grad = None
             keys = row_keys(seeds[:staying], step, sizes)
             losses = _losses(base, task, batch, sizes, keys)
-            _refuse_nonfinite(losses, active, round, step)
             losses.sum().backward()  # type: ignore[no-untyped-call]
             if settings.max_grad_norm is not None:
                 _clip_gradients(bank, settings.max_grad_norm)
             optimizer.step()
+            sizes, batch = next(prepared, (sizes, batch))  # while a GPU is still at this one
+            _refuse_nonfinite(losses, active, round, step)
             total[:staying] += losses.detach().double().cpu()
         done[:0] = [_leave(bank, k, active[k], total) for k in range(bank.clients)]
     finally:
@@ -143,15 +141,6 @@ def _batches(
         rows = [next(stream) for stream in streams[:staying]]
         batch = collate(examples, torch.cat(rows), base.tokenizer.pad_token_id)
         yield [len(chosen) for chosen in rows], batch.to(base.device)
-
-
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made while the one before is in use."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        coming = worker.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = worker.submit(next, items, None)
-            yield item
 
 
 def _losses(base: Base, task: Task, batch: Batch, sizes: Sequence[int], keys: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class RoundResult:
     """One finished round (``advanced``), or one attempt that found no quorum.
 
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are the payload
-    of this round over all clients: elements × width of what has to travel.
+    of this round over all clients: elements × width of what has to travel, as it is encoded.
     """
 
     round: int

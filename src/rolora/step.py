@@ -38,8 +38,9 @@ class RoundReport:
     """What ``step`` found: who was used, who was rejected and why, and how exact the average was.
 
     ``aggregation_error`` is ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the
-    product scaling·B·A that client i returned, ΔW_i its change since the client received it, ΔW the
-    change of the server's product; ``None`` where the server cannot know (personal factors).
+    product scaling·B·A that client i returned (as it arrived, so what an encoding rounded away is
+    not in it), ΔW_i its change since the client received it, ΔW the change of the server's product;
+    ``None`` where the server cannot know (personal factors).
     """
 
     accepted: tuple[str, ...]

@@ -1,8 +1,9 @@
 """What travels in a round, counted to the byte, and the ledger of what each client holds.
 
-Up travels what a client sends. Down travels every tensor of its view that it does not hold as it
-now is: in the steady state of an alternating method the other factor, averaged in the round before;
-to a client that has missed rounds, both.
+Up travels what a client sends, as it is encoded; the client works out what the server decodes and
+holds that from then on. Down travels every tensor of its view that it does not hold as it now is:
+in the steady state of an alternating method the other factor, averaged in the round before; to a
+client that has missed rounds, both.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def noting(
     for reply in replies:
         if isinstance(reply, Update):
             sent = reply.adapter
-            note = Arrival(reply.client, reply.metrics, sent.num_bytes(), sent if lone else None)
+            note = Arrival(reply.client, reply.metrics, reply.num_bytes(), sent if lone else None)
             arrived.append(note)
         yield reply
 
