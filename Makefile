@@ -1,7 +1,7 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
 # make test      the default tests            make test-all  with slow, browser and docs tests
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
-# make bench     measurements beside other programs, about 15 minutes; docs/performance.md
+# make bench     measurements beside other programs, about 20 minutes; docs/performance.md
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin

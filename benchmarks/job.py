@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,7 +56,9 @@ def configuration(
 
     ``settings`` are keys of ``[train]``, or whole tables.
     """
-    tables = {key: settings.pop(key) for key in ("eval", "method") if key in settings}
+    tables: dict[str, Any] = {
+        key: settings.pop(key) for key in ("eval", "method") if key in settings
+    }
     return make_config(
         {
             "name": "bench",
@@ -118,7 +121,7 @@ def _round(setup: Setup, number: int, tensors: dict[str, Tensor]) -> Mapping[str
 def _padded_tests(setup: Setup, rows: int = 64) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     order = setup.test.lengths.argsort(stable=True)
-    for index, chosen in enumerate(order.split(rows)):
+    for index, chosen in enumerate(torch.split(order, rows)):
         _add_batch(setup, setup.test, chosen, str(index), tensors)
     return tensors
 

@@ -7,25 +7,28 @@ means that it trains faster than one client after another can.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
 
-# name, local steps, tokens a row (4 rows a client step), with every peer or only the raw loop
+# name, local steps, tokens a row (4 rows a client step), parties beside the raw loop and rolora
+EVERY_PEER = ("one by one", "peft_swap", "pfl_research", "trainer", "flower")
 SETTINGS = (
-    ("overhead-1x64", 1, 16, True),
-    ("overhead-10x64", 10, 16, True),
-    ("overhead-1x128", 1, 32, False),
+    ("overhead-1x64", 1, 16, EVERY_PEER),
+    ("overhead-10x64", 10, 16, ("peft_swap", "flower")),
+    ("overhead-1x128", 1, 32, ("one by one",)),
 )
 
 
 def run(place: Place) -> None:
     """Measure each setting; at least 9 interleaved repetitions with the raw loop."""
-    for name, steps, tokens, everyone in SETTINGS:
+    for name, steps, tokens, peers in SETTINGS:
         if not place.quick or name == "overhead-1x64":
-            measure(place, name, steps, tokens, everyone)
+            measure(place, name, steps, tokens, peers)
 
 
-def measure(place: Place, name: str, steps: int, tokens: int, everyone: bool) -> None:
+def measure(place: Place, name: str, steps: int, tokens: int, peers: Sequence[str]) -> None:
     """One setting: the job, its parties, the record."""
     clients, batch_size = (10 if place.quick else 50), 4
     train, _ = place.questions()
@@ -47,15 +50,14 @@ def measure(place: Place, name: str, steps: int, tokens: int, everyone: bool) ->
     parties = [
         place.party("raw_loop", folder),
         place.party("rolora_run", folder, "auto", folder / "ours.safetensors", name="rolora"),
-        place.party("rolora_run", folder, 1, name="rolora, one by one"),
     ]
-    if everyone:
-        parties += [
-            place.party("peft_swap", folder, every=3),
-            place.party("pfl_research", folder, every=3),
-            place.party("trainer", folder, 5, every=3),
-            place.party("flower", folder, every=3),
-        ]
+    for peer in peers:
+        if peer == "one by one":
+            parties.append(place.party("rolora_run", folder, 1, name="rolora, one by one"))
+        elif peer == "trainer":
+            parties.append(place.party(peer, folder, 5, every=3))
+        else:
+            parties.append(place.party(peer, folder, every=3))
     place.measured(
         name, parties, 9, clients=clients, steps=steps, tokens=tokens * batch_size, rounds=2
     )

@@ -19,7 +19,7 @@ PARTIES = ("rolora_run", "peft_swap", "flower")
 
 def run(place: Place) -> None:
     """Measure, and compare the adapters that the parties ended with."""
-    clients, rounds = (10, 2) if place.quick else (50, 20)
+    clients, rounds = (10, 2) if place.quick else (50, 12)
     train, test = place.questions()
     config = configuration(
         place.model(),
@@ -30,7 +30,7 @@ def run(place: Place) -> None:
         rounds=rounds,
         local_steps=3,
         batch_size=2,
-        eval={"every": max(1, rounds // 10)},
+        eval={"every": 1 if place.quick else 2},
     )
     folder = write_job(
         config, place.scratch / "whole", rounds, threads=place.threads, actors=place.cores

@@ -1,9 +1,9 @@
 """Flower's simulation on Ray: a ClientApp that trains, a FedAvg strategy that alternates factors.
 
 Timed: ``strategy.start`` over the job's rounds, with Ray's actors already up and the model loaded
-in each (a user pays for that once a run; it is in the cold start). There is an actor for every core,
-which the parties in one process do not have: wall times show what that gains, CPU times what it
-costs. The server sends the whole adapter and gets back the factor that moved.
+in each (a user pays for that once a run; it is in the cold start). There is an actor for every
+core, which the parties in one process do not have: wall times show what that gains, CPU times what
+it costs. The server sends the whole adapter and gets back the factor that moved.
 
     python -m benchmarks.peers.flower JOB_FOLDER [ADAPTER_FILE]
 """

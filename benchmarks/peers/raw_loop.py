@@ -1,4 +1,4 @@
-"""The bare training that a federation contains: the same steps on one PEFT model, one after another.
+"""The bare training that a federation contains: the same steps on one PEFT model, in turn.
 
 Timed: forward, backward and AdamW on ready batches. Not there: clients, fresh optimisers, adapters
 going in and out, averaging, evaluation. Nothing that trains these batches this way can do less.

@@ -58,7 +58,7 @@ def flower_record() -> Format:
     def dump(adapter: Adapter) -> Any:
         return ArrayRecord(adapter)
 
-    return dump, lambda record: record.to_torch_state_dict()  # type: ignore[attr-defined]
+    return dump, lambda record: record.to_torch_state_dict()
 
 
 def flower_parameters() -> Format:
