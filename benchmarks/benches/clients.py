@@ -7,36 +7,37 @@ allocator has given back what is free.
 
 from __future__ import annotations
 
-from benchmarks.job import configuration, write_job
+from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
 
-COHORT = 10
+COHORT, ROUNDS = 10, 4
 
 
 def run(place: Place) -> None:
     """One party a size, in turns."""
-    train, test = place.questions()
+    train, _ = place.questions()
+    few = lengthened(train, place.scratch / "clients-test.csv", 1, 64)
     sizes = (10, 100) if place.quick else (10, 100, 1000)
     parties = []
     for clients in sizes:
         config = configuration(
             place.model(),
             train,
-            test,
+            few,
             max_length=20,
             clients=clients,
             rounds=1000,
             participation=COHORT / clients,
-            local_steps=5,
+            local_steps=2,
             batch_size=4,
             eval={"every": 1000},
         )
         folder = write_job(
             config,
             place.scratch / f"clients-{clients}",
-            4,
+            ROUNDS,
             threads=place.threads,
             actors=place.cores,
         )
         parties.append(place.party("rolora_run", folder, "auto", name=f"{clients} clients"))
-    place.measured("clients", parties, 5, cohort=COHORT, rounds=4, steps=5, batch_size=4)
+    place.measured("clients", parties, 5, cohort=COHORT, rounds=ROUNDS, steps=2, batch_size=4)
