@@ -1,13 +1,14 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
 # make test      the default tests            make test-all  with slow, browser and docs tests
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
+# make bench     measurements beside other programs, about 20 minutes; docs/performance.md
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo demo-llm test test-all check build clean
+.PHONY: install demo demo-llm test test-all check bench build clean
 
 install: $(VENV)/installed
 
@@ -35,8 +36,21 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# the other programs get an environment of their own: Flower's versions do not go with ours
+PEERS := .venv-bench
+
+bench: install $(PEERS)/installed
+	$(BIN)/python -m benchmarks --peers $(PEERS)/bin/python $(BENCH)
+	$(BIN)/python docs/make_performance.py
+
+$(PEERS)/installed: benchmarks/constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' $<)"
+	$(PEERS)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
 build: install
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache

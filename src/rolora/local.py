@@ -17,6 +17,7 @@ from rolora.draws import derived_seed, generator
 from rolora.errors import RoloraError
 from rolora.tasks import Batch, Examples, Task, collate
 
+
 class NonFiniteLoss(RoloraError):
     """A client's loss became NaN or infinite; the round stops."""
 

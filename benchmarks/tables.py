@@ -1,0 +1,193 @@
+"""Records to Markdown tables. Every number on docs/performance.md is computed here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.statistics import interval, ratio
+
+Record = Mapping[str, Any]
+
+
+def page(folder: Path) -> str:
+    """All tables of a folder of records, each under its record's name."""
+    return "\n".join(f"\n## {name}\n\n{text}" for name, text in blocks(folder).items())
+
+
+def blocks(folder: Path) -> dict[str, str]:
+    """Record name -> its table, and under it where and when it was measured."""
+    found = {}
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text())
+        kind = next(kind for kind in KINDS if record["bench"].startswith(kind))
+        found[file.stem] = f"{KINDS[kind](record)}\n\n{circumstances(record)}"
+    return found
+
+
+def circumstances(record: Record) -> str:
+    """Machine, threads, load and versions, in one paragraph."""
+    machine, setting = record["machine"], record["setting"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    parties = record.get("parties", {}).values()
+    loads = [sample["load"] for party in parties for sample in party["samples"]]
+    load = f", load {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    threads = f", threads per process: {setting['threads']}" if "threads" in setting else ""
+    quick = " **Quick run: these numbers mean nothing.**" if setting["quick"] else ""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores{threads}{load}; Python {machine['python']}; "
+        f"{versions}.{quick}"
+    )
+
+
+def overhead(record: Record) -> str:
+    """Time per client step, and eta against the raw loop, with its interval."""
+    rows = []
+    for name, party in record["parties"].items():
+        start = [f"{party['cold_seconds']:.1f}", _seconds(party["first"])]
+        rows.append([name, *_times(party), *_against(record, "raw_loop", name), *start])
+    head = ["party", "ms a client step", "CPU ms", "eta (wall)", "95 %", "eta (CPU)", "n"]
+    return _table([*head, "s to get ready", "s first run"], rows)
+
+
+def clients(record: Record) -> str:
+    """Time and memory by number of clients."""
+    rows = []
+    for name, party in record["parties"].items():
+        peak = held = "failed"
+        if party["samples"]:
+            peak = f"{_median(party, lambda s: s['peak_kib']) / 1024:.0f}"
+            held = f"{_median(party, lambda s: s['answer']['held_kib']) / 1024:.0f}"
+        rows.append([name, *_times(party), peak, held])
+    head = ["party", "ms a client step", "CPU ms", "peak anonymous MiB", "held MiB"]
+    return _table(head, rows)
+
+
+def traffic(record: Record) -> str:
+    """Bytes per client and round."""
+    rows = [
+        [
+            f"`{row['method']}`",
+            str(row["round"]),
+            f"{row['up']:,.0f}",
+            f"{row['up_expected']:,}",
+            f"{row['down']:,.0f}",
+            f"{row['safetensors']:,} (+{row['safetensors'] / row['up'] - 1:.1%})",
+        ]
+        for row in record["rows"]
+    ]
+    head = ["method", "round", "bytes up", "elements × 4", "bytes down", "as safetensors"]
+    return _table(head, rows)
+
+
+def aggregation(record: Record) -> str:
+    """GB of updates a second, and the share of the memory's read speed."""
+    rows = []
+    for name, party in record["parties"].items():
+        speed = _speed(party)
+        rows.append([f"`{name}`", speed, *_against(record, "read", name)])
+    return _table(["way", "GB/s", "of read speed", "95 %", "by CPU time", "n"], rows)
+
+
+def serialisation(record: Record) -> str:
+    """MB of adapter a second, and bytes beside the payload."""
+    rows = []
+    for name, party in record["parties"].items():
+        extra = "failed"
+        if party["samples"]:
+            answer = party["samples"][0]["answer"]
+            extra = f"{answer['bytes'] - answer['payload']:,}"
+        against = _against(record, "safetensors_bytes", name)
+        rows.append([f"`{name}`", _speed(party), *against, extra])
+    head = ["format", "MB/s", "against safetensors", "95 %", "by CPU time", "n", "extra bytes"]
+    return _table(head, rows)
+
+
+def whole_job(record: Record) -> str:
+    """Seconds of the job, and to the accuracy that every party reached."""
+    parties = record["parties"]
+    curves = [p["samples"][-1]["answer"]["curve"] for p in parties.values() if p["samples"]]
+    target = min((max(value for _, value in curve) for curve in curves), default=0.0)
+    rows = []
+    for name, party in parties.items():
+        apart = record["setting"]["apart"].get(name)
+        against = _against(record, name, "rolora")[:2]
+        cells = ["failed"] * 4
+        if party["samples"]:
+            reached = [_first_at(s["answer"]["curve"], target) for s in party["samples"]]
+            final = party["samples"][-1]["answer"]["curve"][-1][1]
+            cells = [
+                f"{_median(party, lambda s: s['seconds']):.1f}",
+                f"{_median(party, lambda s: s['cpu_seconds']):.1f}",
+                f"{median(reached):.1f}",
+                f"{final:.3f}",
+            ]
+        distance = "-" if apart is None else f"{apart:.1e}"
+        rows.append([name, *cells, *against, f"{party['cold_seconds']:.1f}", distance])
+    head = ["party", "s a job", "CPU s", f"s to accuracy {target:.3f}", "accuracy at the end"]
+    return _table([*head, "time / rolora's", "95 %", "s to get ready", "adapter apart"], rows)
+
+
+KINDS: dict[str, Callable[[Record], str]] = {
+    "overhead": overhead,
+    "clients": clients,
+    "traffic": traffic,
+    "aggregation": aggregation,
+    "serialisation": serialisation,
+    "whole-job": whole_job,
+}
+
+
+def _first_at(curve: Sequence[tuple[float, float]], target: float) -> float:
+    return next((seconds for seconds, value in curve if value >= target), float("inf"))
+
+
+def _median(party: Record, what: Callable[[Any], float]) -> float:
+    return median(what(sample) for sample in party["samples"])
+
+
+def _seconds(sample: Record | None) -> str:
+    return "failed" if sample is None else f"{sample['seconds']:.1f}"
+
+
+def _times(party: Record) -> list[str]:
+    """Median wall and CPU milliseconds a unit."""
+    if not party["samples"]:
+        return [f"failed: {party['failed']}", ""]
+    wall = _median(party, lambda sample: sample["seconds"] / sample["answer"]["units"])
+    cpu = _median(party, lambda sample: sample["cpu_seconds"] / sample["answer"]["units"])
+    return [f"{1000 * wall:.2f}", f"{1000 * cpu:.2f}"]
+
+
+def _speed(party: Record) -> str:
+    if not party["samples"]:
+        return f"failed: {party['failed']}"
+    return f"{_median(party, lambda s: s['answer']['units'] / s['seconds']):,.2f}"
+
+
+def _against(record: Record, reference: str, name: str) -> list[str]:
+    """Time of the reference / time of the party, per unit: wall, its interval, CPU, pairs."""
+    samples = [
+        {sample["repetition"]: sample for sample in record["parties"][one]["samples"]}
+        for one in (reference, name)
+    ]
+    both = sorted(samples[0].keys() & samples[1].keys())
+    if not both:
+        return ["", "", "", "0"]
+
+    def pairs(key: str) -> list[tuple[float, float]]:
+        first, second = ([one[i][key] / one[i]["answer"]["units"] for i in both] for one in samples)
+        return list(zip(first, second, strict=True))
+
+    wall, cpu = pairs("seconds"), pairs("cpu_seconds")
+    low, high = interval(wall)
+    by_cpu = f"{ratio(cpu):.2f}" if all(second > 0 for _, second in cpu) else "-"
+    return [f"{ratio(wall):.2f}", f"{low:.2f} to {high:.2f}", by_cpu, str(len(both))]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""Write the tables of docs/performance.md from the records of the benches.
+
+python docs/make_performance.py
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import blocks  # noqa: E402
+from rolora.durable import write_file  # noqa: E402
+
+PAGE = Path(__file__).with_name("performance.md")
+
+
+def page(text: str, tables: dict[str, str]) -> str:
+    """The page with each table between its marks; a mark without a record says so."""
+
+    def between(mark: re.Match[str]) -> str:
+        table = tables.get(mark[1], "*Not measured yet: there is no record of it.*")
+        return f"<!-- record:{mark[1]} -->\n\n{table}\n\n<!-- end -->"
+
+    marks = r"<!-- record:([\w-]+) -->\n.*?<!-- end -->"
+    return re.sub(marks, between, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    tables = blocks(ROOT / "benchmarks" / "records")
+    write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), tables))
