@@ -112,6 +112,7 @@ class Running:
             answer = self.ask("run")
             seconds = time.perf_counter() - started
         cost = watch.cost
+        answer |= self.ask("after")
         return Sample(repetition, seconds, cost.cpu_seconds, cost.peak_kib, load, answer)
 
     def stop(self) -> None:

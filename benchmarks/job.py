@@ -21,11 +21,12 @@ from torch import Tensor
 
 from rolora.adapter import ClientInfo
 from rolora.build import Setup, prepare
-from rolora.config import RunConfig, make_config
+from rolora.config import make_config
 from rolora.durable import write_file
 from rolora.engine import InProcess
 from rolora.local import Work, batches
 from rolora.rounds import sample_cohort
+from rolora.schema import RunConfig
 from rolora.tasks.examples import Examples, collate
 
 LORA = {"rank": 4, "alpha": 8.0, "target_modules": ["query", "value"]}

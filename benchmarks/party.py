@@ -1,7 +1,8 @@
 """The party's side of a measurement: a process that gets ready and then does its work on request.
 
-The harness writes one JSON request a line to standard input, ``{"do": "prepare"}`` or
-``{"do": "run"}``, and waits for one JSON answer a line. Only "run" is timed, and from outside.
+The harness writes one JSON request a line to standard input, ``{"do": "prepare"}``,
+``{"do": "run"}`` or ``{"do": "after"}``, and waits for one JSON answer a line. Only "run" is timed,
+and from outside.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import Any
 Answer = Mapping[str, Any]
 
 
-def serve(run: Callable[[], Answer], prepare: Callable[[], None] = lambda: None) -> None:
+def serve(
+    run: Callable[[], Answer],
+    prepare: Callable[[], None] = lambda: None,
+    after: Callable[[], Answer] = dict,
+) -> None:
     """Say that everything is loaded, then answer requests until standard input ends.
 
     ``run`` returns ``units`` (how much work was done, which times are divided by) and whatever
-    else belongs in the record.
+    else belongs in the record; ``after`` adds to that what would disturb the clock.
     """
     # libraries print to standard output, so the harness hands over a channel of its own
     with os.fdopen(int(os.environ.get("ANSWERS", "1")), "w", closefd=False) as answers:
@@ -29,8 +34,7 @@ def serve(run: Callable[[], Answer], prepare: Callable[[], None] = lambda: None)
 
         say({"ready": True})
         for line in sys.stdin:
-            if json.loads(line)["do"] == "prepare":
+            wanted = json.loads(line)["do"]
+            if wanted == "prepare":
                 prepare()
-                say({})
-            else:
-                say(run())
+            say({"prepare": dict, "run": run, "after": after}[wanted]())

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from rolora.config import RunConfig
 from rolora.errors import EXIT_CODES
+from rolora.schema import RunConfig
 
 HEAD = """\
 # Configuration

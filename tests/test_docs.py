@@ -21,8 +21,9 @@ from tiny_site import write_rows
 from typer.main import get_command
 
 from rolora import cli
-from rolora.config import RunConfig, make_config
+from rolora.config import make_config
 from rolora.method import method_names
+from rolora.schema import RunConfig
 from rolora.wire import Format, encode
 
 ROOT = Path(__file__).parent.parent

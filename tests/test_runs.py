@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from tiny_site import make_site, write_rows
 
 from rolora import runs
-from rolora.config import RunConfig, load_config
+from rolora.config import load_config
 from rolora.errors import ConfigError
 from rolora.lora import read_adapter
+from rolora.schema import RunConfig
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from states import cohort_of, dense, make_specs, random_state, sent, trained
 from tiny_site import make_site, write_rows
 
-from rolora import build, runs
+from rolora import configured, runs
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update
 from rolora.config import load_config
 from rolora.draws import generator
@@ -184,7 +184,7 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
     changes = ["data.train=many.csv", "data.client_test=0.5", "partition.scheme=iid"]
     config = load_config(site, [*changes, "partition.clients=100"])
     encoded: list[int] = []
-    make_task = build.make_task
+    make_task = configured.make_task
 
     def watched(*given: Any) -> Task:
         task = make_task(*given)

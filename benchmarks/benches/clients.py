@@ -39,5 +39,5 @@ def run(place: Place) -> None:
             threads=place.threads,
             actors=place.cores,
         )
-        parties.append(place.party("rolora_run", folder, "auto", name=f"{clients} clients"))
+        parties.append(place.party("rolora_run", folder, "auto", "held", name=f"{clients} clients"))
     place.measured("clients", parties, 5, cohort=COHORT, rounds=ROUNDS, steps=2, batch_size=4)

@@ -56,15 +56,17 @@ if __name__ == "__main__":
             last = result.state.server.adapter
         if not config.train.rounds > len(job["rounds"]):
             list(waiting[0])  # the adapter and the report are written
-        if rest:
+        if rest and rest != ["held"]:
             save_file(dict(last), rest[0])
-        return {"units": units, "curve": curve, "held_kib": held_kib()}
+        return {"units": units, "curve": curve}
 
-    def held_kib() -> int:
-        """Anonymous KiB once what is free has been given back to the system."""
+    def after() -> Answer:
+        """Anonymous KiB held once what is free has been given back, if "held" was asked for."""
+        if rest != ["held"]:
+            return {}
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return anonymous_kib(os.getpid())
+        return {"held_kib": anonymous_kib(os.getpid())}
 
-    serve(run, prepare)
+    serve(run, prepare, after)
     shutil.rmtree(place)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rolora.adapter import AdapterState as AdapterState
     from rolora.adapter import ClientInfo as ClientInfo
     from rolora.adapter import Update as Update
-    from rolora.config import RunConfig as RunConfig
     from rolora.config import load_config as load_config
     from rolora.config import make_config as make_config
     from rolora.errors import RoloraError as RoloraError
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from rolora.runs import evaluate_adapter as evaluate_adapter
     from rolora.runs import resume as resume
     from rolora.runs import start as start
+    from rolora.schema import RunConfig as RunConfig
 
 __version__ = version("rolora")
 

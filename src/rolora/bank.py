@@ -32,6 +32,7 @@ class Bank:
     model is the plain base. ``rows`` says how many rows of the batch each client has, ``tokens``
     how many tokens where the batch is packed; left empty, all have as many. ``dropout`` is
     LoRA's input dropout, active only while ``noise`` says which random stream a row draws from.
+    ``most`` is how many clients fitted in memory, once more did not.
     """
 
     def __init__(self, specs: Specs, dropout: float) -> None:
@@ -41,6 +42,7 @@ class Bank:
         self.rows: tuple[int, ...] = ()
         self.tokens: tuple[int, ...] = ()
         self.noise: Noise | None = None
+        self.most: int | None = None
 
     @property
     def clients(self) -> int:

@@ -57,6 +57,11 @@ class Base:
         """Where the model computes."""
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are in."""
+        return next(self.model.parameters()).dtype
+
     @contextlib.contextmanager
     def running(
         self, batch: Batch, sizes: Sequence[int] = (), keys: Tensor | None = None

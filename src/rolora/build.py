@@ -7,26 +7,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from rolora.adapter import AdapterState
-from rolora.base import Base, load_base
-from rolora.config import RunConfig
-from rolora.draws import generator
+from rolora.base import Base
+from rolora.configured import (
+    first_adapter,
+    load_base_for,
+    local_settings,
+    make_method,
+    make_reducer,
+    make_task,
+)
 from rolora.engine import ClientStore, Debug, InProcess
 from rolora.errors import ConfigError
-from rolora.local import LocalSettings, evaluate
-from rolora.lora import LoraSettings, read_adapter
-from rolora.method import Method, ServerState, freeze_head, get_method
-from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
+from rolora.local import evaluate
+from rolora.memory import BankPlan, plan_bank
+from rolora.method import Method, ServerState
+from rolora.precision import is_wide, lowered
+from rolora.prefix import kept_below
 from rolora.rounds import Federation, Metrics, RunState, cohort_size
 from rolora.rows import Rows, load_rows
 from rolora.schedule import learning_rate
+from rolora.schema import RunConfig
 from rolora.step import Aggregation
 from rolora.tasks import Examples, Task
-from rolora.tasks.causal_lm import causal_lm
-from rolora.tasks.choice import choice
-from rolora.tasks.classification import Label, class_labels, classification
+from rolora.tasks.classification import Label, class_labels
 from rolora.tasks.generation import exact_match
 
 
@@ -43,7 +47,7 @@ class Setup:
     federation: Federation
     start: RunState
     labels: tuple[Label, ...]
-    bank_size: int
+    bank: BankPlan
     notes: tuple[str, ...]
 
 
@@ -69,6 +73,16 @@ class HeldOut(Mapping[str, Examples]):
         return len(self.rows.held_out)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """The rows of a run as tokens, with what their frozen layers give where that is kept."""
+
+    examples: Examples
+    test: Examples
+    validation: Examples | None
+    notes: tuple[str, ...]
+
+
 def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -> Setup:
     """Build a run. ``clients_folder`` will hold personal adapters; ``base`` may be one that an
     earlier ``prepare`` of the same model, labels and LoRA settings has loaded."""
@@ -78,52 +92,126 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         if config.model.task == "classification"
         else []
     )
-    method, size = make_method(config), bank_size(config, len(rows.shards))
+    method = make_method(config)
     _refuse_quorum(config, len(rows.shards))
-    base = base or load_base_for(config, labels)
+    notes: tuple[str, ...] = ()
+    if base is None:
+        base, notes = _load(config, rows, labels, method)
     task = make_task(config, base, labels)
+    encoded = _encode(config, base, task, rows)
+    adapter = first_adapter(config, method, base)
+    bank, said = _bank(config, base, task, encoded.examples, method, adapter, len(rows.shards))
+    engine = InProcess(
+        base,
+        task,
+        encoded.examples,
+        rows.shards,
+        local_settings(config),
+        ClientStore(clients_folder),
+        bank_size=bank.clients,
+        held_out=HeldOut(task, rows, config.data.train),
+        test=encoded.test,
+        up=config.wire.up,
+    )
+    return Setup(
+        config=config,
+        base=base,
+        task=task,
+        rows=rows,
+        examples=encoded.examples,
+        test=encoded.test,
+        federation=_federation(config, method, engine, encoded),
+        start=RunState(ServerState(adapter)),
+        labels=tuple(labels),
+        bank=bank,
+        notes=(*encoded.notes, *notes, *said),
+    )
+
+
+def _load(
+    config: RunConfig, rows: Rows, labels: Sequence[Label], method: Method
+) -> tuple[Base, tuple[str, ...]]:
+    """The base model in the dtype that suits this machine; what to say of it."""
+    base, notes = load_base_for(config, labels), tuple[str, ...]()
+    if config.model.dtype == "auto" and config.device == "cpu" and is_wide(base):
+        task, adapter = make_task(config, base, labels), first_adapter(config, method, base)
+        few = task.encode_test(rows.test.slice(0, 16), _source(config.data.test, config))
+        base, said = lowered(base, task, few, adapter, lambda: load_base_for(config, labels))
+        notes = (said,)
+    if config.train.recompute and base.stack is None:
+        raise ConfigError("train.recompute is not possible for this model's layers: leave it out")
+    if base.stack is not None:
+        base.stack.checkpointing = config.train.recompute
+    return base, notes
+
+
+def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
     examples = task.encode(rows.train, config.data.train)
     test = task.encode_test(rows.test, _source(config.data.test, config))
     validation = None
     if rows.validation is not None:
         validation = task.encode_test(rows.validation, _source(config.data.validation, config))
-    held_out = HeldOut(task, rows, config.data.train)
-    engine = InProcess(
-        base,
-        task,
-        examples,
-        rows.shards,
-        local_settings(config),
-        ClientStore(clients_folder),
-        bank_size=size,
-        held_out=held_out,
-        test=test,
-        up=config.wire.up,
-    )
-    federation = Federation(
+    notes = _notes(config, rows, examples, test)
+    if config.train.cache and _revisits(config, rows):
+        folder = config.root / Path(config.train.cache).expanduser()
+        examples, note = kept_below(base, examples, folder)
+        test, _ = kept_below(base, test, folder)
+        notes += (note,) if note else ()
+    return Encoded(examples, test, validation, notes)
+
+
+def _federation(
+    config: RunConfig, method: Method, engine: InProcess, encoded: Encoded
+) -> Federation:
+    score = partial(_score, engine.base, engine.task)
+    validation = encoded.validation
+    return Federation(
         method=method,
         engine=Debug(engine) if config.train.engine == "debug" else engine,
         aggregation=Aggregation(
             make_reducer(config), config.aggregate.weights, config.aggregate.quorum
         ),
-        clients={client: len(shard) for client, shard in rows.shards.items()},
+        clients={client: len(shard) for client, shard in engine.shards.items()},
         rank=config.lora.rank,
         seed=config.seed,
         rounds=config.train.rounds,
         lr=_schedule(config),
         participation=config.train.participation,
-        metric=_metric(config, task),
-        test=partial(_score, base, task, test, config.eval.generate),
-        validation=None if validation is None else partial(_score, base, task, validation, 0),
-        per_client=bool(held_out),
+        metric=_metric(config, engine.task),
+        test=partial(score, encoded.test, config.eval.generate),
+        validation=None if validation is None else partial(score, validation, 0),
+        per_client=bool(engine.held_out),
         eval_every=config.eval.every,
         patience=config.eval.patience,
     )
-    start = RunState(ServerState(first_adapter(config, method, base)))
-    notes = _notes(config, rows, examples, test)
-    return Setup(
-        config, base, task, rows, examples, test, federation, start, tuple(labels), size, notes
-    )
+
+
+def _revisits(config: RunConfig, rows: Rows) -> bool:
+    """Whether training comes by each row once or more often, in the mean."""
+    train, settings = config.train, local_settings(config)
+    sizes = [len(shard) for shard in rows.shards.values()]
+    visits = sum(settings.num_steps(size) * min(size, train.batch_size) for size in sizes)
+    return train.rounds * train.participation * visits >= sum(sizes)
+
+
+def _bank(
+    config: RunConfig,
+    base: Base,
+    task: Task,
+    examples: Examples,
+    method: Method,
+    adapter: AdapterState,
+    clients: int,
+) -> tuple[BankPlan, tuple[str, ...]]:
+    """How many clients train at once, and what to say of it."""
+    trained = [method.trainable(round, 0) for round in (1, 2)]
+    phases = {"+".join(sorted(roles - {"head"})) or "the head": roles for roles in trained}
+    wanted = None if config.train.bank == "auto" else config.train.bank
+    size = config.train.batch_size
+    plan = plan_bank(base, task, examples, adapter, phases, size, clients, wanted)
+    if wanted is not None and plan.clients < min(wanted, clients):
+        return plan, (f"train.bank = {wanted} does not fit in memory; {plan}",)
+    return plan, (str(plan),)
 
 
 def _schedule(config: RunConfig) -> Callable[[int], float]:
@@ -156,104 +244,6 @@ def _refuse_quorum(config: RunConfig, clients: int) -> None:
 
 def _source(source: str | float | None, config: RunConfig) -> str:
     return source if isinstance(source, str) else config.data.train
-
-
-def load_base_for(config: RunConfig, labels: Sequence[object]) -> Base:
-    """The configured base model. ConfigError for a device that is not there."""
-    wanted = config.model.dtype
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device = 'cuda', but torch sees no CUDA device; use device = 'cpu'")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("device = 'mps', but torch sees no Apple GPU; use device = 'cpu'")
-    half = wanted == "bf16" or (wanted == "auto" and config.device == "cuda")
-    lora = config.lora
-    settings = LoraSettings(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=tuple(lora.target_modules),
-        layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
-        rslora=lora.rslora,
-    )
-    return load_base(
-        config.model.path,
-        "classification" if config.model.task == "classification" else "causal_lm",
-        settings,
-        root=config.root,
-        labels=labels,
-        dtype=torch.bfloat16 if half else torch.float32,
-        device=config.device,
-        offline=config.offline,
-    )
-
-
-def make_task(config: RunConfig, base: Base, labels: Sequence[Label]) -> Task:
-    """The configured task, with the columns it reads."""
-    columns, limit = config.data, config.data.max_length
-    if config.model.task == "classification":
-        text = [columns.text] if isinstance(columns.text, str) else columns.text
-        return classification(base, labels, text, columns.label, limit)
-    if config.model.task == "choice":
-        return choice(
-            base,
-            prompt=str(columns.prompt),
-            choices=str(columns.choices),
-            answer=str(columns.answer),
-            max_length=limit,
-        )
-    return causal_lm(
-        base,
-        prompt=columns.prompt,
-        completion=columns.completion,
-        messages=columns.messages,
-        max_length=limit,
-    )
-
-
-def make_method(config: RunConfig) -> Method:
-    """The configured method; with ``model.head = "freeze"`` it leaves the head alone."""
-    method = get_method(config.method.name, **config.method.options)
-    return freeze_head(method) if config.model.head == "freeze" else method
-
-
-def make_reducer(config: RunConfig) -> Reducer:
-    """The configured reducer, clipped if a norm is given."""
-    how = config.aggregate
-    if how.reducer == "trimmed_mean":
-        reducer = trimmed_mean(how.trim)
-    else:
-        reducer = median() if how.reducer == "median" else mean()
-    return reducer if how.clip_norm is None else clip(reducer, how.clip_norm)
-
-
-def local_settings(config: RunConfig) -> LocalSettings:
-    """How the configured clients train in a round."""
-    train = config.train
-    steps = 5 if train.local_steps is None and train.local_epochs is None else train.local_steps
-    return LocalSettings(
-        steps=steps,
-        epochs=train.local_epochs,
-        batch_size=train.batch_size,
-        optimizer=train.optimizer,
-        weight_decay=train.weight_decay,
-        momentum=train.momentum,
-        max_grad_norm=train.max_grad_norm,
-    )
-
-
-def bank_size(config: RunConfig, clients: int) -> int:
-    """How many clients go through the model at once; "auto" aims at 128 rows in a pass."""
-    if config.train.bank != "auto":
-        return config.train.bank
-    return max(1, min(clients, 128 // config.train.batch_size))
-
-
-def first_adapter(config: RunConfig, method: Method, base: Base) -> AdapterState:
-    """What every client starts from: the method's own start, or a warm start from a PEFT folder."""
-    start = method.init(base.specs, generator(config.seed, "init"))
-    if config.lora.init_from is None:
-        return start
-    return start | read_adapter(config.root / config.lora.init_from, base.specs)
 
 
 def _score(

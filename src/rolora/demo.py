@@ -9,10 +9,11 @@ from pathlib import Path
 
 from rolora import demo_data
 from rolora.base import Base
-from rolora.config import RunConfig, load_config
+from rolora.config import load_config
 from rolora.durable import write_file
 from rolora.lora import read_adapter
 from rolora.runs import Run, compare
+from rolora.schema import RunConfig
 from rolora.tasks.generation import generate
 
 METHODS = ("rolora", "ffa_lora", "fedit")

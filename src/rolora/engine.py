@@ -7,6 +7,7 @@ says in which stage which client broke.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from rolora.local import LocalSettings, Trained, Work, evaluate, train_group
 from rolora.method import Method, ServerState
 from rolora.tasks import Examples, Task
 from rolora.wire import Format, WireError, decode, encode, num_bytes
+
+_log = logging.getLogger(__name__)
 
 POOL = "(all)"  # the client id of a pooled method; brackets, as no client's own id has them
 
@@ -118,13 +121,24 @@ class InProcess:
     up: Format = "fp32"
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
-        """Train the cohort, group by group, in its order."""
+        """Train the cohort, group by group, in its order.
+
+        A group that does not fit in memory is halved, and so are all groups after it.
+        """
         cohort = (pooled(job.cohort, self.shards),) if method.pooled else job.cohort
-        for first in range(0, len(cohort), self.bank_size):
-            clients = cohort[first : first + self.bank_size]
+        first = 0
+        while first < len(cohort):
+            size = min(self.bank_size, self.base.bank.most or self.bank_size)
+            clients = cohort[first : first + size]
             work = [self.prepare(method, job, client) for client in clients]
-            for client, trained in zip(clients, self.train(method, job, work), strict=True):
+            try:
+                group = self.train(method, job, work)
+            except RuntimeError as error:
+                self.base.bank.most = _half(len(clients), error)
+                continue
+            for client, trained in zip(clients, group, strict=True):
                 yield self.finish(method, job, client, trained)
+            first += size
 
     def num_steps(self, client: ClientInfo, job: Job) -> int:
         """Optimiser steps of this client in this round; a pooled client takes the cohort's."""
@@ -204,6 +218,20 @@ def pooled(cohort: Sequence[ClientInfo], shards: Mapping[str, Tensor]) -> Client
     """The one client of a pooled method: it holds every client's rows."""
     total = sum(len(rows) for rows in shards.values())
     return replace(cohort[0], id=POOL, num_examples=total)
+
+
+def _half(clients: int, error: RuntimeError) -> int:
+    """Half as many clients, if it was memory that ran out and there is a half."""
+    starved = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    if not starved:
+        raise error
+    if clients == 1:
+        raise RoloraError(
+            "one client's step does not fit in memory: lower train.batch_size or data.max_length, "
+            "or set train.recompute = true"
+        ) from error
+    _log.warning("%d clients at once do not fit in memory: going on with %d", clients, clients // 2)
+    return clients // 2
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rolora import data, partition
-from rolora.config import RunConfig
 from rolora.draws import generator
 from rolora.errors import ConfigError, DataError
 from rolora.partition import Partition
+from rolora.schema import RunConfig
 
 
 @dataclass(frozen=True)

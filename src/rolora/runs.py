@@ -22,8 +22,9 @@ import torch
 
 from rolora import data
 from rolora.base import Base
-from rolora.build import Setup, load_base_for, make_task, prepare
-from rolora.config import RunConfig, dump_config, load_config, make_config, read_toml
+from rolora.build import Setup, prepare
+from rolora.config import dump_config, load_config, make_config, read_toml
+from rolora.configured import load_base_for, make_task
 from rolora.engine import Engine
 from rolora.errors import ConfigError
 from rolora.local import evaluate
@@ -32,6 +33,7 @@ from rolora.record import RunFolder
 from rolora.report import write_report
 from rolora.rounds import RoundResult, RunState, federate
 from rolora.rows import load_rows
+from rolora.schema import RunConfig
 from rolora.tasks.spans import masks
 
 
@@ -63,8 +65,9 @@ class Run:
 
     def _finish(self, state: RunState) -> None:
         """Write the adapter of the best validated round (of the last, without validation)."""
-        chosen = state.best.adapter if state.best else state.server.adapter
-        base, config = self.setup.base, self.setup.config
+        adapter = state.best.adapter if state.best else state.server.adapter
+        base = self.setup.base
+        config = _pinned(self.setup.config, _chosen(self.setup))
         notes = {
             "rolora": version("rolora"),
             "round": state.best.round if state.best else state.server.round,
@@ -72,7 +75,7 @@ class Run:
             "labels": list(self.setup.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
-        save_adapter(self.folder.adapter, chosen, base.peft_config, base.model.config, notes)
+        save_adapter(self.folder.adapter, adapter, base.peft_config, base.model.config, notes)
         write_report([self.folder.path], self.folder.path / "report.html")
 
 
@@ -93,21 +96,18 @@ def start(config: RunConfig, out: str | Path | None = None, base: Base | None = 
 def resume(path: str | Path, rounds: int | None = None) -> Run:
     """A run as its last whole checkpoint left it; ``rounds`` raises the number of rounds.
 
-    Thread count and bank size are those of the start, because the bits depend on them. Raises
+    Threads, bank and dtype are those of the start, because the bits depend on them. Raises
     ConfigError if the data, the base model or the configuration is no longer that of the start.
     """
     folder = RunFolder.open(Path(path))
     with folder.locked():
         origin = read_toml(folder.config).get("provenance", {})
-        if lost := {"root", "threads", "bank", *_SAME, *_ALIKE} - origin.keys():
+        if lost := {"root", "threads", "bank", "dtype", *_SAME, *_ALIKE} - origin.keys():
             raise ConfigError(f"{folder.config} is damaged: provenance.{min(lost)} is missing")
         overrides = [] if rounds is None else [f"train.rounds={rounds}"]
         config = load_config(folder.config, overrides)
         torch.set_num_threads(origin["threads"])
-        pinned = config.model_copy(
-            update={"train": config.train.model_copy(update={"bank": origin["bank"]})}
-        )
-        setup = prepare(pinned, folder.clients)
+        setup = prepare(_pinned(config, origin), folder.clients)
         now = provenance(setup)
         for key, what in _SAME.items():
             if now[key] != origin[key]:
@@ -120,9 +120,9 @@ def resume(path: str | Path, rounds: int | None = None) -> Run:
             if rounds < state.server.round:
                 raise ConfigError(f"{path} has already done {state.server.round} rounds")
             folder.rewrite_config(dump_config(config, origin))
-    for what in _ALIKE:
-        if now[what] != origin[what]:
-            notes.append(f"{what} differ from the start of the run, so the last bits may too")
+    for key, what in _ALIKE.items():
+        if now[key] != origin[key]:
+            notes.append(f"the {what} differs from the start of the run, so the last bits may too")
     return Run(setup, folder, state, (*setup.notes, *notes))
 
 
@@ -218,7 +218,8 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "root": str(setup.config.root),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "bank": setup.bank_size,
+        **_chosen(setup),
+        "prefix": setup.examples.prefix is not None,
         "data": _data_hash(setup),
         "base": setup.base.digest,
         "config": _config_hash(setup.config),
@@ -226,7 +227,20 @@ def provenance(setup: Setup) -> dict[str, Any]:
 
 
 _SAME = {"data": "the data", "base": "the base model", "config": "the configuration"}
-_ALIKE = ("versions", "cpu")
+_ALIKE = {"versions": "library versions", "cpu": "processor", "prefix": "use of the cache"}
+
+
+def _chosen(setup: Setup) -> dict[str, Any]:
+    """What "auto" came to on this machine."""
+    dtype = "bf16" if setup.base.dtype == torch.bfloat16 else "fp32"
+    return {"bank": setup.bank.clients, "dtype": dtype}
+
+
+def _pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
+    """The configuration with what the machine chose at the start written in."""
+    train = config.train.model_copy(update={"bank": origin["bank"]})
+    model = config.model.model_copy(update={"dtype": origin["dtype"]})
+    return config.model_copy(update={"train": train, "model": model})
 
 
 def _data_hash(setup: Setup) -> str:
@@ -241,8 +255,8 @@ def _data_hash(setup: Setup) -> str:
 
 
 def _config_hash(config: RunConfig) -> str:
-    """Of all settings but the number of rounds, which may grow, and the bank, which is pinned."""
-    values = config.model_dump_json(exclude={"train": {"rounds", "bank"}})
+    """Of all settings but the number of rounds, which may grow, and what is pinned."""
+    values = config.model_dump_json(exclude={"train": {"rounds", "bank"}, "model": {"dtype"}})
     return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 

@@ -53,6 +53,10 @@ class Stack:
         for index, layer in enumerate(layers):
             layer.forward = partial(self._layer, index, layer.forward)
 
+    def fits(self, lengths: Tensor) -> bool:
+        """Whether rows of these lengths lie within the model's attention window."""
+        return self.window is None or int(lengths.max()) <= self.window
+
     @contextlib.contextmanager
     def packed(self, lengths: Tensor, prefix: Tensor | None = None) -> Iterator[Packing | None]:
         """Run what follows packed, for rows of these lengths; yields the packing.
@@ -60,7 +64,7 @@ class Stack:
         None, and nothing changes, where a row is longer than the model's attention window.
         ``prefix`` (tokens, hidden) replaces the layers below ``lowest``.
         """
-        if self.window is not None and int(lengths.max()) > self.window:
+        if not self.fits(lengths):
             yield None
             return
         self._packing, self._prefix = pack(lengths), prefix

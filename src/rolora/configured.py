@@ -1,0 +1,115 @@
+"""The parts that a configuration names: base model, task, method, reducer, local settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rolora.adapter import AdapterState
+from rolora.base import Base, load_base
+from rolora.draws import generator
+from rolora.errors import ConfigError
+from rolora.local import LocalSettings
+from rolora.lora import LoraSettings, read_adapter
+from rolora.method import Method, freeze_head, get_method
+from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
+from rolora.schema import RunConfig
+from rolora.tasks import Task
+from rolora.tasks.causal_lm import causal_lm
+from rolora.tasks.choice import choice
+from rolora.tasks.classification import Label, classification
+
+
+def load_base_for(config: RunConfig, labels: Sequence[object]) -> Base:
+    """The configured base model; "auto" is float32 on a CPU. ConfigError for a device that is not
+    there, or does not know bfloat16."""
+    wanted = config.model.dtype
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but torch sees no CUDA device; use device = 'cpu'")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device = 'mps', but torch sees no Apple GPU; use device = 'cpu'")
+    if wanted == "bf16" and config.device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("model.dtype = 'bf16', which this GPU does not have; use 'fp32'")
+    half = wanted == "bf16" or (wanted == "auto" and config.device == "cuda")
+    lora = config.lora
+    settings = LoraSettings(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=tuple(lora.target_modules),
+        layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
+        rslora=lora.rslora,
+    )
+    return load_base(
+        config.model.path,
+        "classification" if config.model.task == "classification" else "causal_lm",
+        settings,
+        root=config.root,
+        labels=labels,
+        dtype=torch.bfloat16 if half else torch.float32,
+        device=config.device,
+        offline=config.offline,
+    )
+
+
+def make_task(config: RunConfig, base: Base, labels: Sequence[Label]) -> Task:
+    """The configured task, with the columns it reads."""
+    columns, limit = config.data, config.data.max_length
+    if config.model.task == "classification":
+        text = [columns.text] if isinstance(columns.text, str) else columns.text
+        return classification(base, labels, text, columns.label, limit)
+    if config.model.task == "choice":
+        return choice(
+            base,
+            prompt=str(columns.prompt),
+            choices=str(columns.choices),
+            answer=str(columns.answer),
+            max_length=limit,
+        )
+    return causal_lm(
+        base,
+        prompt=columns.prompt,
+        completion=columns.completion,
+        messages=columns.messages,
+        max_length=limit,
+    )
+
+
+def make_method(config: RunConfig) -> Method:
+    """The configured method; with ``model.head = "freeze"`` it leaves the head alone."""
+    method = get_method(config.method.name, **config.method.options)
+    return freeze_head(method) if config.model.head == "freeze" else method
+
+
+def make_reducer(config: RunConfig) -> Reducer:
+    """The configured reducer, clipped if a norm is given."""
+    how = config.aggregate
+    if how.reducer == "trimmed_mean":
+        reducer = trimmed_mean(how.trim)
+    else:
+        reducer = median() if how.reducer == "median" else mean()
+    return reducer if how.clip_norm is None else clip(reducer, how.clip_norm)
+
+
+def local_settings(config: RunConfig) -> LocalSettings:
+    """How the configured clients train in a round."""
+    train = config.train
+    steps = 5 if train.local_steps is None and train.local_epochs is None else train.local_steps
+    return LocalSettings(
+        steps=steps,
+        epochs=train.local_epochs,
+        batch_size=train.batch_size,
+        optimizer=train.optimizer,
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        max_grad_norm=train.max_grad_norm,
+    )
+
+
+def first_adapter(config: RunConfig, method: Method, base: Base) -> AdapterState:
+    """What every client starts from: the method's own start, or a warm start from a PEFT folder."""
+    start = method.init(base.specs, generator(config.seed, "init"))
+    if config.lora.init_from is None:
+        return start
+    return start | read_adapter(config.root / config.lora.init_from, base.specs)
