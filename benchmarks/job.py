@@ -51,11 +51,18 @@ def lengthened(source: Path, target: Path, questions: int, rows: int) -> Path:
 
 
 def configuration(
-    model: Path, train: Path, test: Path, *, max_length: int, clients: int, **settings: Any
+    model: Path,
+    train: Path,
+    test: Path,
+    *,
+    max_length: int,
+    clients: int,
+    layers: str = "all",
+    **settings: Any,
 ) -> RunConfig:
     """RoLoRA on the questions, as every bench runs it: rank 4 on query and value, AdamW, no decay.
 
-    ``settings`` are keys of ``[train]``, or whole tables.
+    ``layers`` carry adapters. ``settings`` are keys of ``[train]``, or whole tables.
     """
     tables: dict[str, Any] = {
         key: settings.pop(key) for key in ("eval", "method") if key in settings
@@ -64,10 +71,10 @@ def configuration(
         {
             "name": "bench",
             "model": {"path": str(model), "task": "classification", "dtype": "fp32"},
-            "lora": LORA,
+            "lora": {**LORA, "layers": layers},
             "data": {"train": str(train), "test": str(test), "max_length": max_length},
             "partition": {"scheme": "iid", "clients": clients},
-            "train": {"lr": 5e-3, **settings},
+            "train": {"lr": 5e-3, "cache": "", **settings},
             **tables,
         }
     )
@@ -90,6 +97,7 @@ def write_job(config: RunConfig, folder: Path, rounds: int, *, threads: int, act
         "model": config.model.path,
         "labels": len(setup.labels),
         **LORA,
+        "layers": setup.base.peft_config.layers_to_transform,
         "lr": config.train.lr,
         "threads": threads,
         "actors": actors,

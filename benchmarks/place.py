@@ -34,9 +34,8 @@ class Place:
 
     def party(self, module: str, *words: object, name: str | None = None, every: int = 1) -> Party:
         """The party of a file in benchmarks/peers; rolora's own runs in rolora's Python."""
-        python = (
-            self.ours if module == "rolora_run" or words[:1] == ("rolora_mean",) else self.peers
-        )
+        our_own = module.startswith("rolora_") or words[:1] == ("rolora_mean",)
+        python = self.ours if our_own else self.peers
         command = (python, "-m", f"benchmarks.peers.{module}", *map(str, words))
         return Party(name or module, command, 1 if self.quick else every)
 

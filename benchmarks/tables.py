@@ -131,6 +131,27 @@ def whole_job(record: Record) -> str:
     return _table([*head, "time / rolora's", "95 %", "s to get ready", "adapter apart"], rows)
 
 
+def client_step(record: Record) -> str:
+    """Time per client step, and against the limit."""
+    rows = []
+    for name, party in record["parties"].items():
+        wall, low_high, cpu, pairs = _against(record, name, "limit")
+        rows.append([name, *_times(party), wall, low_high, cpu, pairs])
+    head = ["party", "ms a client step", "CPU ms", "over the limit (wall)", "95 %", "(CPU)", "n"]
+    return _table(head, rows)
+
+
+def saving(record: Record) -> str:
+    """How many times as fast the second party is as the first, and the share of the ideal."""
+    (slow, fast), ideal = record["parties"], record["setting"]["ideal"]
+    wall, low_high, cpu, pairs = _against(record, slow, fast)
+    share = f"{float(cpu) / ideal:.2f}" if cpu not in ("", "-") else "-"
+    times = [_times(record["parties"][name])[0] for name in (slow, fast)]
+    head = [f"ms, {slow}", f"ms, {fast}", "ratio (wall)", "95 %", "ratio (CPU)", "ideal"]
+    cells = [*times, wall, low_high, cpu, f"{ideal:.2f}", share, pairs]
+    return _table([*head, "CPU ratio / ideal", "n"], [cells])
+
+
 KINDS: dict[str, Callable[[Record], str]] = {
     "overhead": overhead,
     "clients": clients,
@@ -138,6 +159,10 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "aggregation": aggregation,
     "serialisation": serialisation,
     "whole-job": whole_job,
+    "levers": whole_job,
+    "client-step": client_step,
+    "padding": saving,
+    "prefix-cache": saving,
 }
 
 

@@ -84,6 +84,7 @@ def peft_model(job: Job) -> Any:
         r=job.settings["rank"],
         lora_alpha=job.settings["alpha"],
         target_modules=job.settings["target_modules"],
+        layers_to_transform=job.settings["layers"],
     )
     return peft.get_peft_model(base, config).eval()
 

@@ -100,7 +100,8 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     task = make_task(config, base, labels)
     encoded = _encode(config, base, task, rows)
     adapter = first_adapter(config, method, base)
-    bank, said = _bank(config, base, task, encoded.examples, method, adapter, len(rows.shards))
+    cohort = cohort_size(len(rows.shards), config.train.participation)
+    bank, said = _bank(config, base, task, encoded.examples, method, adapter, cohort)
     engine = InProcess(
         base,
         task,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,14 +122,15 @@ class InProcess:
     up: Format = "fp32"
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
-        """Train the cohort, group by group, in its order.
+        """Train the cohort in its order, in groups of like size.
 
         A group that does not fit in memory is halved, and so are all groups after it.
         """
         cohort = (pooled(job.cohort, self.shards),) if method.pooled else job.cohort
         first = 0
         while first < len(cohort):
-            size = min(self.bank_size, self.base.bank.most or self.bank_size)
+            left, most = len(cohort) - first, self.base.bank.most or self.bank_size
+            size = math.ceil(left / math.ceil(left / min(self.bank_size, most)))
             clients = cohort[first : first + size]
             work = [self.prepare(method, job, client) for client in clients]
             try:

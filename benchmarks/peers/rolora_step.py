@@ -1,0 +1,56 @@
+"""Local training of one group of clients, an A and a B round, and nothing around it.
+
+Timed: cutting batches, forward, backward, AdamW. WAY is "packed" (as in a run), "padded" (the rows
+padded to the longest, as without packing), or "cached" (the layers below the adapters read from
+disk; they were computed before the clock started).
+
+    python -m benchmarks.peers.rolora_step JOB_FOLDER WAY
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.party import Answer, serve
+from rolora.build import prepare
+from rolora.config import make_config
+from rolora.local import LocalSettings, Work, train_group
+
+if __name__ == "__main__":
+    folder, way = Path(sys.argv[1]), sys.argv[2]
+    job = json.loads((folder / "job.json").read_text())
+    torch.set_num_threads(job["threads"])
+    cache = str(folder / "cache") if way == "cached" else ""
+    config = make_config(
+        json.loads((folder / "config.json").read_text()),
+        [f"train.cache={cache}", "train.rounds=1000"],
+    )
+    setup = prepare(config, folder / "clients")
+    base = replace(setup.base, stack=None) if way == "padded" else setup.base
+    steps, size = int(config.train.local_steps or 0), config.train.batch_size
+    start = setup.start.server.adapter
+    work = [Work(client, rows, start, steps) for client, rows in setup.rows.shards.items()]
+    settings = LocalSettings(steps=steps, batch_size=size)
+
+    def run() -> Answer:
+        for round in (1, 2):
+            roles = setup.federation.method.trainable(round, 0)
+            train_group(
+                base,
+                setup.task,
+                setup.examples,
+                work,
+                lambda step, roles=roles: roles,  # type: ignore[misc]
+                settings,
+                lr=config.train.lr,
+                seed=0,
+                round=round,
+            )
+        return {"units": 2 * steps * len(work)}
+
+    serve(run)
