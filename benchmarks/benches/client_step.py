@@ -1,8 +1,8 @@
 """A client step in the bank against what no training with a frozen base can undercut.
 
 All rows of a setting have the same number of tokens, so nobody pads. The limit is one forward pass
-and one gradient with respect to the embeddings, over all clients' rows at once; the raw loop is PEFT
-training, one client after another.
+and one gradient at the embeddings, over all clients' rows at once; the raw loop is PEFT training,
+one client after another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run(place: Place) -> None:
             max_length=length,
             clients=clients,
             rounds=2,
-            local_steps=2,
+            local_steps=1,
             batch_size=rows,
         )
         folder = write_job(

@@ -1,4 +1,4 @@
-"""What a federation costs on top of the bare training in it: 50 clients, 1 and 10 local steps.
+"""What a federation costs on top of the bare training in it, with 1 and with 10 local steps.
 
 Two rounds, so that each factor is trained once; every row has the same number of tokens, so that no
 party pads. eta = time of the raw loop / time of the party: 1 means the federation is free, more
@@ -12,25 +12,27 @@ from collections.abc import Sequence
 from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
 
-# name, local steps, tokens a row (4 rows a client step), parties beside the raw loop and rolora
+# name, clients, local steps, tokens a row (4 rows a client step), parties beside raw loop and rolora
 EVERY_PEER = ("one by one", "peft_swap", "pfl_research", "trainer", "flower")
 SETTINGS = (
-    ("overhead-1x64", 1, 16, EVERY_PEER),
-    ("overhead-10x64", 10, 16, ("peft_swap", "flower")),
-    ("overhead-1x128", 1, 32, ("one by one",)),
+    ("overhead-1x64", 50, 1, 16, EVERY_PEER),
+    ("overhead-10x64", 6, 10, 16, ("one by one", "peft_swap")),
+    ("overhead-1x128", 50, 1, 32, ("one by one",)),
 )
 
 
 def run(place: Place) -> None:
     """Measure each setting; at least 9 interleaved repetitions with the raw loop."""
-    for name, steps, tokens, peers in SETTINGS:
+    for name, clients, steps, tokens, peers in SETTINGS:
         if not place.quick or name == "overhead-1x64":
-            measure(place, name, steps, tokens, peers)
+            measure(place, name, 10 if place.quick else clients, steps, tokens, peers)
 
 
-def measure(place: Place, name: str, steps: int, tokens: int, peers: Sequence[str]) -> None:
+def measure(
+    place: Place, name: str, clients: int, steps: int, tokens: int, peers: Sequence[str]
+) -> None:
     """One setting: the job, its parties, the record."""
-    clients, batch_size = (10 if place.quick else 50), 4
+    batch_size = 4
     train, _ = place.questions()
     rows = lengthened(train, place.scratch / f"{name}.csv", tokens // 4, 20 * clients)
     few = lengthened(train, place.scratch / f"{name}-test.csv", tokens // 4, 64)
