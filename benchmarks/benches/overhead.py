@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
 
-# name, clients, local steps, tokens a row (4 rows a client step), parties beside raw loop and rolora
+# name, clients, local steps, tokens a row (4 rows a client step), parties beside two
 EVERY_PEER = ("one by one", "peft_swap", "pfl_research", "trainer", "flower")
 SETTINGS = (
     ("overhead-1x64", 50, 1, 16, EVERY_PEER),

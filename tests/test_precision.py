@@ -1,0 +1,76 @@
+"""Claims about bfloat16: taken where it is faster and agrees; adapters stay float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny_clients import Bench, classifier
+from tiny_site import make_site
+
+from rolora import precision, runs
+from rolora.base import Base
+from rolora.config import load_config
+from rolora.local import LocalSettings
+from rolora.precision import lowered
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return classifier(tiny.tiny_bert(tmp_path / "model"), torch.float32)
+
+
+def choose(bench: Bench, speed: float) -> tuple[Base, str]:
+    other = classifier(Path(str(bench.base.model.config._name_or_path)), torch.float32).base  # type: ignore[union-attr]
+    return lowered(
+        bench.base, bench.task, bench.examples, bench.start(), lambda: other, lambda: speed
+    )
+
+
+def test_bfloat16_is_taken_where_it_is_faster_and_its_loss_agrees(bench: Bench) -> None:
+    base, said = choose(bench, 1.7)
+    assert base.dtype == torch.bfloat16
+    assert "bfloat16, 1.70 times as fast here: loss" in said
+
+
+def test_float32_stays_where_bfloat16_gains_too_little(bench: Bench) -> None:
+    base, said = choose(bench, 1.1)
+    assert base.dtype == torch.float32
+    assert said == "the base runs in float32: bfloat16 is 1.10 times as fast here"
+
+
+def test_float32_comes_back_where_the_losses_differ(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "AGREEMENT", 0.0)
+    base, said = choose(bench, 1.7)
+    assert base.dtype == torch.float32
+    assert "bfloat16 gives another loss" in said
+
+
+def test_adapters_stay_float32_on_a_bfloat16_base_and_learn_nearly_the_same(bench: Bench) -> None:
+    settings = LocalSettings(steps=3, batch_size=8)
+    work = bench.work(settings)
+    before = bench.train(work, settings)
+    assert choose(bench, 9.0)[0].dtype == torch.bfloat16
+    after = bench.train(work, settings)
+    for one, other in zip(before, after, strict=True):
+        assert all(tensor.dtype == torch.float32 for tensor in other.adapter.values())
+        assert other.loss == pytest.approx(one.loss, rel=0.02)
+
+
+def test_a_run_in_bfloat16_resumes_in_bfloat16_to_the_same_adapter(tmp_path: Path) -> None:
+    config = load_config(make_site(tmp_path), ["model.dtype=bf16"])
+    whole = runs.start(config, tmp_path / "whole")
+    assert whole.setup.base.dtype == torch.bfloat16
+    end = list(whole.rounds())[-1].state.server.adapter
+    stopped = runs.start(config, tmp_path / "stopped").rounds()
+    for _ in range(3):
+        next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    resumed = runs.resume(tmp_path / "stopped")
+    assert resumed.setup.base.dtype == torch.bfloat16
+    again = list(resumed.rounds())[-1].state.server.adapter
+    assert all(torch.equal(again[name], end[name]) for name in end)
