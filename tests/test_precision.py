@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_site import make_site
 from rolora import precision, runs
 from rolora.base import Base
 from rolora.config import load_config
+from rolora.errors import ConfigError
 from rolora.local import LocalSettings
 from rolora.precision import lowered
 
@@ -74,3 +76,23 @@ def test_a_run_in_bfloat16_resumes_in_bfloat16_to_the_same_adapter(tmp_path: Pat
     assert resumed.setup.base.dtype == torch.bfloat16
     again = list(resumed.rounds())[-1].state.server.adapter
     assert all(torch.equal(again[name], end[name]) for name in end)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_a_run_on_a_quantised_base_trains_or_says_what_it_needs(tmp_path: Path, dtype: str) -> None:
+    config = load_config(make_site(tmp_path), [f"model.dtype={dtype}"])
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ConfigError, match=r"needs: pip install 'rolora\[quantised\]'"):
+            runs.start(config, tmp_path / "run")
+        return
+    if dtype == "nf4":
+        with pytest.raises(ConfigError, match=r"'nf4' needs device = 'cuda'; on a CPU use 'int8'"):
+            runs.start(config, tmp_path / "run")
+        return
+    run = runs.start(config, tmp_path / "run")
+    kinds = {type(m).__name__ for m in run.setup.base.model.modules()}
+    assert kinds & {"Linear8bitLt", "Linear4bit"}
+    before, *_, last = [result.metrics["loss"] for result in run.rounds() if result.metrics]
+    assert last < before
+    again = runs.resume(tmp_path / "run", rounds=5)
+    assert list(again.rounds())[-1].round == 5

@@ -44,6 +44,7 @@ LEVELS = (
         "packing",
         "stack",
         "bank",
+        "checkpoint",
         "lora",
         "hub",
         "demo_data",
@@ -62,7 +63,7 @@ LEVELS = (
 # Which modules may import which library; the standard library and rolora itself are free.
 FENCES: dict[str, set[str]] = {
     "torch": {"*"},
-    "transformers": {"base", "lora", "packing", "stack", "tasks.generation"},
+    "transformers": {"checkpoint", "lora", "packing", "stack", "tasks.generation"},
     "peft": {"lora"},
     "datasets": {"hub"},
     "pyarrow": {"data", "hub", "rows", "columns"},

@@ -108,7 +108,7 @@ class LoraLinear(nn.Module):
         sizes = bank.sizes(x)
         down = segment_linear(x, lora_a, sizes)  # (..., rank)
         up = segment_linear(down * self.scaling, lora_b, sizes)  # (..., out)
-        return y.add_(up.to(y.dtype))
+        return y + up.to(y.dtype)
 
 
 class HeadLinear(nn.Module):

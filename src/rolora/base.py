@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from rolora.adapter import AdapterState, Specs, tensor_hash
 from rolora.bank import Bank, LoraLinear, Noise, attach
+from rolora.checkpoint import Quantised, read_checkpoint
 from rolora.errors import ConfigError
 from rolora.lora import Kind, LoraSettings, above_encoder, peft_config, target_layers
 from rolora.stack import Stack, take_over
@@ -107,44 +106,23 @@ def load_base(
     root: Path = Path(),
     labels: Sequence[object] = (),
     dtype: torch.dtype = torch.float32,
+    quantise: Quantised | None = None,
     device: str = "cpu",
     offline: bool = False,
 ) -> Base:
     """Load a model and tokenizer and put a bank under its target modules.
 
     ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
-    safetensors and GGUF weights are read and no remote code runs. Raises ConfigError, in one line,
-    for anything unusable.
+    safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
+    but the head's through bitsandbytes. Raises ConfigError, in one line, for anything unusable.
     """
-    place = _locate(source, root, offline)
-    auto = {
-        "classification": transformers.AutoModelForSequenceClassification,
-        "causal_lm": transformers.AutoModelForCausalLM,
-    }[kind]
-    more: dict[str, Any] = {}
-    if kind == "classification":
-        names = [str(label) for label in labels]
-        more["num_labels"] = len(names)
-        more["id2label"] = dict(enumerate(names))
-        more["label2id"] = {name: index for index, name in enumerate(names)}
-        more["ignore_mismatched_sizes"] = True
-    # the GGUF reader draws a bar on standard error whatever the settings are
-    silent = contextlib.redirect_stderr(io.StringIO())
-    with _one_line_errors(source), quiet(), silent:
-        tokenizer = _load_tokenizer(place)
-        model, info = auto.from_pretrained(
-            **place,
-            **more,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=None if "gguf_file" in place else True,
-            output_loading_info=True,
-        )
+    model, tokenizer, missing = read_checkpoint(
+        source, kind, root, labels, dtype, quantise, device, offline
+    )
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     if model.config.is_encoder_decoder:
         raise ConfigError(f"{source!r} is an encoder-decoder, which no task here can train")
-    missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
     if kind == "causal_lm" and missing:
         raise ConfigError(f"{source!r} lacks {min(missing)}: it is no causal language model")
@@ -162,60 +140,8 @@ def load_base(
     )
     _refuse_unreachable_layers(model, bank)
     stack = take_over(model, set(layers).__contains__)
-    return Base(model.to(device), tokenizer, bank, config, tuple(head_layers), stack)
-
-
-def _locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
-    path = root / Path(source).expanduser()
-    if source.endswith(".gguf"):
-        if not path.is_file():
-            raise ConfigError(f"model file {source!r} does not exist (looked in {path.parent})")
-        return {
-            "pretrained_model_name_or_path": str(path.parent),
-            "gguf_file": path.name,
-            "local_files_only": True,
-        }
-    if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ConfigError(f"model folder {source!r} does not exist (looked for {path})")
-    return {"pretrained_model_name_or_path": source, "local_files_only": offline}
-
-
-def _load_tokenizer(place: dict[str, Any]) -> Any:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("there is no tokenizer beside its weights")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@contextlib.contextmanager
-def _one_line_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a damaged config.json makes transformers raise anything
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        raise ConfigError(
-            f"cannot load model {source!r}: {first or type(error).__name__} "
-            "(give a folder, a hub name, or a .gguf file; weights must be safetensors or GGUF)"
-        ) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' loading bars and reports, and put its settings back afterwards."""
-    logs = transformers.utils.logging
-    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(verbosity)
-        if bars:
-            logs.enable_progress_bar()
+    model = model if quantise else model.to(device)
+    return Base(model, tokenizer, bank, config, tuple(head_layers), stack)
 
 
 def _head_layers(model: Any, missing: set[str], source: str) -> list[str]:

@@ -48,6 +48,7 @@ def load_base_for(config: RunConfig, labels: Sequence[object]) -> Base:
         root=config.root,
         labels=labels,
         dtype=torch.bfloat16 if half else torch.float32,
+        quantise=wanted if wanted in ("int8", "nf4") else None,
         device=config.device,
         offline=config.offline,
     )

@@ -232,7 +232,9 @@ _ALIKE = {"versions": "library versions", "cpu": "processor", "prefix": "use of 
 
 def _chosen(setup: Setup) -> dict[str, Any]:
     """What "auto" came to on this machine."""
-    dtype = "bf16" if setup.base.dtype == torch.bfloat16 else "fp32"
+    dtype = setup.config.model.dtype
+    if dtype == "auto":
+        dtype = "bf16" if setup.base.dtype == torch.bfloat16 else "fp32"
     return {"bank": setup.bank.clients, "dtype": dtype}
 
 

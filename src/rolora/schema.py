@@ -27,8 +27,10 @@ class ModelConfig(Section):
     task: Literal["classification", "causal_lm", "choice"] = Field(
         "classification", description="what is learned"
     )
-    dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of the frozen base; auto: bf16 on a GPU, on a CPU the faster one"
+    dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = Field(
+        "auto",
+        description="of the frozen base; auto: bf16 on a GPU, on a CPU the faster one; "
+        "int8 and nf4 need rolora[quantised]",
     )
     head: Literal["train", "freeze"] = Field("train", description="the classifier head")
 

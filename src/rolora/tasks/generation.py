@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import transformers
 
-from rolora.base import Base, quiet
+from rolora.base import Base
+from rolora.checkpoint import quiet
 from rolora.errors import ConfigError
 from rolora.tasks import Examples
 from rolora.tasks.examples import tokenizer_limit
