@@ -23,6 +23,8 @@ def blocks(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text())
+        if "bench" not in record:
+            continue
         kind = next(kind for kind in KINDS if record["bench"].startswith(kind))
         found[file.stem] = f"{KINDS[kind](record)}\n\n{circumstances(record)}"
     return found

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rolora import segments
 from rolora.adapter import Roles
 from rolora.local import LocalSettings, Work
-from rolora.segments import segment_linear
+from rolora.segments import add_low_rank, segment_linear
 
 SIZES = (3, 1, 5)
 
@@ -40,6 +40,60 @@ def test_its_gradients_are_those_of_the_product() -> None:
     x, weight = example()
     both = (x.requires_grad_(), weight.requires_grad_())
     assert torch.autograd.gradcheck(lambda x, w: segment_linear(x, w, SIZES), both)
+
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def factors(sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Factors:
+    """y (n, 5), x (n, 6), and rank-2 factors of each client."""
+    rng = torch.Generator().manual_seed(2)
+    shapes = ((sum(sizes), 5), (sum(sizes), 6), (len(sizes), 2, 6), (len(sizes), 5, 2))
+    y, x, a, b = (torch.randn(shape, generator=rng, dtype=dtype) for shape in shapes)
+    return y, x, a, b
+
+
+LAYOUTS = [SIZES, (4,), (16, 16)]  # uneven, one client, and one batched product
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_the_low_rank_part_is_each_clients_b_times_a_times_x_scaled(sizes: tuple[int, ...]) -> None:
+    y, x, a, b = factors(sizes)
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    expected = y + 0.5 * torch.einsum("nor,nri,ni->no", b[owner], a[owner], x)
+    assert torch.allclose(add_low_rank(y, x, a, b, 0.5, sizes), expected, rtol=1e-12)
+    rows = add_low_rank(y.unsqueeze(0), x.unsqueeze(0), a, b, 0.5, sizes)
+    assert torch.allclose(rows, expected.unsqueeze(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+@pytest.mark.parametrize("trained", ["A", "B", "AB"])
+def test_gradients_of_the_low_rank_part_are_right_in_every_phase(
+    sizes: tuple[int, ...], trained: str
+) -> None:
+    y, x, a, b = (tensor.requires_grad_() for tensor in factors(sizes))
+    a.requires_grad_("A" in trained)
+    b.requires_grad_("B" in trained)
+
+    def result(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return add_low_rank(y, x, a, b, 0.5, sizes)
+
+    assert torch.autograd.gradcheck(result, (y, x, a, b))
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_a_bfloat16_layer_keeps_its_dtype_and_float32_factors_get_float32_gradients(
+    sizes: tuple[int, ...],
+) -> None:
+    y, x, a, b = factors(sizes, torch.float32)
+    a.requires_grad_()
+    b.requires_grad_()
+    out = add_low_rank(y.bfloat16(), x.bfloat16().requires_grad_(), a, b, 0.5, sizes)
+    exact = add_low_rank(y, x.bfloat16().float(), a, b, 0.5, sizes)
+    assert out.dtype == torch.bfloat16
+    assert torch.allclose(out.float(), exact, rtol=2e-2, atol=2e-2)
+    grads = torch.autograd.grad(out.sum(), (a, b))
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32]
 
 
 def test_the_one_call_for_a_gpu_gives_what_the_loop_gives(monkeypatch: pytest.MonkeyPatch) -> None:

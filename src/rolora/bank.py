@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rolora.adapter import AdapterState, Specs, TensorSpec
 from rolora.errors import ConfigError
-from rolora.segments import segment_linear
+from rolora.segments import add_low_rank, segment_linear
 
 PREFIX = "base_model.model."
 
@@ -105,10 +105,7 @@ class LoraLinear(nn.Module):
         lora_b = bank.leaves[f"{self.layer}.lora_B.weight"]  # (K, out, rank)
         if bank.noise is not None and bank.dropout > 0:
             x = x * bank.noise.mask(x, self.noise_key, bank.dropout)
-        sizes = bank.sizes(x)
-        down = segment_linear(x, lora_a, sizes)  # (..., rank)
-        up = segment_linear(down * self.scaling, lora_b, sizes)  # (..., out)
-        return y + up.to(y.dtype)
+        return add_low_rank(y, x, lora_a, lora_b, self.scaling, bank.sizes(x))
 
 
 class HeadLinear(nn.Module):

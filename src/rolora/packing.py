@@ -47,6 +47,11 @@ class Packing:
     places: Tensor
     groups: tuple[Group, ...]
 
+    @property
+    def dense(self) -> bool:
+        """Whether all rows have the same length, so that packing moves nothing."""
+        return len(self.row) == self.rows * self.width
+
 
 def pack(lengths: Tensor) -> Packing:
     """The packing of right-padded rows of these lengths (int64), all at least 1."""
@@ -145,6 +150,11 @@ def packed_attention(
     """
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    if packing.dense:
+        shape = (packing.rows, packing.width)
+        views = (x.view(x.shape[1], *shape, -1).transpose(0, 1) for x in (query, key, value))
+        out, _ = sdpa_attention_forward(module, *views, None, **kwargs)
+        return out.flatten(0, 1).unsqueeze(0), None
     groups, count = packing.groups, query.shape[2]
     spread = (Spread.apply(x.squeeze(0).transpose(0, 1), groups) for x in (query, key, value))  # type: ignore[no-untyped-call]
     outputs = []

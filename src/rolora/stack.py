@@ -108,15 +108,13 @@ class Stack:
         else:
             out = run(hidden, *rest)
         if packing is not None and index == self.depth - 1:
-            size = packing.rows * packing.width
-            padded: Tensor = Place.apply(out.squeeze(0), packing.places, size)  # type: ignore[no-untyped-call]
-            return padded.view(packing.rows, packing.width, -1)
+            return _unpacked(out.squeeze(0), packing)
         return out
 
     def _entering(self, hidden: Tensor, packing: Packing) -> Tensor:
         if self._prefix is not None:
             return self._prefix.unsqueeze(0)
-        return hidden.flatten(0, 1).index_select(0, packing.places).unsqueeze(0)
+        return _packed(hidden, packing)
 
     def _along(self, value: Any, packing: Packing) -> Any:
         """A layer's other argument, packed where it has an entry per token; no mask is left."""
@@ -131,10 +129,23 @@ class Stack:
             return value
         known = self._seen.get(id(value))
         if known is None:
-            wide = value.expand(rows, *value.shape[1:]).flatten(0, 1)
-            known = (value, wide.index_select(0, packing.places).unsqueeze(0))
+            known = (value, _packed(value.expand(rows, *value.shape[1:]), packing))
             self._seen[id(value)] = known
         return known[1]
+
+
+def _packed(padded: Tensor, packing: Packing) -> Tensor:
+    """Padded rows (rows, width, ...) as tokens end to end (1, tokens, ...)."""
+    flat = padded.flatten(0, 1)
+    return (flat if packing.dense else flat.index_select(0, packing.places)).unsqueeze(0)
+
+
+def _unpacked(tokens: Tensor, packing: Packing) -> Tensor:
+    """Tokens end to end (tokens, ...) as padded rows (rows, width, ...), zero on padding."""
+    size = packing.rows * packing.width
+    if not packing.dense:
+        tokens = Place.apply(tokens, packing.places, size)  # type: ignore[no-untyped-call]
+    return tokens.view(packing.rows, packing.width, *tokens.shape[1:])
 
 
 def take_over(model: Any, adapted: Callable[[str], bool]) -> Stack | None:
