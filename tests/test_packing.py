@@ -109,15 +109,16 @@ def test_spreading_and_collecting_are_each_other_s_inverse_and_gradient(lengths:
     x = torch.randn(sum(lengths), 2, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(x: Tensor) -> Tensor:
-        spread = Spread.apply(x, packing.groups)  # type: ignore[no-untyped-call]
-        real = [g.real.reshape(-1, 1) for g in packing.groups]
+        spread = Spread.apply(x, packing)  # type: ignore[no-untyped-call]
         # what padding holds must not matter, so it is made different
-        changed = [torch.where(r, part.sin(), 7.0) for part, r in zip(spread, real, strict=True)]
-        result: Tensor = Collect.apply(packing.groups, len(x), *changed)  # type: ignore[no-untyped-call]
+        changed = spread.sin().index_fill(0, packing.padding, 7.0)
+        result: Tensor = Collect.apply(changed, packing)  # type: ignore[no-untyped-call]
         return result
 
     assert torch.equal(there_and_back(x), x.sin())
     assert torch.autograd.gradcheck(there_and_back, (x,))
     assert sum(g.rows for g in packing.groups) == len(lengths)
+    real = torch.cat([g.real.flatten() for g in packing.groups])
+    assert torch.equal((~real).nonzero().squeeze(1), packing.padding)
     for group in packing.groups:
         assert group.width < 2 * max(16, int(group.real.sum(dim=-1).min()))

@@ -6,7 +6,6 @@ are. Attention alone sees where rows begin and end: it pads rows of like length 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that attend side by side, padded to ``width``.
+    """``rows`` that attend side by side, padded to ``width``.
 
-    ``tokens`` are their places among all packed tokens and ``places`` those among rows × width;
-    ``source`` (rows · width,) is the token at every place, any token on padding; ``real`` (rows, 1,
-    1, width) is False on padding.
+    ``real`` (rows, 1, 1, width) is False on padding.
     """
 
-    tokens: Tensor
-    places: Tensor
-    source: Tensor
     rows: int
     width: int
     real: Tensor
@@ -37,7 +31,9 @@ class Packing:
     """Right-padded rows as tokens end to end.
 
     ``row`` and ``position`` (tokens,) int64 say which token is which, ``places`` where it lies
-    among rows × ``width``. ``groups`` are rows of like length.
+    among rows × ``width``. Attention pads them otherwise: its ``groups`` are rows of like length,
+    one group's rows · width places after another's. There, ``spot`` (tokens,) is where a token
+    lies, ``source`` the token at every place (any token on padding), ``padding`` the others.
     """
 
     rows: int
@@ -46,6 +42,9 @@ class Packing:
     position: Tensor
     places: Tensor
     groups: tuple[Group, ...]
+    spot: Tensor
+    source: Tensor
+    padding: Tensor
 
     @property
     def dense(self) -> bool:
@@ -57,68 +56,58 @@ def pack(lengths: Tensor) -> Packing:
     """The packing of right-padded rows of these lengths (int64), all at least 1."""
     rows, width = len(lengths), int(lengths.max())
     row = torch.arange(rows, device=lengths.device).repeat_interleave(lengths)
-    starts = lengths.cumsum(0) - lengths
-    position = torch.arange(len(row), device=lengths.device) - starts[row]
+    position = torch.arange(len(row), device=lengths.device) - (lengths.cumsum(0) - lengths)[row]
     # rows of a group differ at most by a factor of two, so attention wastes little on padding
     size = torch.frexp(((lengths - 1) / 16).float()).exponent.clamp(min=0)
-    groups = tuple(_group(size == value, lengths, row, position) for value in torch.unique(size))
-    return Packing(rows, width, row, position, row * width + position, groups)
+    groups, starts, total = [], torch.zeros_like(lengths), 0
+    for value in torch.unique(size):
+        chosen = (size == value).nonzero().squeeze(1)
+        groups.append(_group(lengths[chosen]))
+        starts[chosen] = total + torch.arange(len(chosen), device=row.device) * groups[-1].width
+        total += len(chosen) * groups[-1].width
+    spot = starts[row] + position
+    source = row.new_zeros(total).index_copy_(0, spot, torch.arange(len(row), device=row.device))
+    padding = torch.ones_like(source, dtype=torch.bool).index_fill_(0, spot, False).nonzero()
+    places = row * width + position
+    return Packing(
+        rows, width, row, position, places, tuple(groups), spot, source, padding.squeeze(1)
+    )
 
 
-def _group(chosen: Tensor, lengths: Tensor, row: Tensor, position: Tensor) -> Group:
-    rows, width = int(chosen.sum()), int(lengths[chosen].max())
-    tokens = chosen[row].nonzero().squeeze(1)
-    number = chosen.long().cumsum(0) - 1  # of each row among the chosen
-    places = number[row[tokens]] * width + position[tokens]
-    source = tokens.new_zeros(rows * width).index_copy_(0, places, tokens)
-    real = torch.arange(width, device=lengths.device) < lengths[chosen].unsqueeze(1)
-    return Group(tokens, places, source, rows, width, real[:, None, None, :])
+def _group(lengths: Tensor) -> Group:
+    width = int(lengths.max())
+    real = torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+    return Group(len(lengths), width, real[:, None, None, :])
 
 
 class Spread(torch.autograd.Function):
-    """Packed tokens (tokens, ...) as padded rows, (rows · width, ...) per group.
+    """Packed tokens (tokens, ...) padded for attention: (places, ...).
 
     Padding is a copy of some token: it must not reach any result, and gets no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: Sequence[Group]) -> tuple[Tensor, ...]:
-        ctx.groups, ctx.count = groups, len(x)
-        return tuple(x.index_select(0, group.source) for group in groups)
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return x.index_select(0, packing.source)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return _collected(upstream, ctx.groups, ctx.count), None
+        return upstream[0].index_select(0, ctx.packing.spot), None
 
 
 class Collect(torch.autograd.Function):
-    """The real tokens of padded rows, (rows · width, ...) per group, packed: (tokens, ...)."""
+    """The real tokens of what attention padded, packed: (tokens, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, groups: Sequence[Group], count: int, *padded: Tensor) -> Tensor:
-        ctx.groups = groups
-        return _collected(padded, groups, count)
+    def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return padded.index_select(0, packing.spot)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, *tuple[Tensor, ...]]:
-        (gradient,) = upstream
-        rows = ctx.groups
-        parts = (gradient if len(rows) == 1 else gradient.index_select(0, g.tokens) for g in rows)
-        sizes = (g.rows * g.width for g in rows)
-        return None, None, *map(_placed, parts, (g.places for g in rows), sizes)
-
-
-def _collected(padded: Sequence[Tensor], groups: Sequence[Group], count: int) -> Tensor:
-    if len(groups) == 1:
-        return padded[0].index_select(0, groups[0].places)
-    out = padded[0].new_empty(count, *padded[0].shape[1:])
-    for group, rows in zip(groups, padded, strict=True):
-        out.index_copy_(0, group.tokens, rows.index_select(0, group.places))
-    return out
-
-
-def _placed(x: Tensor, places: Tensor, size: int) -> Tensor:
-    return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        spread = upstream[0].index_select(0, ctx.packing.source)
+        return spread.index_fill_(0, ctx.packing.padding, 0), None
 
 
 class Place(torch.autograd.Function):
@@ -127,7 +116,7 @@ class Place(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(places)
-        return _placed(x, places, size)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
@@ -155,14 +144,17 @@ def packed_attention(
         views = (x.view(x.shape[1], *shape, -1).transpose(0, 1) for x in (query, key, value))
         out, _ = sdpa_attention_forward(module, *views, None, **kwargs)
         return out.flatten(0, 1).unsqueeze(0), None
-    groups, count = packing.groups, query.shape[2]
-    spread = (Spread.apply(x.squeeze(0).transpose(0, 1), groups) for x in (query, key, value))  # type: ignore[no-untyped-call]
+    sizes = [group.rows * group.width for group in packing.groups]
+    padded = (
+        Spread.apply(x.squeeze(0).transpose(0, 1), packing).split(sizes)  # type: ignore[no-untyped-call]
+        for x in (query, key, value)
+    )
     outputs = []
-    for group, *padded in zip(groups, *spread, strict=True):
-        shaped = [x.unflatten(0, (group.rows, group.width)).transpose(1, 2) for x in padded]
+    for group, *parts in zip(packing.groups, *padded, strict=True):
+        shaped = [x.unflatten(0, (group.rows, group.width)).transpose(1, 2) for x in parts]
         causal = getattr(module, "is_causal", True)  # then no real token sees the padding behind it
         mask = None if causal else group.real
         out, _ = sdpa_attention_forward(module, *shaped, mask, **kwargs)
         outputs.append(out.flatten(0, 1))
-    packed: Tensor = Collect.apply(groups, count, *outputs)  # type: ignore[no-untyped-call]
-    return packed.unsqueeze(0), None
+    result: Tensor = Collect.apply(torch.cat(outputs), packing)  # type: ignore[no-untyped-call]
+    return result.unsqueeze(0), None

@@ -12,7 +12,7 @@ from torch.nn import functional
 Sizes = Sequence[int]
 
 
-class LowRank(torch.autograd.Function):
+class AddLowRank(torch.autograd.Function):
     """``y`` (n, out) plus B (A x) · scaling, each client's A and B on its segment of the rows.
 
     Only what the backward pass needs is kept: ``x`` (n, in) where A is trained, A x, which is rank
@@ -66,7 +66,7 @@ def add_low_rank(
     if len(sizes) == 1 and x.dtype == y.dtype == lora_a.dtype:  # torch's own keeps as little
         down = (flat[1] @ lora_a.squeeze(0).mT) * scaling
         return torch.addmm(flat[0], down, lora_b.squeeze(0).mT).view(y.shape)
-    result: Tensor = LowRank.apply(*flat, lora_a, lora_b, scaling, sizes)  # type: ignore[no-untyped-call]
+    result: Tensor = AddLowRank.apply(*flat, lora_a, lora_b, scaling, sizes)  # type: ignore[no-untyped-call]
     return result.view(y.shape)
 
 
