@@ -1,14 +1,14 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
 # make test      the default tests            make test-all  with slow, browser and docs tests
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
-# make bench     measurements beside other programs, about 20 minutes; docs/performance.md
+# make bench     measurements beside other programs, about 30 minutes; docs/performance.md
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo demo-llm test test-all check bench build clean
+.PHONY: install demo demo-llm test test-all check bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -42,6 +42,10 @@ PEERS := .venv-bench
 bench: install $(PEERS)/installed
 	$(BIN)/python -m benchmarks --peers $(PEERS)/bin/python $(BENCH)
 	$(BIN)/python docs/make_performance.py
+
+# on a machine with a CUDA build of torch in the environment that BENCH_PYTHON names
+bench-gpu:
+	PYTHONPATH=src $(or $(BENCH_PYTHON),$(BIN)/python) -m benchmarks.gpu --model $(or $(MODEL),roberta-large)
 
 $(PEERS)/installed: benchmarks/constraints.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +121,25 @@ def load_base(
     )
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
+    base = with_bank(model, tokenizer, kind, settings, source, missing)
+    if not quantise:
+        base.model.to(device)
+    return base
+
+
+def with_bank(
+    model: Any,
+    tokenizer: Any,
+    kind: Kind,
+    settings: LoraSettings,
+    source: str,
+    missing: Collection[str] = (),
+) -> Base:
+    """The frozen base that ``model``, changed in place, becomes.
+
+    ``source`` names it; the weights named in ``missing`` are not from the checkpoint. Raises
+    ConfigError for a model that cannot carry per-client adapters.
+    """
     if model.config.is_encoder_decoder:
         raise ConfigError(f"{source!r} is an encoder-decoder, which no task here can train")
     head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
@@ -138,20 +157,20 @@ def load_base(
         scaling=settings.scaling,
         dropout=settings.dropout,
     )
-    _refuse_unreachable_layers(model, bank)
-    stack = take_over(model, set(layers).__contains__)
-    model = model if quantise else model.to(device)
+    with torch.device(next(model.parameters()).device):  # where the probes make their rows
+        _refuse_unreachable_layers(model, bank)
+        stack = take_over(model, set(layers).__contains__)
     return Base(model, tokenizer, bank, config, tuple(head_layers), stack)
 
 
-def _head_layers(model: Any, missing: set[str], source: str) -> list[str]:
+def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]:
     """The linear layers above the pre-trained encoder, and those that the checkpoint lacks."""
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = [p for p in linears if above_encoder(model, p) or f"{p}.weight" in missing]
     covered = {f"{path}.{key}" for path in found for key in ("weight", "bias")}
-    if missing - covered:
+    if uncovered := set(missing) - covered:
         raise ConfigError(
-            f"{source!r} lacks {min(missing - covered)}, which is no part of a linear task head"
+            f"{source!r} lacks {min(uncovered)}, which is no part of a linear task head"
         )
     return found
 
