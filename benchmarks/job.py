@@ -115,9 +115,9 @@ def _round(setup: Setup, number: int, tensors: dict[str, Tensor]) -> Mapping[str
     run, config = setup.federation, setup.config
     engine = run.engine
     assert isinstance(engine, InProcess)
-    cohort = []
-    for client in sample_cohort(list(run.clients), run.participation, run.seed, number, 0):
-        info = ClientInfo(client, run.clients[client], run.rank, number)
+    clients, cohort = engine.clients(), []
+    for client in sample_cohort(list(clients), run.participation, run.seed, number, 0):
+        info = ClientInfo(client, clients[client], run.rank, number)
         steps = engine.settings.num_steps(info.num_examples)
         work = Work(client, engine.shards[client], setup.start.server.adapter, steps)
         drawn = batches(work, config.train.batch_size, config.seed, number)

@@ -62,7 +62,12 @@ class Pretended:
     """Clients that send one of a few updates made beforehand; ``spent`` counts their seconds."""
 
     pool: Sequence[AdapterState]
+    count: int = 0
     spent: float = 0.0
+
+    def clients(self) -> Mapping[str, int]:
+        """All hold 8 rows."""
+        return {f"client-{i:07d}": 8 for i in range(self.count)}
 
     def run(self, method: Method, job: Job) -> Iterator[Update]:
         for index, client in enumerate(job.cohort):
@@ -80,12 +85,12 @@ class Pretended:
 def federation(
     engine: Pretended, method: str, clients: int, cohort: int, rounds: int
 ) -> Federation:
-    """All clients hold 8 rows."""
+    """This many clients, of whom a cohort takes part in a round."""
+    engine.count = clients
     return Federation(
         method=get_method(method),
         engine=engine,
         aggregation=Aggregation(mean()),
-        clients={f"client-{i:07d}": 8 for i in range(clients)},
         rank=4,
         seed=0,
         rounds=rounds,

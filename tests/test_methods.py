@@ -178,12 +178,10 @@ def test_three_rounds_of_encoded_uploads_cost_their_bytes_and_stay_near_those_in
             ClientStore(tmp_path / how),
             up=how,
         )
-        clients = {id: len(rows) for id, rows in SHARDS.items()}
         run = Federation(
             method=method,
             engine=engine,
             aggregation=MEAN,
-            clients=clients,
             rank=2,
             seed=0,
             rounds=3,

@@ -43,6 +43,10 @@ class Pretended:
 
     broken: Broken = lambda round, attempt, client: False
     jobs: list[Job] = field(default_factory=list)
+    members: Mapping[str, int] = field(default_factory=lambda: CLIENTS)
+
+    def clients(self) -> Mapping[str, int]:
+        return self.members
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         self.jobs.append(job)
@@ -67,11 +71,11 @@ class Pretended:
 
 def federation(method: str | Method = "rolora", **changes: Any) -> Federation:
     chosen = get_method(method) if isinstance(method, str) else method
+    engine = Pretended(members=changes.pop("clients", CLIENTS))
     plain = Federation(
         method=chosen,
-        engine=Pretended(),
+        engine=engine,
         aggregation=Aggregation(mean()),
-        clients=CLIENTS,
         rank=2,
         seed=3,
         rounds=6,

@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,14 @@ SPECS = make_specs()
 FEDIT = get_method("fedit")
 
 
+@dataclass(frozen=True)
 class Pretended:
     """Clients that move at random what they train."""
+
+    count: int
+
+    def clients(self) -> Mapping[str, int]:
+        return {f"client-{i:06d}": 8 for i in range(self.count)}
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         for seed, client in enumerate(job.cohort):
@@ -60,9 +66,8 @@ def work(clients: int, folder: Path, method: str = "rolora") -> tuple[Counter[st
 
     run = Federation(
         method=replace(plain, download=download),
-        engine=Pretended(),
+        engine=Pretended(clients),
         aggregation=Aggregation(Reducer(inner.init, add, inner.finish)),
-        clients={f"client-{i:06d}": 8 for i in range(clients)},
         rank=2,
         seed=0,
         rounds=4,

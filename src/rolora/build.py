@@ -172,7 +172,6 @@ def _federation(
         aggregation=Aggregation(
             make_reducer(config), config.aggregate.weights, config.aggregate.quorum
         ),
-        clients={client: len(shard) for client, shard in engine.shards.items()},
         rank=config.lora.rank,
         seed=config.seed,
         rounds=config.train.rounds,

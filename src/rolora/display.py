@@ -34,6 +34,10 @@ class Watched:
     engine: Engine
     tick: Callable[[], None]
 
+    def clients(self) -> Mapping[str, int]:
+        """As the engine's own."""
+        return self.engine.clients()
+
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """As the engine's own."""
         for reply in self.engine.run(method, job):

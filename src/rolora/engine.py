@@ -25,6 +25,7 @@ from rolora.errors import RoloraError
 from rolora.local import LocalSettings, Trained, Work, evaluate, train_group
 from rolora.method import Method, ServerState
 from rolora.tasks import Examples, Task
+from rolora.traffic import Ledger
 from rolora.wire import Format, WireError, decode, encode, num_bytes
 
 _log = logging.getLogger(__name__)
@@ -34,12 +35,16 @@ POOL = "(all)"  # the client id of a pooled method; brackets, as no client's own
 
 @dataclass(frozen=True)
 class Job:
-    """One round's work: the server's state, the cohort in order of use, the seed, the step size."""
+    """One round's work: the server's state, the cohort in order of use, the seed, the step size.
+
+    ``ledger`` says what each client holds, for an engine that has to send what it lacks.
+    """
 
     server: ServerState
     cohort: tuple[ClientInfo, ...]
     seed: int
     lr: float
+    ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def round(self) -> int:
@@ -57,7 +62,11 @@ class ClientMetrics:
 
 
 class Engine(Protocol):
-    """Runs the clients of a round, and evaluates where personal state is."""
+    """Knows the clients, runs those of a round, and evaluates where personal state is."""
+
+    def clients(self) -> Mapping[str, int]:
+        """Who can take part now: id -> num_examples."""
+        ...
 
     def run(self, method: Method, job: Job) -> Iterable[Update | Failure]:
         """Train the job's cohort; yield what each client sends, in any order."""
@@ -96,6 +105,12 @@ class ClientStore:
         for file in [*past[:-3], *(file for at, file in files if at > round)]:
             file.unlink()
 
+    def forget(self, client: str, after: int) -> None:
+        """Drop what was kept after rounds later than this one: they were never finished."""
+        for round, file in self._files(client):
+            if round > after:
+                file.unlink()
+
     def _files(self, client: str) -> list[tuple[int, Path]]:
         found = sorted((self.folder / client).glob(f"{self.kind}-*.safetensors"))
         return [(int(file.stem.removeprefix(f"{self.kind}-")), file) for file in found]
@@ -120,6 +135,10 @@ class InProcess:
     held_out: Mapping[str, Examples] = field(default_factory=dict)
     test: Examples | None = None
     up: Format = "fp32"
+
+    def clients(self) -> Mapping[str, int]:
+        """Every client, always."""
+        return {client: len(rows) for client, rows in self.shards.items()}
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """Train the cohort in its order, in groups of like size.
@@ -241,6 +260,10 @@ class Debug:
     """Slow and plain-spoken: one client at a time; names the client and the stage that broke."""
 
     engine: InProcess
+
+    def clients(self) -> Mapping[str, int]:
+        """As ``InProcess.clients``."""
+        return self.engine.clients()
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """As ``InProcess.run``, with every stage of every client checked by itself."""

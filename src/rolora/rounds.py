@@ -85,7 +85,7 @@ class RoundResult:
 class Federation:
     """Everything that defines a run; no part of it changes while it runs.
 
-    ``clients`` maps id -> num_examples. ``test`` and ``validation`` score an adapter on the
+    ``test`` and ``validation`` score an adapter on the
     server's held-out rows; ``metric`` is what early stopping and the best round go by, on the
     validation rows only. ``patience`` counts evaluations without improvement.
     """
@@ -93,7 +93,6 @@ class Federation:
     method: Method
     engine: Engine
     aggregation: Aggregation
-    clients: Mapping[str, int]
     rank: int
     seed: int
     rounds: int
@@ -161,11 +160,15 @@ def _blank(state: RunState) -> RoundResult:
 def _round(run: Federation, state: RunState) -> RoundResult:
     method, server = run.method, state.server
     round, attempt = server.round + 1, server.attempt
-    ids = sample_cohort(list(run.clients), run.participation, run.seed, round, attempt)
-    members = {id: ClientInfo(id, run.clients[id], run.rank, round) for id in _in_order(run, ids)}
-    pool = ClientInfo(POOL, sum(run.clients.values()), run.rank, round)
+    clients = run.engine.clients()
+    ids = sample_cohort(list(clients), run.participation, run.seed, round, attempt)
+    # largest shard first, then by id: clients with as many steps then share a bank, and their
+    # updates come in the order of use
+    order = sorted(ids, key=lambda id: (-clients[id], id))
+    members = {id: ClientInfo(id, clients[id], run.rank, round) for id in order}
+    pool = ClientInfo(POOL, sum(clients.values()), run.rank, round)
     cohort = {POOL: pool} if method.pooled else members
-    job = Job(server, tuple(members.values()), run.seed, run.lr(round))
+    job = Job(server, tuple(members.values()), run.seed, run.lr(round), state.ledger)
     arrived: list[Arrival] = []
     replies = noting(run.engine.run(method, job), arrived, lone=len(members) == 1)
     rng = generator(run.seed, "aggregate", round, attempt)
@@ -196,14 +199,6 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     )
 
 
-def _in_order(run: Federation, clients: Iterable[str]) -> list[str]:
-    """Largest shard first, then by id: the order in which clients are trained and combined.
-
-    Clients with as many steps then share a bank, and their updates come in the order of use.
-    """
-    return sorted(clients, key=lambda id: (-run.clients[id], id))
-
-
 def _evaluated(
     run: Federation, result: RoundResult, started: float, first: bool = False
 ) -> RoundResult:
@@ -216,7 +211,8 @@ def _evaluated(
     client_metrics: dict[str, Metrics] = {}
     personal = bool(run.method.personal(max(server.round, 1)))
     if run.per_client or (personal and not first):
-        infos = [ClientInfo(c, n, run.rank, server.round) for c, n in sorted(run.clients.items())]
+        clients = sorted(run.engine.clients().items())
+        infos = [ClientInfo(c, n, run.rank, server.round) for c, n in clients]
         found = list(run.engine.evaluate(run.method, server, infos))
         client_metrics = {one.client: one.held_out for one in found if one.held_out}
         metrics = _mean([one.test for one in found if one.test])

@@ -78,14 +78,18 @@ def load_rows(config: RunConfig) -> Rows:
     split = _partition(config, train, left, owners)
     shards, held_out = {}, {}
     for client, chosen in split.shards.items():
-        rows = left[chosen]
-        count = int(len(rows) * (where.client_test or 0))
-        order = torch.randperm(len(rows), generator=generator(config.seed, "held out", client))
-        shards[client] = rows[order[count:]].sort().values
-        if count:
-            held_out[client] = rows[order[:count]].sort().values
+        shards[client], kept = hold_out(left[chosen], where.client_test or 0, config.seed, client)
+        if len(kept):
+            held_out[client] = kept
     label = config.data.label if config.data.label in train.column_names else None
     return Rows(train, test, validation, split, shards, held_out, label)
+
+
+def hold_out(rows: Tensor, share: float, seed: int, client: str) -> tuple[Tensor, Tensor]:
+    """A client's rows (int64 indices) to train on, and the share of them that it never trains on."""
+    count = int(len(rows) * share)
+    order = torch.randperm(len(rows), generator=generator(seed, "held out", client))
+    return rows[order[count:]].sort().values, rows[order[:count]].sort().values
 
 
 def _part(

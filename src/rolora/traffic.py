@@ -23,11 +23,13 @@ class Held(NamedTuple):
     """What a client holds: the server's tensors as they were after ``round``.
 
     If it ``sent`` an update in the round that followed, it holds its own values of what was shared
-    then, and not the server's.
+    then, and not the server's. ``last`` is the latest round in which an update of it arrived, 0 if
+    none has: what it keeps for itself counts as of then.
     """
 
     round: int
     sent: bool
+    last: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,29 @@ def after_round(
     for client, info in cohort.items():
         view, has = method.download(before, info), ledger.held.get(client)
         if view is not before.adapter:
-            total += _lacking(method, before, view, ledger, has)
+            total += lacking(method, before, view, ledger, has).num_bytes()
         else:
             if has not in known:
-                known[has] = _lacking(method, before, view, ledger, has)
+                known[has] = lacking(method, before, view, ledger, has).num_bytes()
             total += known[has]
-        held[client] = Held(before.round, client in sent)
+        last = has.last if has else 0
+        if client in sent and after.round > before.round:
+            last = after.round
+        held[client] = Held(before.round, client in sent, last)
     for one in arrived:
         # the average of one client's update is what that client holds already
         if one.client in cohort and one.lone and _is_part(one.lone, after.adapter):
-            held[one.client] = Held(after.round, False)
+            held[one.client] = Held(after.round, False, after.round)
     return Ledger(_changed(before, after, ledger), held), total
 
 
-def _lacking(
+def lacking(
     method: Method, server: ServerState, view: AdapterState, ledger: Ledger, has: Held | None
-) -> int:
-    """Bytes of the view that its client does not hold."""
+) -> AdapterState:
+    """The part of a client's ``view`` of the server's adapter that it does not hold.
+
+    ``has``: what the ledger says of this client, None for one that never took part.
+    """
 
     def lacks(name: str) -> bool:
         if has is None or view[name] is not server.adapter.get(name):
@@ -112,7 +120,7 @@ def _lacking(
             return True
         return has.sent and role_of(name) in method.shared(has.round + 1)
 
-    return view.select(lacks).num_bytes()
+    return view.select(lacks)
 
 
 def _changed(before: ServerState, after: ServerState, ledger: Ledger) -> Mapping[str, int]:

@@ -1,0 +1,58 @@
+"""What travels between coordinator and site: a few plain values, and bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rolora.adapter import tensor_hash
+from rolora.errors import RoloraError
+
+PROTOCOL = 1
+Plain = str | int | float | bool
+
+
+class ParcelError(RoloraError):
+    """A message that cannot be used; says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """``head``: what is asked or answered; ``body``: a payload of ``rolora.wire``, or text.
+
+    ``tensors`` names what is in the body, for the sender's own log; it does not travel.
+    """
+
+    head: Mapping[str, Plain]
+    body: bytes = b""
+    tensors: tuple[str, ...] = ()
+
+    def text(self, key: str) -> str:
+        """A text of the head. Raises ParcelError if it is missing or no text."""
+        value = self.head.get(key)
+        if not isinstance(value, str):
+            raise ParcelError(f"{key!r} is {value!r}, expected a text")
+        return value
+
+    def whole(self, key: str) -> int:
+        """A whole number >= 0 of the head. Raises ParcelError otherwise."""
+        value = self.head.get(key)
+        if type(value) is not int or value < 0:
+            raise ParcelError(f"{key!r} is {value!r}, expected a whole number")
+        return value
+
+    def number(self, key: str) -> float:
+        """A number of the head, finite or not. Raises ParcelError otherwise."""
+        value = self.head.get(key)
+        if type(value) not in (int, float):
+            raise ParcelError(f"{key!r} is {value!r}, expected a number")
+        return float(value)  # type: ignore[arg-type]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A short hash of names and exact values."""
+    lines = (f"{name} {tensor_hash(tensors[name])}\n" for name in sorted(tensors))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]

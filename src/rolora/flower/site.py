@@ -1,0 +1,322 @@
+"""A site's part of a run: it answers four questions and keeps what is its own on its own disk.
+
+``answer`` is a function from one message to another. What a site has received and sent lies in its
+state folder, one file per round, so every question can be answered by a new process, and asked
+again. Rows, tokens and personal tensors never leave; ``outgoing.log`` says what did.
+
+====== ====================================== ==========================================
+asks   the coordinator sends                  the site answers
+====== ====================================== ==========================================
+hello  the run's configuration                how many rows, which labels, versions
+ready  the labels of all sites                hashes of base model, tokenizer, tensors
+train  tensors that the site lacks            the tensors that it trained
+score  tensors that the site lacks            metrics on its own held-out rows
+====== ====================================== ==========================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from rolora import data
+from rolora.adapter import AdapterState, ClientInfo, Failure
+from rolora.base import Base
+from rolora.config import make_config, read_toml
+from rolora.configured import load_base_for, local_settings, make_method, make_task
+from rolora.durable import write_file
+from rolora.engine import ClientStore, InProcess, Job
+from rolora.errors import ConfigError, RoloraError
+from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest
+from rolora.method import Method, ServerState
+from rolora.prefix import kept_below
+from rolora.rows import hold_out
+from rolora.schema import RunConfig, Section
+from rolora.tasks.classification import class_labels
+from rolora.wire import WireError, decode, encode
+
+NAME = re.compile(r"[\w-][\w.-]{0,63}")
+RUN = re.compile(r"[0-9a-f]{8,64}")
+
+
+class SiteConfig(Section):
+    """``site.toml``: what one site brings; written and read at the site only."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] = Field(
+        description="the client id, the same in every run"
+    )
+    data: str = Field(description="this site's rows: csv, jsonl, parquet or a datasets folder")
+    model: str | None = Field(
+        None, description="the base model here; left out: what the run's configuration says"
+    )
+    text: str | list[str] | None = Field(None, description="columns here; left out: the run's")
+    label: str | None = Field(None, description="the label column here; left out: the run's")
+    device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")
+    threads: int | None = Field(None, ge=1, description="of torch; left out: all cores")
+    state: str = Field("rolora-site", description="folder for what the site keeps")
+    superlink: str = Field("127.0.0.1:8000", description="the coordinator's address, host:port")
+    certificates: str | None = Field(None, description="the CA certificate, PEM; none: no TLS")
+    key: str | None = Field(None, description="this site's private key; none: no key is asked for")
+    root: Path = Field(Path(), exclude=True)
+
+    @property
+    def folder(self) -> Path:
+        """Where the site keeps its state."""
+        return self.root / Path(self.state).expanduser()
+
+
+def read_site(path: str | Path) -> SiteConfig:
+    """A site's configuration; paths in it start from its folder. ConfigError in one line."""
+    values = read_toml(path)
+    try:
+        root = Path(path).expanduser().resolve().parent
+        return SiteConfig.model_validate({**values, "root": root})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "it"
+        raise ConfigError(f"{path}: {where}: {fault['msg']}") from None
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One run at one site, as far as it has been told of it."""
+
+    site: SiteConfig
+    config: RunConfig
+    labels: tuple[Any, ...]
+    store: ClientStore
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model here, with a bank of one."""
+        return load_base_for(self.config, self.labels)
+
+    @cached_property
+    def method(self) -> Method:
+        """The run's method, on an adapter that the coordinator has made for this site already."""
+        return replace(make_method(self.config), download=lambda server, client: server.adapter)
+
+    @cached_property
+    def engine(self) -> InProcess:
+        """Local training and evaluation, exactly as in a run on one machine."""
+        config, site = self.config, self.site
+        task = make_task(config, self.base, self.labels)
+        table = data.read_table(site.data, root=site.root)
+        rows, kept = _split(config, site, table.num_rows)
+        examples = task.encode(table, site.data)
+        if config.train.cache:
+            folder = site.folder / "cache"
+            folder.mkdir(parents=True, exist_ok=True)
+            examples, _ = kept_below(self.base, examples, folder)
+        held_out = {}
+        if len(kept):
+            held_out[site.name] = task.encode_test(table.take(kept.tolist()), site.data)
+        return InProcess(
+            self.base,
+            task,
+            examples,
+            {site.name: rows},
+            local_settings(config),
+            self.store,
+            bank_size=1,
+            held_out=held_out,
+        )
+
+
+def answer(site: SiteConfig, request: Parcel) -> Parcel:
+    """The site's answer; anything that goes wrong is an answer too, with "error" in its head."""
+    if site.threads is not None:
+        torch.set_num_threads(site.threads)
+    questions = {"hello": _hello, "ready": _ready, "train": _train, "score": _score}
+    try:
+        asked = request.text("ask")
+        if request.whole("protocol") != PROTOCOL:
+            raise ParcelError(
+                f"the coordinator speaks protocol {request.head['protocol']}, this site "
+                f"{PROTOCOL}: install the same version of rolora at both"
+            )
+        run = request.text("run")
+        if asked not in questions or not RUN.fullmatch(run):
+            raise ParcelError(f"{asked!r} for run {run!r} is no question that a site answers")
+        reply = questions[asked](site, site.folder / run, request)
+    except (RoloraError, OSError) as error:
+        asked, reply = str(request.head.get("ask")), Parcel({"error": str(error)})
+    reply = Parcel({"site": site.name, "protocol": PROTOCOL, **reply.head}, reply.body, reply.tensors)
+    _note_outgoing(site, asked, request, reply)
+    return reply
+
+
+def _hello(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+    """Learn of a run; say how many rows there are and which labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.json", request.body)
+    config = _config(site, folder)
+    table = data.read_table(site.data, root=site.root)
+    labels = []
+    if config.model.task == "classification":
+        labels = class_labels(table, config.data.label, site.data)
+    rows, _ = _split(config, site, table.num_rows)
+    answers = {"num_examples": len(rows), "labels": json.dumps(labels)}
+    return Parcel({**answers, "rolora": version("rolora"), "torch": version("torch")})
+
+
+def _ready(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+    """Load the model and the rows once, so that faults show now; say which model it is."""
+    write_file(folder / "labels.json", request.body)
+    run = _open(site, folder)
+    engine = run.engine
+    return Parcel(
+        {
+            "base": run.base.digest,
+            "tokenizer": tokenizer_digest(run.base),
+            "layout": layout(run.base),
+            "num_examples": len(engine.shards[site.name]),
+        }
+    )
+
+
+def _train(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+    """One round of local training, from the adapter that the coordinator names by its hash."""
+    run = _open(site, folder)
+    round = request.whole("round")
+    if round < 1:
+        raise ParcelError("'round' is 0, expected at least 1")
+    for kind in ("round", "residual"):
+        replace(run.store, kind=kind).forget(site.name, after=request.whole("last"))
+    received = _received(run, request, round)
+    if received is None:
+        return Parcel({"lacks": True})
+    method = run.method
+    info = ClientInfo(site.name, request.whole("num_examples"), run.config.lora.rank, round)
+    held = len(run.engine.shards[site.name])
+    if info.num_examples != held:
+        raise ParcelError(f"the coordinator counts {info.num_examples} rows here; there are {held}")
+    server = ServerState(received, round=round - 1)
+    job = Job(server, (info,), request.whole("seed"), request.number("lr"))
+    (update,) = run.engine.run(method, job)
+    if isinstance(update, Failure):
+        raise ParcelError(update.reason)
+    like = received.only(method.shared(round))
+    residuals = replace(run.store, kind="residual")
+    left = residuals.read(site.name, before=round)
+    payload, kept = encode(run.config.wire.up, update.adapter, like, left)
+    if kept:
+        residuals.write(site.name, round, left | kept)
+    sent = decode(run.config.wire.up, payload, like)
+    replace(run.store, kind="sent").write(site.name, round, sent)
+    metrics = {"round": round, "num_examples": held, **update.metrics}
+    return Parcel(metrics, payload, tuple(sent))
+
+
+def _score(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+    """Metrics of this site's adapter on its own held-out rows; {} if it holds none out."""
+    run = _open(site, folder)
+    round = request.whole("round")  # the rounds that are done
+    received = _received(run, request, round + 1)
+    if received is None:
+        return Parcel({"lacks": True})
+    info = ClientInfo(site.name, len(run.engine.shards[site.name]), run.config.lora.rank, round)
+    (found,) = run.engine.evaluate(run.method, ServerState(received, round=round), [info])
+    return Parcel({"round": round, "metrics": json.dumps(dict(found.held_out))})
+
+
+def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
+    """The adapter to start this round from: what is here already overlaid with what came.
+
+    None if that is not the adapter that the coordinator means, whose hash it sent.
+    """
+    specs = {spec.name: torch.zeros(spec.shape) for spec in run.base.specs.tensors}
+    names = json.loads(request.text("names"))
+    if not isinstance(names, list) or not set(names) <= specs.keys():
+        raise ParcelError("'names' are not all tensors of this model's adapter")
+    try:
+        came = decode("fp32", request.body, {name: specs[name] for name in names})
+    except WireError as error:
+        raise ParcelError(str(error)) from None
+    wanted, name = request.text("view"), run.site.name
+    store = replace(run.store, kind="received")
+    before = store.read(name, before=round + 1)
+    own = replace(run.store, kind="sent").read(name, before=round)
+    for held in (before, before | own):
+        view: dict[str, Tensor] = {**held, **came}
+        if view.keys() == specs.keys() and digest(view) == wanted:
+            store.write(name, round, view)
+            return AdapterState(view, run.base.specs.scaling)
+    return None
+
+
+def _config(site: SiteConfig, folder: Path) -> RunConfig:
+    """The run's configuration with this site's own places in it."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ParcelError("this site has not been told of the run") from None
+    except ValueError:
+        raise ParcelError("the run's configuration is not valid JSON") from None
+    config = make_config(values, root=site.root)
+    own: dict[str, Any] = {"train": site.data}
+    if site.text is not None:
+        own["text"] = site.text
+    if site.label is not None:
+        own["label"] = site.label
+    model = {} if site.model is None else {"path": site.model}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=own),
+            "model": config.model.model_copy(update=model),
+            "device": site.device,
+        }
+    )
+
+
+def _open(site: SiteConfig, folder: Path) -> SiteRun:
+    config = _config(site, folder)
+    try:
+        labels = json.loads((folder / "labels.json").read_text())
+    except FileNotFoundError:
+        raise ParcelError("this site has not been told the labels of the run") from None
+    return SiteRun(site, config, tuple(labels), ClientStore(folder))
+
+
+def _split(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:
+    return hold_out(torch.arange(rows), config.data.client_test or 0, config.seed, site.name)
+
+
+def tokenizer_digest(base: Base) -> str:
+    """A hash of what the tokenizer makes of text: its vocabulary and its serialised rules."""
+    fast = getattr(base.tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else json.dumps(base.tokenizer.get_vocab())
+    return hashlib.sha256(rules.encode()).hexdigest()[:32]
+
+
+def layout(base: Base) -> str:
+    """A hash of the names and shapes of the adapter's tensors."""
+    lines = (f"{spec.name} {spec.shape}\n" for spec in base.specs.tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
+def _note_outgoing(site: SiteConfig, asked: str, request: Parcel, reply: Parcel) -> None:
+    """One line in outgoing.log: when, what was asked, every value, tensor and number of bytes that left."""
+    entry: Mapping[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "asked": asked,
+        "run": request.head.get("run"),
+        "left": dict(reply.head),
+        "tensors": reply.tensors,
+        "bytes": len(reply.body),
+    }
+    site.folder.mkdir(parents=True, exist_ok=True)
+    with (site.folder / "outgoing.log").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
