@@ -54,8 +54,8 @@ class Place:
         repetitions = 2 if self.quick else repetitions
         machine = {**harness.machine(), "versions": dict(self.versions)}
         outcomes = harness.measure(parties, repetitions, self.environment())
-        setting = {**setting, "threads": self.threads, "cores": self.cores, "quick": self.quick}
-        harness.write_record(self.records, bench, outcomes, {**setting, **check()}, machine)
+        own = {"threads": self.threads, "cores": self.cores, "quick": self.quick}
+        harness.write_record(self.records, bench, outcomes, {**own, **setting, **check()}, machine)
 
     def environment(self) -> dict[str, str]:
         """The same for every party."""
