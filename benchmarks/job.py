@@ -83,8 +83,8 @@ def configuration(
 def write_job(config: RunConfig, folder: Path, rounds: int, *, threads: int, actors: int) -> Path:
     """Write the first ``rounds`` rounds of this run into ``folder``.
 
-    Every process computes with ``threads`` torch threads; a party made of several processes
-    (Flower's on Ray) may have ``actors`` of them.
+    Every party computes with ``threads`` torch threads; one made of several processes (Flower's on
+    Ray) has ``actors`` of them, which share the threads, with one each at least.
     """
     folder.mkdir(parents=True, exist_ok=True)
     setup = prepare(config, folder / "clients")

@@ -34,7 +34,7 @@ class Place:
 
     def party(self, module: str, *words: object, name: str | None = None, every: int = 1) -> Party:
         """The party of a file in benchmarks/peers; rolora's own runs in rolora's Python."""
-        our_own = module.startswith("rolora_") or words[:1] == ("rolora_mean",)
+        our_own = any(str(word).startswith("rolora") for word in (module, *words[:1]))
         python = self.ours if our_own else self.peers
         command = (python, "-m", f"benchmarks.peers.{module}", *map(str, words))
         return Party(name or module, command, 1 if self.quick else every)
@@ -54,8 +54,8 @@ class Place:
         repetitions = 2 if self.quick else repetitions
         machine = {**harness.machine(), "versions": dict(self.versions)}
         outcomes = harness.measure(parties, repetitions, self.environment())
-        setting = {**setting, "threads": self.threads, "cores": self.cores, "quick": self.quick}
-        harness.write_record(self.records, bench, outcomes, {**setting, **check()}, machine)
+        own = {"threads": self.threads, "cores": self.cores, "quick": self.quick}
+        harness.write_record(self.records, bench, outcomes, {**own, **setting, **check()}, machine)
 
     def environment(self) -> dict[str, str]:
         """The same for every party."""

@@ -6,6 +6,7 @@ from benchmarks.place import Place
 
 WAYS = (
     "rolora_mean",
+    "rolora_mean_float32",
     "numpy_mean",
     "torch_mean",
     "python_sum",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
 
-COHORT, ROUNDS = 10, 4
+COHORT, ROUNDS, LENGTH = 10, 4, 20
 
 
 def run(place: Place) -> None:
@@ -18,13 +18,15 @@ def run(place: Place) -> None:
     train, _ = place.questions()
     few = lengthened(train, place.scratch / "clients-test.csv", 1, 64)
     sizes = (10, 100) if place.quick else (10, 100, 1000)
+    # two full batches a client and rows of one length, so that a step is the same work everywhere
+    rows = lengthened(train, place.scratch / "clients.csv", LENGTH // 4, 8 * max(sizes))
     parties = []
     for clients in sizes:
         config = configuration(
             place.model(),
-            train,
+            rows,
             few,
-            max_length=20,
+            max_length=LENGTH,
             clients=clients,
             rounds=1000,
             participation=COHORT / clients,

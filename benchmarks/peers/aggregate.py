@@ -22,11 +22,11 @@ Updates = list[dict[str, Tensor]]
 Way = Callable[[], object]
 
 
-def rolora_mean(updates: Updates) -> Way:
+def rolora_mean(updates: Updates, dtype: torch.dtype = torch.float64) -> Way:
     """rolora's reducer: streaming, summed in float64."""
     from rolora.reduce import mean
 
-    reducer, rng = mean(), torch.Generator()
+    reducer, rng = mean(dtype), torch.Generator()
 
     def way() -> object:
         memory = reducer.init()
@@ -35,6 +35,11 @@ def rolora_mean(updates: Updates) -> Way:
         return reducer.finish(memory, rng)
 
     return way
+
+
+def rolora_mean_float32(updates: Updates) -> Way:
+    """The same reducer, summed in float32."""
+    return rolora_mean(updates, torch.float32)
 
 
 def numpy_mean(updates: Updates) -> Way:
@@ -95,6 +100,7 @@ def read(updates: Updates) -> Way:
 
 WAYS = (
     rolora_mean,
+    rolora_mean_float32,
     numpy_mean,
     torch_mean,
     python_sum,

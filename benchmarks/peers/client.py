@@ -48,10 +48,11 @@ class Job:
         return number % self.settings["eval_every"] == 0 or number == len(self.rounds)
 
 
-def read_job(folder: str) -> Job:
-    """Read a job folder and set torch's threads to the job's."""
+def read_job(folder: str, *, actor: bool = False) -> Job:
+    """Read a job folder and set torch's threads to the job's, or an actor's share of them."""
     settings = json.loads((Path(folder) / "job.json").read_text())
-    torch.set_num_threads(settings["threads"])
+    processes = settings["actors"] if actor else 1
+    torch.set_num_threads(max(1, settings["threads"] // processes))
     test = _grouped(load_file(Path(folder) / "test.safetensors"))
     return Job(
         settings,

@@ -43,7 +43,7 @@ server_app = ServerApp()
 @lru_cache(maxsize=1)
 def loaded(folder: str) -> tuple[Job, Any]:
     """The job and the model, loaded once in each process."""
-    job = read_job(folder)
+    job = read_job(folder, actor=True)
     return job, peft_model(job)
 
 
@@ -96,8 +96,9 @@ def serve_jobs(grid: Grid, context: Context) -> None:
             if number == 0 or not job.evaluated(number):
                 return None
             set_peft_model_state_dict(model, arrays.to_torch_state_dict())
-            curve.append((time.perf_counter() - started, accuracy(model, job)))
-            return MetricRecord({"accuracy": curve[-1][1]})
+            right = accuracy(model, job)
+            curve.append((time.perf_counter() - started, right))
+            return MetricRecord({"accuracy": right})
 
         start = ArrayRecord(dict(job.start))
         strategy = Alternating(start, job.settings["clients"])

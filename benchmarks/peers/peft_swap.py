@@ -46,7 +46,8 @@ def federate(job: Job, model: Any, curve: list[tuple[float, float]]) -> dict[str
         server |= mean(updates)
         if job.evaluated(number):
             set_peft_model_state_dict(model, server)
-            curve.append((time.perf_counter() - started, accuracy(model, job)))
+            right = accuracy(model, job)
+            curve.append((time.perf_counter() - started, right))
     return server
 
 
