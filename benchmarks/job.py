@@ -101,7 +101,7 @@ def write_job(config: RunConfig, folder: Path, rounds: int, *, threads: int, act
         "lr": config.train.lr,
         "threads": threads,
         "actors": actors,
-        "clients": len(setup.rows.shards),
+        "clients": len(setup.federation.engine.clients()),
         "eval_every": config.eval.every,
         "rounds": plan,
     }
@@ -122,16 +122,19 @@ def _round(setup: Setup, number: int, tensors: dict[str, Tensor]) -> Mapping[str
         work = Work(client, engine.shards[client], setup.start.server.adapter, steps)
         drawn = batches(work, config.train.batch_size, config.seed, number)
         for step, rows in enumerate(itertools.islice(drawn, steps)):
-            _add_batch(setup, setup.examples, rows, f"{number}/{client}/{step}", tensors)
+            _add_batch(setup, engine.examples, rows, f"{number}/{client}/{step}", tensors)
         cohort.append({"id": client, "num_examples": info.num_examples, "steps": steps})
     return {"trainable": sorted(run.method.trainable(number, 0)), "cohort": cohort}
 
 
 def _padded_tests(setup: Setup, rows: int = 64) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    order = setup.test.lengths.argsort(stable=True)
+    engine = setup.federation.engine
+    assert isinstance(engine, InProcess)
+    assert engine.test is not None
+    order = engine.test.lengths.argsort(stable=True)
     for index, chosen in enumerate(torch.split(order, rows)):
-        _add_batch(setup, setup.test, chosen, str(index), tensors)
+        _add_batch(setup, engine.test, chosen, str(index), tensors)
     return tensors
 
 

@@ -36,12 +36,16 @@ class Forgetful:
     """An engine whose clients throw away what their uploads rounded away."""
 
     engine: Any
-    clients: Path
+    folder: Path
+
+    def clients(self) -> Any:
+        """As the engine."""
+        return self.engine.clients()
 
     def run(self, method: Any, job: Any) -> Iterator[Any]:
         """The updates of the engine; no residual outlives the round."""
         yield from self.engine.run(method, job)
-        for file in self.clients.glob("*/residual-*"):
+        for file in self.folder.glob("*/residual-*"):
             file.unlink()
 
     def evaluate(self, method: Any, server: Any, clients: Any) -> Any:

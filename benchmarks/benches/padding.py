@@ -7,6 +7,7 @@ import torch
 from benchmarks.job import configuration, write_job
 from benchmarks.place import Place
 from rolora.build import prepare
+from rolora.engine import InProcess
 from rolora.local import Work as ClientWork
 from rolora.local import batches
 from rolora.schema import RunConfig
@@ -40,15 +41,17 @@ def run(place: Place) -> None:
 def ideal(config: RunConfig) -> float:
     """Tokens computed with padding over tokens that are there, over the same passes."""
     setup = prepare(config, config.root)
+    engine = setup.federation.engine
+    assert isinstance(engine, InProcess)
     padded = real = 0
     for round in (1, 2):
         work = [
             ClientWork(c, rows, setup.start.server.adapter, STEPS)
-            for c, rows in setup.rows.shards.items()
+            for c, rows in engine.shards.items()
         ]
         streams = [batches(one, ROWS, 0, round) for one in work]
         for _ in range(STEPS):
-            lengths = setup.examples.lengths[torch.cat([next(stream) for stream in streams])]
+            lengths = engine.examples.lengths[torch.cat([next(stream) for stream in streams])]
             padded += len(lengths) * int(lengths.max())
             real += int(lengths.sum())
     return padded / real

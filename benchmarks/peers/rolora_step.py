@@ -19,6 +19,7 @@ import torch
 from benchmarks.party import Answer, serve
 from rolora.build import prepare
 from rolora.config import make_config
+from rolora.engine import InProcess
 from rolora.local import LocalSettings, Work, train_group
 
 if __name__ == "__main__":
@@ -31,10 +32,13 @@ if __name__ == "__main__":
         [f"train.cache={cache}", "train.rounds=1000"],
     )
     setup = prepare(config, folder / "clients")
+    engine = setup.federation.engine
+    assert isinstance(engine, InProcess)
+    examples = engine.examples
     base = replace(setup.base, stack=None) if way == "padded" else setup.base
     steps, size = int(config.train.local_steps or 0), config.train.batch_size
     start = setup.start.server.adapter
-    work = [Work(client, rows, start, steps) for client, rows in setup.rows.shards.items()]
+    work = [Work(client, rows, start, steps) for client, rows in engine.shards.items()]
     settings = LocalSettings(steps=steps, batch_size=size)
 
     def run() -> Answer:
@@ -43,7 +47,7 @@ if __name__ == "__main__":
             train_group(
                 base,
                 setup.task,
-                setup.examples,
+                examples,
                 work,
                 lambda step, roles=roles: roles,  # type: ignore[misc]
                 settings,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
 
 from rolora.adapter import AdapterState
 from rolora.base import Base
@@ -17,7 +22,7 @@ from rolora.configured import (
     make_reducer,
     make_task,
 )
-from rolora.engine import ClientStore, Debug, InProcess
+from rolora.engine import ClientStore, Debug, Engine, InProcess
 from rolora.errors import ConfigError
 from rolora.local import evaluate
 from rolora.memory import BankPlan, plan_bank
@@ -36,18 +41,23 @@ from rolora.tasks.generation import exact_match
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to start: its federation, its first state, what a user should know."""
+    """A run that is ready to start: its federation, its first state, what a user should know.
+
+    ``partition`` is who holds how many rows; ``data`` a hash of all rows that are here; ``bank``
+    how many clients train at once; ``cached`` whether frozen layers are read from disk.
+    """
 
     config: RunConfig
     base: Base
     task: Task
-    rows: Rows
-    examples: Examples
-    test: Examples
+    test_rows: pa.Table
     federation: Federation
     start: RunState
     labels: tuple[Label, ...]
-    bank: BankPlan
+    partition: Mapping[str, Any]
+    data: str
+    bank: int
+    cached: bool
     notes: tuple[str, ...]
 
 
@@ -96,7 +106,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     _refuse_quorum(config, len(rows.shards))
     notes: tuple[str, ...] = ()
     if base is None:
-        base, notes = _load(config, rows, labels, method)
+        base, notes = load_in_dtype(config, rows.test, labels, method)
     task = make_task(config, base, labels)
     encoded = _encode(config, base, task, rows)
     adapter = first_adapter(config, method, base)
@@ -118,25 +128,35 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         config=config,
         base=base,
         task=task,
-        rows=rows,
-        examples=encoded.examples,
-        test=encoded.test,
-        federation=_federation(config, method, engine, encoded),
+        test_rows=rows.test,
+        federation=federation_of(
+            config,
+            method,
+            Debug(engine) if config.train.engine == "debug" else engine,
+            partial(score, base, task),
+            task,
+            encoded.test,
+            encoded.validation,
+            per_client=bool(engine.held_out),
+        ),
         start=RunState(ServerState(adapter)),
         labels=tuple(labels),
-        bank=bank,
+        partition=rows.table(),
+        data=data_hash(rows.shards, encoded.examples, encoded.test),
+        bank=bank.clients,
+        cached=encoded.examples.prefix is not None,
         notes=(*encoded.notes, *notes, *said),
     )
 
 
-def _load(
-    config: RunConfig, rows: Rows, labels: Sequence[Label], method: Method
+def load_in_dtype(
+    config: RunConfig, test_rows: pa.Table, labels: Sequence[Label], method: Method
 ) -> tuple[Base, tuple[str, ...]]:
     """The base model in the dtype that suits this machine; what to say of it."""
     base, notes = load_base_for(config, labels), tuple[str, ...]()
     if config.model.dtype == "auto" and config.device == "cpu" and is_wide(base):
         task, adapter = make_task(config, base, labels), first_adapter(config, method, base)
-        few = task.encode_test(rows.test.slice(0, 16), _source(config.data.test, config))
+        few = task.encode_test(test_rows.slice(0, 16), _source(config.data.test, config))
         base, said = lowered(base, task, few, adapter, lambda: load_base_for(config, labels))
         notes = (said,)
     if config.train.recompute and base.stack is None:
@@ -161,14 +181,24 @@ def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
     return Encoded(examples, test, validation, notes)
 
 
-def _federation(
-    config: RunConfig, method: Method, engine: InProcess, encoded: Encoded
+def federation_of(
+    config: RunConfig,
+    method: Method,
+    engine: Engine,
+    score: Callable[[Examples, int, AdapterState], Metrics],
+    task: Task,
+    test: Examples,
+    validation: Examples | None,
+    *,
+    per_client: bool,
 ) -> Federation:
-    score = partial(_score, engine.base, engine.task)
-    validation = encoded.validation
+    """The run that a configuration describes, on this engine.
+
+    ``score`` (examples, rows to answer, adapter) gives the metrics of an adapter.
+    """
     return Federation(
         method=method,
-        engine=Debug(engine) if config.train.engine == "debug" else engine,
+        engine=engine,
         aggregation=Aggregation(
             make_reducer(config), config.aggregate.weights, config.aggregate.quorum
         ),
@@ -177,13 +207,25 @@ def _federation(
         rounds=config.train.rounds,
         lr=_schedule(config),
         participation=config.train.participation,
-        metric=_metric(config, engine.task),
-        test=partial(score, encoded.test, config.eval.generate),
+        metric=_metric(config, task),
+        test=partial(score, test, config.eval.generate),
         validation=None if validation is None else partial(score, validation, 0),
-        per_client=bool(engine.held_out),
+        per_client=per_client,
         eval_every=config.eval.every,
         patience=config.eval.patience,
     )
+
+
+def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:
+    """A hash of who holds which rows, and of the rows as tokens."""
+    digest = hashlib.sha256()
+    for client, rows in shards.items():
+        digest.update(client.encode())
+        digest.update(rows.numpy().tobytes())
+    for examples in encoded:
+        for tensor in (examples.tokens, examples.offsets, examples.targets):
+            digest.update(tensor.numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def _revisits(config: RunConfig, rows: Rows) -> bool:
@@ -246,9 +288,10 @@ def _source(source: str | float | None, config: RunConfig) -> str:
     return source if isinstance(source, str) else config.data.train
 
 
-def _score(
+def score(
     base: Base, task: Task, examples: Examples, generate: int, adapter: AdapterState
 ) -> Metrics:
+    """The task's metrics of an adapter; with ``generate``, exact_match on that many rows too."""
     metrics = evaluate(base, task, examples, adapter)
     if generate and task.name == "causal_lm":
         with base.holding(adapter):

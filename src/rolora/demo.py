@@ -129,7 +129,7 @@ def _demo(folder: Path, name: str, text: str) -> Demo:
 def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:
     """(prompt, what the plain base writes, what the run's adapter writes) for test prompts."""
     base: Base = run.setup.base
-    prompts = run.setup.rows.test["prompt"].slice(0, rows).to_pylist()
+    prompts = run.setup.test_rows["prompt"].slice(0, rows).to_pylist()
     tokens = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
     plain = generate(base, tokens, max_new_tokens=12)
     with base.holding(read_adapter(run.folder.adapter, base.specs)):

@@ -86,7 +86,7 @@ def load_rows(config: RunConfig) -> Rows:
 
 
 def hold_out(rows: Tensor, share: float, seed: int, client: str) -> tuple[Tensor, Tensor]:
-    """A client's rows (int64 indices) to train on, and the share of them that it never trains on."""
+    """A client's rows (int64 indices) to train on, and the share that it never trains on."""
     count = int(len(rows) * share)
     order = torch.randperm(len(rows), generator=generator(seed, "held out", client))
     return rows[order[count:]].sort().values, rows[order[:count]].sort().values

@@ -14,6 +14,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,21 +80,25 @@ class Run:
         write_report([self.folder.path], self.folder.path / "report.html")
 
 
-def start(config: RunConfig, out: str | Path | None = None, base: Base | None = None) -> Run:
+Build = Callable[[RunConfig, Path], Setup]
+
+
+def start(config: RunConfig, out: str | Path | None = None, build: Build = prepare) -> Run:
     """A new run in folder ``out`` (``runs/NAME`` if left out), which must not exist yet.
 
+    ``build`` makes the run's parts from the configuration and the folder of clients' state.
     Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
     path = Path(out) if out is not None else Path("runs") / config.name
     if path.exists():
         RunFolder.create(path, "", {})  # refuses
-    setup = prepare(config, path / "clients", base)
+    setup = build(config, path / "clients")
     text = dump_config(config, provenance(setup))
-    folder = RunFolder.create(path, text, setup.rows.table())
+    folder = RunFolder.create(path, text, setup.partition)
     return Run(setup, folder, setup.start, setup.notes)
 
 
-def resume(path: str | Path, rounds: int | None = None) -> Run:
+def resume(path: str | Path, rounds: int | None = None, build: Build = prepare) -> Run:
     """A run as its last whole checkpoint left it; ``rounds`` raises the number of rounds.
 
     Threads, bank and dtype are those of the start, because the bits depend on them. Raises
@@ -107,7 +112,7 @@ def resume(path: str | Path, rounds: int | None = None) -> Run:
         overrides = [] if rounds is None else [f"train.rounds={rounds}"]
         config = load_config(folder.config, overrides)
         torch.set_num_threads(origin["threads"])
-        setup = prepare(_pinned(config, origin), folder.clients)
+        setup = build(_pinned(config, origin), folder.clients)
         now = provenance(setup)
         for key, what in _SAME.items():
             if now[key] != origin[key]:
@@ -154,7 +159,7 @@ def compare(
     folders = []
     for variant in variants:
         folder = path / f"{variant.method.name}-seed{variant.seed}"
-        run = start(variant, folder, base)
+        run = start(variant, folder, partial(prepare, base=base))
         base = run.setup.base
         folders.append(folder)
         yield run
@@ -219,8 +224,8 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         **_chosen(setup),
-        "prefix": setup.examples.prefix is not None,
-        "data": _data_hash(setup),
+        "prefix": setup.cached,
+        "data": setup.data,
         "base": setup.base.digest,
         "config": _config_hash(setup.config),
     }
@@ -235,7 +240,7 @@ def _chosen(setup: Setup) -> dict[str, Any]:
     dtype = setup.config.model.dtype
     if dtype == "auto":
         dtype = "bf16" if setup.base.dtype == torch.bfloat16 else "fp32"
-    return {"bank": setup.bank.clients, "dtype": dtype}
+    return {"bank": setup.bank, "dtype": dtype}
 
 
 def _pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
@@ -243,17 +248,6 @@ def _pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
-
-
-def _data_hash(setup: Setup) -> str:
-    digest = hashlib.sha256()
-    for client, rows in setup.rows.shards.items():
-        digest.update(client.encode())
-        digest.update(rows.numpy().tobytes())
-    for examples in (setup.examples, setup.test):
-        for tensor in (examples.tokens, examples.offsets, examples.targets):
-            digest.update(tensor.numpy().data)
-    return digest.hexdigest()[:32]
 
 
 def _config_hash(config: RunConfig) -> str:

@@ -161,6 +161,14 @@ class WireConfig(Section):
     up: Format = Field("fp32", description="from clients; the others: moves with error feedback")
 
 
+class FederationConfig(Section):
+    """``[federation]``: what holds across sites; a run on one machine does not read it."""
+
+    sites: int = Field(1, ge=1, description="that must have joined before the first round")
+    wait: float = Field(600.0, gt=0, description="seconds for them to join")
+    deadline: float = Field(3600.0, gt=0, description="seconds that a round may take")
+
+
 class RunConfig(Section):
     """One run. ``root`` is the folder that relative paths start from; it is not a key."""
 
@@ -177,6 +185,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     wire: WireConfig = WireConfig()
+    federation: FederationConfig = FederationConfig()
     root: Path = Field(Path(), exclude=True)
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update
 from rolora.base import Base
 from rolora.engine import ClientMetrics, Job
-from rolora.errors import ConfigError, NoQuorum
+from rolora.errors import NoQuorum
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest
 from rolora.flower.site import NAME, layout, tokenizer_digest
 from rolora.method import Method, ServerState
@@ -27,7 +27,6 @@ from rolora.traffic import lacking
 from rolora.wire import WireError, decode, encode, num_bytes
 
 _log = logging.getLogger(__name__)
-LARGEST_BODY_TO_SPARE = 4096  # bytes of a payload's header, at most
 
 
 @dataclass(frozen=True)
@@ -63,101 +62,99 @@ class Member:
 class Roster:
     """Which sites there are, by name. The one thing of this engine that changes: sites come and go.
 
-    ``labels`` are those of the sites that were there at the start. ``refused``: node -> why.
+    A node says hello, then gets ready, then is a member; or it is refused, once and for all.
     """
 
     carrier: Carrier
     config: RunConfig
     run: str
+    hellos: dict[int, Parcel] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
-    labels: tuple[Any, ...] | None = None
-    base: Base | None = None
 
-    def gather(self) -> tuple[Any, ...]:
-        """Wait until as many sites as the configuration asks for have joined; all their labels.
+    def gather(self) -> list[Any]:
+        """Wait until as many sites as ``federation.sites`` have said hello; all their labels.
 
         Raises NoQuorum if they have not within ``federation.wait`` seconds.
         """
         wanted, until = self.config.federation.sites, time.monotonic() + self.config.federation.wait
-        said = hellos = dict[int, Parcel]()
-        while len(hellos) < wanted:
-            hellos |= self._hello(set(self.carrier.nodes()) - hellos.keys() - self.refused.keys())
-            if len(hellos) < wanted:
-                if time.monotonic() > until:
-                    raise NoQuorum(self._few(len(hellos), wanted))
-                time.sleep(1)
-        known = {label: None for hello in said.values() for label in json.loads(hello.text("labels"))}
-        self.labels = tuple(sorted(known))
-        return self.labels
+        self._greet()
+        while len(self.hellos) < wanted:
+            if time.monotonic() > until:
+                why = "".join(f"; refused: {reason}" for reason in self.refused.values())
+                raise NoQuorum(
+                    f"{len(self.hellos)} of {wanted} sites (federation.sites) joined{why}; start "
+                    "the others and resume"
+                )
+            time.sleep(1)
+            self._greet()
+        return sorted({label for hello in self.hellos.values() for label in _labels(hello)})
 
-    def present(self) -> Mapping[str, Member]:
-        """The sites that can be reached now; one that was not here before is asked to join."""
-        nodes = set(self.carrier.nodes())
-        new = nodes - {member.node for member in self.members.values()} - self.refused.keys()
-        if new:
-            self._join(self._hello(new))
+    def present(self, base: Base, labels: Sequence[Any]) -> Mapping[str, Member]:
+        """The members that can be reached now; a node that was not here before may join."""
+        nodes = self._greet()
+        known = {member.node for member in self.members.values()}
+        self._admit(nodes & self.hellos.keys() - known - self.refused.keys(), base, labels)
         return {name: m for name, m in sorted(self.members.items()) if m.node in nodes}
 
-    def _hello(self, nodes: set[int]) -> dict[int, Parcel]:
-        """Answers of nodes that understood; the others are refused and named in the log."""
+    def _greet(self) -> set[int]:
+        """Say hello to nodes that are new; all nodes that are there."""
+        nodes = set(self.carrier.nodes())
         values = self.config.model_dump_json(exclude_none=True).encode()
-        found = {}
-        questions = {node: self.question("hello", body=values) for node in nodes}
+        new = nodes - self.hellos.keys() - self.refused.keys()
+        questions = {node: self.question("hello", body=values) for node in new}
         for node, reply in self.carrier.ask(questions, self.config.federation.deadline):
             try:
-                checked(reply)
-                name = reply.text("site")  # type: ignore[union-attr]
-                if not NAME.fullmatch(name):
-                    raise ParcelError(f"{name!r} is no name for a site")
-                assert isinstance(reply, Parcel)
-                reply.whole("num_examples")
-                found[node] = reply
+                hello = checked(reply)
+                if not NAME.fullmatch(hello.text("site")):
+                    raise ParcelError(f"{hello.text('site')!r} is no name for a site")
+                hello.whole("num_examples")
+                _labels(hello)
+                self.hellos[node] = hello
             except ParcelError as error:
-                self.refuse(node, f"node {node}", str(error))
-        return found
+                self._refuse(node, f"node {node}", str(error))
+        return nodes
 
-    def _join(self, hellos: Mapping[int, Parcel]) -> None:
-        assert self.base is not None and self.labels is not None
-        body = json.dumps(self.labels).encode()
-        questions = {node: self.question("ready", body=body) for node in hellos}
-        mine = {
-            "base": self.base.digest,
-            "tokenizer": tokenizer_digest(self.base),
-            "layout": layout(self.base),
-        }
+    def _admit(self, nodes: set[int], base: Base, labels: Sequence[Any]) -> None:
+        """Have these nodes load what the run needs, and compare it with what is here."""
+        questions = {n: self.question("ready", json.dumps(labels).encode()) for n in nodes}
+        mine = {"base": base.digest, "tokenizer": tokenizer_digest(base), "layout": layout(base)}
         for node, reply in self.carrier.ask(questions, self.config.federation.deadline):
-            name = hellos[node].text("site")
+            hello = self.hellos[node]
+            name = hello.text("site")
             try:
-                checked(reply)
-                assert isinstance(reply, Parcel)
+                ready = checked(reply)
                 for key, value in mine.items():
-                    if reply.text(key) != value:
-                        raise ParcelError(f"{_OTHER[key]} ({reply.text(key)[:8]}, here {value[:8]})")
+                    if ready.text(key) != value:
+                        theirs, own = ready.text(key)[:8], value[:8]
+                        raise ParcelError(f"{_OTHER[key]} ({theirs}; the coordinator's is {own})")
                 there = self.members.get(name)
                 if there is not None and there.node in self.carrier.nodes():
                     raise ParcelError("another site of this name is here already")
-                strange = set(json.loads(hellos[node].text("labels"))) - set(self.labels)
-                if strange:
+                if strange := set(_labels(hello)) - set(labels):
                     raise ParcelError(f"label {min(map(str, strange))!r} is none of the run's")
+                self.members[name] = Member(node, ready.whole("num_examples"))
+                _log.info("site %s joined with %d rows", name, self.members[name].num_examples)
             except ParcelError as error:
-                self.refuse(node, name, str(error))
-                continue
-            self.members[name] = Member(node, reply.whole("num_examples"))
-            _log.info("site %s joined with %d rows", name, self.members[name].num_examples)
+                self._refuse(node, name, str(error))
 
-    def refuse(self, node: int, who: str, why: str) -> None:
-        """Never ask this node again in this process."""
-        self.refused[node] = why
+    def _refuse(self, node: int, who: str, why: str) -> None:
+        self.refused[node] = f"{who}: {why}"
         _log.warning("site %s is refused: %s", who, why)
 
     def question(self, ask: str, body: bytes = b"", **head: str | int | float | bool) -> Parcel:
         """A message of this run."""
         return Parcel({"ask": ask, "protocol": PROTOCOL, "run": self.run, **head}, body)
 
-    def _few(self, found: int, wanted: int) -> str:
-        why = "".join(f"; refused: {reason}" for reason in self.refused.values())
-        return f"{found} of {wanted} sites (federation.sites) joined{why}; start the others and resume"
+
+def _labels(hello: Parcel) -> list[Any]:
+    try:
+        found = json.loads(hello.text("labels"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(x, str | int) for x in found):
+        raise ParcelError("its labels are no list of texts or numbers")
+    return found
 
 
 _OTHER = {
@@ -169,15 +166,19 @@ _OTHER = {
 
 @dataclass(frozen=True)
 class Remote:
-    """Runs cohorts at their sites. ``seconds`` is how long a round may take."""
+    """Runs cohorts at their sites. ``base`` and ``labels`` are what sites are compared with."""
 
     roster: Roster
     config: RunConfig
-    seconds: float
+    base: Base
+    labels: tuple[Any, ...]
 
     def clients(self) -> Mapping[str, int]:
         """The sites that are there now."""
-        return {name: member.num_examples for name, member in self.roster.present().items()}
+        return {name: member.num_examples for name, member in self._present().items()}
+
+    def _present(self) -> Mapping[str, Member]:
+        return self.roster.present(self.base, self.labels)
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """Ask every site of the cohort to train; yield what comes back, checked, as it comes."""
@@ -211,9 +212,7 @@ class Remote:
 
         for info, reply in self._asked(clients, score):
             try:
-                checked(reply)
-                assert isinstance(reply, Parcel)
-                metrics = json.loads(reply.text("metrics"))
+                metrics = json.loads(checked(reply).text("metrics"))
                 yield ClientMetrics(info.id, {str(k): float(v) for k, v in metrics.items()}, {})
             except (ParcelError, ValueError, TypeError, AttributeError) as error:
                 _log.warning("site %s was not evaluated: %s", info.id, error)
@@ -222,8 +221,8 @@ class Remote:
         self, cohort: Sequence[ClientInfo], question: Callable[[ClientInfo, bool], Parcel]
     ) -> Iterator[tuple[ClientInfo, Parcel | Lost]]:
         """Answers of a cohort; a site that lacks what it should hold is asked again with all."""
-        until = time.monotonic() + self.seconds
-        present = self.roster.present()
+        until = time.monotonic() + self.config.federation.deadline
+        present = self._present()
         left = {present[info.id].node: info for info in cohort if info.id in present}
         for info in cohort:
             if info.id not in present:
@@ -250,15 +249,14 @@ class Remote:
     ) -> Update | Failure:
         up, like = self.config.wire.up, view.only(method.shared(info.round))
         try:
-            checked(reply)
-            assert isinstance(reply, Parcel)
-            if reply.text("site") != info.id:
-                raise ParcelError(f"it now calls itself {reply.text('site')!r}")
-            if reply.whole("round") != info.round:
-                raise ParcelError(f"it is of round {reply.whole('round')}, not {info.round}")
-            tensors = decode(up, reply.body, like)
-            metrics = {key: reply.number(key) for key in ("loss", "steps")}
-            count = reply.whole("num_examples")
+            found = checked(reply)
+            if found.text("site") != info.id:
+                raise ParcelError(f"it now calls itself {found.text('site')!r}")
+            if found.whole("round") != info.round:
+                raise ParcelError(f"it is of round {found.whole('round')}, not {info.round}")
+            tensors = decode(up, found.body, like)
+            metrics = {key: found.number(key) for key in ("loss", "steps")}
+            count = found.whole("num_examples")
         except (ParcelError, WireError) as error:
             return Failure(info.id, str(error))
         adapter = AdapterState(tensors, view.scaling)
@@ -266,8 +264,8 @@ class Remote:
         return Update(info.id, adapter, count, metrics, encoded)
 
 
-def checked(reply: Parcel | Lost) -> None:
-    """Raise ParcelError for an answer that is none, that says it failed, or is too old."""
+def checked(reply: Parcel | Lost) -> Parcel:
+    """The answer. Raises ParcelError where there is none, or it says that the site failed."""
     if isinstance(reply, Lost):
         raise ParcelError(reply.reason)
     if "error" in reply.head:
@@ -276,6 +274,7 @@ def checked(reply: Parcel | Lost) -> None:
         raise ParcelError(f"it speaks protocol {reply.head.get('protocol')!r}, not {PROTOCOL}")
     if reply.head.get("lacks") is True:
         raise ParcelError("it could not put the adapter together from what it was sent")
+    return reply
 
 
 def run_id(config: RunConfig, folder: str) -> str:
@@ -283,19 +282,8 @@ def run_id(config: RunConfig, folder: str) -> str:
     return hashlib.sha256(f"{config.model_dump_json()}{folder}".encode()).hexdigest()[:16]
 
 
-def refuse_unfit(config: RunConfig) -> None:
-    """ConfigError for what cannot be done across sites."""
-    if config.data.test and not isinstance(config.data.test, str):
-        raise ConfigError(
-            "across sites data.test must name rows that the coordinator has: no rows can be cut "
-            "off from those of the sites"
-        )
-    if isinstance(config.data.validation, float):
-        raise ConfigError("across sites data.validation must name rows that the coordinator has")
-
-
 def replies_in_time(
-    arriving: Iterable[tuple[int, Parcel]], asked: set[int], seconds: float
+    arriving: Iterable[tuple[int, Parcel | Lost]], asked: set[int], seconds: float
 ) -> Iterator[tuple[int, Parcel | Lost]]:
     """Those that came, each node once and only if it was asked; ``Lost`` for the others."""
     left = set(asked)

@@ -153,7 +153,8 @@ def answer(site: SiteConfig, request: Parcel) -> Parcel:
         reply = questions[asked](site, site.folder / run, request)
     except (RoloraError, OSError) as error:
         asked, reply = str(request.head.get("ask")), Parcel({"error": str(error)})
-    reply = Parcel({"site": site.name, "protocol": PROTOCOL, **reply.head}, reply.body, reply.tensors)
+    head = {"site": site.name, "protocol": PROTOCOL, **reply.head}
+    reply = replace(reply, head=head)
     _note_outgoing(site, asked, request, reply)
     return reply
 
@@ -168,8 +169,14 @@ def _hello(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
     if config.model.task == "classification":
         labels = class_labels(table, config.data.label, site.data)
     rows, _ = _split(config, site, table.num_rows)
-    answers = {"num_examples": len(rows), "labels": json.dumps(labels)}
-    return Parcel({**answers, "rolora": version("rolora"), "torch": version("torch")})
+    return Parcel(
+        {
+            "num_examples": len(rows),
+            "labels": json.dumps(labels),
+            "rolora": version("rolora"),
+            "torch": version("torch"),
+        }
+    )
 
 
 def _ready(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
@@ -308,7 +315,7 @@ def layout(base: Base) -> str:
 
 
 def _note_outgoing(site: SiteConfig, asked: str, request: Parcel, reply: Parcel) -> None:
-    """One line in outgoing.log: when, what was asked, every value, tensor and number of bytes that left."""
+    """One line in outgoing.log: what was asked, which values and tensors left, how many bytes."""
     entry: Mapping[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "asked": asked,

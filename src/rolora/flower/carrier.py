@@ -1,0 +1,72 @@
+"""Parcels in Flower's messages, and Flower's grid as the engine's carrier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from rolora.flower.engine import Lost, replies_in_time
+from rolora.flower.parcel import Parcel
+
+KINDS = {"hello": "query", "ready": "query", "train": "train", "score": "evaluate"}
+BODY = "body"
+PAUSE = 0.5  # seconds between looks for answers
+
+
+def packed(parcel: Parcel) -> RecordDict:
+    """A parcel as the content of a Flower message."""
+    return RecordDict({"rolora": ConfigRecord({**parcel.head, BODY: parcel.body})})
+
+
+def unpacked(content: RecordDict) -> Parcel:
+    """The parcel in a message's content; an empty one if there is none. Nothing is checked."""
+    record = content.config_records.get("rolora", ConfigRecord())
+    head = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool)}
+    body = record.get(BODY, b"")
+    return Parcel(head, body if isinstance(body, bytes) else b"")
+
+
+class GridCarrier:
+    """Flower's grid: nodes are SuperNodes that are connected."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def nodes(self) -> Sequence[int]:
+        """The SuperNodes whose heartbeat is fresh."""
+        return list(self.grid.get_node_ids())
+
+    def ask(
+        self, questions: Mapping[int, Parcel], seconds: float
+    ) -> Iterator[tuple[int, Parcel | Lost]]:
+        """Push every question, then look for answers until all are there or time is up."""
+        return replies_in_time(self._arriving(questions, seconds), set(questions), seconds)
+
+    def _arriving(
+        self, questions: Mapping[int, Parcel], seconds: float
+    ) -> Iterator[tuple[int, Parcel | Lost]]:
+        messages = [
+            Message(packed(parcel), node, KINDS[parcel.text("ask")], ttl=max(seconds, 1.0))
+            for node, parcel in questions.items()
+        ]
+        if not messages:
+            return
+        sent = zip(self.grid.push_messages(messages), questions, strict=True)
+        waiting = {id: node for id, node in sent if id}
+        until = time.monotonic() + seconds
+        while waiting:
+            for reply in self.grid.pull_messages(list(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is None:
+                    continue
+                if reply.has_error():
+                    yield node, Lost(reply.error.reason)
+                else:
+                    yield node, unpacked(reply.content)
+            if time.monotonic() > until:
+                return
+            if waiting:
+                time.sleep(PAUSE)

@@ -1,0 +1,68 @@
+"""The coordinator's side of a run across sites: what ``rolora.runs`` does, with other hands."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from rolora import data
+from rolora.build import Setup, data_hash, federation_of, load_in_dtype, score
+from rolora.configured import first_adapter, make_method, make_task
+from rolora.errors import ConfigError
+from rolora.flower.engine import Carrier, Remote, Roster, run_id
+from rolora.method import ServerState
+from rolora.rounds import RunState
+from rolora.schema import RunConfig
+
+
+def prepare_remote(config: RunConfig, folder: Path, carrier: Carrier) -> Setup:
+    """Wait for the sites, agree with them on labels and model, and build the run.
+
+    Raises ConfigError for what cannot be done across sites, NoQuorum if too few of them come.
+    """
+    where = config.data
+    if not isinstance(where.test, str) or isinstance(where.validation, float):
+        raise ConfigError(
+            "across sites data.test, and data.validation if there is one, must name rows that the "
+            "coordinator has: none can be cut off from those of the sites"
+        )
+    read = partial(data.read_table, root=config.root, offline=config.offline)
+    test_rows = read(where.test, split=where.test_split)
+    roster = Roster(carrier, config, run_id(config, str(folder.resolve())))
+    labels = roster.gather()
+    method = make_method(config)
+    base, notes = load_in_dtype(config, test_rows, labels, method)
+    task = make_task(config, base, labels)
+    test = task.encode_test(test_rows, where.test)
+    validation = None
+    if where.validation is not None:
+        validation = task.encode_test(read(where.validation, split="validation"), where.validation)
+    engine = Remote(roster, config, base, tuple(labels))
+    members = engine.clients()
+    return Setup(
+        config=config,
+        base=base,
+        task=task,
+        test_rows=test_rows,
+        federation=federation_of(
+            config,
+            method,
+            engine,
+            partial(score, base, task),
+            task,
+            test,
+            validation,
+            per_client=where.client_test is not None,
+        ),
+        start=RunState(ServerState(first_adapter(config, method, base))),
+        labels=tuple(labels),
+        partition={
+            "clients": [{"id": c, "num_examples": n, "labels": {}} for c, n in members.items()],
+            "dropped": 0,
+            "note": "rows stay at their sites",
+        },
+        data=data_hash({}, test),
+        bank=1,
+        cached=False,
+        notes=notes,
+    )

@@ -1,0 +1,164 @@
+"""Claims about runs across sites: the same bits as on one machine, and no answer is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tiny import tiny_bert
+from tiny_site import write_rows
+
+from rolora import runs
+from rolora.adapter import tensor_hash
+from rolora.config import make_config
+from rolora.flower.coordinator import prepare_remote
+from rolora.flower.engine import Lost
+from rolora.flower.parcel import Parcel
+from rolora.flower.site import SiteConfig, answer
+from rolora.rounds import RoundResult
+from rolora.runs import Run
+from rolora.schema import RunConfig
+
+NAMES = ("ann", "bob", "cy")
+Spoil = Callable[[str, Parcel, Parcel], Parcel | Lost]  # site, question, its answer
+
+
+def honest(site: str, question: Parcel, reply: Parcel) -> Parcel | Lost:
+    return reply
+
+
+@dataclass
+class Calls:
+    """A carrier of function calls. ``away`` sites are not there; what passed is kept."""
+
+    sites: dict[int, SiteConfig]
+    spoil: Spoil = honest
+    away: set[str] = field(default_factory=set)
+    passed: list[tuple[str, Parcel, Parcel | Lost]] = field(default_factory=list)
+
+    def nodes(self) -> Sequence[int]:
+        return [node for node, site in self.sites.items() if site.name not in self.away]
+
+    def ask(
+        self, questions: Mapping[int, Parcel], seconds: float
+    ) -> Iterator[tuple[int, Parcel | Lost]]:
+        for node, question in reversed(questions.items()):
+            name = self.sites[node].name
+            reply = self.spoil(name, question, answer(self.sites[node], question))
+            self.passed.append((name, question, reply))
+            yield node, reply
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sites")
+    tiny_bert(folder / "model")
+    write_rows(folder / "test.csv", 12)
+    for name, rows in zip(NAMES, (21, 9, 14), strict=True):
+        write_rows(folder / f"site-{name}.csv", rows)
+    return folder
+
+
+def configuration(place: Path, *overrides: str) -> RunConfig:
+    tables = {
+        "name": "tiny",
+        "model": {"path": "model", "dtype": "fp32"},
+        "lora": {"rank": 2, "alpha": 4, "target_modules": ["query", "value"]},
+        "data": {"train": "site-*.csv", "test": "test.csv", "max_length": 32},
+        "partition": {"scheme": "files"},
+        "train": {"rounds": 6, "local_steps": 2, "batch_size": 4, "bank": 1, "cache": ""},
+        "federation": {"sites": 3, "wait": 5},
+    }
+    return make_config(tables, ["train.participation=0.6", *overrides], root=place)
+
+
+def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
+    sites = {
+        10 + number: SiteConfig(
+            name=f"site-{name}", data=f"site-{name}.csv", state=str(state / name), root=place
+        )
+        for number, name in enumerate(NAMES)
+    }
+    return Calls(sites, spoil)
+
+
+def remote(config: RunConfig, out: Path, carrier: Calls) -> Run:
+    return runs.start(config, out, partial(prepare_remote, carrier=carrier))
+
+
+def bits(run: Run, last: RoundResult) -> dict[str, str]:
+    return {name: tensor_hash(t) for name, t in last.state.server.adapter.items()}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("method.name=fedit",),
+        ("method.name=local",),
+        ("wire.up=int8",),
+        ("lora.dropout=0.3", "train.local_epochs=1"),
+        ("data.client_test=0.3",),
+    ],
+    ids=" ".join,
+)
+def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
+    overrides: tuple[str, ...], place: Path, tmp_path: Path
+) -> None:
+    changed = [o for o in overrides if not o.startswith("train.local_epochs")]
+    config = configuration(place, *changed)
+    if len(changed) < len(overrides):
+        train = config.train.model_copy(update={"local_steps": None, "local_epochs": 1})
+        config = config.model_copy(update={"train": train})
+    here = runs.start(config, tmp_path / "here")
+    *_, mine = here.rounds()
+    there = remote(config, tmp_path / "there", calls(place, tmp_path))
+    *_, theirs = there.rounds()
+    assert bits(there, theirs) == bits(here, mine)
+    assert theirs.cohort == mine.cohort
+    assert theirs.clients == mine.clients
+    assert (theirs.bytes_up, theirs.bytes_down) == (mine.bytes_up, mine.bytes_down)
+    assert theirs.rejected == {}
+
+
+def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_path: Path) -> None:
+    carrier = calls(place, tmp_path)
+    run = remote(configuration(place), tmp_path / "run", carrier)
+    down = [result.bytes_down for result in run.rounds()][1:]
+    asked = [q for _, q, _ in carrier.passed if q.head["ask"] == "train"]
+    assert sum(len(q.body) for q in asked) <= sum(down) + 200 * len(asked)
+    words = b"warm heart"
+    assert not any(
+        words in reply.body for _, _, reply in carrier.passed if isinstance(reply, Parcel)
+    )
+    lines = (tmp_path / "ann" / "outgoing.log").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    mine = [reply for name, _, reply in carrier.passed if name == "site-ann"]
+    assert [entry["bytes"] for entry in told] == [
+        len(r.body) for r in mine if isinstance(r, Parcel)
+    ]
+    trained = [entry for entry in told if entry["asked"] == "train"]
+    assert all(entry["tensors"] and entry["left"]["round"] for entry in trained)
+
+
+def test_a_site_that_lost_what_it_held_is_sent_everything(place: Path, tmp_path: Path) -> None:
+    config = configuration(place, "train.participation=1.0")
+    *_, whole = remote(config, tmp_path / "a", calls(place, tmp_path / "1")).rounds()
+    carrier = calls(place, tmp_path / "2")
+    run = remote(config, tmp_path / "b", carrier)
+    for result in run.rounds():
+        last = result
+        if result.round == 2:
+            for file in (tmp_path / "2" / "bob").rglob("*.safetensors"):
+                file.unlink()
+    lacked = [
+        q.head["round"]
+        for _, q, r in carrier.passed
+        if isinstance(r, Parcel) and r.head.get("lacks")
+    ]
+    assert lacked == [3]
+    assert bits(run, last) == {n: tensor_hash(t) for n, t in whole.state.server.adapter.items()}
