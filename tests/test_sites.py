@@ -46,7 +46,7 @@ class Calls:
     def ask(
         self, questions: Mapping[int, Parcel], seconds: float
     ) -> Iterator[tuple[int, Parcel | Lost]]:
-        for node, question in reversed(questions.items()):
+        for node, question in reversed(list(questions.items())):
             name = self.sites[node].name
             reply = self.spoil(name, question, answer(self.sites[node], question))
             self.passed.append((name, question, reply))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from safetensors.torch import save
@@ -18,6 +19,7 @@ from benchmarks import harness
 from benchmarks.job import configuration
 from benchmarks.place import Place
 from rolora.adapter import role_of
+from rolora.build import prepare
 from rolora.durable import write_file
 from rolora.method import get_method
 from rolora.runs import Run
@@ -43,7 +45,9 @@ def run(place: Place) -> None:
             eval={"every": 1000},
             method={"name": name},
         )
-        started = rolora.start(config, place.scratch / f"traffic-{name}", base)
+        started = rolora.start(
+            config, place.scratch / f"traffic-{name}", partial(prepare, base=base)
+        )
         base = started.setup.base
         for _, result in zip(range(ROUNDS + 1), started.rounds(), strict=False):
             if result.round:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 import rolora
 from benchmarks.party import Answer, serve
 from benchmarks.processes import anonymous_kib
+from rolora.build import prepare as prepare_run
 from rolora.config import make_config
 
 if __name__ == "__main__":
@@ -42,7 +44,7 @@ if __name__ == "__main__":
 
     def prepare() -> None:
         shutil.rmtree(place)
-        rounds = rolora.start(config, place / "run", base).rounds()
+        rounds = rolora.start(config, place / "run", partial(prepare_run, base=base)).rounds()
         next(rounds)  # round 0: the evaluation before training
         waiting[:] = [rounds]
 
