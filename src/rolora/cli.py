@@ -192,7 +192,7 @@ def demo(
     llm: Annotated[bool, typer.Option("--llm", help="a small chat model instead")] = False,
     folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
 ) -> None:
-    """Fetch a real model and texts, run three methods on two seeds, and say what came out."""
+    """Fetch a real model and texts, run three methods on a few seeds, and say what came out."""
     from rolora import demo as demonstration
     from rolora.display import follow, results_table, working
     from rolora.report import load_run, summarise, verdicts

@@ -17,7 +17,6 @@ from rolora.schema import RunConfig
 from rolora.tasks.generation import generate
 
 METHODS = ("rolora", "ffa_lora", "fedit")
-SEEDS = (0, 1)
 
 # The settings were searched on other seeds than the demo runs: docs/demo.md has the search.
 QUESTIONS = """\
@@ -98,32 +97,34 @@ class Demo:
     config: RunConfig
     file: Path
     out: Path
+    seeds: tuple[int, ...]
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def runs(self) -> Iterator[Run]:
         """One run per method and seed; iterate each one's ``rounds()``."""
-        return compare(self.config, METHODS, SEEDS, self.out, self.only)
+        return compare(self.config, METHODS, self.seeds, self.out, self.only)
 
 
 def classification_demo(folder: Path) -> Demo:
     """Fetch MiniLM and the TREC questions into ``folder`` and write ``questions.toml`` there."""
     demo_data.minilm(folder)
     demo_data.questions(folder)
-    return _demo(folder, "questions", QUESTIONS)
+    return _demo(folder, "questions", QUESTIONS, (0, 1, 2))
 
 
 def language_demo(folder: Path) -> Demo:
     """Fetch SmolLM2 and the questions as prompts into ``folder`` and write ``prompts.toml``."""
     demo_data.smollm2(folder)
     demo_data.question_prompts(folder)
-    return _demo(folder, "prompts", PROMPTS)
+    return _demo(folder, "prompts", PROMPTS, (0, 1))
 
 
-def _demo(folder: Path, name: str, text: str) -> Demo:
+def _demo(folder: Path, name: str, text: str, seeds: tuple[int, ...]) -> Demo:
     file = folder / f"{name}.toml"
     write_file(file, text)
     folders = (folder / "runs" / f"{name}-{number}" for number in itertools.count(1))
-    return Demo(load_config(file), file, next(path for path in folders if not path.exists()))
+    out = next(path for path in folders if not path.exists())
+    return Demo(load_config(file), file, out, seeds)
 
 
 def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:
