@@ -21,7 +21,7 @@ from tiny_clients import SHARDS, Bench, classifier
 from rolora.adapter import ClientInfo, Roles, Update, role_of
 from rolora.catalogue import MethodRow, describe_methods
 from rolora.draws import generator
-from rolora.engine import POOL, ClientStore, InProcess, Job
+from rolora.engine import POOL, InProcess, Job
 from rolora.errors import ConfigError
 from rolora.local import LocalSettings
 from rolora.method import (
@@ -36,6 +36,7 @@ from rolora.method import (
 from rolora.reduce import mean
 from rolora.rounds import Federation, RoundResult, RunState, federate
 from rolora.step import Aggregation, step
+from rolora.store import ClientStore
 from rolora.wire import Format, num_bytes
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}

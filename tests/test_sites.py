@@ -18,7 +18,8 @@ from rolora.config import make_config
 from rolora.flower.coordinator import prepare_remote
 from rolora.flower.engine import Lost
 from rolora.flower.parcel import Parcel
-from rolora.flower.site import SiteConfig, answer
+from rolora.flower.site import answer
+from rolora.flower.site_config import SiteConfig
 from rolora.rounds import RoundResult
 from rolora.runs import Run
 from rolora.schema import RunConfig

@@ -51,12 +51,14 @@ LEVELS = (
     ),
     ("methods", "methods.*", "step", "traffic", "catalogue", "base", "data", "report", "report.*"),
     ("tasks.*", "local", "columns", "starter", "schema", "memory", "prefix"),
+    ("store",),
     ("engine", "precision"),
     ("rounds",),
     ("config", "configured", "record", "rows"),
+    ("federation",),
     ("build",),
     ("runs",),
-    ("demo", "display"),
+    ("flower", "flower.*", "demo", "display"),
     ("cli", "__main__", "__init__"),
 )
 
@@ -67,9 +69,10 @@ FENCES: dict[str, set[str]] = {
     "peft": {"lora"},
     "datasets": {"hub"},
     "pyarrow": {"data", "hub", "rows", "columns"},
-    "safetensors": {"prefix", "lora", "engine", "record", "wire"},
+    "safetensors": {"prefix", "lora", "store", "record", "wire"},
     "sklearn": {"tasks.classification"},
-    "pydantic": {"config", "schema"},
+    "flwr": {"flower.apps", "flower.carrier"},
+    "pydantic": {"config", "schema", "flower.site_config"},
     "tomli_w": {"config", "report.page"},
     "typer": {"cli"},
     "rich": {"cli", "display"},
@@ -184,7 +187,8 @@ def test_a_fence_is_no_wider_than_its_library_needs(library: str) -> None:
 
 
 def test_the_dependencies_are_the_libraries_that_are_imported() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["flower"]
     names = {text.partition(">=")[0].replace("-", "_") for text in declared}
     used = {"scikit_learn" if library == "sklearn" else library for library in FENCES}
     assert names == used | INDIRECT

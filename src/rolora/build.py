@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from torch import Tensor
 
 from rolora.adapter import AdapterState
@@ -19,24 +18,21 @@ from rolora.configured import (
     load_base_for,
     local_settings,
     make_method,
-    make_reducer,
     make_task,
 )
-from rolora.engine import ClientStore, Debug, Engine, InProcess
+from rolora.engine import Debug, InProcess
 from rolora.errors import ConfigError
-from rolora.local import evaluate
+from rolora.federation import federation_of, score
 from rolora.memory import BankPlan, plan_bank
 from rolora.method import Method, ServerState
 from rolora.precision import is_wide, lowered
 from rolora.prefix import kept_below
-from rolora.rounds import Federation, Metrics, RunState, cohort_size
+from rolora.rounds import Federation, RunState, cohort_size
 from rolora.rows import Rows, load_rows
-from rolora.schedule import learning_rate
 from rolora.schema import RunConfig
-from rolora.step import Aggregation
+from rolora.store import ClientStore
 from rolora.tasks import Examples, Task
 from rolora.tasks.classification import Label, class_labels
-from rolora.tasks.generation import exact_match
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Setup:
     config: RunConfig
     base: Base
     task: Task
-    test_rows: pa.Table
+    test_rows: Any
     federation: Federation
     start: RunState
     labels: tuple[Label, ...]
@@ -150,7 +146,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
 
 
 def load_in_dtype(
-    config: RunConfig, test_rows: pa.Table, labels: Sequence[Label], method: Method
+    config: RunConfig, test_rows: Any, labels: Sequence[Label], method: Method
 ) -> tuple[Base, tuple[str, ...]]:
     """The base model in the dtype that suits this machine; what to say of it."""
     base, notes = load_base_for(config, labels), tuple[str, ...]()
@@ -179,41 +175,6 @@ def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
         test, _ = kept_below(base, test, folder)
         notes += (note,) if note else ()
     return Encoded(examples, test, validation, notes)
-
-
-def federation_of(
-    config: RunConfig,
-    method: Method,
-    engine: Engine,
-    score: Callable[[Examples, int, AdapterState], Metrics],
-    task: Task,
-    test: Examples,
-    validation: Examples | None,
-    *,
-    per_client: bool,
-) -> Federation:
-    """The run that a configuration describes, on this engine.
-
-    ``score`` (examples, rows to answer, adapter) gives the metrics of an adapter.
-    """
-    return Federation(
-        method=method,
-        engine=engine,
-        aggregation=Aggregation(
-            make_reducer(config), config.aggregate.weights, config.aggregate.quorum
-        ),
-        rank=config.lora.rank,
-        seed=config.seed,
-        rounds=config.train.rounds,
-        lr=_schedule(config),
-        participation=config.train.participation,
-        metric=_metric(config, task),
-        test=partial(score, test, config.eval.generate),
-        validation=None if validation is None else partial(score, validation, 0),
-        per_client=per_client,
-        eval_every=config.eval.every,
-        patience=config.eval.patience,
-    )
 
 
 def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:
@@ -256,25 +217,6 @@ def _bank(
     return plan, (str(plan),)
 
 
-def _schedule(config: RunConfig) -> Callable[[int], float]:
-    train = config.train
-    return partial(
-        learning_rate,
-        lr=train.lr,
-        rounds=train.rounds,
-        schedule=train.schedule,
-        warmup_rounds=train.warmup_rounds,
-    )
-
-
-def _metric(config: RunConfig, task: Task) -> str:
-    metric = config.eval.metric or task.metrics[0]
-    if metric not in task.metrics:
-        known = ", ".join(task.metrics)
-        raise ConfigError(f"eval.metric {metric!r} is none of what {task.name} measures: {known}")
-    return metric
-
-
 def _refuse_quorum(config: RunConfig, clients: int) -> None:
     cohort = cohort_size(clients, config.train.participation)
     if config.aggregate.quorum > cohort:
@@ -286,17 +228,6 @@ def _refuse_quorum(config: RunConfig, clients: int) -> None:
 
 def _source(source: str | float | None, config: RunConfig) -> str:
     return source if isinstance(source, str) else config.data.train
-
-
-def score(
-    base: Base, task: Task, examples: Examples, generate: int, adapter: AdapterState
-) -> Metrics:
-    """The task's metrics of an adapter; with ``generate``, exact_match on that many rows too."""
-    metrics = evaluate(base, task, examples, adapter)
-    if generate and task.name == "causal_lm":
-        with base.holding(adapter):
-            metrics["exact_match"] = exact_match(base, examples, range(generate)[: len(examples)])
-    return metrics
 
 
 def _notes(config: RunConfig, rows: Rows, examples: Examples, test: Examples) -> tuple[str, ...]:

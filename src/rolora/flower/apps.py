@@ -13,7 +13,8 @@ from rolora import runs
 from rolora.config import load_config
 from rolora.flower.carrier import GridCarrier, packed, unpacked
 from rolora.flower.coordinator import prepare_remote
-from rolora.flower.site import answer, read_site
+from rolora.flower.site import answer
+from rolora.flower.site_config import read_site
 
 client = ClientApp()
 server = ServerApp()

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 
 from rolora import data
-from rolora.build import Setup, data_hash, federation_of, load_in_dtype, score
+from rolora.build import Setup, data_hash, load_in_dtype
 from rolora.configured import first_adapter, make_method, make_task
 from rolora.errors import ConfigError
+from rolora.federation import federation_of, score
 from rolora.flower.engine import Carrier, Remote, Roster, run_id
 from rolora.method import ServerState
 from rolora.rounds import RunState

@@ -20,7 +20,8 @@ from rolora.base import Base
 from rolora.engine import ClientMetrics, Job
 from rolora.errors import NoQuorum
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest
-from rolora.flower.site import NAME, layout, tokenizer_digest
+from rolora.flower.site import layout, tokenizer_digest
+from rolora.flower.site_config import NAME
 from rolora.method import Method, ServerState
 from rolora.schema import RunConfig
 from rolora.traffic import lacking

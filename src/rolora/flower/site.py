@@ -25,68 +25,30 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
 from torch import Tensor
 
 from rolora import data
 from rolora.adapter import AdapterState, ClientInfo, Failure
 from rolora.base import Base
-from rolora.config import make_config, read_toml
+from rolora.config import make_config
 from rolora.configured import load_base_for, local_settings, make_method, make_task
 from rolora.durable import write_file
-from rolora.engine import ClientStore, InProcess, Job
-from rolora.errors import ConfigError, RoloraError
+from rolora.engine import InProcess, Job
+from rolora.errors import RoloraError
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest
+from rolora.flower.site_config import SiteConfig
 from rolora.method import Method, ServerState
 from rolora.prefix import kept_below
 from rolora.rows import hold_out
-from rolora.schema import RunConfig, Section
+from rolora.schema import RunConfig
+from rolora.store import ClientStore
 from rolora.tasks.classification import class_labels
 from rolora.wire import WireError, decode, encode
 
-NAME = re.compile(r"[\w-][\w.-]{0,63}")
 RUN = re.compile(r"[0-9a-f]{8,64}")
-
-
-class SiteConfig(Section):
-    """``site.toml``: what one site brings; written and read at the site only."""
-
-    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] = Field(
-        description="the client id, the same in every run"
-    )
-    data: str = Field(description="this site's rows: csv, jsonl, parquet or a datasets folder")
-    model: str | None = Field(
-        None, description="the base model here; left out: what the run's configuration says"
-    )
-    text: str | list[str] | None = Field(None, description="columns here; left out: the run's")
-    label: str | None = Field(None, description="the label column here; left out: the run's")
-    device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")
-    threads: int | None = Field(None, ge=1, description="of torch; left out: all cores")
-    state: str = Field("rolora-site", description="folder for what the site keeps")
-    superlink: str = Field("127.0.0.1:8000", description="the coordinator's address, host:port")
-    certificates: str | None = Field(None, description="the CA certificate, PEM; none: no TLS")
-    key: str | None = Field(None, description="this site's private key; none: no key is asked for")
-    root: Path = Field(Path(), exclude=True)
-
-    @property
-    def folder(self) -> Path:
-        """Where the site keeps its state."""
-        return self.root / Path(self.state).expanduser()
-
-
-def read_site(path: str | Path) -> SiteConfig:
-    """A site's configuration; paths in it start from its folder. ConfigError in one line."""
-    values = read_toml(path)
-    try:
-        root = Path(path).expanduser().resolve().parent
-        return SiteConfig.model_validate({**values, "root": root})
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "it"
-        raise ConfigError(f"{path}: {where}: {fault['msg']}") from None
 
 
 @dataclass(frozen=True)

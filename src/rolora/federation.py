@@ -1,0 +1,85 @@
+"""The federation that a configuration describes, on any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from rolora.adapter import AdapterState
+from rolora.base import Base
+from rolora.configured import make_reducer
+from rolora.engine import Engine
+from rolora.errors import ConfigError
+from rolora.local import evaluate
+from rolora.method import Method
+from rolora.rounds import Federation, Metrics
+from rolora.schedule import learning_rate
+from rolora.schema import RunConfig
+from rolora.step import Aggregation
+from rolora.tasks import Examples, Task
+from rolora.tasks.generation import exact_match
+
+
+def federation_of(
+    config: RunConfig,
+    method: Method,
+    engine: Engine,
+    score: Callable[[Examples, int, AdapterState], Metrics],
+    task: Task,
+    test: Examples,
+    validation: Examples | None,
+    *,
+    per_client: bool,
+) -> Federation:
+    """The run that a configuration describes, on this engine.
+
+    ``score`` (examples, rows to answer, adapter) gives the metrics of an adapter.
+    """
+    return Federation(
+        method=method,
+        engine=engine,
+        aggregation=Aggregation(
+            make_reducer(config), config.aggregate.weights, config.aggregate.quorum
+        ),
+        rank=config.lora.rank,
+        seed=config.seed,
+        rounds=config.train.rounds,
+        lr=_schedule(config),
+        participation=config.train.participation,
+        metric=_metric(config, task),
+        test=partial(score, test, config.eval.generate),
+        validation=None if validation is None else partial(score, validation, 0),
+        per_client=per_client,
+        eval_every=config.eval.every,
+        patience=config.eval.patience,
+    )
+
+
+def score(
+    base: Base, task: Task, examples: Examples, generate: int, adapter: AdapterState
+) -> Metrics:
+    """The task's metrics of an adapter; with ``generate``, exact_match on that many rows too."""
+    metrics = evaluate(base, task, examples, adapter)
+    if generate and task.name == "causal_lm":
+        with base.holding(adapter):
+            metrics["exact_match"] = exact_match(base, examples, range(generate)[: len(examples)])
+    return metrics
+
+
+def _schedule(config: RunConfig) -> Callable[[int], float]:
+    train = config.train
+    return partial(
+        learning_rate,
+        lr=train.lr,
+        rounds=train.rounds,
+        schedule=train.schedule,
+        warmup_rounds=train.warmup_rounds,
+    )
+
+
+def _metric(config: RunConfig, task: Task) -> str:
+    metric = config.eval.metric or task.metrics[0]
+    if metric not in task.metrics:
+        known = ", ".join(task.metrics)
+        raise ConfigError(f"eval.metric {metric!r} is none of what {task.name} measures: {known}")
+    return metric
