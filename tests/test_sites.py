@@ -18,7 +18,7 @@ from rolora.config import make_config
 from rolora.flower.coordinator import prepare_remote
 from rolora.flower.engine import Lost
 from rolora.flower.parcel import Parcel
-from rolora.flower.site import answer
+from rolora.flower.site import Site
 from rolora.flower.site_config import SiteConfig
 from rolora.rounds import RoundResult
 from rolora.runs import Run
@@ -36,20 +36,20 @@ def honest(site: str, question: Parcel, reply: Parcel) -> Parcel | Lost:
 class Calls:
     """A carrier of function calls. ``away`` sites are not there; what passed is kept."""
 
-    sites: dict[int, SiteConfig]
+    sites: dict[int, Site]
     spoil: Spoil = honest
     away: set[str] = field(default_factory=set)
     passed: list[tuple[str, Parcel, Parcel | Lost]] = field(default_factory=list)
 
     def nodes(self) -> Sequence[int]:
-        return [node for node, site in self.sites.items() if site.name not in self.away]
+        return [node for node, site in self.sites.items() if site.config.name not in self.away]
 
     def ask(
         self, questions: Mapping[int, Parcel], seconds: float
     ) -> Iterator[tuple[int, Parcel | Lost]]:
         for node, question in reversed(list(questions.items())):
-            name = self.sites[node].name
-            reply = self.spoil(name, question, answer(self.sites[node], question))
+            name = self.sites[node].config.name
+            reply = self.spoil(name, question, self.sites[node].answer(question))
             self.passed.append((name, question, reply))
             yield node, reply
 
@@ -79,8 +79,10 @@ def configuration(place: Path, *overrides: str) -> RunConfig:
 
 def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
     sites = {
-        10 + number: SiteConfig(
-            name=f"site-{name}", data=f"site-{name}.csv", state=str(state / name), root=place
+        10 + number: Site(
+            SiteConfig(
+                name=f"site-{name}", data=f"site-{name}.csv", state=str(state / name), root=place
+            )
         )
         for number, name in enumerate(NAMES)
     }

@@ -59,6 +59,8 @@ LEVELS = (
     ("build",),
     ("runs",),
     ("flower", "flower.*", "demo", "display"),
+    ("printing",),
+    ("cli_sites",),
     ("cli", "__main__", "__init__"),
 )
 
@@ -71,11 +73,14 @@ FENCES: dict[str, set[str]] = {
     "pyarrow": {"data", "hub", "rows", "columns"},
     "safetensors": {"prefix", "lora", "store", "record", "wire"},
     "sklearn": {"tasks.classification"},
-    "flwr": {"flower.apps", "flower.carrier"},
+    "flwr": {"flower.apps", "flower.carrier", "flower.node", "flower.superlink"},
+    "cryptography": {"flower.keys", "flower.node"},
+    "httpx": {"flower.node"},
+    "uvicorn": {"flower.superlink"},
     "pydantic": {"config", "schema", "flower.site_config"},
-    "tomli_w": {"config", "report.page"},
-    "typer": {"cli"},
-    "rich": {"cli", "display"},
+    "tomli_w": {"config", "report.page", "flower.folder", "flower.rehearsal"},
+    "typer": {"cli", "cli_sites"},
+    "rich": {"printing", "cli", "display"},
     "matplotlib": {"report.figures", "report.svg"},
     "jinja2": {"report.page"},
 }

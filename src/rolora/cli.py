@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import signal
 import sys
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from rolora.cli_sites import across_sites, doctor, federation, site
 from rolora.errors import EXIT_CODES, ConfigError, RoloraError
+from rolora.printing import out_console, print_json, print_results, print_runs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,8 +28,6 @@ app = typer.Typer(
     help="Federated LoRA fine-tuning with exact averages.",
     epilog="Exit codes: " + " · ".join(f"{code} {what}" for code, what in EXIT_CODES.items()),
 )
-out_console = Console(highlight=False, soft_wrap=True)
-
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="the run's TOML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.lr=1e-3")
@@ -40,14 +38,23 @@ Json = Annotated[bool, typer.Option("--json", help="print what a program would r
 
 @app.command()
 def run(
-    config: ConfigPath, overrides: Overrides = None, out: Out = None, json: Json = False
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = None,
+    on: Annotated[
+        str | None, typer.Option(help="run it across the sites of this federation folder")
+    ] = None,
+    json: Json = False,
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
     from rolora import runs
     from rolora.config import load_config
     from rolora.display import working
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, [*(overrides or []), *_where(on)])
+    if settings.federation.on:
+        across_sites(settings, runs.new_path(settings, out), json)
+        return
     with working("loading the model and the data"):
         started = runs.start(settings, out)
     _follow(started, json)
@@ -61,8 +68,14 @@ def resume(
 ) -> None:
     """Go on with a run from its last checkpoint, as if it had never stopped."""
     from rolora import runs
+    from rolora.config import load_config
     from rolora.display import working
+    from rolora.record import RunFolder
 
+    settings = load_config(RunFolder.open(path).config)
+    if settings.federation.on:
+        across_sites(settings, path, json, rounds)
+        return
     with working("loading the model and the data"):
         resumed = runs.resume(path, rounds)
     _follow(resumed, json)
@@ -97,7 +110,7 @@ def compare(
     for one in runs.compare(settings, names, chosen, path, only):
         follow(one, one.folder.path.name)
         done.append(one.folder.path)
-    _summary(done, json)
+    print_runs(done, json)
     if not json:
         out_console.print(f"\nreport   {path / 'report.html'}", markup=False)
 
@@ -112,7 +125,7 @@ def report(
     from rolora.report import write_report
 
     write_report(paths, out)
-    _summary(paths, json)
+    print_runs(paths, json)
     if not json:
         out_console.print(f"\nreport   {out}", markup=False)
 
@@ -131,7 +144,7 @@ def evaluate(
     with working("loading and evaluating"):
         metrics = evaluate_adapter(path, data, model)
     if json:
-        _print_json(metrics)
+        print_json(metrics)
     else:
         for name, value in metrics.items():
             out_console.print(f"{name:20} {value:.4f}", markup=False)
@@ -159,7 +172,7 @@ def partition(
     table = rows.table()
     save_split_picture(table, picture)
     if json:
-        _print_json(table)
+        print_json(table)
     else:
         out_console.print(split_table(table, rows.test.num_rows))
         out_console.print(f"\npicture   {picture}", markup=False)
@@ -176,7 +189,7 @@ def methods(json: Json = False) -> None:
 
     rows = describe_methods()
     if json:
-        _print_json([dataclasses.asdict(row) for row in rows])
+        print_json([dataclasses.asdict(row) for row in rows])
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("method", "trains in rounds 1, 2", "sends", "options", "what it is"):
@@ -235,37 +248,30 @@ def init(
     out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
 
 
+app.command()(site)
+app.add_typer(federation, name="federation")
+app.command()(doctor)
+
+
 def _meant_for(method: str, overrides: list[str]) -> list[str]:
     """The overrides that are written METHOD:key=value for this method, without the prefix."""
     return [text.removeprefix(f"{method}:") for text in overrides if text.startswith(f"{method}:")]
+
+
+def _where(on: str | None) -> list[str]:
+    """The override that ``--on`` stands for; a folder is named from here, not from the config."""
+    if on is None:
+        return []
+    return [f"federation.on={Path(on).resolve() if Path(on).is_dir() else on}"]
 
 
 def _follow(started: Any, as_json: bool) -> None:
     from rolora.display import follow
 
     last = follow(started, started.setup.config.name)
-    folder = started.folder
-    _summary([folder.path], as_json)
     if last is None and not as_json:
         out_console.print("nothing was left to do", markup=False)
-    if not as_json:
-        out_console.print(f"\nreport    {folder.path / 'report.html'}", markup=False)
-        out_console.print(f"adapter   {folder.adapter}", markup=False)
-
-
-def _summary(paths: list[Path], as_json: bool) -> None:
-    from rolora.display import results_table
-    from rolora.report import load_run, summarise
-
-    rows = summarise([load_run(path) for path in paths])
-    if as_json:
-        _print_json([dataclasses.asdict(row) for row in rows])
-    else:
-        out_console.print(results_table(rows))
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2))
+    print_results(started.folder.path, as_json)
 
 
 class Interrupted(BaseException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,15 @@ def dump_config(config: RunConfig, provenance: dict[str, Any]) -> str:
     """The resolved configuration as TOML, with a ``[provenance]`` table (None is left out)."""
     values = config.model_dump(mode="json", exclude_none=True)
     return tomli_w.dumps({**values, "provenance": provenance})
+
+
+def config_hash(config: RunConfig) -> str:
+    """Of what defines a run: all settings but where it runs, what "auto" came to, and the number of
+    rounds, which may grow."""
+    values = config.model_dump_json(
+        exclude={"train": {"rounds", "bank"}, "model": {"dtype"}, "federation": True}
+    )
+    return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 
 def _override(values: dict[str, Any], override: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from rolora.durable import write_file
 from rolora.errors import DataError, nearest, one_line
 from rolora.partition import client_ids
 
@@ -60,6 +61,13 @@ def read_table(source: str, *, root: Path, split: str = "train", offline: bool =
         columns = ", ".join(table.column_names) or "none"
         raise DataError(f"{source} has no rows (columns: {columns})")
     return table
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """The rows as a Parquet file, with their types, whole or not at all."""
+    buffer = pa.BufferOutputStream()
+    pa.parquet.write_table(table, buffer)
+    write_file(path, buffer.getvalue().to_pybytes())
 
 
 def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:

@@ -1,4 +1,4 @@
-"""Writing so that a file or folder is there whole or not at all, whenever the power goes.
+"""Writing so that a file or folder is there whole or not at all, whenever the power goes; locks.
 
 New bytes go under a temporary name in the same folder, are flushed to the disk, and are renamed
 into place; then the folder that holds the name is flushed.
@@ -7,6 +7,7 @@ into place; then the folder that holds the name is flushed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,6 +57,26 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold this lock file for as long as the block, or this process, lasts.
+
+    Raises BlockingIOError if another process holds it, unless told to ``wait``.
+    """
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds this lock file."""
+    try:
+        with locked(path):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,6 @@ between, takes the missing line from the checkpoint itself.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rolora.adapter import AdapterState
-from rolora.durable import new_folder, sync, write_file
+from rolora.durable import locked, new_folder, sync, write_file
 from rolora.errors import ConfigError, RoloraError
 from rolora.method import ServerState
 from rolora.rounds import Best, RoundResult, RunState
@@ -104,10 +103,10 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process. ConfigError if another process is writing to it."""
-        with (self.path / ".lock").open("w") as file:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                held.enter_context(locked(self.path / ".lock"))
+            except BlockingIOError:
                 raise ConfigError(f"{self.path} is in use by another process") from None
             yield
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -24,7 +23,7 @@ import torch
 from rolora import data
 from rolora.base import Base
 from rolora.build import Setup, prepare
-from rolora.config import dump_config, load_config, make_config, read_toml
+from rolora.config import config_hash, dump_config, load_config, make_config, read_toml
 from rolora.configured import load_base_for, make_task
 from rolora.engine import Engine
 from rolora.errors import ConfigError
@@ -83,15 +82,21 @@ class Run:
 Build = Callable[[RunConfig, Path], Setup]
 
 
+def new_path(config: RunConfig, out: str | Path | None) -> Path:
+    """Where a run goes, ``runs/NAME`` if not said. ConfigError if something is there already."""
+    path = Path(out) if out is not None else Path("runs") / config.name
+    if path.exists():
+        RunFolder.create(path, "", {})  # refuses
+    return path
+
+
 def start(config: RunConfig, out: str | Path | None = None, build: Build = prepare) -> Run:
     """A new run in folder ``out`` (``runs/NAME`` if left out), which must not exist yet.
 
     ``build`` makes the run's parts from the configuration and the folder of clients' state.
     Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
-    path = Path(out) if out is not None else Path("runs") / config.name
-    if path.exists():
-        RunFolder.create(path, "", {})  # refuses
+    path = new_path(config, out)
     setup = build(config, path / "clients")
     text = dump_config(config, provenance(setup))
     folder = RunFolder.create(path, text, setup.partition)
@@ -227,7 +232,7 @@ def provenance(setup: Setup) -> dict[str, Any]:
         "prefix": setup.cached,
         "data": setup.data,
         "base": setup.base.digest,
-        "config": _config_hash(setup.config),
+        "config": config_hash(setup.config),
     }
 
 
@@ -248,12 +253,6 @@ def _pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
-
-
-def _config_hash(config: RunConfig) -> str:
-    """Of all settings but the number of rounds, which may grow, and what is pinned."""
-    values = config.model_dump_json(exclude={"train": {"rounds", "bank"}, "model": {"dtype"}})
-    return hashlib.sha256(values.encode()).hexdigest()[:32]
 
 
 def _git_commit(folder: Path) -> str:

@@ -164,6 +164,11 @@ class WireConfig(Section):
 class FederationConfig(Section):
     """``[federation]``: what holds across sites; a run on one machine does not read it."""
 
+    on: str | None = Field(
+        None,
+        description="a folder of rolora federation, or a SuperLink in Flower's own configuration; "
+        "left out: the run stays on this machine",
+    )
     sites: int = Field(1, ge=1, description="that must have joined before the first round")
     wait: float = Field(600.0, gt=0, description="seconds for them to join")
     deadline: float = Field(3600.0, gt=0, description="seconds that a round may take")

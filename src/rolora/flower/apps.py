@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +13,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from rolora import runs
 from rolora.config import load_config
+from rolora.display import follow
 from rolora.flower.carrier import GridCarrier, packed, unpacked
 from rolora.flower.coordinator import prepare_remote
-from rolora.flower.site import answer
+from rolora.flower.site import Site
 from rolora.flower.site_config import read_site
+from rolora.flower.submit import JobFolder
 
 client = ClientApp()
 server = ServerApp()
@@ -24,19 +28,24 @@ server = ServerApp()
 @client.train()  # type: ignore[untyped-decorator]
 @client.evaluate()  # type: ignore[untyped-decorator]
 def reply(message: Message, context: Context) -> Message:
-    """Answer one question from this node's own site.toml."""
-    site = read_site(str(context.node_config["site"]))
-    return Message(packed(answer(site, unpacked(message.content))), reply_to=message)
+    """Answer one question in a SuperNode of Flower's, whose node config names a site.toml."""
+    site = Site(read_site(str(context.node_config["site"])))
+    return Message(packed(site.answer(unpacked(message.content))), reply_to=message)
 
 
 @server.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """Start or resume the run whose folder the run's configuration names, and go to its end."""
-    out = Path(str(context.run_config["out"]))
-    build = partial(prepare_remote, carrier=GridCarrier(grid))
-    if (out / "config.toml").is_file():
-        run = runs.resume(out, build=build)
-    else:
-        run = runs.start(load_config(str(context.run_config["config"])), out, build)
-    for result in run.rounds():
-        print(f"round {result.round}: {dict(result.metrics)}", flush=True)
+    """Start or resume the run that the job folder asks for, and see it to its end."""
+    job = JobFolder(Path(str(context.run_config["job"])))
+    order = json.loads(job.order.read_text())
+    out, build = Path(order["out"]), partial(prepare_remote, carrier=GridCarrier(grid))
+    with (
+        job.alive(),
+        job.progress.open("a", buffering=1) as lines,
+        contextlib.redirect_stderr(lines),
+    ):
+        if (out / "config.toml").is_file():
+            run = runs.resume(out, order["rounds"], build)
+        else:
+            run = runs.start(load_config(job.config), out, build)
+        follow(run, run.setup.config.name)

@@ -27,9 +27,14 @@ def prepare_remote(config: RunConfig, folder: Path, carrier: Carrier) -> Setup:
             "across sites data.test, and data.validation if there is one, must name rows that the "
             "coordinator has: none can be cut off from those of the sites"
         )
+    if config.model.dtype == "auto":  # what the fastest dtype is differs from site to site
+        dtype = "bf16" if config.device == "cuda" else "fp32"
+        config = config.model_copy(
+            update={"model": config.model.model_copy(update={"dtype": dtype})}
+        )
     read = partial(data.read_table, root=config.root, offline=config.offline)
     test_rows = read(where.test, split=where.test_split)
-    roster = Roster(carrier, config, run_id(config, str(folder.resolve())))
+    roster = Roster(carrier, config, run_id(config, folder))
     labels = roster.gather()
     method = make_method(config)
     base, notes = load_in_dtype(config, test_rows, labels, method)

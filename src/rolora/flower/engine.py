@@ -13,10 +13,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update
 from rolora.base import Base
+from rolora.config import config_hash
 from rolora.engine import ClientMetrics, Job
 from rolora.errors import NoQuorum
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest
@@ -278,9 +280,9 @@ def checked(reply: Parcel | Lost) -> Parcel:
     return reply
 
 
-def run_id(config: RunConfig, folder: str) -> str:
-    """What sites call a run: a hash of its configuration and its folder's name."""
-    return hashlib.sha256(f"{config.model_dump_json()}{folder}".encode()).hexdigest()[:16]
+def run_id(config: RunConfig, folder: Path) -> str:
+    """What sites call a run: a hash of what defines it and of where its folder is."""
+    return hashlib.sha256(f"{config_hash(config)}{folder.resolve()}".encode()).hexdigest()[:16]
 
 
 def replies_in_time(

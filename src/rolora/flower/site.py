@@ -1,6 +1,6 @@
 """A site's part of a run: it answers four questions and keeps what is its own on its own disk.
 
-``answer`` is a function from one message to another. What a site has received and sent lies in its
+``Site.answer`` goes from one message to another. What a site has received and sent lies in its
 state folder, one file per round, so every question can be answered by a new process, and asked
 again. Rows, tokens and personal tensors never leave; ``outgoing.log`` says what did.
 
@@ -63,7 +63,10 @@ class SiteRun:
     @cached_property
     def base(self) -> Base:
         """The base model here, with a bank of one."""
-        return load_base_for(self.config, self.labels)
+        base = load_base_for(self.config, self.labels)
+        if base.stack is not None:
+            base.stack.checkpointing = self.config.train.recompute
+        return base
 
     @cached_property
     def method(self) -> Method:
@@ -97,40 +100,60 @@ class SiteRun:
         )
 
 
-def answer(site: SiteConfig, request: Parcel) -> Parcel:
-    """The site's answer; anything that goes wrong is an answer too, with "error" in its head."""
-    if site.threads is not None:
-        torch.set_num_threads(site.threads)
-    questions = {"hello": _hello, "ready": _ready, "train": _train, "score": _score}
-    try:
-        asked = request.text("ask")
-        if request.whole("protocol") != PROTOCOL:
-            raise ParcelError(
-                f"the coordinator speaks protocol {request.head['protocol']}, this site "
-                f"{PROTOCOL}: install the same version of rolora at both"
-            )
-        run = request.text("run")
-        if asked not in questions or not RUN.fullmatch(run):
-            raise ParcelError(f"{asked!r} for run {run!r} is no question that a site answers")
-        reply = questions[asked](site, site.folder / run, request)
-    except (RoloraError, OSError) as error:
-        asked, reply = str(request.head.get("ask")), Parcel({"error": str(error)})
-    head = {"site": site.name, "protocol": PROTOCOL, **reply.head}
-    reply = replace(reply, head=head)
-    _note_outgoing(site, asked, request, reply)
-    return reply
+@dataclass
+class Site:
+    """A site that answers. What it loads for a run stays loaded until it is asked about another."""
+
+    config: SiteConfig
+    opened: SiteRun | None = None
+
+    def answer(self, request: Parcel) -> Parcel:
+        """The site's answer; what goes wrong is an answer too, with "error" in its head."""
+        questions = {"hello": _hello, "ready": _ready, "train": _train, "score": _score}
+        asked = str(request.head.get("ask"))
+        try:
+            if request.whole("protocol") != PROTOCOL:
+                raise ParcelError(
+                    f"the coordinator speaks protocol {request.head['protocol']}, this site "
+                    f"{PROTOCOL}: install the same version of rolora at both"
+                )
+            run = request.text("run")
+            if asked not in questions or not RUN.fullmatch(run):
+                raise ParcelError(f"{asked!r} for run {run!r} is no question that a site answers")
+            if self.config.threads is not None:
+                torch.set_num_threads(self.config.threads)
+            reply = questions[asked](self, self.config.folder / run, request)
+        except (RoloraError, OSError) as error:
+            reply = Parcel({"error": str(error)})
+        head = {"site": self.config.name, "protocol": PROTOCOL, **reply.head}
+        reply = replace(reply, head=head)
+        _note_outgoing(self.config, asked, request, reply)
+        return reply
+
+    def open(self, folder: Path) -> SiteRun:
+        """The run whose folder this is, loaded already if the last question was of it too."""
+        config = _config(self.config, folder)
+        try:
+            labels = tuple(json.loads((folder / "labels.json").read_text()))
+        except FileNotFoundError:
+            raise ParcelError("this site has not been told the labels of the run") from None
+        run = SiteRun(self.config, config, labels, ClientStore(folder))
+        if self.opened != run:
+            self.opened = run
+        return self.opened
 
 
-def _hello(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+def _hello(site: Site, folder: Path, request: Parcel) -> Parcel:
     """Learn of a run; say how many rows there are and which labels."""
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", request.body)
-    config = _config(site, folder)
-    table = data.read_table(site.data, root=site.root)
+    own = site.config
+    config = _config(own, folder)
+    table = data.read_table(own.data, root=own.root)
     labels = []
     if config.model.task == "classification":
-        labels = class_labels(table, config.data.label, site.data)
-    rows, _ = _split(config, site, table.num_rows)
+        labels = class_labels(table, config.data.label, own.data)
+    rows, _ = _split(config, own, table.num_rows)
     return Parcel(
         {
             "num_examples": len(rows),
@@ -141,35 +164,35 @@ def _hello(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
     )
 
 
-def _ready(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+def _ready(site: Site, folder: Path, request: Parcel) -> Parcel:
     """Load the model and the rows once, so that faults show now; say which model it is."""
     write_file(folder / "labels.json", request.body)
-    run = _open(site, folder)
+    run = site.open(folder)
     engine = run.engine
     return Parcel(
         {
             "base": run.base.digest,
             "tokenizer": tokenizer_digest(run.base),
             "layout": layout(run.base),
-            "num_examples": len(engine.shards[site.name]),
+            "num_examples": len(engine.shards[run.site.name]),
         }
     )
 
 
-def _train(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+def _train(site: Site, folder: Path, request: Parcel) -> Parcel:
     """One round of local training, from the adapter that the coordinator names by its hash."""
-    run = _open(site, folder)
+    run, name = site.open(folder), site.config.name
     round = request.whole("round")
     if round < 1:
         raise ParcelError("'round' is 0, expected at least 1")
     for kind in ("round", "residual"):
-        replace(run.store, kind=kind).forget(site.name, after=request.whole("last"))
+        replace(run.store, kind=kind).forget(name, after=request.whole("last"))
     received = _received(run, request, round)
     if received is None:
         return Parcel({"lacks": True})
     method = run.method
-    info = ClientInfo(site.name, request.whole("num_examples"), run.config.lora.rank, round)
-    held = len(run.engine.shards[site.name])
+    info = ClientInfo(name, request.whole("num_examples"), run.config.lora.rank, round)
+    held = len(run.engine.shards[name])
     if info.num_examples != held:
         raise ParcelError(f"the coordinator counts {info.num_examples} rows here; there are {held}")
     server = ServerState(received, round=round - 1)
@@ -179,24 +202,24 @@ def _train(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
         raise ParcelError(update.reason)
     like = received.only(method.shared(round))
     residuals = replace(run.store, kind="residual")
-    left = residuals.read(site.name, before=round)
+    left = residuals.read(name, before=round)
     payload, kept = encode(run.config.wire.up, update.adapter, like, left)
     if kept:
-        residuals.write(site.name, round, left | kept)
+        residuals.write(name, round, left | kept)
     sent = decode(run.config.wire.up, payload, like)
-    replace(run.store, kind="sent").write(site.name, round, sent)
+    replace(run.store, kind="sent").write(name, round, sent)
     metrics = {"round": round, "num_examples": held, **update.metrics}
     return Parcel(metrics, payload, tuple(sent))
 
 
-def _score(site: SiteConfig, folder: Path, request: Parcel) -> Parcel:
+def _score(site: Site, folder: Path, request: Parcel) -> Parcel:
     """Metrics of this site's adapter on its own held-out rows; {} if it holds none out."""
-    run = _open(site, folder)
+    run, name = site.open(folder), site.config.name
     round = request.whole("round")  # the rounds that are done
     received = _received(run, request, round + 1)
     if received is None:
         return Parcel({"lacks": True})
-    info = ClientInfo(site.name, len(run.engine.shards[site.name]), run.config.lora.rank, round)
+    info = ClientInfo(name, len(run.engine.shards[name]), run.config.lora.rank, round)
     (found,) = run.engine.evaluate(run.method, ServerState(received, round=round), [info])
     return Parcel({"round": round, "metrics": json.dumps(dict(found.held_out))})
 
@@ -248,15 +271,6 @@ def _config(site: SiteConfig, folder: Path) -> RunConfig:
             "device": site.device,
         }
     )
-
-
-def _open(site: SiteConfig, folder: Path) -> SiteRun:
-    config = _config(site, folder)
-    try:
-        labels = json.loads((folder / "labels.json").read_text())
-    except FileNotFoundError:
-        raise ParcelError("this site has not been told the labels of the run") from None
-    return SiteRun(site, config, tuple(labels), ClientStore(folder))
 
 
 def _split(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:

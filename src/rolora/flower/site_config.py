@@ -25,6 +25,11 @@ class SiteConfig(Section):
     model: str | None = Field(
         None, description="the base model here; left out: what the run's configuration says"
     )
+    base: str | None = Field(
+        None,
+        min_length=6,
+        description="how the base model's hash must begin, for rolora site --check",
+    )
     text: str | list[str] | None = Field(None, description="columns here; left out: the run's")
     label: str | None = Field(None, description="the label column here; left out: the run's")
     device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")

@@ -1,0 +1,282 @@
+"""A site's connection: one process that asks the SuperLink for messages, answers them, and stays.
+
+Flower's SuperNode starts a process for every message and runs the code that the coordinator sends
+along. This one speaks the same Fleet API, keeps the model in memory, and never fetches that code:
+a site runs nothing but the rolora that its operator installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+    RegisterNodeFleetRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from rolora.durable import locked
+from rolora.errors import ConfigError, RoloraError
+from rolora.flower.carrier import packed, unpacked
+from rolora.flower.keys import read_private_key
+from rolora.flower.parcel import Parcel
+from rolora.flower.site_config import SiteConfig
+
+PAUSE = 1.0  # seconds between looks for messages
+AWAY = (502, 503, 504)  # what a proxy says when the SuperLink behind it is down
+Answer = TypeVar("Answer")
+
+_log = logging.getLogger(__name__)
+
+
+class NotConnected(RoloraError):
+    """The SuperLink cannot be reached, or will not have this site; says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A node that the SuperLink knows and takes for alive."""
+
+    client: FleetHttpClient
+    node: Node
+
+    def messages(self) -> Iterator[Message]:
+        """Messages for this node as they come, for ever."""
+        while True:
+            found = patiently(lambda: self.client.PullMessages(PullMessagesRequest(node=self.node)))
+            if not found.messages_list:
+                time.sleep(PAUSE)
+                continue
+            run = found.messages_list[0].metadata.run_id
+            try:
+                yield self._whole(run, found.message_object_trees[0])
+            except Gone:
+                _log.warning("a message was dropped: its run has ended")
+
+    def reply(self, message: Message, seconds: float) -> None:
+        """Send an answer that took so many seconds. Nothing happens if its run has ended."""
+        message.metadata.__dict__["_message_id"] = message.object_id
+        tree, run = get_object_tree(message), message.metadata.run_id
+        request = PushMessagesRequest(
+            node=self.node,
+            messages_list=[message_to_proto(remove_content_from_message(message))],
+            message_object_trees=[tree],
+            clientapp_runtime_list=[seconds],
+        )
+        try:
+            sent = patiently(lambda: self.client.PushMessages(request))
+            push = make_push_object_fn_protobuf(
+                lambda request: patiently(lambda: self.client.PushObject(request)),
+                self.node,
+                run,
+                sent.session_id,
+            )
+            everything = get_all_nested_objects(message)
+            push_objects(everything, push, object_ids_to_push=set(sent.objects_to_push))
+        except Gone:
+            _log.warning("an answer was dropped: its run has ended")
+
+    def _whole(self, run: int, tree: ObjectTree) -> Message:
+        client, node = self.client, self.node
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            make_pull_object_fn_protobuf(
+                lambda request: patiently(lambda: client.PullObject(request)), node, run
+            ),
+            make_confirm_message_received_fn_protobuf(
+                lambda request: patiently(lambda: client.ConfirmMessageReceived(request)), node, run
+            ),
+            return_type=Message,
+        )
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message
+
+
+class Gone(Exception):
+    """The SuperLink says that the run of a message is no longer running."""
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """The answer, asked for again, up to every 10 s, while the SuperLink cannot be reached.
+
+    Raises Gone if the run has ended, NotConnected if the SuperLink no longer accepts the key.
+    """
+    wait = 0.5
+    while True:
+        try:
+            return ask()
+        except httpx.TransportError as error:
+            why: object = error
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            if status == httpx.codes.FORBIDDEN:
+                raise Gone from None
+            if status == httpx.codes.UNAUTHORIZED:
+                raise NotConnected(
+                    "the SuperLink no longer accepts this site's key: ask the coordinator"
+                ) from None
+            if status not in AWAY:
+                raise NotConnected(f"the SuperLink answered: {_said(error)}") from None
+            why = status
+        _log.warning("the SuperLink does not answer (%s); again in %.0f s", why, wait)
+        time.sleep(wait)
+        wait = min(2 * wait, 10.0)
+
+
+@contextmanager
+def connected(site: SiteConfig) -> Iterator[Connection]:
+    """A connection that says every half minute that this site is there, until it is left.
+
+    Raises NotConnected where the SuperLink does not have this site, and why.
+    """
+    key, public = node_keys(site)
+    with fleet_client(site, key) as client:
+        node = Node(node_id=activate(client, public, register=site.key is None))
+        heart = HeartbeatSender(lambda: _beat(client, node))
+        heart.start()
+        try:
+            yield Connection(client, node)
+        finally:
+            heart.stop()
+            leave(client, node.node_id)
+
+
+def serve(
+    site: SiteConfig,
+    answer: Callable[[Parcel], Parcel],
+    tell: Callable[[str], None],
+) -> None:
+    """Connect, and answer until interrupted. ``tell`` gets a line for everything that happens."""
+    site.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(site.folder / ".lock"))
+        except BlockingIOError:
+            raise ConfigError(f"another rolora site is using {site.folder}") from None
+        connection = held.enter_context(connected(site))
+        tell(f"{site.name}: connected to {site.superlink}, waiting for runs")
+        for message in connection.messages():
+            started = time.monotonic()
+            question = unpacked(message.content)
+            reply = answer(question)
+            seconds = time.monotonic() - started
+            connection.reply(Message(packed(reply), reply_to=message), seconds)
+            tell(f"{site.name}: {described(question, reply)} ({seconds:.1f} s)")
+
+
+def described(question: Parcel, reply: Parcel) -> str:
+    """A line for the operator about one question and its answer."""
+    asked, run = question.head.get("ask"), question.head.get("run")
+    round = f", round {question.head['round']}" if "round" in question.head else ""
+    said = f"{len(reply.tensors)} tensors, {len(reply.body):,} bytes sent"
+    if "error" in reply.head:
+        said = f"refused: {reply.head['error']}"
+    return f"run {run}{round}: {asked}: {said}"
+
+
+def leave(client: FleetHttpClient, node: int) -> None:
+    """Tell the SuperLink that this node goes offline, if it can be reached."""
+    try:
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    except httpx.HTTPError:
+        _log.warning("the SuperLink could not be told that this site leaves")
+
+
+def leave_with(parent: int) -> None:
+    """Be interrupted when the process with this id is gone."""
+    start_parent_process_monitor(parent)
+
+
+def fleet_client(site: SiteConfig, key: EllipticCurvePrivateKey) -> FleetHttpClient:
+    """A client of the SuperLink's Fleet API that signs what it asks with the site's key."""
+    certificates = site.certificates and str(site.root / Path(site.certificates).expanduser())
+    return FleetHttpClient.from_server_address(
+        site.superlink,
+        insecure=certificates is None,
+        root_certificates=certificates,
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(key, key.public_key()),
+        ],
+    )
+
+
+def activate(client: FleetHttpClient, public: bytes, register: bool) -> int:
+    """The id of the node with this public key, which is now online.
+
+    Raises NotConnected in one line where that fails.
+    """
+    request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+    try:
+        if register:
+            client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
+        return int(client.ActivateNode(request).node_id)
+    except httpx.TransportError as error:
+        raise NotConnected(f"no connection: {error}") from None
+    except httpx.HTTPStatusError as error:
+        raise NotConnected(f"refused: {_said(error)}") from None
+
+
+def node_keys(site: SiteConfig) -> tuple[EllipticCurvePrivateKey, bytes]:
+    """The site's key, or a new one for a SuperLink that asks for none; and its public half."""
+    if site.key is None:
+        key, public = generate_key_pairs()
+        return key, public_key_to_bytes(public)
+    key = read_private_key(site.root / Path(site.key).expanduser())
+    return key, public_key_to_bytes(key.public_key())
+
+
+def _beat(client: FleetHttpClient, node: Node) -> bool:
+    request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+    try:
+        return bool(client.SendNodeHeartbeat(request).success)
+    except httpx.HTTPError:
+        return False
+
+
+SAID = {
+    '"code":2001': "the SuperLink asks for a key: name this site's in site.toml, as key = ...",
+    '"code":2004': "the SuperLink does not know this site's key: have the coordinator register it",
+    "Invalid SuperNode authentication": "the SuperLink cannot verify what this site signed: are "
+    "both clocks right to the minute?",
+}
+
+
+def _said(error: httpx.HTTPStatusError) -> str:
+    for part, meaning in SAID.items():
+        if part in error.response.text:
+            return meaning
+    return f"{error.response.status_code} {' '.join(error.response.text.split())[:200]}"
