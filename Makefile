@@ -1,6 +1,8 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
 # make test      the default tests            make test-all  with slow, browser and docs tests
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
+# make test-flower   federations of real processes and what befalls them, about 15 minutes
+# make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
 VENV ?= .venv
 PYTHON ?= python3
@@ -8,7 +10,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo demo-llm test test-all check bench bench-gpu build clean
+.PHONY: install demo demo-llm test test-all test-flower soak-flower check bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -16,7 +18,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower]'
 	touch $@
 
 demo: install
@@ -30,6 +32,12 @@ test: install
 
 test-all: install
 	$(PYTEST) -m "slow or browser or not slow" -rs
+
+test-flower: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m "flower and not soak" -rs
+
+soak-flower: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m soak -rs -s
 
 check: install
 	$(BIN)/ruff format --check .

@@ -16,8 +16,8 @@ from rolora import runs
 from rolora.adapter import tensor_hash
 from rolora.config import make_config
 from rolora.flower.coordinator import prepare_remote
-from rolora.flower.engine import Lost
 from rolora.flower.parcel import Parcel
+from rolora.flower.roster import Lost
 from rolora.flower.site import Site
 from rolora.flower.site_config import SiteConfig
 from rolora.rounds import RoundResult
@@ -40,6 +40,7 @@ class Calls:
     spoil: Spoil = honest
     away: set[str] = field(default_factory=set)
     passed: list[tuple[str, Parcel, Parcel | Lost]] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
     def nodes(self) -> Sequence[int]:
         return [node for node, site in self.sites.items() if site.config.name not in self.away]
@@ -90,7 +91,9 @@ def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
 
 
 def remote(config: RunConfig, out: Path, carrier: Calls) -> Run:
-    return runs.start(config, out, partial(prepare_remote, carrier=carrier))
+    return runs.start(
+        config, out, partial(prepare_remote, carrier=carrier, tell=carrier.told.append)
+    )
 
 
 def bits(run: Run, last: RoundResult) -> dict[str, str]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from rolora.cli_sites import across_sites, doctor, federation, site
 from rolora.errors import EXIT_CODES, ConfigError, RoloraError
-from rolora.printing import out_console, print_json, print_results, print_runs
+from rolora.printing import out_console, print_json, print_methods, print_results, print_runs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -191,13 +190,7 @@ def methods(json: Json = False) -> None:
     if json:
         print_json([dataclasses.asdict(row) for row in rows])
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("method", "trains in rounds 1, 2", "sends", "options", "what it is"):
-        table.add_column(column)
-    for row in rows:
-        sends = " / ".join(row.sends)
-        table.add_row(row.name, " / ".join(row.trains), sends, ", ".join(row.options), row.summary)
-    out_console.print(table)
+    print_methods(rows)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,28 @@ def _first_fault(error: ValidationError) -> str:
     faults = error.errors()
     # An unknown key usually explains the rest, a required key spelled wrong for example.
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    where = [str(part) for part in fault["loc"] if not str(part).endswith("]")]
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    where = _key(fault)
+    others = [f for f in faults if _key(f) != where]
+    more = f" (and {len(others)} more)" if others else ""
     if fault["type"] == "extra_forbidden":
         hint = nearest(where[-1], _keys(where[:-1]))
         return f"unknown key {'.'.join(where)!r}: {hint}{more}"
     if fault["type"] == "missing":
         return f"{'.'.join(where)} is missing{more}"
-    message = fault["msg"].removeprefix("Value error, ")
+    # a key of several types has a fault for each
+    messages = [f["msg"].removeprefix("Value error, ") for f in faults if _key(f) == where]
+    message = "; or ".join(messages)
     if fault["type"] == "value_error":
         return ": ".join([*(["[" + ".".join(where) + "]"] if where else []), message]) + more
     return f"{'.'.join(where)}: {message}, got {fault['input']!r}{more}"
+
+
+def _key(fault: Mapping[str, Any]) -> list[str]:
+    """Where a fault is; a union's members, which pydantic puts last, are no keys."""
+    parts = [str(part) for part in fault["loc"]]
+    while len(parts) > 2 and (parts[-1].endswith("]") or parts[-1] in ("int", "float", "str")):
+        parts.pop()
+    return parts
 
 
 def _keys(path: list[str]) -> list[str]:

@@ -30,6 +30,7 @@ def federation_of(
     validation: Examples | None,
     *,
     per_client: bool,
+    spare: int = 0,
 ) -> Federation:
     """The run that a configuration describes, on this engine.
 
@@ -52,6 +53,7 @@ def federation_of(
         per_client=per_client,
         eval_every=config.eval.every,
         patience=config.eval.patience,
+        spare=spare,
     )
 
 

@@ -6,8 +6,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rolora.catalogue import MethodRow
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -36,3 +41,14 @@ def print_results(path: Path, as_json: bool) -> None:
     if not as_json:
         out_console.print(f"\nreport    {path / 'report.html'}", markup=False)
         out_console.print(f"adapter   {path / 'adapter'}", markup=False)
+
+
+def print_methods(rows: Sequence[MethodRow]) -> None:
+    """What each method trains, sends, and where it comes from."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("method", "trains in rounds 1, 2", "sends", "options", "what it is"):
+        table.add_column(column)
+    for row in rows:
+        sends = " / ".join(row.sends)
+        table.add_row(row.name, " / ".join(row.trains), sends, ", ".join(row.options), row.summary)
+    out_console.print(table)

@@ -87,7 +87,8 @@ class Federation:
 
     ``test`` and ``validation`` score an adapter on the
     server's held-out rows; ``metric`` is what early stopping and the best round go by, on the
-    validation rows only. ``patience`` counts evaluations without improvement.
+    validation rows only. ``patience`` counts evaluations without improvement; ``spare`` clients are
+    drawn beyond the cohort, for an engine that uses the first ones to answer.
     """
 
     method: Method
@@ -104,6 +105,7 @@ class Federation:
     per_client: bool = False
     eval_every: int = 5
     patience: int | None = None
+    spare: int = 0
     max_attempts: int = 3
 
 
@@ -113,11 +115,20 @@ def cohort_size(clients: int, participation: float) -> int:
 
 
 def sample_cohort(
-    clients: Sequence[str], participation: float, seed: int, round: int, attempt: int
+    clients: Sequence[str],
+    participation: float,
+    seed: int,
+    round: int,
+    attempt: int,
+    spare: int = 0,
 ) -> tuple[str, ...]:
-    """``participation`` of the clients (at least one), drawn without replacement, in id order."""
+    """``participation`` of the clients (at least one) and ``spare`` more if there are, in id order.
+
+    Drawn without replacement; more spare clients do not change who else is drawn.
+    """
     rng = generator(seed, "cohort", round, attempt)
-    chosen = torch.randperm(len(clients), generator=rng)[: cohort_size(len(clients), participation)]
+    size = cohort_size(len(clients), participation) + spare
+    chosen = torch.randperm(len(clients), generator=rng)[:size]
     ids = sorted(clients)
     return tuple(ids[i] for i in chosen.sort().values.tolist())
 
@@ -161,7 +172,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     method, server = run.method, state.server
     round, attempt = server.round + 1, server.attempt
     clients = run.engine.clients()
-    ids = sample_cohort(list(clients), run.participation, run.seed, round, attempt)
+    ids = sample_cohort(list(clients), run.participation, run.seed, round, attempt, run.spare)
     # largest shard first, then by id: clients with as many steps then share a bank, and their
     # updates come in the order of use
     order = sorted(ids, key=lambda id: (-clients[id], id))

@@ -153,6 +153,11 @@ def compare(
     path = Path(out) if out is not None else Path("runs") / f"{config.name}-compare"
     if path.exists():
         raise ConfigError(f"{path} exists and is never overwritten: name another with --out")
+    if config.federation.on:
+        raise ConfigError(
+            "compare runs on this machine alone: leave out federation.on, or start each method "
+            "with rolora run"
+        )
     if not methods or not seeds:
         raise ConfigError("compare needs at least one method and one seed")
     variants = [

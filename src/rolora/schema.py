@@ -172,6 +172,9 @@ class FederationConfig(Section):
     sites: int = Field(1, ge=1, description="that must have joined before the first round")
     wait: float = Field(600.0, gt=0, description="seconds for them to join")
     deadline: float = Field(3600.0, gt=0, description="seconds that a round may take")
+    spare: int = Field(
+        0, ge=0, description="sites asked beyond the cohort; the first ones to answer are used"
+    )
 
 
 class RunConfig(Section):

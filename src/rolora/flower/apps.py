@@ -38,12 +38,14 @@ def main(grid: Grid, context: Context) -> None:
     """Start or resume the run that the job folder asks for, and see it to its end."""
     job = JobFolder(Path(str(context.run_config["job"])))
     order = json.loads(job.order.read_text())
-    out, build = Path(order["out"]), partial(prepare_remote, carrier=GridCarrier(grid))
+    out = Path(order["out"])
     with (
         job.alive(),
         job.progress.open("a", buffering=1) as lines,
         contextlib.redirect_stderr(lines),
     ):
+        say = partial(print, file=lines)
+        build = partial(prepare_remote, carrier=GridCarrier(grid), tell=say)
         if (out / "config.toml").is_file():
             run = runs.resume(out, order["rounds"], build)
         else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from rolora.flower.engine import Lost, replies_in_time
 from rolora.flower.parcel import Parcel
+from rolora.flower.roster import Lost
 
 KINDS = {"hello": "query", "ready": "query", "train": "train", "score": "evaluate"}
 BODY = "body"
@@ -70,3 +70,16 @@ class GridCarrier:
                 return
             if waiting:
                 time.sleep(PAUSE)
+
+
+def replies_in_time(
+    arriving: Iterable[tuple[int, Parcel | Lost]], asked: set[int], seconds: float
+) -> Iterator[tuple[int, Parcel | Lost]]:
+    """Those that came, each node once and only if it was asked; ``Lost`` for the others."""
+    left = set(asked)
+    for node, reply in arriving:
+        if node in left:
+            left.remove(node)
+            yield node, reply
+    for node in sorted(left):
+        yield node, Lost(f"no answer within {seconds:.0f} s")

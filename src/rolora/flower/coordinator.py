@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,15 +11,19 @@ from rolora.build import Setup, data_hash, load_in_dtype
 from rolora.configured import first_adapter, make_method, make_task
 from rolora.errors import ConfigError
 from rolora.federation import federation_of, score
-from rolora.flower.engine import Carrier, Remote, Roster, run_id
+from rolora.flower.engine import Remote, run_id
+from rolora.flower.roster import Carrier, Roster
 from rolora.method import ServerState
 from rolora.rounds import RunState
 from rolora.schema import RunConfig
 
 
-def prepare_remote(config: RunConfig, folder: Path, carrier: Carrier) -> Setup:
+def prepare_remote(
+    config: RunConfig, folder: Path, carrier: Carrier, tell: Callable[[str], None]
+) -> Setup:
     """Wait for the sites, agree with them on labels and model, and build the run.
 
+    ``tell`` gets a line for every site that joins or is refused.
     Raises ConfigError for what cannot be done across sites, NoQuorum if too few of them come.
     """
     where = config.data
@@ -34,7 +39,7 @@ def prepare_remote(config: RunConfig, folder: Path, carrier: Carrier) -> Setup:
         )
     read = partial(data.read_table, root=config.root, offline=config.offline)
     test_rows = read(where.test, split=where.test_split)
-    roster = Roster(carrier, config, run_id(config, folder))
+    roster = Roster(carrier, config, run_id(config, folder), tell)
     labels = roster.gather()
     method = make_method(config)
     base, notes = load_in_dtype(config, test_rows, labels, method)
@@ -59,6 +64,7 @@ def prepare_remote(config: RunConfig, folder: Path, carrier: Carrier) -> Setup:
             test,
             validation,
             per_client=where.client_test is not None,
+            spare=config.federation.spare,
         ),
         start=RunState(ServerState(first_adapter(config, method, base))),
         labels=tuple(labels),

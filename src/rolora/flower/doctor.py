@@ -20,8 +20,8 @@ from rolora.configured import first_adapter, make_method
 from rolora.durable import is_locked
 from rolora.errors import RoloraError
 from rolora.flower import keys
+from rolora.flower.fleet import activate, fleet_client, leave, node_keys
 from rolora.flower.folder import FederationFolder
-from rolora.flower.node import activate, fleet_client, leave, node_keys
 from rolora.flower.parcel import PROTOCOL, Parcel, Plain
 from rolora.flower.site import Site
 from rolora.flower.site_config import SiteConfig

@@ -16,19 +16,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    DeactivateNodeRequest,
-    PullMessagesRequest,
-    PushMessagesRequest,
-    RegisterNodeFleetRequest,
-)
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.app_utils import start_parent_process_monitor
@@ -43,15 +37,12 @@ from flwr.supercore.inflatable.inflatable_utils import (
     pull_and_inflate_object_from_tree,
     push_objects,
 )
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from rolora.durable import locked
-from rolora.errors import ConfigError, RoloraError
+from rolora.durable import locked, write_file
+from rolora.errors import ConfigError
 from rolora.flower.carrier import packed, unpacked
-from rolora.flower.keys import read_private_key
+from rolora.flower.fleet import NotConnected, activate, fleet_client, leave, node_keys, said
 from rolora.flower.parcel import Parcel
 from rolora.flower.site_config import SiteConfig
 
@@ -62,19 +53,22 @@ Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
 
 
-class NotConnected(RoloraError):
-    """The SuperLink cannot be reached, or will not have this site; says which and what to do."""
-
-
 @dataclass(frozen=True)
 class Connection:
-    """A node that the SuperLink knows and takes for alive."""
+    """A node that the SuperLink knows and takes for alive.
+
+    ``pending`` is a file that holds the message being answered: the SuperLink hands out each one
+    once, so a process that was killed over it leaves it to the next.
+    """
 
     client: FleetHttpClient
     node: Node
+    pending: Path
 
     def messages(self) -> Iterator[Message]:
-        """Messages for this node as they come, for ever."""
+        """Messages for this node as they come, for ever; first the one that was left over, once."""
+        if (message := self._left_over()) is not None:
+            yield message
         while True:
             found = patiently(lambda: self.client.PullMessages(PullMessagesRequest(node=self.node)))
             if not found.messages_list:
@@ -82,12 +76,15 @@ class Connection:
                 continue
             run = found.messages_list[0].metadata.run_id
             try:
-                yield self._whole(run, found.message_object_trees[0])
+                message = self._whole(run, found.message_object_trees[0])
             except Gone:
                 _log.warning("a message was dropped: its run has ended")
+                continue
+            write_file(self.pending, message_to_proto(message).SerializeToString())
+            yield message
 
     def reply(self, message: Message, seconds: float) -> None:
-        """Send an answer that took so many seconds. Nothing happens if its run has ended."""
+        """Send an answer that took so many seconds; if nobody waits for it now, drop it."""
         message.metadata.__dict__["_message_id"] = message.object_id
         tree, run = get_object_tree(message), message.metadata.run_id
         request = PushMessagesRequest(
@@ -106,8 +103,20 @@ class Connection:
             )
             everything = get_all_nested_objects(message)
             push_objects(everything, push, object_ids_to_push=set(sent.objects_to_push))
-        except Gone:
-            _log.warning("an answer was dropped: its run has ended")
+        except (Gone, NotConnected) as error:
+            _log.warning("an answer was dropped: %s", error)
+        self.pending.unlink(missing_ok=True)
+
+    def _left_over(self) -> Message | None:
+        """The message that another process took up and did not live to answer, if it still may."""
+        try:
+            message = message_from_proto(MessageProto.FromString(self.pending.read_bytes()))
+        except FileNotFoundError:
+            return None
+        self.pending.unlink()
+        about = message.metadata
+        current = about.created_at + about.ttl > time.time()
+        return message if current and about.dst_node_id == self.node.node_id else None
 
     def _whole(self, run: int, tree: ObjectTree) -> Message:
         client, node = self.client, self.node
@@ -127,6 +136,9 @@ class Connection:
 
 class Gone(Exception):
     """The SuperLink says that the run of a message is no longer running."""
+
+    def __str__(self) -> str:
+        return "its run has ended"
 
 
 def patiently(ask: Callable[[], Answer]) -> Answer:
@@ -149,7 +161,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
                     "the SuperLink no longer accepts this site's key: ask the coordinator"
                 ) from None
             if status not in AWAY:
-                raise NotConnected(f"the SuperLink answered: {_said(error)}") from None
+                raise NotConnected(f"the SuperLink answered: {said(error)}") from None
             why = status
         _log.warning("the SuperLink does not answer (%s); again in %.0f s", why, wait)
         time.sleep(wait)
@@ -168,7 +180,7 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
         heart = HeartbeatSender(lambda: _beat(client, node))
         heart.start()
         try:
-            yield Connection(client, node)
+            yield Connection(client, node, site.folder / "question.bin")
         finally:
             heart.stop()
             leave(client, node.node_id)
@@ -207,56 +219,9 @@ def described(question: Parcel, reply: Parcel) -> str:
     return f"run {run}{round}: {asked}: {said}"
 
 
-def leave(client: FleetHttpClient, node: int) -> None:
-    """Tell the SuperLink that this node goes offline, if it can be reached."""
-    try:
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
-    except httpx.HTTPError:
-        _log.warning("the SuperLink could not be told that this site leaves")
-
-
 def leave_with(parent: int) -> None:
     """Be interrupted when the process with this id is gone."""
     start_parent_process_monitor(parent)
-
-
-def fleet_client(site: SiteConfig, key: EllipticCurvePrivateKey) -> FleetHttpClient:
-    """A client of the SuperLink's Fleet API that signs what it asks with the site's key."""
-    certificates = site.certificates and str(site.root / Path(site.certificates).expanduser())
-    return FleetHttpClient.from_server_address(
-        site.superlink,
-        insecure=certificates is None,
-        root_certificates=certificates,
-        interceptors=[
-            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            NodeAuthHttpInterceptor(key, key.public_key()),
-        ],
-    )
-
-
-def activate(client: FleetHttpClient, public: bytes, register: bool) -> int:
-    """The id of the node with this public key, which is now online.
-
-    Raises NotConnected in one line where that fails.
-    """
-    request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-    try:
-        if register:
-            client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
-        return int(client.ActivateNode(request).node_id)
-    except httpx.TransportError as error:
-        raise NotConnected(f"no connection: {error}") from None
-    except httpx.HTTPStatusError as error:
-        raise NotConnected(f"refused: {_said(error)}") from None
-
-
-def node_keys(site: SiteConfig) -> tuple[EllipticCurvePrivateKey, bytes]:
-    """The site's key, or a new one for a SuperLink that asks for none; and its public half."""
-    if site.key is None:
-        key, public = generate_key_pairs()
-        return key, public_key_to_bytes(public)
-    key = read_private_key(site.root / Path(site.key).expanduser())
-    return key, public_key_to_bytes(key.public_key())
 
 
 def _beat(client: FleetHttpClient, node: Node) -> bool:
@@ -265,18 +230,3 @@ def _beat(client: FleetHttpClient, node: Node) -> bool:
         return bool(client.SendNodeHeartbeat(request).success)
     except httpx.HTTPError:
         return False
-
-
-SAID = {
-    '"code":2001': "the SuperLink asks for a key: name this site's in site.toml, as key = ...",
-    '"code":2004': "the SuperLink does not know this site's key: have the coordinator register it",
-    "Invalid SuperNode authentication": "the SuperLink cannot verify what this site signed: are "
-    "both clocks right to the minute?",
-}
-
-
-def _said(error: httpx.HTTPStatusError) -> str:
-    for part, meaning in SAID.items():
-        if part in error.response.text:
-            return meaning
-    return f"{error.response.status_code} {' '.join(error.response.text.split())[:200]}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from rolora.adapter import tensor_hash
+from rolora.adapter import role_of, tensor_hash
 from rolora.errors import RoloraError
 
 PROTOCOL = 1
@@ -56,3 +57,23 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """A short hash of names and exact values."""
     lines = (f"{name} {tensor_hash(tensors[name])}\n" for name in sorted(tensors))
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
+def named(chosen: Collection[str], everything: Collection[str]) -> str:
+    """The ``chosen`` names of ``everything`` in few bytes: by their roles where that says it."""
+    roles = {role_of(name) for name in chosen}
+    whole = {name for name in everything if role_of(name) in roles}
+    return json.dumps(sorted(roles if whole == set(chosen) else chosen))
+
+
+def names_of(text: str, everything: Collection[str]) -> list[str]:
+    """What ``named`` has written. Raises ParcelError if it is anything else."""
+    try:
+        listed = json.loads(text)
+        found = [name for name in everything if name in listed or role_of(name) in listed]
+    except (ValueError, TypeError):
+        listed, found = None, []
+    roles = {role_of(name) for name in found}
+    if not isinstance(listed, list) or not set(listed) <= {*found, *roles}:
+        raise ParcelError("'names' are not all tensors of this model's adapter")
+    return found

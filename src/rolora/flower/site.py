@@ -16,13 +16,11 @@ score  tensors that the site lacks            metrics on its own held-out rows
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,72 +30,18 @@ from torch import Tensor
 
 from rolora import data
 from rolora.adapter import AdapterState, ClientInfo, Failure
-from rolora.base import Base
-from rolora.config import make_config
-from rolora.configured import load_base_for, local_settings, make_method, make_task
 from rolora.durable import write_file
-from rolora.engine import InProcess, Job
+from rolora.engine import Job
 from rolora.errors import RoloraError
-from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest
+from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest, names_of
 from rolora.flower.site_config import SiteConfig
-from rolora.method import Method, ServerState
-from rolora.prefix import kept_below
-from rolora.rows import hold_out
-from rolora.schema import RunConfig
+from rolora.flower.site_run import SiteRun, config_here, layout, split_here, tokenizer_digest
+from rolora.method import ServerState
 from rolora.store import ClientStore
 from rolora.tasks.classification import class_labels
 from rolora.wire import WireError, decode, encode
 
 RUN = re.compile(r"[0-9a-f]{8,64}")
-
-
-@dataclass(frozen=True)
-class SiteRun:
-    """One run at one site, as far as it has been told of it."""
-
-    site: SiteConfig
-    config: RunConfig
-    labels: tuple[Any, ...]
-    store: ClientStore
-
-    @cached_property
-    def base(self) -> Base:
-        """The base model here, with a bank of one."""
-        base = load_base_for(self.config, self.labels)
-        if base.stack is not None:
-            base.stack.checkpointing = self.config.train.recompute
-        return base
-
-    @cached_property
-    def method(self) -> Method:
-        """The run's method, on an adapter that the coordinator has made for this site already."""
-        return replace(make_method(self.config), download=lambda server, client: server.adapter)
-
-    @cached_property
-    def engine(self) -> InProcess:
-        """Local training and evaluation, exactly as in a run on one machine."""
-        config, site = self.config, self.site
-        task = make_task(config, self.base, self.labels)
-        table = data.read_table(site.data, root=site.root)
-        rows, kept = _split(config, site, table.num_rows)
-        examples = task.encode(table, site.data)
-        if config.train.cache:
-            folder = site.folder / "cache"
-            folder.mkdir(parents=True, exist_ok=True)
-            examples, _ = kept_below(self.base, examples, folder)
-        held_out = {}
-        if len(kept):
-            held_out[site.name] = task.encode_test(table.take(kept.tolist()), site.data)
-        return InProcess(
-            self.base,
-            task,
-            examples,
-            {site.name: rows},
-            local_settings(config),
-            self.store,
-            bank_size=1,
-            held_out=held_out,
-        )
 
 
 @dataclass
@@ -132,7 +76,7 @@ class Site:
 
     def open(self, folder: Path) -> SiteRun:
         """The run whose folder this is, loaded already if the last question was of it too."""
-        config = _config(self.config, folder)
+        config = config_here(self.config, folder)
         try:
             labels = tuple(json.loads((folder / "labels.json").read_text()))
         except FileNotFoundError:
@@ -148,12 +92,12 @@ def _hello(site: Site, folder: Path, request: Parcel) -> Parcel:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", request.body)
     own = site.config
-    config = _config(own, folder)
+    config = config_here(own, folder)
     table = data.read_table(own.data, root=own.root)
     labels = []
     if config.model.task == "classification":
         labels = class_labels(table, config.data.label, own.data)
-    rows, _ = _split(config, own, table.num_rows)
+    rows, _ = split_here(config, own, table.num_rows)
     return Parcel(
         {
             "num_examples": len(rows),
@@ -230,9 +174,7 @@ def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
     None if that is not the adapter that the coordinator means, whose hash it sent.
     """
     specs = {spec.name: torch.zeros(spec.shape) for spec in run.base.specs.tensors}
-    names = json.loads(request.text("names"))
-    if not isinstance(names, list) or not set(names) <= specs.keys():
-        raise ParcelError("'names' are not all tensors of this model's adapter")
+    names = names_of(request.text("names"), specs)
     try:
         came = decode("fp32", request.body, {name: specs[name] for name in names})
     except WireError as error:
@@ -247,47 +189,6 @@ def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
             store.write(name, round, view)
             return AdapterState(view, run.base.specs.scaling)
     return None
-
-
-def _config(site: SiteConfig, folder: Path) -> RunConfig:
-    """The run's configuration with this site's own places in it."""
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise ParcelError("this site has not been told of the run") from None
-    except ValueError:
-        raise ParcelError("the run's configuration is not valid JSON") from None
-    config = make_config(values, root=site.root)
-    own: dict[str, Any] = {"train": site.data}
-    if site.text is not None:
-        own["text"] = site.text
-    if site.label is not None:
-        own["label"] = site.label
-    model = {} if site.model is None else {"path": site.model}
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update=own),
-            "model": config.model.model_copy(update=model),
-            "device": site.device,
-        }
-    )
-
-
-def _split(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:
-    return hold_out(torch.arange(rows), config.data.client_test or 0, config.seed, site.name)
-
-
-def tokenizer_digest(base: Base) -> str:
-    """A hash of what the tokenizer makes of text: its vocabulary and its serialised rules."""
-    fast = getattr(base.tokenizer, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else json.dumps(base.tokenizer.get_vocab())
-    return hashlib.sha256(rules.encode()).hexdigest()[:32]
-
-
-def layout(base: Base) -> str:
-    """A hash of the names and shapes of the adapter's tensors."""
-    lines = (f"{spec.name} {spec.shape}\n" for spec in base.specs.tensors)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 
 def _note_outgoing(site: SiteConfig, asked: str, request: Parcel, reply: Parcel) -> None:

@@ -1,0 +1,117 @@
+"""One run as a site sees it: its configuration with the site's own places, its model, its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rolora import data
+from rolora.base import Base
+from rolora.config import make_config
+from rolora.configured import load_base_for, local_settings, make_method, make_task
+from rolora.engine import InProcess
+from rolora.flower.parcel import ParcelError
+from rolora.flower.site_config import SiteConfig
+from rolora.method import Method
+from rolora.prefix import kept_below
+from rolora.rows import hold_out
+from rolora.schema import RunConfig
+from rolora.store import ClientStore
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One run at one site, as far as it has been told of it."""
+
+    site: SiteConfig
+    config: RunConfig
+    labels: tuple[Any, ...]
+    store: ClientStore
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model here, with a bank of one."""
+        base = load_base_for(self.config, self.labels)
+        if base.stack is not None:
+            base.stack.checkpointing = self.config.train.recompute
+        return base
+
+    @cached_property
+    def method(self) -> Method:
+        """The run's method, on an adapter that the coordinator has made for this site already."""
+        return replace(make_method(self.config), download=lambda server, client: server.adapter)
+
+    @cached_property
+    def engine(self) -> InProcess:
+        """Local training and evaluation, exactly as in a run on one machine."""
+        config, site = self.config, self.site
+        task = make_task(config, self.base, self.labels)
+        table = data.read_table(site.data, root=site.root)
+        rows, kept = split_here(config, site, table.num_rows)
+        examples = task.encode(table, site.data)
+        if config.train.cache:
+            folder = site.folder / "cache"
+            folder.mkdir(parents=True, exist_ok=True)
+            examples, _ = kept_below(self.base, examples, folder)
+        held_out = {}
+        if len(kept):
+            held_out[site.name] = task.encode_test(table.take(kept.tolist()), site.data)
+        return InProcess(
+            self.base,
+            task,
+            examples,
+            {site.name: rows},
+            local_settings(config),
+            self.store,
+            bank_size=1,
+            held_out=held_out,
+        )
+
+
+def config_here(site: SiteConfig, folder: Path) -> RunConfig:
+    """The run's configuration with this site's own places in it."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise ParcelError("this site has not been told of the run") from None
+    except ValueError:
+        raise ParcelError("the run's configuration is not valid JSON") from None
+    config = make_config(values, root=site.root)
+    own: dict[str, Any] = {"train": site.data}
+    if site.text is not None:
+        own["text"] = site.text
+    if site.label is not None:
+        own["label"] = site.label
+    model = {} if site.model is None else {"path": site.model}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=own),
+            "model": config.model.model_copy(update=model),
+            "device": site.device,
+        }
+    )
+
+
+def split_here(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on, and those that are held out; the draws of a run on one machine."""
+    return hold_out(torch.arange(rows), config.data.client_test or 0, config.seed, site.name)
+
+
+def tokenizer_digest(base: Base) -> str:
+    """A hash of what the tokenizer makes of text: its vocabulary and its serialised rules."""
+    fast = getattr(base.tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else json.dumps(base.tokenizer.get_vocab())
+    return hashlib.sha256(rules.encode()).hexdigest()[:32]
+
+
+def layout(base: Base) -> str:
+    """A hash of the names and shapes of the adapter's tensors."""
+    lines = (f"{spec.name} {spec.shape}\n" for spec in base.specs.tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
