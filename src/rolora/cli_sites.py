@@ -91,9 +91,24 @@ def keys(
         made = FederationFolder.open(folder)
         if host not in (None, made.host):
             raise ConfigError(f"{folder} is for {made.host}; make another folder for {host}")
-    for name in [name.strip() for name in sites.split(",") if name.strip()]:
+    for name in _listed(sites):
         given = made.add_site(name)
         out_console.print(f"site {name}: hand over {given} (its key is in there)", markup=False)
+
+
+@federation.command()
+def remove(
+    sites: Annotated[str, typer.Option(help="names of sites with commas, such as ann,bob")],
+    folder: Folder = Path("federation"),
+) -> None:
+    """Shut sites out: their keys are refused from now on. The federation must be served."""
+    _need_flower()
+    from rolora.flower.folder import FederationFolder
+
+    opened = FederationFolder.open(folder)
+    for name in _listed(sites):
+        opened.remove_site(name)
+        out_console.print(f"site {name}: its key is no longer accepted", markup=False)
 
 
 @federation.command()
@@ -174,6 +189,10 @@ def _report(findings: Iterable[Any], as_json: bool) -> None:
     bad = [one.what for one in found if not one.good]
     if bad:
         raise RoloraError(f"{len(bad)} of {len(found)} things are wrong: {', '.join(bad)}")
+
+
+def _listed(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _need_flower() -> None:

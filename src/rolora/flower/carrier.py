@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from rolora.flower.parcel import Parcel
@@ -13,6 +14,11 @@ from rolora.flower.roster import Lost
 
 KINDS = {"hello": "query", "ready": "query", "train": "train", "score": "evaluate"}
 BODY = "body"
+ERRORS = {
+    ErrorCode.MESSAGE_UNAVAILABLE: "no answer within the time that it had",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer within the time that it had",
+    ErrorCode.NODE_UNAVAILABLE: "it has gone: no sign of life for a minute",
+}
 PAUSE = 0.5  # seconds between looks for answers
 
 
@@ -43,7 +49,7 @@ class GridCarrier:
         self, questions: Mapping[int, Parcel], seconds: float
     ) -> Iterator[tuple[int, Parcel | Lost]]:
         """Push every question, then look for answers until all are there or time is up."""
-        return replies_in_time(self._arriving(questions, seconds), set(questions), seconds)
+        return replies_in_time(self._arriving(questions, seconds), set(questions))
 
     def _arriving(
         self, questions: Mapping[int, Parcel], seconds: float
@@ -63,7 +69,8 @@ class GridCarrier:
                 if node is None:
                     continue
                 if reply.has_error():
-                    yield node, Lost(reply.error.reason)
+                    about = reply.error
+                    yield node, Lost(ERRORS.get(about.code) or about.reason or str(about.code))
                 else:
                     yield node, unpacked(reply.content)
             if time.monotonic() > until:
@@ -73,7 +80,7 @@ class GridCarrier:
 
 
 def replies_in_time(
-    arriving: Iterable[tuple[int, Parcel | Lost]], asked: set[int], seconds: float
+    arriving: Iterable[tuple[int, Parcel | Lost]], asked: set[int]
 ) -> Iterator[tuple[int, Parcel | Lost]]:
     """Those that came, each node once and only if it was asked; ``Lost`` for the others."""
     left = set(asked)
@@ -82,4 +89,4 @@ def replies_in_time(
             left.remove(node)
             yield node, reply
     for node in sorted(left):
-        yield node, Lost(f"no answer within {seconds:.0f} s")
+        yield node, Lost("no answer within the time that it had")

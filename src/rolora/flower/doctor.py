@@ -25,6 +25,7 @@ from rolora.flower.folder import FederationFolder
 from rolora.flower.parcel import PROTOCOL, Parcel, Plain
 from rolora.flower.site import Site
 from rolora.flower.site_config import SiteConfig
+from rolora.flower.site_run import table_here
 from rolora.memory import free_bytes, plan_bank
 from rolora.schema import RunConfig
 
@@ -49,7 +50,7 @@ def examine_site(site: SiteConfig, config: RunConfig | None) -> Iterator[Finding
     """
     yield Finding("versions", True, _versions())
     try:
-        table = data.read_table(site.data, root=site.root)
+        table = table_here(site)
         columns = ", ".join(table.column_names)
         yield Finding("rows", True, f"{table.num_rows:,} in {site.data}: {columns}")
         wanted = [*([site.text] if isinstance(site.text, str) else site.text or []), site.label]
@@ -142,6 +143,10 @@ def _connection(site: SiteConfig) -> Iterator[Finding]:
         answered = _reach(site)
         yield answered
         if not answered.good:
+            return
+        lock = site.folder / ".lock"
+        if lock.exists() and is_locked(lock):
+            yield Finding("accepted", True, "the site is running and connected now")
             return
         key, public = node_keys(site)
         with fleet_client(site, key) as client:

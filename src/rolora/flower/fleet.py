@@ -13,6 +13,8 @@ from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
     RegisterNodeFleetRequest,
 )
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -43,10 +45,14 @@ def fleet_client(site: SiteConfig, key: EllipticCurvePrivateKey) -> FleetHttpCli
     )
 
 
-def activate(client: FleetHttpClient, public: bytes, register: bool) -> int:
+def activate(
+    client: FleetHttpClient, public: bytes, register: bool, last: int | None = None
+) -> int:
     """The id of the node with this public key, which is now online.
 
-    Raises NotConnected in one line where that fails.
+    Flower does not activate a node whose last process was killed less than a minute ago, since it
+    takes it for alive; who knows that node's id, ``last``, goes on with it. Raises NotConnected in
+    one line where that fails.
     """
     request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
     try:
@@ -56,7 +62,20 @@ def activate(client: FleetHttpClient, public: bytes, register: bool) -> int:
     except httpx.TransportError as error:
         raise NotConnected(f"no connection: {error}") from None
     except httpx.HTTPStatusError as error:
+        if last is not None and beat(client, last):
+            return last
         raise NotConnected(f"refused: {said(error)}") from None
+
+
+def beat(client: FleetHttpClient, node: int) -> bool:
+    """Say that this node is there; whether the SuperLink has heard it and knows the node."""
+    request = SendNodeHeartbeatRequest(
+        node=Node(node_id=node), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+    )
+    try:
+        return bool(client.SendNodeHeartbeat(request).success)
+    except httpx.HTTPError:
+        return False
 
 
 def node_keys(site: SiteConfig) -> tuple[EllipticCurvePrivateKey, bytes]:
@@ -78,7 +97,8 @@ def leave(client: FleetHttpClient, node: int) -> None:
 
 SAID = {
     '"code":2001': "the SuperLink asks for a key: name this site's in site.toml, as key = ...",
-    '"code":2004': "the SuperLink does not know this site's key: have the coordinator register it",
+    '"code":2004': "the SuperLink does not know this site's key (have the coordinator register "
+    "it), or it was in use elsewhere within the last minute",
     "Invalid SuperNode authentication": "the SuperLink cannot verify what this site signed: are "
     "both clocks right to the minute?",
 }

@@ -27,6 +27,7 @@ SITE = """\
 # What this site brings to every run. Try it with: rolora site --config site.toml --check
 name = "{name}"
 data = "rows.csv"          # this site's rows: csv, jsonl, parquet or a datasets folder
+# columns = ["text", "label"]   # all that a run may read; left out: whatever is in the file
 # model = "models/base"    # the base model here; left out: what the run's configuration says
 # text = "text"            # columns here; left out: the run's
 # label = "label"
@@ -117,6 +118,22 @@ class FederationFolder:
             write_file(part / "site.toml", text)
         shutil.copy(site / f"{name}.pub", public)
         return site
+
+    def remove_site(self, name: str) -> None:
+        """Have a running SuperLink refuse this site's key from now on. ConfigError if it has none.
+
+        The folder that was handed to it goes too, so that the name can be given again.
+        """
+        public = self.path / "public" / f"{name}.pub"
+        if not public.exists():
+            listed = ", ".join(self.public) or "none"
+            raise ConfigError(f"no site is called {name!r}; there are: {listed}")
+        known = self._known()
+        if name in known:
+            flwr(("supernode", "unregister", known.pop(name), "rolora"), self.environment)
+            write_file(self.path / "nodes.json", json.dumps(known))
+        public.unlink()
+        shutil.rmtree(self.path / "sites" / name, ignore_errors=True)
 
     @property
     def environment(self) -> dict[str, str]:

@@ -18,10 +18,8 @@ from typing import TypeVar
 import httpx
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
@@ -42,7 +40,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from rolora.durable import locked, write_file
 from rolora.errors import ConfigError
 from rolora.flower.carrier import packed, unpacked
-from rolora.flower.fleet import NotConnected, activate, fleet_client, leave, node_keys, said
+from rolora.flower.fleet import NotConnected, activate, beat, fleet_client, leave, node_keys, said
 from rolora.flower.parcel import Parcel
 from rolora.flower.site_config import SiteConfig
 
@@ -176,8 +174,11 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
     """
     key, public = node_keys(site)
     with fleet_client(site, key) as client:
-        node = Node(node_id=activate(client, public, register=site.key is None))
-        heart = HeartbeatSender(lambda: _beat(client, node))
+        known = site.folder / "node"  # where the process before this one left its node's id
+        last = int(known.read_text()) if known.exists() else None
+        node = Node(node_id=activate(client, public, register=site.key is None, last=last))
+        write_file(known, str(node.node_id))
+        heart = HeartbeatSender(lambda: beat(client, node.node_id))
         heart.start()
         try:
             yield Connection(client, node, site.folder / "question.bin")
@@ -222,11 +223,3 @@ def described(question: Parcel, reply: Parcel) -> str:
 def leave_with(parent: int) -> None:
     """Be interrupted when the process with this id is gone."""
     start_parent_process_monitor(parent)
-
-
-def _beat(client: FleetHttpClient, node: Node) -> bool:
-    request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-    try:
-        return bool(client.SendNodeHeartbeat(request).success)
-    except httpx.HTTPError:
-        return False

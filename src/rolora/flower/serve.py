@@ -52,9 +52,13 @@ def keep(supervisor: Supervisor, folder: FederationFolder) -> None:
     while True:
         supervisor.look()
         if set(folder.public) != seen:
-            for name in folder.register():
-                supervisor.tell(f"registered the key of site {name}")
-            seen = set(folder.public)
+            try:
+                for name in folder.register():
+                    supervisor.tell(f"registered the key of site {name}")
+                seen = set(folder.public)
+            except RoloraError as error:
+                supervisor.tell(f"a key could not be registered, again in 10 s: {error}")
+                time.sleep(9)
         time.sleep(1)
 
 

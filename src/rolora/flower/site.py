@@ -28,14 +28,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora import data
 from rolora.adapter import AdapterState, ClientInfo, Failure
 from rolora.durable import write_file
 from rolora.engine import Job
 from rolora.errors import RoloraError
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest, names_of
 from rolora.flower.site_config import SiteConfig
-from rolora.flower.site_run import SiteRun, config_here, layout, split_here, tokenizer_digest
+from rolora.flower.site_run import (
+    SiteRun,
+    config_here,
+    layout,
+    split_here,
+    table_here,
+    tokenizer_digest,
+)
 from rolora.method import ServerState
 from rolora.store import ClientStore
 from rolora.tasks.classification import class_labels
@@ -93,7 +99,7 @@ def _hello(site: Site, folder: Path, request: Parcel) -> Parcel:
     write_file(folder / "config.json", request.body)
     own = site.config
     config = config_here(own, folder)
-    table = data.read_table(own.data, root=own.root)
+    table = table_here(own)
     labels = []
     if config.model.task == "classification":
         labels = class_labels(table, config.data.label, own.data)

@@ -22,6 +22,9 @@ class SiteConfig(Section):
         description="the client id, the same in every run"
     )
     data: str = Field(description="this site's rows: csv, jsonl, parquet or a datasets folder")
+    columns: list[str] | None = Field(
+        None, min_length=1, description="those that a run may read; left out: all in the file"
+    )
     model: str | None = Field(
         None, description="the base model here; left out: what the run's configuration says"
     )

@@ -53,7 +53,7 @@ class SiteRun:
         """Local training and evaluation, exactly as in a run on one machine."""
         config, site = self.config, self.site
         task = make_task(config, self.base, self.labels)
-        table = data.read_table(site.data, root=site.root)
+        table = table_here(site)
         rows, kept = split_here(config, site, table.num_rows)
         examples = task.encode(table, site.data)
         if config.train.cache:
@@ -97,6 +97,18 @@ def config_here(site: SiteConfig, folder: Path) -> RunConfig:
             "device": site.device,
         }
     )
+
+
+def table_here(site: SiteConfig) -> Any:
+    """The site's rows as a pyarrow table, with the columns that a run may read and no other.
+
+    Raises DataError if the file, or one of these columns, is missing.
+    """
+    table = data.read_table(site.data, root=site.root)
+    if site.columns is None:
+        return table
+    data.require_columns(table, site.columns, site.data)
+    return table.select(site.columns)
 
 
 def split_here(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:

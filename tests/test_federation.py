@@ -1,0 +1,272 @@
+"""Claims about runs across real processes: TLS, node keys, and what is killed comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loopback import (
+    NAMES,
+    Command,
+    Loopback,
+    adapter,
+    federation,
+    here,
+    make_place,
+    rounds,
+    until,
+)
+from lying_site import LIES
+from safetensors.torch import load_file
+from tiny import tiny_bert
+
+from rolora.flower import keys
+from rolora.flower.submit import JobFolder
+
+ALL = "aggregate.quorum=3"
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def served(config: Path) -> Iterator[Loopback]:
+    with federation(config.parent / "fed", config) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fed(served: Loopback) -> Loopback:
+    """All sites are there."""
+    served.join(*NAMES)
+    return served
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, served: Loopback) -> str:
+    """The adapter's hash of six rounds of all sites, in one process."""
+    return here(served.folder / "run.toml", served.place / "here")
+
+
+def attempts(out: Path) -> list[tuple[int, int]]:
+    return [(line["round"], line["attempt"]) for line in rounds(out)]
+
+
+def test_a_federation_of_processes_ends_with_the_adapter_of_one_process(
+    tmp_path: Path,
+) -> None:
+    config = make_place(tmp_path)
+    overrides = ("train.participation=0.6", "train.local_steps=4")
+    with federation(tmp_path / "fed", config, *overrides) as fed:
+        fed.join(*NAMES)
+        run = fed.run("there")
+        assert run.ended() == 0, run.said()
+        alone = here(fed.folder / "run.toml", tmp_path / "here")
+        here(fed.folder / "run.toml", tmp_path / "banked", "train.bank=3")
+    assert adapter(tmp_path / "there") == alone
+    assert [r["cohort"] for r in rounds(tmp_path / "there")] == [
+        r["cohort"] for r in rounds(tmp_path / "here")
+    ]
+    assert {len(r["cohort"]) for r in rounds(tmp_path / "there")[1:]} == {2}
+    left, right = (load_file(tmp_path / o / "adapter" / FILE) for o in ("there", "banked"))
+    for name, tensor in left.items():
+        assert torch.allclose(tensor, right[name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.flower
+def test_a_site_killed_in_a_round_takes_the_question_up_again(
+    fed: Loopback, undisturbed: str
+) -> None:
+    run = fed.run("site-killed", ALL)
+    fed.reached("site-killed", 2)
+    until(lambda: fed.answering("bob"), what="bob to train")
+    fed.leave("bob", number=signal.SIGKILL)
+    assert fed.answering("bob")
+    fed.join("bob")
+    assert run.ended() == 0, run.said()
+    out = fed.place / "site-killed"
+    assert adapter(out) == undisturbed
+    assert attempts(out) == [(round, 0) for round in range(7)]
+
+
+@pytest.mark.flower
+def test_a_round_goes_on_without_a_site_that_stays_away(fed: Loopback) -> None:
+    run = fed.run("site-gone", "aggregate.quorum=2")
+    fed.reached("site-gone", 2)
+    until(lambda: fed.answering("bob"), what="bob to train")
+    fed.leave("bob", number=signal.SIGKILL)
+    assert run.ended() == 0, run.said()
+    lines = rounds(fed.place / "site-gone")
+    lost = [line for line in lines if "bob" in line["rejected"]]
+    assert len(lost) == 1, "one round waits for it, the next knows that it is gone"
+    assert sorted(lost[0]["clients"]) == ["ann", "cy"]
+    assert lines[-1]["round"] == 6
+    assert lines[-1]["cohort"] == ["ann", "cy"]
+
+
+@pytest.mark.flower
+def test_a_straggler_past_the_deadline_is_left_behind_and_may_come_back(fed: Loopback) -> None:
+    run = fed.run("straggler", "aggregate.quorum=2", "federation.deadline=12")
+    fed.reached("straggler", 1)
+    until(lambda: fed.answering("cy"), what="cy to train")
+    os.kill(fed.sites["cy"].process.pid, signal.SIGSTOP)
+    fed.reached("straggler", 2)
+    os.kill(fed.sites["cy"].process.pid, signal.SIGCONT)
+    assert run.ended() == 0, run.said()
+    lines = {line["round"]: line for line in rounds(fed.place / "straggler")}
+    assert "no answer within the time" in lines[2]["rejected"]["cy"]
+    assert "cy" in lines[6]["clients"]
+
+
+@pytest.mark.flower
+def test_without_any_site_the_run_ends_with_4_and_can_be_resumed(
+    fed: Loopback, undisturbed: str
+) -> None:
+    run = fed.run("alone", ALL, "federation.deadline=10", "federation.wait=10")
+    fed.reached("alone", 2)
+    fed.leave(*NAMES, number=signal.SIGKILL)
+    started = time.monotonic()
+    assert run.ended() == 4, run.said()
+    assert time.monotonic() - started < 90
+    assert "resume" in run.said().splitlines()[-1]
+    fed.join(*NAMES)
+    again = fed.run("alone", resume=True)
+    assert again.ended() == 0, again.said()
+    assert adapter(fed.place / "alone") == undisturbed
+
+
+@pytest.mark.flower
+def test_a_coordinator_that_is_killed_loses_no_finished_round(
+    fed: Loopback, undisturbed: str
+) -> None:
+    run = fed.run("coordinator-killed", ALL)
+    fed.reached("coordinator-killed", 3)
+    until(lambda: fed.answering("ann"), what="ann to train")
+    os.kill(fed.coordinator("coordinator-killed"), signal.SIGKILL)
+    assert run.ended() == 1
+    assert "go on with: rolora resume" in run.said().splitlines()[-1]
+    out = fed.place / "coordinator-killed"
+    kept = rounds(out)
+    assert kept[-1]["round"] >= 3
+    again = fed.run("coordinator-killed", resume=True)
+    assert again.ended() == 0, again.said()
+    assert rounds(out)[: len(kept)] == kept
+    assert adapter(out) == undisturbed
+
+
+@pytest.mark.flower
+def test_a_superlink_that_is_killed_comes_back_and_the_run_goes_on(
+    fed: Loopback, undisturbed: str
+) -> None:
+    run = fed.run("superlink-killed", ALL)
+    for round in (1, 3):
+        fed.reached("superlink-killed", round)
+        until(lambda: fed.answering("ann"), what="ann to train")
+        killed = fed.superlink()
+        os.kill(killed, signal.SIGKILL)
+        until(lambda killed=killed: fed.superlink() != killed, what="another SuperLink")  # type: ignore[misc]
+    assert run.ended() == 0, run.said()
+    assert adapter(fed.place / "superlink-killed") == undisturbed
+    assert attempts(fed.place / "superlink-killed") == [(round, 0) for round in range(7)]
+
+
+@pytest.mark.flower
+def test_the_command_that_follows_a_run_can_be_interrupted_and_the_run_resumed(
+    fed: Loopback, undisturbed: str
+) -> None:
+    run = fed.run("interrupted", ALL)
+    fed.reached("interrupted", 2)
+    run.process.send_signal(signal.SIGINT)
+    assert run.ended() == 130, run.said()
+    until(lambda: not JobFolder.beside(fed.place / "interrupted").path.exists(), 30, "the app")
+    again = fed.run("interrupted", resume=True)
+    assert again.ended() == 0, again.said()
+    assert adapter(fed.place / "interrupted") == undisturbed
+
+
+@pytest.mark.flower
+def test_sites_may_join_late_and_leave_for_two_rounds(fed: Loopback) -> None:
+    fed.leave("cy")
+    run = fed.run("late", "federation.sites=2", "train.rounds=12")
+    fed.reached("late", 2)
+    fed.join("cy")
+    lines = fed.place / "late"
+    until(lambda: "cy" in rounds(lines)[-1]["clients"], what="a round with cy")
+    first = rounds(lines)[-1]["round"]
+    fed.leave("cy")
+    fed.reached("late", first + 3)
+    fed.join("cy")
+    assert run.ended() == 0, run.said()
+    with_cy = [line["round"] for line in rounds(lines)[1:] if "cy" in line["clients"]]
+    without = [line["round"] for line in rounds(lines)[1:] if "cy" not in line["clients"]]
+    assert min(with_cy) > 2
+    assert len([round for round in without if round > first]) >= 2
+    assert with_cy[-1] == 12, "it came back and was given what it lacked"
+    assert all(line["attempt"] == 0 for line in rounds(lines))
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ('key = "other.key"', "the SuperLink does not know this site's key"),
+        ("", "the SuperLink asks for a key"),
+        ('key = "none.key"', "none.key"),
+    ],
+)
+def test_a_site_with_a_wrong_key_or_none_is_refused_in_one_line(
+    key: str, said: str, fed: Loopback, tmp_path: Path
+) -> None:
+    keys.make_site(tmp_path / "other.key", tmp_path / "other.pub")
+    own = fed.folder / "sites" / "ann"
+    text = (own / "site.toml").read_text().replace('key = "ann.key"', key)
+    text = text.replace('"ca.crt"', f'"{own / "ca.crt"}"').replace('"ann.', f'"{own}/ann.')
+    (tmp_path / "site.toml").write_text(text)
+    site = Command.start(tmp_path / "log", "site", "--config", tmp_path / "site.toml")
+    assert site.ended(60) in (1, 2)
+    assert said in site.said()
+    assert len(site.said().splitlines()) == 1
+    doctor = Command.start(tmp_path / "doctor", "doctor", tmp_path / "site.toml")
+    assert doctor.ended(60) == 1
+    assert said in doctor.said()
+
+
+@pytest.mark.flower
+def test_a_site_with_another_base_model_is_refused_by_its_hash_and_named(
+    fed: Loopback, tmp_path: Path
+) -> None:
+    fed.leave("cy")
+    file = fed.folder / "sites" / "cy" / "site.toml"
+    own = file.read_text()
+    tiny_bert(tmp_path / "other", seed=1)
+    file.write_text(f'{own}model = "{tmp_path / "other"}"\n')
+    try:
+        fed.join("cy")
+        run = fed.run("other-base", "train.rounds=2")
+        assert run.ended() == 0, run.said()
+    finally:
+        file.write_text(own)
+        fed.leave("cy")
+    assert "site cy is refused: it has another base model" in run.said()
+    assert rounds(fed.place / "other-base")[-1]["cohort"] == ["ann", "bob"]
+
+
+@pytest.mark.flower
+def test_lies_are_rejected_and_counted_one_by_one_and_the_run_goes_on(fed: Loopback) -> None:
+    fed.leave("cy")
+    fed.join("cy", program=(str(Path(__file__).with_name("lying_site.py")),))
+    run = fed.run("lies", f"train.rounds={len(LIES) + 1}", "aggregate.quorum=2")
+    assert run.ended(400) == 0, run.said()
+    fed.leave("cy")
+    found = {r["round"]: r["rejected"].get("cy", "") for r in rounds(fed.place / "lies")[1:]}
+    for round, (lie, (said, _)) in enumerate(LIES.items(), 1):
+        assert said in found[round], lie
+    assert found[len(LIES) + 1] == "", "an honest answer after all the lies is used"
