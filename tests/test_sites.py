@@ -1,99 +1,23 @@
-"""Claims about runs across sites: the same bits as on one machine, and no answer is believed."""
+"""Claims about runs across sites: the same bits as on one machine, and little that travels."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pytest
-from tiny import tiny_bert
-from tiny_site import write_rows
+from calls import calls, configuration, make_place, remote
 
 from rolora import runs
 from rolora.adapter import tensor_hash
-from rolora.config import make_config
-from rolora.flower.coordinator import prepare_remote
 from rolora.flower.parcel import Parcel
-from rolora.flower.roster import Lost
-from rolora.flower.site import Site
-from rolora.flower.site_config import SiteConfig
 from rolora.rounds import RoundResult
 from rolora.runs import Run
-from rolora.schema import RunConfig
-
-NAMES = ("ann", "bob", "cy")
-Spoil = Callable[[str, Parcel, Parcel], Parcel | Lost]  # site, question, its answer
-
-
-def honest(site: str, question: Parcel, reply: Parcel) -> Parcel | Lost:
-    return reply
-
-
-@dataclass
-class Calls:
-    """A carrier of function calls. ``away`` sites are not there; what passed is kept."""
-
-    sites: dict[int, Site]
-    spoil: Spoil = honest
-    away: set[str] = field(default_factory=set)
-    passed: list[tuple[str, Parcel, Parcel | Lost]] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
-
-    def nodes(self) -> Sequence[int]:
-        return [node for node, site in self.sites.items() if site.config.name not in self.away]
-
-    def ask(
-        self, questions: Mapping[int, Parcel], seconds: float
-    ) -> Iterator[tuple[int, Parcel | Lost]]:
-        for node, question in reversed(list(questions.items())):
-            name = self.sites[node].config.name
-            reply = self.spoil(name, question, self.sites[node].answer(question))
-            self.passed.append((name, question, reply))
-            yield node, reply
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sites")
-    tiny_bert(folder / "model")
-    write_rows(folder / "test.csv", 12)
-    for name, rows in zip(NAMES, (21, 9, 14), strict=True):
-        write_rows(folder / f"site-{name}.csv", rows)
-    return folder
-
-
-def configuration(place: Path, *overrides: str) -> RunConfig:
-    tables = {
-        "name": "tiny",
-        "model": {"path": "model", "dtype": "fp32"},
-        "lora": {"rank": 2, "alpha": 4, "target_modules": ["query", "value"]},
-        "data": {"train": "site-*.csv", "test": "test.csv", "max_length": 32},
-        "partition": {"scheme": "files"},
-        "train": {"rounds": 6, "local_steps": 2, "batch_size": 4, "bank": 1, "cache": ""},
-        "federation": {"sites": 3, "wait": 5},
-    }
-    return make_config(tables, ["train.participation=0.6", *overrides], root=place)
-
-
-def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
-    sites = {
-        10 + number: Site(
-            SiteConfig(
-                name=f"site-{name}", data=f"site-{name}.csv", state=str(state / name), root=place
-            )
-        )
-        for number, name in enumerate(NAMES)
-    }
-    return Calls(sites, spoil)
-
-
-def remote(config: RunConfig, out: Path, carrier: Calls) -> Run:
-    return runs.start(
-        config, out, partial(prepare_remote, carrier=carrier, tell=carrier.told.append)
-    )
+    return make_place(tmp_path_factory.mktemp("sites"))
 
 
 def bits(run: Run, last: RoundResult) -> dict[str, str]:

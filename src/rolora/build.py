@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rolora import data
 from rolora.adapter import AdapterState
 from rolora.base import Base
 from rolora.configured import (
@@ -94,7 +95,9 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     earlier ``prepare`` of the same model, labels and LoRA settings has loaded."""
     rows = load_rows(config)
     labels = (
-        class_labels(rows.train, config.data.label, config.data.train)
+        class_labels(
+            data.labels(rows.train, config.data.label, config.data.train), config.data.train
+        )
         if config.model.task == "classification"
         else []
     )

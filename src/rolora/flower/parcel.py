@@ -70,10 +70,12 @@ def names_of(text: str, everything: Collection[str]) -> list[str]:
     """What ``named`` has written. Raises ParcelError if it is anything else."""
     try:
         listed = json.loads(text)
-        found = [name for name in everything if name in listed or role_of(name) in listed]
-    except (ValueError, TypeError):
-        listed, found = None, []
-    roles = {role_of(name) for name in found}
-    if not isinstance(listed, list) or not set(listed) <= {*found, *roles}:
-        raise ParcelError("'names' are not all tensors of this model's adapter")
+    except ValueError:
+        listed = None
+    wrong = ParcelError("'names' are not all tensors of this model's adapter")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise wrong
+    found = [name for name in everything if name in listed or role_of(name) in listed]
+    if not set(listed) <= {*found, *(role_of(name) for name in found)}:
+        raise wrong
     return found

@@ -18,6 +18,7 @@ from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError
 from rolora.flower.site_config import NAME
 from rolora.flower.site_run import layout, tokenizer_digest
 from rolora.schema import RunConfig
+from rolora.tasks.classification import class_labels
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ class Roster:
                 )
             time.sleep(1)
             self._greet()
-        return sorted({label for hello in self.hellos.values() for label in _labels(hello)})
+        every = [label for hello in self.hellos.values() for label in _labels(hello)]
+        if self.config.model.task == "classification":
+            return class_labels(every, "what the sites have")
+        return every
 
     def present(self, base: Base, labels: Sequence[Any]) -> Mapping[str, Member]:
         """The members that can be reached now; a node that was not here before may join."""

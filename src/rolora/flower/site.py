@@ -17,6 +17,7 @@ score  tensors that the site lacks            metrics on its own held-out rows
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rolora import data
 from rolora.adapter import AdapterState, ClientInfo, Failure
 from rolora.durable import write_file
 from rolora.engine import Job
@@ -44,9 +46,10 @@ from rolora.flower.site_run import (
 )
 from rolora.method import ServerState
 from rolora.store import ClientStore
-from rolora.tasks.classification import class_labels
+from rolora.tasks.classification import in_order
 from rolora.wire import WireError, decode, encode
 
+_log = logging.getLogger(__name__)
 RUN = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -75,6 +78,9 @@ class Site:
             reply = questions[asked](self, self.config.folder / run, request)
         except (RoloraError, OSError) as error:
             reply = Parcel({"error": str(error)})
+        except Exception as error:  # a library's message may quote rows, so it stays here
+            _log.exception("%s could not be answered", asked)
+            reply = Parcel({"error": f"{type(error).__name__}; the site's own log says more"})
         head = {"site": self.config.name, "protocol": PROTOCOL, **reply.head}
         reply = replace(reply, head=head)
         _note_outgoing(self.config, asked, request, reply)
@@ -102,7 +108,7 @@ def _hello(site: Site, folder: Path, request: Parcel) -> Parcel:
     table = table_here(own)
     labels = []
     if config.model.task == "classification":
-        labels = class_labels(table, config.data.label, own.data)
+        labels = in_order(data.labels(table, config.data.label, own.data))
     rows, _ = split_here(config, own, table.num_rows)
     return Parcel(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,20 @@ from rolora.tasks.examples import flatten, offsets_of, tokenizer_limit
 Label = str | int | bool
 
 
-def class_labels(table: Any, column: str, source: str) -> list[Label]:
-    """The distinct labels of the training rows in sorted order. DataError if there is only one."""
-    found = set(data.labels(table, column, source))
+def class_labels(values: Iterable[Label], source: str) -> list[Label]:
+    """The distinct labels of all training rows, in order. DataError if there is only one."""
+    found = in_order(values)
     if len(found) < 2:
         raise DataError(
-            f"{source}: column {column!r} has only one label ({next(iter(found), None)!r}); "
-            "classification needs at least two"
+            f"{source} has only one label ({next(iter(found), None)!r}); classification needs at "
+            "least two"
         )
-    return sorted(found, key=lambda label: (str(type(label)), label))
+    return found
+
+
+def in_order(values: Iterable[Label]) -> list[Label]:
+    """The distinct labels, sorted; numbers come before texts."""
+    return sorted(set(values), key=lambda label: (str(type(label)), label))
 
 
 def classification(
