@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from click import Group
 from tiny import tiny_bert
 from tiny_site import write_rows
 from typer.main import get_command
@@ -91,8 +92,10 @@ def test_every_command_line_parses(page: Path) -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in commands(page):
         if words[:1] == ["rolora"] and not words[1].startswith("-"):
-            command = tree.commands[words[1]]  # type: ignore[attr-defined]
-            command.make_context(words[1], [word for word in words[2:] if word != "..."])
+            command, rest = tree, words[1:]
+            while isinstance(command, Group):
+                command, rest = command.commands[rest[0]], rest[1:]
+            command.make_context(words[1], [word for word in rest if word != "..."])
             make_config(LEAST, overrides(words))
         elif words[:1] == ["make"]:
             assert {word for word in words[1:] if "=" not in word} <= targets
@@ -100,9 +103,15 @@ def test_every_command_line_parses(page: Path) -> None:
 
 def test_a_command_that_does_not_parse_would_be_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    for wrong in ("rolora rum x", "rolora run --ouy x", "rolora run x train.rouds=3", "make al"):
+    for wrong in (
+        "rolora rum x",
+        "rolora run --ouy x",
+        "rolora run x train.rouds=3",
+        "rolora federation kees",
+        "make al",
+    ):
         page.write_text(f"```sh\n{wrong}   # as it is\n```\n")
-        with pytest.raises(Exception, match=r"rum|ouy|rouds|al") as found:
+        with pytest.raises(Exception, match=r"rum|ouy|rouds|kees|al") as found:
             test_every_command_line_parses(page)
         assert not isinstance(found.value, FileNotFoundError)
 
