@@ -132,6 +132,19 @@ def test_a_round_that_trains_b_keeps_less_than_one_that_trains_a(tmp_path: Path)
 
 
 KNOWN = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def frozen_product_is_the_same_bits_alone(rows: int) -> bool:
+    """Whether this processor multiplies so many rows with the bits that they have among others.
+
+    Nothing of ours is in it: where it does not hold, no bank can have the bits of its clients.
+    """
+    draw = torch.Generator().manual_seed(0)
+    weight, many = torch.randn(32, 32, generator=draw), torch.randn(3 * rows, 32, generator=draw)
+    product = torch.nn.functional.linear
+    return torch.equal(product(many[:rows], weight), product(many, weight)[:rows])
+
+
 SHAPES = [(rows, length) for rows in (2, 4, 8) for length in (4, 8, 16, 32)]
 
 
@@ -141,6 +154,8 @@ SHAPES = [(rows, length) for rows in (2, 4, 8) for length in (4, 8, 16, 32)]
 def test_on_one_thread_clients_with_rows_of_equal_length_are_the_same_bits_together_and_alone(
     name: str, make: Callable[..., Bench], rows: int, length: int, tmp_path: Path
 ) -> None:
+    if not frozen_product_is_the_same_bits_alone(rows):
+        pytest.skip(f"on this processor a product of {rows} rows takes another path by itself")
     bench = make(getattr(tiny, f"tiny_{name}")(tmp_path / "model"), torch.float32)
     count = len(bench.examples)
     tokens = torch.randint(5, 20, (count * length,), generator=torch.Generator().manual_seed(3))
