@@ -162,9 +162,13 @@ class Loopback:
         """Wait until this round is committed."""
         until(lambda: any(r["round"] == round for r in rounds(self.place / out)), what=f"{round=}")
 
-    def superlink(self) -> int:
-        """The SuperLink's process."""
-        return only(process for process in processes(str(self.folder / "state.db")))
+    def kill_superlink(self) -> None:
+        """Kill the SuperLink's process and wait until there is another."""
+        (killed,) = processes(str(self.folder / "state.db"))
+        os.kill(killed, signal.SIGKILL)
+        until(
+            lambda: set(processes(str(self.folder / "state.db"))) - {killed}, what="a new SuperLink"
+        )
 
     def coordinator(self, out: str) -> int:
         """The process of a run's app."""
@@ -222,9 +226,3 @@ def processes(part: str) -> list[int]:
                 if part.encode() in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
     return found
-
-
-def only(found: Iterator[int]) -> int:
-    """The one there is."""
-    (one,) = found
-    return one

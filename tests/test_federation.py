@@ -170,9 +170,7 @@ def test_a_superlink_that_is_killed_comes_back_and_the_run_goes_on(
     for round in (1, 3):
         fed.reached("superlink-killed", round)
         until(lambda: fed.answering("ann"), what="ann to train")
-        killed = fed.superlink()
-        os.kill(killed, signal.SIGKILL)
-        until(lambda killed=killed: fed.superlink() != killed, what="another SuperLink")  # type: ignore[misc]
+        fed.kill_superlink()
     assert run.ended() == 0, run.said()
     assert adapter(fed.place / "superlink-killed") == undisturbed
     assert attempts(fed.place / "superlink-killed") == [(round, 0) for round in range(7)]
