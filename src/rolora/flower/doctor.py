@@ -12,7 +12,6 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from rolora import data
@@ -22,7 +21,7 @@ from rolora.errors import RoloraError
 from rolora.flower import keys
 from rolora.flower.fleet import activate, fleet_client, leave, node_keys
 from rolora.flower.folder import FederationFolder
-from rolora.flower.parcel import PROTOCOL, Parcel, Plain
+from rolora.flower.parcel import PROTOCOL, VERSIONS, Parcel, Plain, versions
 from rolora.flower.site import Site
 from rolora.flower.site_config import SiteConfig
 from rolora.flower.site_run import table_here
@@ -81,7 +80,7 @@ def examine_federation(folder: FederationFolder) -> Iterator[Finding]:
 
 
 def _versions() -> str:
-    return f"rolora {version('rolora')}, protocol {PROTOCOL}, flwr {version('flwr')}"
+    return ", ".join(f"{name} {value}" for name, value in versions().items())
 
 
 def _serves(folder: FederationFolder) -> tuple[bool, str]:
@@ -140,9 +139,9 @@ def _connection(site: SiteConfig) -> Iterator[Finding]:
             )
         if site.certificates is not None:
             yield _dates(site.root / Path(site.certificates).expanduser())
-        answered = _reach(site)
-        yield answered
-        if not answered.good:
+        answered = list(_reach(site))
+        yield from answered
+        if not answered[0].good:
             return
         lock = site.folder / ".lock"
         if lock.exists() and is_locked(lock):
@@ -157,8 +156,8 @@ def _connection(site: SiteConfig) -> Iterator[Finding]:
         yield Finding("connection", False, str(error))
 
 
-def _reach(site: SiteConfig) -> Finding:
-    """Name, port, certificate and clock of the SuperLink."""
+def _reach(site: SiteConfig) -> Iterator[Finding]:
+    """Name, port, certificate, clock and versions; the first finding is good if it answers."""
     host, _, port = site.superlink.rpartition(":")
     try:
         if site.certificates is None:
@@ -169,15 +168,16 @@ def _reach(site: SiteConfig) -> Finding:
             connection = http.client.HTTPSConnection(
                 host, int(port), timeout=PATIENCE, context=context
             )
-        connection.request("GET", "/health")
-        date = connection.getresponse().headers.get("date")
+        connection.request("GET", VERSIONS)
+        answer = connection.getresponse()
+        date, body = answer.headers.get("date"), answer.read(10_000)
         connection.close()
-    except ValueError:
-        why = f"superlink = {site.superlink!r} is not of the form host:port"
     except socket.gaierror:
         why = f"no machine is called {host!r}: is superlink right in site.toml?"
     except ssl.SSLCertVerificationError as error:
         why = _certificate_fault(error, host)
+    except ValueError:  # after the error of certificates, which is one too
+        why = f"superlink = {site.superlink!r} is not of the form host:port"
     except ssl.SSLError as error:
         why = f"no TLS at {site.superlink} ({error.reason}): does the coordinator use it?"
     except ConnectionRefusedError:
@@ -187,8 +187,28 @@ def _reach(site: SiteConfig) -> Finding:
     except (OSError, http.client.HTTPException) as error:
         why = f"{site.superlink}: {error} (is it TLS there, and certificates missing here?)"
     else:
-        return _clock(site, date)
-    return Finding("superlink", False, why)
+        yield _clock(site, date)
+        yield _agreement(body if answer.status == 200 else b"")
+        return
+    yield Finding("superlink", False, why)
+
+
+def _agreement(body: bytes) -> Finding:
+    """The coordinator's versions beside these. Only the protocol must be the same."""
+    try:
+        theirs = dict(json.loads(body))
+    except (ValueError, TypeError):
+        return Finding("coordinator", True, "does not say its versions: no rolora federation serve")
+    other = [
+        f"{name} {theirs.get(name)} there, {value} here"
+        for name, value in versions().items()
+        if theirs.get(name) != value
+    ]
+    same_protocol = theirs.get("protocol") == PROTOCOL
+    if not other:
+        return Finding("coordinator", True, "has the same versions")
+    fault = "" if same_protocol else "install the same rolora at both: "
+    return Finding("coordinator", same_protocol, fault + "; ".join(other))
 
 
 def _clock(site: SiteConfig, date: str | None) -> Finding:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from torch import Tensor
 
@@ -13,7 +14,13 @@ from rolora.adapter import role_of, tensor_hash
 from rolora.errors import RoloraError
 
 PROTOCOL = 1
+VERSIONS = "/rolora"  # where a coordinator says its versions, over HTTP
 Plain = str | int | float | bool
+
+
+def versions() -> dict[str, Plain]:
+    """What site and coordinator must agree on, or should."""
+    return {"protocol": PROTOCOL, **{name: version(name) for name in ("rolora", "torch", "flwr")}}
 
 
 class ParcelError(RoloraError):

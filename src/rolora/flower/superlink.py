@@ -1,5 +1,7 @@
 """Flower's SuperLink behind a gate: from other machines it answers the sites' requests alone.
 
+Whoever asks for /rolora is told which versions the coordinator has.
+
 Flower serves three interfaces on one port. Who reaches the Control API may start runs and register
 keys, and the code of a run is executed where the coordinator is; Flower asks such a caller for
 nothing. So requests that do not come from this machine get the sites' interface and no other.
@@ -10,6 +12,7 @@ Run as ``python -m rolora.flower.superlink`` with the arguments of ``flower-supe
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ import uvicorn
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
 from flwr.superlink.main import create_app
+
+from rolora.flower.parcel import VERSIONS, versions
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -33,12 +38,18 @@ class Gate:
     app: Callable[[Scope, Receive, Send], Awaitable[None]]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 403."""
-        if scope["type"] != "http" or allowed(scope["path"], scope.get("client")):
+        """Pass the request on, or answer it: with the versions, or 403."""
+        if scope["type"] == "http" and scope["path"] == VERSIONS:
+            await _answer(send, 200, json.dumps(versions()).encode())
+        elif scope["type"] != "http" or allowed(scope["path"], scope.get("client")):
             await self.app(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 403, "headers": []})
-        await send({"type": "http.response.body", "body": b"not from another machine\n"})
+        else:
+            await _answer(send, 403, b"not from another machine\n")
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": body})
 
 
 def allowed(path: str, client: tuple[str, int] | None) -> bool:
