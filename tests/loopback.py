@@ -54,7 +54,7 @@ deadline = 90
 """
 
 
-def until(true: Callable[[], object], seconds: float = 120.0, what: str = "") -> None:
+def until(true: Callable[[], object], seconds: float = 300.0, what: str = "") -> None:
     """Wait. AssertionError if it has not come true in time."""
     end = time.monotonic() + seconds
     while not true():
@@ -106,7 +106,7 @@ class Command:
         """All output so far."""
         return self.log.read_text()
 
-    def ended(self, seconds: float = 180.0) -> int:
+    def ended(self, seconds: float = 600.0) -> int:
         """Its exit code, waited for."""
         return self.process.wait(seconds)
 
