@@ -184,7 +184,7 @@ def test_the_command_that_follows_a_run_can_be_interrupted_and_the_run_resumed(
     fed.reached("interrupted", 2)
     run.process.send_signal(signal.SIGINT)
     assert run.ended() == 130, run.said()
-    until(lambda: not JobFolder.beside(fed.place / "interrupted").path.exists(), what="its end")
+    assert not JobFolder.beside(fed.place / "interrupted").path.exists()
     again = fed.run("interrupted", resume=True)
     assert again.ended() == 0, again.said()
     assert adapter(fed.place / "interrupted") == undisturbed

@@ -26,6 +26,7 @@ from rolora.flower.folder import FederationFolder, flwr
 from rolora.schema import RunConfig
 
 STARTS_WITHIN = 120.0  # seconds for Flower to start the app
+ENDS_WITHIN = 15.0  # seconds for the app to end when it is asked to
 ERRORS = {error.exit_code: error for error in (RoloraError, ConfigError, DataError, NoQuorum)}
 
 APP = """\
@@ -182,13 +183,23 @@ def _follow(job: JobFolder, out: Path, tell: Callable[[str], None]) -> None:
                     )
                 time.sleep(0.3)
         except BaseException:
-            if job.pid.exists() and job.is_alive():
-                os.kill(int(job.pid.read_text()), signal.SIGTERM)
+            _end(job)
             raise
         _pass_on(progress, tell)
     outcome = json.loads(job.outcome.read_text())
     if outcome["code"]:
         raise ERRORS.get(outcome["code"], RoloraError)(outcome["error"])
+
+
+def _end(job: JobFolder) -> None:
+    """End the app, and wait for it, so that the run can be resumed at once."""
+    for number, seconds in ((signal.SIGTERM, ENDS_WITHIN), (signal.SIGKILL, 5.0)):
+        until = time.monotonic() + seconds
+        if job.pid.exists() and job.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(job.pid.read_text()), number)
+        while job.is_alive() and time.monotonic() < until:
+            time.sleep(0.1)
 
 
 def _pass_on(progress: Iterator[str], tell: Callable[[str], None]) -> None:
