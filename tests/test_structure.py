@@ -48,6 +48,9 @@ LEVELS = (
         "lora",
         "hub",
         "demo_data",
+        "linear_model",
+        "theory",
+        "theory_sweeps",
     ),
     ("methods", "methods.*", "step", "traffic", "catalogue", "base", "data", "report", "report.*"),
     ("tasks.*", "local", "columns", "starter", "schema", "memory", "prefix"),
@@ -60,7 +63,7 @@ LEVELS = (
     ("runs",),
     ("flower", "flower.*", "demo", "display"),
     ("printing",),
-    ("cli_sites",),
+    ("cli_sites", "cli_theory"),
     ("cli", "__main__", "__init__"),
 )
 
@@ -79,9 +82,9 @@ FENCES: dict[str, set[str]] = {
     "uvicorn": {"flower.superlink"},
     "pydantic": {"config", "schema", "flower.site_config"},
     "tomli_w": {"config", "report.page", "flower.folder", "flower.rehearsal"},
-    "typer": {"cli", "cli_sites"},
+    "typer": {"cli", "cli_sites", "cli_theory"},
     "rich": {"printing", "display"},
-    "matplotlib": {"report.figures", "report.svg"},
+    "matplotlib": {"report.figures", "report.svg", "report.theory_figure"},
     "jinja2": {"report.page"},
 }
 TORCH_ALONE = (
@@ -94,6 +97,9 @@ TORCH_ALONE = (
     "method",
     "step",
     "traffic",
+    "linear_model",
+    "theory",
+    "theory_sweeps",
 )
 # gguf is for transformers, which imports it when it reads such a file
 INDIRECT = {"gguf"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
+T = TypeVar("T")
 
 
 def print_json(value: object) -> None:
@@ -52,3 +54,22 @@ def print_methods(rows: Sequence[MethodRow]) -> None:
         sends = " / ".join(row.sends)
         table.add_row(row.name, " / ".join(row.trains), sends, ", ".join(row.options), row.summary)
     out_console.print(table)
+
+
+def print_cells(cells: Sequence[Sequence[str]]) -> None:
+    """A table of numbers, its head first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in cells[0]:
+        table.add_column(column, justify="right")
+    for line in cells[1:]:
+        table.add_row(*line)
+    out_console.print(table)
+
+
+def tracked(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items one by one, with a bar on standard error; off a terminal one plain line."""
+    if err_console.is_terminal:
+        yield from track(items, what, console=err_console, transient=True)
+    else:
+        err_console.print(f"{what} ...", markup=False)
+        yield from items

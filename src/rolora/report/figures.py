@@ -83,7 +83,8 @@ def _figure(height: float = HEIGHT) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _look(style: int) -> dict[str, Any]:
+def look(style: int) -> dict[str, Any]:
+    """A method's colour, marker and dashes, by its number."""
     turn = style // len(PALETTE)
     return {
         "color": PALETTE[style % len(PALETTE)],
@@ -98,7 +99,7 @@ def _draw(axes: Any, series: Series, shift: float = 0.0) -> None:
     """A line with at most some eight markers, and its sd band; ``shift`` moves the markers on."""
     every = max(1, math.ceil(len(series.x) / 8))
     start = int(shift * every) % every
-    axes.plot(series.x, series.mean, markevery=(start, every), **_look(series.style))
+    axes.plot(series.x, series.mean, markevery=(start, every), **look(series.style))
     band = [(x, m, s) for x, m, s in zip(series.x, series.mean, series.sd, strict=True) if s]
     if band:
         low, high = [m - s for _, m, s in band], [m + s for _, m, s in band]
@@ -254,18 +255,23 @@ def key(style: int) -> Figure:
         figure = Figure(figsize=(0.5, 0.17))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
-        axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], clip_on=False, **_look(style))
+        axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], clip_on=False, **look(style))
         axes.set_xlim(0, 2)
         return figure
 
 
 def save_split_picture(partition: Mapping[str, Any], path: Path) -> None:
     """Save ``split_figure`` on white: PNG or SVG by the suffix of ``path``, else ConfigError."""
+    save_picture(split_figure(partition), path)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Save the figure on white: PNG or SVG by the suffix of ``path``, else ConfigError."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise ConfigError(f"a picture is saved as .png or .svg, not as {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, rendered(split_figure(partition), kind, facecolor="white"))
+    write_file(path, rendered(figure, kind, facecolor="white"))
 
 
 def rendered(figure: Figure, kind: str, **options: Any) -> bytes:

@@ -1,0 +1,134 @@
+"""The problem of the paper's linear model: what the clients hold, and what is to be found.
+
+Client i holds rows X_i (samples, dimension), standard normal, and Y_i = X_i a* b_i*ᵀ + noise
+(samples, width). To be found is one a bᵀ for all: a plays lora_A, b lora_B, the rank is 1. a* and
+every a have norm 1, and the distance between them is sin θ = ‖(I − a aᵀ) a*‖ (Chen et al., NeurIPS
+2025, arXiv:2502.01755, the section on a linear model). Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rolora.draws import generator
+from rolora.errors import ConfigError
+
+MOST_NUMBERS = 1 << 28  # in X and Y of all clients; 2 GiB
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One experiment. ConfigError if it cannot be run.
+
+    ``dimension`` and ``width`` are the lengths of a and b, ``samples`` the rows of each client,
+    ``b_norm`` is ‖b_i*‖ of every client, ``noise`` the standard deviation of what is added to each
+    element of Y_i, ``heterogeneity`` the sine of the angle between b_i* and b*. The paper's model
+    has neither noise nor heterogeneity.
+    """
+
+    dimension: int = 50
+    samples: int = 200
+    clients: int = 5
+    width: int = 50
+    eta: float = 0.25
+    delta0: float = 0.9
+    rounds: int = 60
+    b_norm: float = 1.0
+    noise: float = 0.0
+    heterogeneity: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"dimension": 2, "samples": 1, "clients": 1, "width": 1, "rounds": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} = {getattr(self, name)}: at least {low}")
+        if not 0 < self.delta0 < 1:
+            raise ConfigError(f"delta0 = {self.delta0:g}: a sine, above 0 and below 1")
+        for name in ("eta", "b_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} = {getattr(self, name):g}: must be above 0")
+        longest = 1 / ((1 - self.delta0**2) * self.b_norm**2)
+        if self.eta > longest:
+            raise ConfigError(
+                f"eta = {self.eta:g} is too long a step: the bound √(1 − η(1 − δ0²)‖b*‖²) is not "
+                f"real; take at most {longest:.3g}"
+            )
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"noise = {self.noise:g}: a standard deviation, 0 or above")
+        if not 0 <= self.heterogeneity < 1:
+            raise ConfigError(f"heterogeneity = {self.heterogeneity:g}: a sine, from 0 to below 1")
+        if self.heterogeneity and self.width < 2:
+            raise ConfigError("heterogeneity needs a width of 2 or more: numbers have no angle")
+        numbers = self.clients * self.samples * (self.dimension + self.width)
+        if numbers > MOST_NUMBERS:
+            raise ConfigError(
+                f"clients · samples · (dimension + width) = {numbers:,} numbers are too many; "
+                f"at most {MOST_NUMBERS:,}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What the clients hold, and what is to be found.
+
+    ``x`` (clients, samples, dimension), ``y`` (clients, samples, width), ``a_star`` and ``a_start``
+    (dimension), both of norm 1 and ``setting.delta0`` apart, ``b_stars`` (clients, width).
+    """
+
+    setting: Setting
+    x: Tensor
+    y: Tensor
+    a_star: Tensor
+    a_start: Tensor
+    b_stars: Tensor
+
+
+def draw_problem(setting: Setting) -> Problem:
+    """The problem of this setting and seed; a client's rows do not depend on the other clients."""
+
+    def normal(*shape: int, purpose: tuple[str | int, ...]) -> Tensor:
+        rng = generator(setting.seed, "theory", *purpose)
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+    def each(what: str, *shape: int) -> Tensor:
+        return torch.stack([normal(*shape, purpose=(what, k)) for k in range(setting.clients)])
+
+    a_star = unit(normal(setting.dimension, purpose=("a",)))
+    b_star = unit(normal(setting.width, purpose=("b",)))
+    aside = unit(_orthogonal(normal(setting.dimension, purpose=("start",)), a_star))
+    b_stars = b_star.expand(setting.clients, -1)
+    if setting.heterogeneity:
+        own = unit(_orthogonal(each("own b", setting.width), b_star))
+        b_stars = turned(b_stars, own, setting.heterogeneity)
+    x = each("x", setting.samples, setting.dimension)
+    y = (x @ a_star)[..., None] * (setting.b_norm * b_stars)[:, None]
+    if setting.noise:
+        y += setting.noise * each("noise", setting.samples, setting.width)
+    start = turned(a_star, aside, setting.delta0)
+    return Problem(setting, x, y, a_star, start, setting.b_norm * b_stars)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Each vector (last axis) over its norm."""
+    norms: Tensor = vectors.norm(dim=-1, keepdim=True)
+    return vectors / norms
+
+
+def turned(vector: Tensor, aside: Tensor, sine: float) -> Tensor:
+    """The unit vector at this sine from ``vector`` towards ``aside``, which is orthogonal to it."""
+    return math.sqrt(1 - sine**2) * vector + sine * aside
+
+
+def _orthogonal(vectors: Tensor, direction: Tensor) -> Tensor:
+    along: Tensor = (vectors @ direction)[..., None] * direction
+    return vectors - along
+
+
+def sine(a: Tensor, a_star: Tensor) -> float:
+    """sin θ = ‖(I − a aᵀ) a*‖ for vectors of norm 1; exact to about 1e-16, however small."""
+    return float(_orthogonal(a_star, a).norm())
