@@ -1,0 +1,128 @@
+"""Flower's records as values of rolora: an adapter, an update, and metrics that may be averaged.
+
+Nothing that a reply holds is believed. flwr itself is not imported: the records say what they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rolora.adapter import AdapterState, Failure, Update, layer_of, role_of
+from rolora.errors import ConfigError, one_line
+
+# a weight times a float32 value is exact in float64 below this; and no client has so many rows
+MOST_EXAMPLES = 2**29 - 1
+
+
+def adapter_in(arrays: Any) -> AdapterState:
+    """The adapter in an ArrayRecord; every layer has scaling 1, since a record knows no other.
+
+    Raises ConfigError for anything but LoRA's matrices in pairs, and a head, under PEFT's names.
+    """
+    tensors = arrays.to_torch_state_dict()
+    if fault := _unfit(tensors):
+        raise ConfigError(
+            f"initial_arrays: {fault}; hand over ArrayRecord(peft.get_peft_model_state_dict(model))"
+        )
+    return AdapterState(tensors, {layer_of(n): 1.0 for n in tensors if role_of(n) == "A"})
+
+
+def _unfit(tensors: Mapping[str, Tensor]) -> str | None:
+    """Why these tensors are no adapter that a strategy here can average, or ``None``."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            return f"{name} has values that are not finite numbers"
+        if role_of(name) != "head":
+            pairs.setdefault(layer_of(name), {})[role_of(name)] = tensor
+        elif ".lora_" in name:  # an adapter's name in it, DoRA, a bias, LoRA on an embedding
+            return f"{name} is neither a lora_A.weight nor a lora_B.weight"
+    for layer, pair in pairs.items():
+        shapes = [tuple(pair[role].shape) for role in ("B", "A") if role in pair]
+        if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][0]:
+            return f"{layer} has no lora_A (rank, in) with a lora_B (out, rank)"
+    return None if pairs else "no name ends in lora_A.weight"
+
+
+def update_in(
+    message: Any, received: AdapterState, shared: AdapterState, key: str
+) -> Update | Failure:
+    """What a reply says: an update of the ``shared`` tensors, or why it cannot be one.
+
+    The reply may hold the whole adapter or its shared part; what was not shared must be as it was
+    ``received``. ``key`` names the number of examples in its MetricRecord.
+    """
+    node = str(message.metadata.src_node_id)
+    if message.has_error():
+        return Failure(
+            node, " ".join(str(message.error.reason or message.error.code).split())[:300]
+        )
+    content = message.content
+    count = examples_in(content, key)
+    if count is None:
+        return Failure(node, f"its one MetricRecord has no {key!r} from 1 to {MOST_EXAMPLES}")
+    if len(content.array_records) != 1:
+        return Failure(node, f"it sent {len(content.array_records)} ArrayRecords, expected one")
+    (arrays,) = content.array_records.values()
+    try:
+        tensors = arrays.to_torch_state_dict()
+    except Exception as error:  # whatever numpy and torch make of a stranger's bytes
+        return Failure(node, f"its arrays cannot be read: {one_line(error)}")
+    for name in [n for n in tensors if n in received and n not in shared]:
+        if not _same(tensors.pop(name), received[name]):
+            return Failure(
+                node,
+                f"{name} is frozen in this round and came back changed: does the client call "
+                "rolora.flower.freeze?",
+            )
+    return Update(node, AdapterState(tensors, received.scaling), count, {})
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def examples_in(content: Any, key: str) -> int | None:
+    """The number of examples in a reply's one MetricRecord, if it is a possible one."""
+    if len(content.metric_records) != 1:
+        return None
+    (metrics,) = content.metric_records.values()
+    value = metrics.get(key)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and 1 <= value <= MOST_EXAMPLES else None
+
+
+def comparable(contents: Sequence[Any], key: str) -> list[Any]:
+    """The replies whose metrics can be averaged: finite, and named as in most of them."""
+    layouts = {
+        index: layout
+        for index, content in enumerate(contents)
+        if (layout := _layout(content, key)) is not None
+    }
+    if not layouts:
+        return []
+    ((usual, _),) = Counter(layouts.values()).most_common(1)
+    return [contents[index] for index, layout in layouts.items() if layout == usual]
+
+
+def _layout(content: Any, key: str) -> frozenset[tuple[str, int]] | None:
+    """The names of a reply's metrics, each with its length (-1 for a number); None if unsound."""
+    if examples_in(content, key) is None:
+        return None
+    (metrics,) = content.metric_records.values()
+    listed = {
+        name: value if isinstance(value, list) else [value] for name, value in metrics.items()
+    }
+    if not all(math.isfinite(x) for values in listed.values() for x in values):
+        return None
+    return frozenset(
+        (name, len(values) if isinstance(metrics[name], list) else -1)
+        for name, values in listed.items()
+    )
