@@ -127,14 +127,15 @@ class TokenLoss(torch.autograd.Function):
 
 def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Per row, the negative log-likelihood summed over its trained tokens, and their number."""
-    wanted = batch.targets[:, 1:].bool()
+    places, ids = batch.targets, batch.inputs["input_ids"]
     states = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
-    hidden = states[:, :-1][wanted]
+    hidden = states.flatten(0, 1).index_select(0, places - 1)  # no row's first token is predicted
     head = model.get_output_embeddings()
-    target = batch.inputs["input_ids"][:, 1:][wanted]
+    target = ids.flatten().index_select(0, places)
     each: Tensor = TokenLoss.apply(hidden, head.weight, head.bias, target)  # type: ignore[no-untyped-call]
-    by_row = each.new_zeros(wanted.shape).masked_scatter(wanted, each)
-    return by_row.sum(dim=1), wanted.sum(dim=1).to(each.dtype)
+    empty = each.new_zeros(ids.numel())
+    summed = empty.index_copy(0, places, each).view(ids.shape).sum(dim=1)
+    return summed, empty.index_fill(0, places, 1).view(ids.shape).sum(dim=1)
 
 
 def outputs(model: Any, batch: Batch) -> Tensor:
