@@ -33,7 +33,8 @@ def causal_lm(
     if (completion is None) == (messages is None) or (messages and prompt):
         raise ConfigError("causal_lm needs data.prompt and data.completion, or data.messages")
     require_offsets(base.tokenizer)
-    require_plain_logits(base.model)
+    if not base.outline:
+        require_plain_logits(base.model)
     if messages is not None and not base.tokenizer.chat_template:
         raise ConfigError(
             "the model's tokenizer has no chat template, so data.messages cannot be written out: "
