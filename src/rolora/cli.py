@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rolora.cli_plan import plan
 from rolora.cli_sites import across_sites, doctor, federation, site
 from rolora.errors import EXIT_CODES, ConfigError, RoloraError
 from rolora.printing import out_console, print_json, print_methods, print_results, print_runs
@@ -241,6 +242,7 @@ def init(
     out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
 
 
+app.command()(plan)
 app.command()(site)
 app.add_typer(federation, name="federation")
 app.command()(doctor)
