@@ -96,7 +96,9 @@ def test_a_client_of_a_bank_trains_as_with_peft_and_torch(
         batch = collate(bench.examples, next(stream), bench.base.tokenizer.pad_token_id)
         logits, labels = model(**batch.inputs).logits, batch.targets
         if make is language_model:
-            labels = batch.inputs["input_ids"].where(labels.bool(), -100)[:, 1:]
+            ids = batch.inputs["input_ids"]
+            labels = torch.full((ids.numel(),), -100).index_copy(0, labels, ids.flatten()[labels])
+            labels = labels.view(ids.shape)[:, 1:]
             logits = logits[:, :-1].mT
         plain.zero_grad()
         functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]

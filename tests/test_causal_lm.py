@@ -71,12 +71,18 @@ def trained_text(base: Base, examples: Examples, row: int = 0) -> str:
     return "".join(text if wanted else "·" for text, wanted in shown)
 
 
+def predicted(batch: Any) -> torch.Tensor:
+    """(rows, length) 1 where a token is to be predicted."""
+    ids = batch.inputs["input_ids"]
+    return torch.zeros(ids.numel()).index_fill(0, batch.targets, 1).view(ids.shape)
+
+
 def full_loss(base: Base, batch: Any) -> torch.Tensor:
     """Per row, summed cross-entropy through the whole model's logits."""
     logits = base.model(**batch.inputs).logits[:, :-1]
     target = batch.inputs["input_ids"][:, 1:]
     each = functional.cross_entropy(logits.mT, target, reduction="none")
-    summed: torch.Tensor = (each * batch.targets[:, 1:]).sum(dim=1)
+    summed: torch.Tensor = (each * predicted(batch)[:, 1:]).sum(dim=1)
     return summed
 
 
@@ -84,7 +90,7 @@ def test_the_loss_is_what_transformers_computes_with_labels_of_minus_100(
     base: Base, task: Task
 ) -> None:
     batch = collate(task.encode(PAIRS, "train"), ROWS, base.tokenizer.pad_token_id)
-    labels = batch.inputs["input_ids"].masked_fill(batch.targets == 0, -100)
+    labels = batch.inputs["input_ids"].masked_fill(predicted(batch) == 0, -100)
     base.bank.load([adapter(base, 1)])
     try:
         theirs = base.model(**batch.inputs, labels=labels)
@@ -284,7 +290,7 @@ def test_perplexity_is_per_token_over_all_rows_and_infinite_on_overflow(
     batch = collate(examples, ROWS, base.tokenizer.pad_token_id)
     with torch.inference_mode():
         metrics = task.score(task.outputs(base.model, batch), examples)
-        expected = float(full_loss(base, batch).sum() / batch.targets.sum())
+        expected = float(full_loss(base, batch).sum() / len(batch.targets))
     assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
     assert metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
     assert score(torch.tensor([[1e6, 1.0]]), examples)["perplexity"] == math.inf

@@ -128,7 +128,8 @@ class HeadLinear(nn.Module):
             return y
         bias = bank.leaves[f"{self.layer}.bias"]
         each = torch.tensor(sizes, device=bias.device)
-        return y + bias.repeat_interleave(each, dim=0).view(y.shape)
+        rows = sum(sizes)
+        return y + bias.repeat_interleave(each, dim=0, output_size=rows).view(y.shape)
 
 
 def attach(

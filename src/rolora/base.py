@@ -24,7 +24,10 @@ from rolora.tasks.examples import Batch
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration."""
+    """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration.
+
+    ``outline`` says that it has shapes only (``rolora.outline``): no value can be asked for.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -32,6 +35,7 @@ class Base:
     peft_config: Any
     head_layers: tuple[str, ...]
     stack: Stack | None
+    outline: bool = False
 
     @property
     def specs(self) -> Specs:
@@ -134,11 +138,13 @@ def with_bank(
     settings: LoraSettings,
     source: str,
     missing: Collection[str] = (),
+    outline: bool = False,
 ) -> Base:
     """The frozen base that ``model``, changed in place, becomes.
 
-    ``source`` names it; the weights named in ``missing`` are not from the checkpoint. Raises
-    ConfigError for a model that cannot carry per-client adapters.
+    ``source`` names it; the weights named in ``missing`` are not from the checkpoint; of an
+    ``outline`` only shapes are checked. Raises ConfigError for a model that cannot carry
+    per-client adapters.
     """
     if model.config.is_encoder_decoder:
         raise ConfigError(f"{source!r} is an encoder-decoder, which no task here can train")
@@ -159,8 +165,8 @@ def with_bank(
     )
     with torch.device(next(model.parameters()).device):  # where the probes make their rows
         _refuse_unreachable_layers(model, bank)
-        stack = take_over(model, set(layers).__contains__)
-    return Base(model, tokenizer, bank, config, tuple(head_layers), stack)
+        stack = take_over(model, set(layers).__contains__, trusted=outline)
+    return Base(model, tokenizer, bank, config, tuple(head_layers), stack, outline)
 
 
 def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]:

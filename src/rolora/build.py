@@ -20,6 +20,7 @@ from rolora.configured import (
     local_settings,
     make_method,
     make_task,
+    revisits,
 )
 from rolora.engine import Debug, InProcess
 from rolora.errors import ConfigError
@@ -172,7 +173,7 @@ def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
     if rows.validation is not None:
         validation = task.encode_test(rows.validation, _source(config.data.validation, config))
     notes = _notes(config, rows, examples, test)
-    if config.train.cache and _revisits(config, rows):
+    if config.train.cache and revisits(config, [len(shard) for shard in rows.shards.values()]):
         folder = config.root / Path(config.train.cache).expanduser()
         examples, note = kept_below(base, examples, folder)
         test, _ = kept_below(base, test, folder)
@@ -190,14 +191,6 @@ def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:
         for tensor in (examples.tokens, examples.offsets, examples.targets):
             digest.update(tensor.numpy().data)
     return digest.hexdigest()[:32]
-
-
-def _revisits(config: RunConfig, rows: Rows) -> bool:
-    """Whether training comes by each row once or more often, in the mean."""
-    train, settings = config.train, local_settings(config)
-    sizes = [len(shard) for shard in rows.shards.values()]
-    visits = sum(settings.num_steps(size) * min(size, train.batch_size) for size in sizes)
-    return train.rounds * train.participation * visits >= sum(sizes)
 
 
 def _bank(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,10 @@ from rolora.errors import ConfigError
 from rolora.lora import Kind
 
 Quantised = Literal["int8", "nf4"]
+AUTO: Mapping[Kind, Any] = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "causal_lm": transformers.AutoModelForCausalLM,
+}
 
 
 def read_checkpoint(
@@ -33,12 +37,12 @@ def read_checkpoint(
     See ``rolora.base.load_base`` for the arguments and errors. The model is on the CPU, but a
     quantised one on ``device``.
     """
-    place = _locate(source, root, offline)
+    place = locate(source, root, offline)
     auto, more = _loading(place, kind, labels, dtype, quantise, device)
     # the GGUF reader draws a bar on standard error whatever the settings are
     silent = contextlib.redirect_stderr(io.StringIO())
-    with _one_line_errors(source), quiet(), silent:
-        tokenizer = _load_tokenizer(place)
+    with one_line_errors(source), quiet(), silent:
+        tokenizer = load_tokenizer(place)
         model, info = auto.from_pretrained(
             **place,
             **more,
@@ -50,7 +54,8 @@ def read_checkpoint(
     return model, tokenizer, {*info["missing_keys"], *(k[0] for k in info["mismatched_keys"])}
 
 
-def _locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
+def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
+    """Where a model is, as transformers is told. ConfigError for a path that is not there."""
     path = root / Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
@@ -76,20 +81,21 @@ def _loading(
     device: str,
 ) -> tuple[Any, dict[str, Any]]:
     """The class that loads such a model, and what it is told beside the place."""
-    auto = {
-        "classification": transformers.AutoModelForSequenceClassification,
-        "causal_lm": transformers.AutoModelForCausalLM,
-    }[kind]
-    more: dict[str, Any] = {}
+    auto, more = AUTO[kind], dict[str, Any]()
     if kind == "classification":
-        names = [str(label) for label in labels]
-        more["num_labels"] = len(names)
-        more["id2label"] = dict(enumerate(names))
-        more["label2id"] = {name: index for index, name in enumerate(names)}
-        more["ignore_mismatched_sizes"] = True
+        more = {**label_names(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
     if quantise:
         more |= _quantisation(place, auto, quantise, dtype, device)
     return auto, more
+
+
+def label_names(labels: Sequence[object]) -> dict[str, Any]:
+    """What a model's configuration says of its labels."""
+    names = [str(label) for label in labels]
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
 
 
 def _quantisation(
@@ -116,7 +122,8 @@ def _quantisation(
     return {"quantization_config": how, "device_map": {"": device}}
 
 
-def _load_tokenizer(place: dict[str, Any]) -> Any:
+def load_tokenizer(place: dict[str, Any]) -> Any:
+    """The tokenizer, with a padding token. It raises whatever transformers does."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError("there is no tokenizer beside its weights")
@@ -126,7 +133,8 @@ def _load_tokenizer(place: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _one_line_errors(source: str) -> Iterator[None]:
+def one_line_errors(source: str) -> Iterator[None]:
+    """Any error within becomes a ConfigError that names the model."""
     try:
         yield
     except Exception as error:  # a damaged config.json makes transformers raise anything

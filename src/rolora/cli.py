@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rolora.cli_plan import plan
 from rolora.cli_sites import across_sites, doctor, federation, site
 from rolora.cli_theory import theory
 from rolora.errors import EXIT_CODES, ConfigError, RoloraError
@@ -243,6 +244,7 @@ def init(
 
 
 app.command()(theory)
+app.command()(plan)
 app.command()(site)
 app.add_typer(federation, name="federation")
 app.command()(doctor)

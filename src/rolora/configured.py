@@ -32,25 +32,29 @@ def load_base_for(config: RunConfig, labels: Sequence[object]) -> Base:
     if wanted == "bf16" and config.device == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("model.dtype = 'bf16', which this GPU does not have; use 'fp32'")
     half = wanted == "bf16" or (wanted == "auto" and config.device == "cuda")
-    lora = config.lora
-    settings = LoraSettings(
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=tuple(lora.target_modules),
-        layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
-        rslora=lora.rslora,
-    )
     return load_base(
         config.model.path,
         "classification" if config.model.task == "classification" else "causal_lm",
-        settings,
+        lora_settings(config),
         root=config.root,
         labels=labels,
         dtype=torch.bfloat16 if half else torch.float32,
         quantise=wanted if wanted in ("int8", "nf4") else None,
         device=config.device,
         offline=config.offline,
+    )
+
+
+def lora_settings(config: RunConfig) -> LoraSettings:
+    """Where and how large the configured adapters are."""
+    lora = config.lora
+    return LoraSettings(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=tuple(lora.target_modules),
+        layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
+        rslora=lora.rslora,
     )
 
 
@@ -106,6 +110,13 @@ def local_settings(config: RunConfig) -> LocalSettings:
         momentum=train.momentum,
         max_grad_norm=train.max_grad_norm,
     )
+
+
+def revisits(config: RunConfig, sizes: Sequence[int]) -> bool:
+    """Whether training comes by each row once or more often, in the mean; ``sizes`` of shards."""
+    train, settings = config.train, local_settings(config)
+    visits = sum(settings.num_steps(size) * min(size, train.batch_size) for size in sizes)
+    return train.rounds * train.participation * visits >= sum(sizes)
 
 
 def first_adapter(config: RunConfig, method: Method, base: Base) -> AdapterState:

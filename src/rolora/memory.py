@@ -58,10 +58,16 @@ def plan_bank(
         for name, roles in phases.items()
     }
     device = base.device.type
-    busy = TOKENS_IN_A_PASS[device] // tokens if wanted is None else wanted
-    room = int(SHARE * free_bytes(device)) // max(1, *each.values())
-    size = max(1, min(busy, room, clients))
+    size = bank_size(device, tokens, max(each.values()), free_bytes(device), clients, wanted)
     return BankPlan(size, size * tokens, {name: size * kept for name, kept in each.items()})
+
+
+def bank_size(
+    device: str, tokens: int, kept: int, free: int, clients: int, wanted: int | None = None
+) -> int:
+    """Clients in a pass, of whom each has ``tokens`` and keeps ``kept`` of the ``free`` bytes."""
+    busy = TOKENS_IN_A_PASS[device] // tokens if wanted is None else wanted
+    return max(1, min(busy, int(SHARE * free) // max(1, kept), clients))
 
 
 def activation_bytes(

@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from rolora.catalogue import MethodRow
+    from rolora.plan import MethodPlan, Plan
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -73,3 +74,93 @@ def tracked(items: Sequence[T], what: str) -> Iterator[T]:
     else:
         err_console.print(f"{what} ...", markup=False)
         yield from items
+
+
+def print_plan(plan: Plan) -> None:
+    """A plan: the model and the clients, then each kind of round, then the whole run."""
+    part = "all" if plan.cohort == plan.clients else f"{plan.cohort}"
+    steps = "an unknown number of steps" if plan.steps is None else f"{plan.steps:,.4g} steps"
+    rows = "" if plan.rows is None else f" with {plan.rows:,} rows"
+    for line in (
+        f"model      {plan.model}, {_short(plan.parameters)} parameters in {plan.dtype}: "
+        f"{_bytes(plan.weights)} in memory, {_bytes(plan.stored)} on disk "
+        f"(configuration from {plan.source})",
+        f"clients    {plan.clients}{rows}, {part} in each of {plan.rounds} rounds, "
+        f"{steps} of about {plan.tokens:,} tokens",
+        f"cache      {_bytes(plan.cache)} for layers below the adapters",
+    ):
+        out_console.print(line, markup=False)
+    rounds = [(method, each) for method in plan.methods for each in method.rounds]
+    table = _plan_table([f"{method.name}, train {each.factors}" for method, each in rounds])
+    for what, values in {
+        "one kind of round": [""] * len(rounds),
+        "  parameters trained": [f"{each.trained:,}" for _, each in rounds],
+        "  one client sends": [_bytes(each.up) for _, each in rounds],
+        "  one client receives": [_bytes(each.down) for _, each in rounds],
+        "  one client's step, FLOPs": [_short(each.flops) for _, each in rounds],
+        "  activations kept": [_bytes(each.activations) for _, each in rounds],
+        "  optimiser state": [_bytes(each.optimizer) for _, each in rounds],
+        "  memory at the peak": [_bytes(each.peak) for _, each in rounds],
+    }.items():
+        table.add_row(what, *values)
+    out_console.print()
+    out_console.print(table)
+    out_console.print()
+    out_console.print(_whole_runs(plan.methods))
+    for note in plan.notes:
+        out_console.print(f"note: {note}", markup=False)
+
+
+def _whole_runs(methods: Sequence[MethodPlan]) -> Table:
+    table = _plan_table([method.name for method in methods])
+    roles = sorted({role for method in methods for role in method.parameters})
+    for role in roles:
+        counts = [f"{method.parameters.get(role, 0):,}" for method in methods]
+        table.add_row(f"parameters of {role}", *counts)
+    about = ["" if method.counted else "about " for method in methods]
+    means = [
+        [sum(getattr(each, way) for each in method.rounds) / len(method.rounds)]
+        for way in ("up", "down")
+        for method in methods
+    ]
+    for what, values in {
+        "clients trained at once": [str(method.bank) for method in methods],
+        "their adapters": [_bytes(method.adapters) for method in methods],
+        "one client sends, mean": [_bytes(mean) for (mean,) in means[: len(methods)]],
+        "one client receives, mean": [_bytes(mean) for (mean,) in means[len(methods) :]],
+        "receives in its first round": [_bytes(method.first_down) for method in methods],
+        "all clients send": [
+            a + _bytes(method.up) for a, method in zip(about, methods, strict=True)
+        ],
+        "all clients receive": [
+            a + _bytes(method.down) for a, method in zip(about, methods, strict=True)
+        ],
+        "training, FLOPs": [_short(method.flops) for method in methods],
+        "checkpoints and adapter": [_bytes(method.checkpoints) for method in methods],
+        "what clients keep, on disk": [_bytes(method.personal) for method in methods],
+    }.items():
+        table.add_row(what, *values)
+    return table
+
+
+def _plan_table(columns: Sequence[str]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _bytes(count: float | None) -> str:
+    """Megabytes and so on are powers of 1000."""
+    return "unknown" if count is None else f"{_short(count)}B"
+
+
+def _short(count: float | None) -> str:
+    """Three digits or more and a power of 1000: 1.57 M."""
+    if count is None:
+        return "unknown"
+    power = 0
+    while abs(count) >= 1000 and power < 6:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {' kMGTPE'[power].strip()}".strip() + ("" if power else " ")

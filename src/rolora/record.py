@@ -113,7 +113,7 @@ class RunFolder:
     def commit(self, result: RoundResult) -> None:
         """Save the state after a round (or a failed attempt at one), then its line."""
         state, values = result.state, line(result)
-        payload = save(_tensors(state))
+        payload = save(contents(state))
         manifest = {
             "round": state.server.round,
             "attempt": state.server.attempt,
@@ -183,7 +183,8 @@ class RunFolder:
         write_file(self.rounds, "".join(text + "\n" for text in kept))
 
 
-def _tensors(state: RunState) -> dict[str, Tensor]:
+def contents(state: RunState) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of this state holds."""
     memory = {n: t for n, t in state.server.memory.items() if isinstance(t, Tensor)}
     parts: dict[str, Mapping[str, Tensor]] = {"adapter": state.server.adapter, "memory": memory}
     if state.best is not None:

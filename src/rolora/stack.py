@@ -148,12 +148,12 @@ def _unpacked(tokens: Tensor, packing: Packing) -> Tensor:
     return tokens.view(packing.rows, packing.width, *tokens.shape[1:])
 
 
-def take_over(model: Any, adapted: Callable[[str], bool]) -> Stack | None:
+def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = False) -> Stack | None:
     """The model's layers as a :class:`Stack`, or None for a model that they do not suit.
 
     ``adapted`` tells by its path whether a module carries an adapter. Three rows of unequal length
     are run both ways: a model whose layers mix tokens other than by transformers' attention
-    interface gives other numbers when packed, and is left as it was.
+    interface gives other numbers when packed, and is left as it was. A ``trusted`` one is not run.
     """
     found = [
         (path, module)
@@ -176,7 +176,7 @@ def take_over(model: Any, adapted: Callable[[str], bool]) -> Stack | None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
     stack = Stack(layers, min(lowest, len(layers) - 1), min(windows) // 2 if windows else None)
     model.set_attn_implementation(ATTENTION)
-    if _agrees(model, stack):
+    if trusted or _agrees(model, stack):
         return stack
     model.set_attn_implementation(before)
     for layer, forward in zip(layers, originals, strict=True):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rolora.durable import write_file
 
+KEPT_STATES = 3  # of a client: what two checkpoints may need, and the one being written
+
 
 @dataclass(frozen=True)
 class ClientStore:
@@ -35,7 +37,7 @@ class ClientStore:
         write_file(self.folder / client / f"{self.kind}-{round:06d}.safetensors", save(dict(kept)))
         files = self._files(client)
         past = [file for at, file in files if at <= round]
-        for file in [*past[:-3], *(file for at, file in files if at > round)]:
+        for file in [*past[:-KEPT_STATES], *(file for at, file in files if at > round)]:
             file.unlink()
 
     def forget(self, client: str, after: int) -> None:

@@ -33,7 +33,8 @@ def causal_lm(
     if (completion is None) == (messages is None) or (messages and prompt):
         raise ConfigError("causal_lm needs data.prompt and data.completion, or data.messages")
     require_offsets(base.tokenizer)
-    require_plain_logits(base.model)
+    if not base.outline:
+        require_plain_logits(base.model)
     if messages is not None and not base.tokenizer.chat_template:
         raise ConfigError(
             "the model's tokenizer has no chat template, so data.messages cannot be written out: "
@@ -127,14 +128,15 @@ class TokenLoss(torch.autograd.Function):
 
 def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Per row, the negative log-likelihood summed over its trained tokens, and their number."""
-    wanted = batch.targets[:, 1:].bool()
+    places, ids = batch.targets, batch.inputs["input_ids"]
     states = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
-    hidden = states[:, :-1][wanted]
+    hidden = states.flatten(0, 1).index_select(0, places - 1)  # no row's first token is predicted
     head = model.get_output_embeddings()
-    target = batch.inputs["input_ids"][:, 1:][wanted]
+    target = ids.flatten().index_select(0, places)
     each: Tensor = TokenLoss.apply(hidden, head.weight, head.bias, target)  # type: ignore[no-untyped-call]
-    by_row = each.new_zeros(wanted.shape).masked_scatter(wanted, each)
-    return by_row.sum(dim=1), wanted.sum(dim=1).to(each.dtype)
+    empty = each.new_zeros(ids.numel())
+    summed = empty.index_copy(0, places, each).view(ids.shape).sum(dim=1)
+    return summed, empty.index_fill(0, places, 1).view(ids.shape).sum(dim=1)
 
 
 def outputs(model: Any, batch: Batch) -> Tensor:

@@ -50,7 +50,8 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
     its text, or its letter (where no choice is that very text). Metrics: see ``score``.
     """
     require_offsets(base.tokenizer)
-    require_plain_logits(base.model)
+    if not base.outline:
+        require_plain_logits(base.model)
     limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
 
     def encode(table: Any, source: str) -> Examples:

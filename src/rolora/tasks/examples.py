@@ -43,8 +43,8 @@ class Examples:
 @dataclass(frozen=True)
 class Batch:
     """Right-padded rows: ``inputs`` as the model takes them; ``lengths`` (rows,) int64;
-    ``targets`` (rows,) labels or (rows, length) 0/1 per token, as in ``Examples``; ``prefix`` its
-    real tokens' (tokens, hidden), row after row, or None."""
+    ``targets`` int64, (rows,) labels or, where tokens are predicted, the places of those among
+    rows × length; ``prefix`` its real tokens' (tokens, hidden), row after row, or None."""
 
     inputs: dict[str, Tensor]
     lengths: Tensor
@@ -83,9 +83,16 @@ def collate(examples: Examples, rows: Tensor, pad_id: int) -> Batch:
     if examples.types is not None:
         inputs["token_type_ids"] = torch.where(real, examples.types[places].long(), 0)
     per_token = examples.targets.dtype == torch.uint8
-    targets = examples.targets[places] * real if per_token else examples.targets[rows]
+    targets = _places(examples.targets[places] * real) if per_token else examples.targets[rows]
     prefix = None if examples.prefix is None else examples.prefix[places[real]]
     return Batch(inputs, lengths, targets, prefix)
+
+
+def _places(wanted: Tensor) -> Tensor:
+    """Where ``wanted`` (rows, length) is not 0, as row · length + column; a row's first token is
+    never predicted. Found here, on the CPU: a GPU's own count would be waited for."""
+    wanted[:, 0] = 0
+    return wanted.flatten().nonzero().squeeze(1)
 
 
 def tokenizer_limit(tokenizer: Any, config: Any, wanted: int) -> int:
