@@ -183,7 +183,7 @@ def test_three_rounds_of_encoded_uploads_cost_their_bytes_and_stay_near_those_in
             method=method,
             engine=engine,
             aggregation=MEAN,
-            rank=2,
+            ranks=lambda clients: dict.fromkeys(clients, 2),
             seed=0,
             rounds=3,
             lr=lambda round: 5e-3,

@@ -149,6 +149,8 @@ class InProcess:
             lr=job.lr,
             seed=job.seed,
             round=job.round,
+            gradient=method.gradient,
+            penalty=method.penalty,
         )
 
     def finish(
@@ -159,11 +161,14 @@ class InProcess:
             self.store.write(client.id, job.round, trained.adapter.only(personal))
         metrics = {"loss": trained.loss, "steps": float(trained.steps)}
         shared = method.shared(job.round)
-        sent = trained.adapter.only(shared)
+        received = method.download(job.server, client)
+        sent = method.upload(received, trained.adapter, client).only(shared)
         update = Update(client.id, sent, client.num_examples, metrics)
-        if self.up == "fp32" or method.pooled:
-            return update
-        return self.through_wire(update, method.download(job.server, client).only(shared), job)
+        if self.up != "fp32" and not method.pooled:
+            return self.through_wire(update, received.only(shared), job)
+        if method.upload_bytes is not None:
+            return replace(update, encoded_bytes=method.upload_bytes(received, sent))
+        return update
 
     def through_wire(self, update: Update, received: AdapterState, job: Job) -> Update | Failure:
         """The update as the server decodes it; what rounding kept back stays with the client."""

@@ -42,7 +42,17 @@ def prepare_remote(
     roster = Roster(carrier, config, run_id(config, folder), tell)
     labels = roster.gather()
     method = make_method(config)
-    base, notes = load_in_dtype(config, test_rows, labels, method)
+    if method.from_gradient:
+        raise ConfigError(
+            f"{method.name} starts from a gradient over all clients' rows, which sites are not "
+            "asked for: take ravan, whose cores are as small"
+        )
+    if isinstance(config.lora.rank, list):
+        raise ConfigError(
+            'across sites lora.rank is one number or a table of names, such as "hospital-*" = 8: '
+            "sites come and go, so a list has no order to be dealt out in"
+        )
+    base, notes = load_in_dtype(config, test_rows, labels)
     task = make_task(config, base, labels)
     test = task.encode_test(test_rows, where.test)
     validation = None

@@ -70,6 +70,7 @@ class Remote:
                 lacking(method, job.server, views[info.id], job.ledger, has),
                 round=job.round,
                 num_examples=info.num_examples,
+                rank=info.rank,
                 seed=job.seed,
                 lr=job.lr,
                 last=held.last if held else 0,
@@ -96,7 +97,7 @@ class Remote:
 
         def score(info: ClientInfo, whole: bool) -> Parcel:
             view = method.download(server, info)
-            return self._with_view("score", view, view, round=server.round)
+            return self._with_view("score", view, view, round=server.round, rank=info.rank)
 
         for info, reply in self._asked(clients, score):
             try:

@@ -147,7 +147,7 @@ def _train(site: Site, folder: Path, request: Parcel) -> Parcel:
     if received is None:
         return Parcel({"lacks": True})
     method = run.method
-    info = ClientInfo(name, request.whole("num_examples"), run.config.lora.rank, round)
+    info = ClientInfo(name, request.whole("num_examples"), request.whole("rank"), round)
     held = len(run.engine.shards[name])
     if info.num_examples != held:
         raise ParcelError(f"the coordinator counts {info.num_examples} rows here; there are {held}")
@@ -175,7 +175,7 @@ def _score(site: Site, folder: Path, request: Parcel) -> Parcel:
     received = _received(run, request, round + 1)
     if received is None:
         return Parcel({"lacks": True})
-    info = ClientInfo(name, len(run.engine.shards[name]), run.config.lora.rank, round)
+    info = ClientInfo(name, len(run.engine.shards[name]), request.whole("rank"), round)
     (found,) = run.engine.evaluate(run.method, ServerState(received, round=round), [info])
     return Parcel({"round": round, "metrics": json.dumps(dict(found.held_out))})
 
@@ -185,10 +185,10 @@ def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
 
     None if that is not the adapter that the coordinator means, whose hash it sent.
     """
-    specs = {spec.name: torch.zeros(spec.shape) for spec in run.base.specs.tensors}
-    names = names_of(request.text("names"), specs)
+    like = run.view_of_rank(request.whole("rank"))
+    names = names_of(request.text("names"), like)
     try:
-        came = decode("fp32", request.body, {name: specs[name] for name in names})
+        came = decode("fp32", request.body, {name: like[name] for name in names})
     except WireError as error:
         raise ParcelError(str(error)) from None
     wanted, name = request.text("view"), run.site.name
@@ -197,7 +197,7 @@ def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
     own = replace(run.store, kind="sent").read(name, before=round)
     for held in (before, before | own):
         view: dict[str, Tensor] = {**held, **came}
-        if view.keys() == specs.keys() and digest(view) == wanted:
+        if view.keys() == like.keys() and digest(view) == wanted:
             store.write(name, round, view)
             return AdapterState(view, run.base.specs.scaling)
     return None

@@ -1,0 +1,38 @@
+"""Fed-SB: train an r × r core between two frozen factors (Singhal et al., 2025).
+
+ΔW = s · B R A, where lora_B and lora_A are the first singular vectors of the loss's gradient at
+the start (LoRA-SB), the same at every client for ever. R alone is trained and averaged: exact, and
+r² numbers a layer travel whatever its width. R starts at 0 here, so that the first model is the
+base model; the paper starts it at the gradient's singular values. arXiv:2502.15436.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rolora.adapter import AdapterState, Roles, Specs
+from rolora.method import Method, lora_init
+
+
+def init(specs: Specs, rng: torch.Generator) -> AdapterState:
+    adapter = lora_init(specs, rng)
+    new: dict[str, Tensor] = {}
+    for layer in adapter.layers():
+        down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        rank = adapter[down].shape[0]
+        u, _, vt = torch.linalg.svd(specs.gradient[layer], full_matrices=False)
+        new |= {down: vt[:rank].contiguous(), up: u[:, :rank].contiguous()}
+        new[f"{layer}.lora_core.weight"] = torch.zeros(1, rank, rank)
+    return adapter | new
+
+
+def method() -> Method:
+    moving: Roles = frozenset({"core", "head"})
+    return Method(
+        name="fed_sb",
+        init=init,
+        from_gradient=True,
+        trainable=lambda round, step: moving,
+        shared=lambda round: moving,
+    )
