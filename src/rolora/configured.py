@@ -91,6 +91,11 @@ def make_method(config: RunConfig) -> Method:
             f"{method.name} averages factors of one rank: give lora.rank as one number, or for "
             f"clients of different ranks take one of {', '.join(able)}"
         )
+    if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
+        raise ConfigError(
+            f"{method.name} trains one factor in a local step and the other in the next: "
+            "train.local_steps is at least 2"
+        )
     return freeze_head(method) if config.model.head == "freeze" else method
 
 
@@ -130,4 +135,9 @@ def first_adapter(
     start = method.init(specs, generator(config.seed, "init"))
     if config.lora.init_from is None:
         return start
+    if start.only(frozenset({"core"})):
+        raise ConfigError(
+            f"{method.name} trains cores between factors of its own making, which an adapter from "
+            "elsewhere has not: leave out lora.init_from"
+        )
     return start | read_adapter(config.root / config.lora.init_from, base.specs)
