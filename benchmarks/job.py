@@ -116,8 +116,9 @@ def _round(setup: Setup, number: int, tensors: dict[str, Tensor]) -> Mapping[str
     engine = run.engine
     assert isinstance(engine, InProcess)
     clients, cohort = engine.clients(), []
+    ranks = run.ranks(clients)
     for client in sample_cohort(list(clients), run.participation, run.seed, number, 0):
-        info = ClientInfo(client, clients[client], run.rank, number)
+        info = ClientInfo(client, clients[client], ranks[client], number)
         steps = engine.settings.num_steps(info.num_examples)
         work = Work(client, engine.shards[client], setup.start.server.adapter, steps)
         drawn = batches(work, config.train.batch_size, config.seed, number)

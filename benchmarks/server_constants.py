@@ -91,7 +91,7 @@ def federation(
         method=get_method(method),
         engine=engine,
         aggregation=Aggregation(mean()),
-        rank=4,
+        ranks=lambda clients: dict.fromkeys(clients, 4),
         seed=0,
         rounds=rounds,
         lr=lambda round: 0.1,

@@ -12,13 +12,13 @@ from states import HEAD, LAYERS, dense, make_specs, random_state, same
 
 from rolora.adapter import (
     AdapterState,
-    LowRank,
     Roles,
     layer_of,
     role_of,
     tensor_hash,
 )
 from rolora.draws import generator
+from rolora.low_rank import LowRank
 
 QUERY = "base_model.model.layer.0.query"
 reproducible = settings(max_examples=50, deadline=None, derandomize=True)

@@ -3,7 +3,10 @@
 Rows lie client after client; the frozen weights see one large matrix product and only the low-rank
 part is per client::
 
-    y = W0 x + scaling · B_k (A_k x)     x (..., in)   A (K, rank, in)   B (K, out, rank)
+    y = (W0 + D) x + scaling · B_k C_k (A_k x)     x (..., in)   A (K, rank, in)   B (K, out, rank)
+
+D (out, in), a change of the base weight that all clients share, and C (K, heads, r, r), a core
+between the factors, are there for methods that have them.
 
 The loss is summed over clients, so client k's gradient is exactly what it would be alone. K = 1 is
 a plain client.
@@ -17,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from rolora.adapter import AdapterState, Specs, TensorSpec
+from rolora.adapter import AdapterState, Specs, TensorSpec, through_core
 from rolora.errors import ConfigError
 from rolora.segments import add_low_rank, segment_linear
 
@@ -28,9 +32,11 @@ PREFIX = "base_model.model."
 class Bank:
     """Stacked leaves of K clients, read by the layers that ``attach`` put into a model.
 
-    ``leaves`` maps each adapter tensor's name to a (K, *shape) leaf. With no leaves loaded the
-    model is the plain base. ``rows`` says how many rows of the batch each client has, ``tokens``
-    how many tokens where the batch is packed; left empty, all have as many. ``dropout`` is
+    ``leaves`` maps each adapter tensor's name to a (K, *shape) leaf; smaller ranks are filled up
+    with zeros, which stay zero: nothing flows through them. ``deltas`` maps the names of what all
+    clients share to (out, in). With no leaves loaded the model is the plain base. ``rows`` says how
+    many rows of the batch each client has, ``tokens`` how many tokens where the batch is packed;
+    left empty, all have as many. ``dropout`` is
     LoRA's input dropout, active only while ``noise`` says which random stream a row draws from.
     ``most`` is how many clients fitted in memory, once more did not.
     """
@@ -39,6 +45,8 @@ class Bank:
         self.specs = specs
         self.dropout = dropout
         self.leaves: dict[str, Tensor] = {}
+        self.deltas: dict[str, Tensor] = {}
+        self.adapters: Sequence[AdapterState] = ()
         self.rows: tuple[int, ...] = ()
         self.tokens: tuple[int, ...] = ()
         self.noise: Noise | None = None
@@ -50,22 +58,41 @@ class Bank:
         return next(iter(self.leaves.values())).shape[0] if self.leaves else 0
 
     def load(self, adapters: Sequence[AdapterState], device: torch.device | str = "cpu") -> None:
-        """Stack these clients' adapters; all must hold every tensor of the bank."""
+        """Stack these clients' adapters, which hold the same names; deltas must be the same too."""
+        first, self.adapters = adapters[0], adapters
+        for name in first.only(frozenset({"delta"})):
+            if not all(other[name] is first[name] for other in adapters):
+                raise ValueError(f"clients of one bank have different {name}")
+            self.deltas[name] = first[name].to(device)
         self.leaves = {
-            name: torch.stack([adapter[name] for adapter in adapters]).to(device)
-            for name in adapters[0]
+            name: _stacked([adapter[name] for adapter in adapters]).to(device)
+            for name in first
+            if name not in self.deltas
         }
 
     def unload(self) -> None:
         """Leave the plain base model."""
-        self.leaves, self.rows, self.tokens, self.noise = {}, (), (), None
+        self.leaves, self.deltas, self.adapters = {}, {}, ()
+        self.rows, self.tokens, self.noise = (), (), None
 
     def take(self, client: int) -> AdapterState:
         """A copy, on the CPU, of what the client at this position holds."""
-        tensors = {
-            name: leaf[client].detach().to("cpu", copy=True) for name, leaf in self.leaves.items()
+        held = self.view(client)
+        return self.adapters[client] | {
+            name: part.detach().to("cpu", copy=True) for name, part in held.items()
         }
-        return AdapterState(tensors, self.specs.scaling)
+
+    def view(self, client: int) -> dict[str, Tensor]:
+        """What the client at this position holds, as parts of the leaves."""
+        start = self.adapters[client]
+        return {name: leaf[client][_inside(start[name])] for name, leaf in self.leaves.items()}
+
+    def up(self, layer: str) -> Tensor:
+        """(K, out, rank): the clients' lora_B, times their cores where they have some."""
+        lora_b, core = self.leaves[f"{layer}.lora_B.weight"], f"{layer}.lora_core.weight"
+        if core not in self.leaves:
+            return lora_b
+        return through_core(lora_b, self.leaves[core], self.leaves.get(f"{layer}.lora_gain.weight"))
 
     def keep(self, clients: int) -> None:
         """Drop all but the first ``clients``: those that have taken their last step leave."""
@@ -85,6 +112,22 @@ class Bank:
         return tuple(count // sum(self.rows) * rows for rows in self.rows)
 
 
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(K, *shape of the largest); smaller tensors are filled up with zeros."""
+    if len({tensor.shape for tensor in tensors}) == 1:
+        return torch.stack(list(tensors))
+    shape = [max(widths) for widths in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    whole = tensors[0].new_zeros(len(tensors), *shape)
+    for place, tensor in zip(whole, tensors, strict=True):
+        place[_inside(tensor)] = tensor
+    return whole
+
+
+def _inside(tensor: Tensor) -> tuple[slice, ...]:
+    """Where a tensor of this shape lies in one that was filled up."""
+    return tuple(slice(width) for width in tensor.shape)
+
+
 class LoraLinear(nn.Module):
     """A frozen linear layer, called as a black box, plus each client's low-rank part."""
 
@@ -102,10 +145,12 @@ class LoraLinear(nn.Module):
         if not bank.leaves:
             return y
         lora_a = bank.leaves[f"{self.layer}.lora_A.weight"]  # (K, rank, in)
-        lora_b = bank.leaves[f"{self.layer}.lora_B.weight"]  # (K, out, rank)
+        delta = bank.deltas.get(f"{self.layer}.lora_delta.weight")
+        if delta is not None:
+            y = y + functional.linear(x.to(delta.dtype), delta).to(y.dtype)
         if bank.noise is not None and bank.dropout > 0:
             x = x * bank.noise.mask(x, self.noise_key, bank.dropout)
-        return add_low_rank(y, x, lora_a, lora_b, self.scaling, bank.sizes(x))
+        return add_low_rank(y, x, lora_a, bank.up(self.layer), self.scaling, bank.sizes(x))
 
 
 class HeadLinear(nn.Module):

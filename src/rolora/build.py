@@ -22,11 +22,13 @@ from rolora.configured import (
     make_task,
     revisits,
 )
+from rolora.draws import generator
 from rolora.engine import Debug, InProcess
 from rolora.errors import ConfigError
 from rolora.federation import federation_of, score
+from rolora.gradient import first_gradient
 from rolora.memory import BankPlan, plan_bank
-from rolora.method import Method, ServerState
+from rolora.method import Method, ServerState, lora_init
 from rolora.precision import is_wide, lowered
 from rolora.prefix import kept_below
 from rolora.rounds import Federation, RunState, cohort_size
@@ -103,13 +105,18 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         else []
     )
     method = make_method(config)
+    config.lora.ranks(rows.shards)  # refuses a table that leaves a client out
     _refuse_quorum(config, len(rows.shards))
     notes: tuple[str, ...] = ()
     if base is None:
-        base, notes = load_in_dtype(config, rows.test, labels, method)
+        base, notes = load_in_dtype(config, rows.test, labels)
     task = make_task(config, base, labels)
     encoded = _encode(config, base, task, rows)
-    adapter = first_adapter(config, method, base)
+    gradient = None
+    if method.from_gradient:
+        size = config.train.batch_size
+        gradient = first_gradient(base, task, encoded.examples, rows.shards, size, config.seed)
+    adapter = first_adapter(config, method, base, gradient)
     cohort = cohort_size(len(rows.shards), config.train.participation)
     bank, said = _bank(config, base, task, encoded.examples, method, adapter, cohort)
     engine = InProcess(
@@ -150,12 +157,13 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
 
 
 def load_in_dtype(
-    config: RunConfig, test_rows: Any, labels: Sequence[Label], method: Method
+    config: RunConfig, test_rows: Any, labels: Sequence[Label]
 ) -> tuple[Base, tuple[str, ...]]:
     """The base model in the dtype that suits this machine; what to say of it."""
     base, notes = load_base_for(config, labels), tuple[str, ...]()
     if config.model.dtype == "auto" and config.device == "cpu" and is_wide(base):
-        task, adapter = make_task(config, base, labels), first_adapter(config, method, base)
+        task = make_task(config, base, labels)
+        adapter = lora_init(base.specs, generator(config.seed, "init"))
         few = task.encode_test(test_rows.slice(0, 16), _source(config.data.test, config))
         base, said = lowered(base, task, few, adapter, lambda: load_base_for(config, labels))
         notes = (said,)

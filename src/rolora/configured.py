@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from rolora.adapter import AdapterState
 from rolora.base import Base, load_base
@@ -12,7 +14,7 @@ from rolora.draws import generator
 from rolora.errors import ConfigError
 from rolora.local import LocalSettings
 from rolora.lora import LoraSettings, read_adapter
-from rolora.method import Method, freeze_head, get_method
+from rolora.method import Method, freeze_head, get_method, method_names
 from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
 from rolora.schema import RunConfig
 from rolora.tasks import Task
@@ -49,7 +51,7 @@ def lora_settings(config: RunConfig) -> LoraSettings:
     """Where and how large the configured adapters are."""
     lora = config.lora
     return LoraSettings(
-        rank=lora.rank,
+        rank=lora.largest,
         alpha=lora.alpha,
         dropout=lora.dropout,
         target_modules=tuple(lora.target_modules),
@@ -82,8 +84,22 @@ def make_task(config: RunConfig, base: Base, labels: Sequence[Label]) -> Task:
 
 
 def make_method(config: RunConfig) -> Method:
-    """The configured method; with ``model.head = "freeze"`` it leaves the head alone."""
+    """The configured method; with ``model.head = "freeze"`` it leaves the head alone.
+
+    Raises ConfigError for a setting that the method cannot have.
+    """
     method = get_method(config.method.name, **config.method.options)
+    if not isinstance(config.lora.rank, int) and not method.ranks:
+        able = [name for name in method_names() if get_method(name).ranks]
+        raise ConfigError(
+            f"{method.name} averages factors of one rank: give lora.rank as one number, or for "
+            f"clients of different ranks take one of {', '.join(able)}"
+        )
+    if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
+        raise ConfigError(
+            f"{method.name} trains one factor in a local step and the other in the next: "
+            "train.local_steps is at least 2"
+        )
     return freeze_head(method) if config.model.head == "freeze" else method
 
 
@@ -119,9 +135,20 @@ def revisits(config: RunConfig, sizes: Sequence[int]) -> bool:
     return train.rounds * train.participation * visits >= sum(sizes)
 
 
-def first_adapter(config: RunConfig, method: Method, base: Base) -> AdapterState:
-    """What every client starts from: the method's own start, or a warm start from a PEFT folder."""
-    start = method.init(base.specs, generator(config.seed, "init"))
+def first_adapter(
+    config: RunConfig, method: Method, base: Base, gradient: Mapping[str, Tensor] | None = None
+) -> AdapterState:
+    """What every client starts from: the method's own start, or a warm start from a PEFT folder.
+
+    ``gradient``: of the loss at the start (``rolora.gradient``), for methods that begin with it.
+    """
+    specs = base.specs if gradient is None else replace(base.specs, gradient=gradient)
+    start = method.init(specs, generator(config.seed, "init"))
     if config.lora.init_from is None:
         return start
+    if start.only(frozenset({"core"})):
+        raise ConfigError(
+            f"{method.name} trains cores between factors of its own making, which an adapter from "
+            "elsewhere has not: leave out lora.init_from"
+        )
     return start | read_adapter(config.root / config.lora.init_from, base.specs)

@@ -133,6 +133,6 @@ def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:
     prompts = run.setup.test_rows["prompt"].slice(0, rows).to_pylist()
     tokens = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
     plain = generate(base, tokens, max_new_tokens=12)
-    with base.holding(read_adapter(run.folder.adapter, base.specs)):
+    with base.holding(read_adapter(run.folder.adapter, base.specs, any_rank=True)):
         tuned = generate(base, tokens, max_new_tokens=12)
     return list(zip(prompts, plain, tuned, strict=True))

@@ -42,7 +42,7 @@ def federation_of(
         aggregation=Aggregation(
             make_reducer(config), config.aggregate.weights, config.aggregate.quorum
         ),
-        rank=config.lora.rank,
+        ranks=config.lora.ranks,
         seed=config.seed,
         rounds=config.train.rounds,
         lr=_schedule(config),

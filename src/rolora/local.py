@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,11 +82,14 @@ def train_group(
     lr: float,
     seed: int,
     round: int,
+    gradient: Callable[[str, Tensor], Tensor] | None = None,
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> list[Trained]:
     """Train these clients side by side; the result is as if each had trained alone.
 
-    Clients with fewer steps leave the bank early and take their optimiser state with them. Raises
-    NonFiniteLoss naming client and step.
+    ``trainable``, ``gradient`` and ``penalty`` are the method's, for this round. Clients with fewer
+    steps leave the bank early and take their optimiser state with them. Raises NonFiniteLoss naming
+    client and step.
     """
     bank = base.bank
     order = sorted(range(len(work)), key=lambda i: -work[i].steps)
@@ -109,7 +112,12 @@ def train_group(
                 leaf.grad = None
             keys = row_keys(seeds[:staying], step, sizes)
             losses = _losses(base, task, batch, sizes, keys)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            total_loss = losses.sum()
+            if penalty is not None:
+                total_loss = total_loss + sum(penalty(bank.view(k)) for k in range(staying))
+            total_loss.backward()  # type: ignore[no-untyped-call]
+            if gradient is not None:
+                _change_gradients(bank, gradient)
             if settings.max_grad_norm is not None:
                 _clip_gradients(bank, settings.max_grad_norm)
             optimizer.step()
@@ -186,6 +194,12 @@ def _shrink(
             if value is not None
         }
     return smaller
+
+
+def _change_gradients(bank: Bank, change: Callable[[str, Tensor], Tensor]) -> None:
+    for name, leaf in bank.leaves.items():
+        if leaf.grad is not None:
+            leaf.grad = change(name, leaf.grad)
 
 
 def _clip_gradients(bank: Bank, max_norm: float) -> None:

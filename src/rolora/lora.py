@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rolora.adapter import AdapterState, Specs
+from rolora.bank import PREFIX
 from rolora.durable import new_folder
 from rolora.errors import ConfigError
+from rolora.factoring import portable
 
 Kind = Literal["classification", "causal_lm"]
 _WEIGHTS = "adapter_model.safetensors"
@@ -143,22 +147,38 @@ def save_adapter(
 ) -> None:
     """Write a PEFT adapter folder, whole or not at all.
 
-    Beside PEFT's two files it holds the model's ``config.json`` (labels) and ``rolora.json``
-    (``notes``: task and columns, so that the adapter can be evaluated by itself).
+    What PEFT has no name for, cores and deltas, goes into the factors, whose rank may so differ
+    from layer to layer. Beside PEFT's two files the folder holds the model's ``config.json``
+    (labels) and ``rolora.json`` (``notes``: task and columns, so that the adapter can be evaluated
+    by itself).
     """
+    plain = portable(adapter)
+    if plain is not adapter:
+        config = _with_ranks(config, plain)
     with new_folder(folder) as part:
         config.save_pretrained(str(part))
-        save_file(
-            {n: t.contiguous() for n, t in adapter.items()}, part / _WEIGHTS, {"format": "pt"}
-        )
+        save_file({n: t.contiguous() for n, t in plain.items()}, part / _WEIGHTS, {"format": "pt"})
         model_config.save_pretrained(str(part))
         (part / "rolora.json").write_text(json.dumps(dict(notes), indent=2) + "\n")
 
 
-def read_adapter(folder: Path, specs: Specs) -> AdapterState:
+def _with_ranks(config: Any, adapter: AdapterState) -> Any:
+    """The peft.LoraConfig with this adapter's rank for each layer, and the same scaling."""
+    changed = copy.deepcopy(config)
+    for layer, scaling in adapter.scaling.items():
+        path, rank = layer.removeprefix(PREFIX), adapter[f"{layer}.lora_A.weight"].shape[0]
+        changed.rank_pattern[f"^{re.escape(path)}$"] = rank
+        changed.alpha_pattern[f"^{re.escape(path)}$"] = scaling * (
+            rank**0.5 if config.use_rslora else rank
+        )
+    return changed
+
+
+def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> AdapterState:
     """The tensors of a PEFT adapter folder that fits ``specs``; it may lack the head.
 
-    Only safetensors is read. Raises ConfigError naming the first tensor that does not fit.
+    ``any_rank``: each layer may have a rank of its own, at the same scaling. Only safetensors is
+    read. Raises ConfigError naming the first tensor that does not fit.
     """
     file = folder / _WEIGHTS
     if not file.is_file():
@@ -169,7 +189,12 @@ def read_adapter(folder: Path, specs: Specs) -> AdapterState:
             shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
             for name, spec in expected.items():
                 absent_head = spec.role == "head" and name not in shapes
-                if not absent_head and shapes.get(name) != spec.shape:
+                fits = shapes.get(name) == spec.shape
+                if any_rank and spec.role in ("A", "B") and name in shapes:
+                    fits = _without_rank(spec.role, shapes[name]) == _without_rank(
+                        spec.role, spec.shape
+                    )
+                if not absent_head and not fits:
                     raise ConfigError(
                         f"{folder} does not fit: {name} is {shapes.get(name, 'missing')}, "
                         f"expected {spec.shape} (rank, target_modules and layers must be the same)"
@@ -180,6 +205,10 @@ def read_adapter(folder: Path, specs: Specs) -> AdapterState:
     except SafetensorError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
     return AdapterState(tensors, specs.scaling)
+
+
+def _without_rank(role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[1:] if role == "A" else shape[:1]
 
 
 def adapter_base(folder: Path) -> dict[str, Any]:

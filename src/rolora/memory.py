@@ -92,7 +92,8 @@ def activation_bytes(
     with base.holding(start):
         for name, leaf in base.bank.leaves.items():
             leaf.requires_grad_(role_of(name) in roles)
-        standing = [*base.model.parameters(), *base.model.buffers(), *base.bank.leaves.values()]
+        adapter = [*base.bank.leaves.values(), *base.bank.deltas.values()]
+        standing = [*base.model.parameters(), *base.model.buffers(), *adapter]
         with base.running(batch) as given, saved_tensors_hooks(keep, lambda tensor: tensor):
             task.loss(base.model, given)
     for tensor in standing:

@@ -15,7 +15,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from rolora.adapter import AdapterState, ClientInfo, Roles, Specs, Update
 from rolora.errors import ConfigError, nearest
 from rolora.reduce import Memory, Value
 
+BOTH: Roles = frozenset({"A", "B", "head"})  # what LoRA trains: both factors, and the head
 Project = Callable[[AdapterState], Value]
 
 
@@ -57,16 +58,20 @@ class ServerState:
     attempt: int = 0
 
 
+def kaiming(shape: Sequence[int], rng: torch.Generator) -> Tensor:
+    """A lora_A (rank, in) ~ U(−1/√in, 1/√in): Kaiming uniform with a = √5, as PEFT; float32."""
+    return (torch.rand(*shape, generator=rng) * 2 - 1) / math.sqrt(shape[1])
+
+
 def lora_init(specs: Specs, rng: torch.Generator) -> AdapterState:
-    """lora_A ~ U(−1/√in, 1/√in) (Kaiming uniform with a = √5, as PEFT), lora_B = 0; float32.
+    """lora_A as ``kaiming``, lora_B = 0; float32.
 
     Head weights that the checkpoint lacks are normal, head biases 0, as transformers does.
     """
     tensors: dict[str, Tensor] = {}
     for spec in specs.tensors:
         if spec.role == "A":
-            bound = 1 / math.sqrt(spec.shape[1])
-            tensors[spec.name] = (torch.rand(spec.shape, generator=rng) * 2 - 1) * bound
+            tensors[spec.name] = kaiming(spec.shape, rng)
         elif spec.name in specs.head:
             tensors[spec.name] = specs.head[spec.name]
         elif spec.role == "head" and len(spec.shape) > 1:
@@ -81,6 +86,11 @@ def whole_adapter(server: ServerState, client: ClientInfo) -> AdapterState:
     return server.adapter
 
 
+def as_trained(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
+    """A client sends what it has trained."""
+    return trained
+
+
 def merge_shared(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     """The reduced shared tensors replace the server's; the others stay bit for bit."""
     return replace(server, adapter=server.adapter | reduce())
@@ -90,10 +100,25 @@ def merge_shared(server: ServerState, reduce: Reduce, rng: torch.Generator) -> S
 class Method:
     """One federated-LoRA method. ``round`` starts at 1; ``local step`` at 0.
 
-    ``trainable(round, local step)``: the roles that get gradients. ``shared(round)``: the roles
-    that travel up; what is trained but not shared is personal and stays with the client.
-    ``download``: what a client should hold before it trains. ``pooled``: one client that holds all
-    rows and takes the cohort's steps (an upper bound, not a federation).
+    What it does, as functions:
+
+    - ``init(specs, rng)``: the first adapter; with ``from_gradient``, ``specs.gradient`` is there.
+    - ``download(server, client)``: what a client should hold before it trains.
+    - ``trainable(round, local step)``: the roles that get gradients.
+    - ``gradient(name, gradients (clients, *shape))``: what the optimiser gets in their place.
+    - ``penalty(adapter)``: a scalar that is added to a client's loss.
+    - ``upload(received, trained, client)``: what leaves the client, of the same shapes.
+    - ``shared(round)``: the roles that travel up; the rest of what was trained is personal.
+    - ``aggregate(server, reduce, rng)``: the next server state; calls ``reduce`` once.
+
+    What it is, for users and for refusals:
+
+    - ``pooled``: one client with all rows that takes the cohort's steps: a bound, no federation.
+    - ``exact``: the server's product is the mean of the clients' products.
+    - ``ranks``: clients may have ranks of their own.
+    - ``rebased``: factors are made anew each round, so nothing may be remembered of them.
+    - ``secure``: the server needs no more than a weighted sum of what clients send.
+    - ``sparse``: of what is sent, rank-one pieces that are as they were received do not travel.
     """
 
     name: str
@@ -101,19 +126,38 @@ class Method:
     shared: Callable[[int], Roles]
     init: Callable[[Specs, torch.Generator], AdapterState] = lora_init
     download: Callable[[ServerState, ClientInfo], AdapterState] = whole_adapter
+    gradient: Callable[[str, Tensor], Tensor] | None = None
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    upload: Callable[[AdapterState, AdapterState, ClientInfo], AdapterState] = as_trained
     aggregate: Callable[[ServerState, Reduce, torch.Generator], ServerState] = merge_shared
+    from_gradient: bool = False
     pooled: bool = False
+    exact: bool = True
+    ranks: bool = False
+    rebased: bool = False
+    secure: bool = True
+    sparse: bool = False
+
+    def trained(self, round: int) -> Roles:
+        """Roles trained in this round; where they take turns within it, they do at every step."""
+        return self.trainable(round, 0) | self.trainable(round, 1)
 
     def personal(self, round: int) -> Roles:
         """Roles trained in this round that never leave the client."""
-        return self.trainable(round, 0) - self.shared(round)
+        return self.trained(round) - self.shared(round)
 
 
 def freeze_head(method: Method) -> Method:
     """The same method with the task head frozen: it travels down once and is never trained."""
     head: Roles = frozenset({"head"})
+
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        after = method.aggregate(server, reduce, rng)
+        return replace(after, adapter=after.adapter | server.adapter.only(head))
+
     return replace(
         method,
+        aggregate=aggregate,
         trainable=lambda round, step: method.trainable(round, step) - head,
         shared=lambda round: method.shared(round) - head,
     )

@@ -252,7 +252,7 @@ def _dry_run(
         method=method,
         engine=Untrained(drawn.sizes, config.wire.up),
         aggregation=Aggregation(make_reducer(config), config.aggregate.weights),
-        rank=config.lora.rank,
+        ranks=config.lora.ranks,
         seed=config.seed,
         rounds=max(4, min(config.train.rounds, affordable)),
         lr=lambda round: 0.0,

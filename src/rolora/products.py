@@ -1,8 +1,8 @@
 """The mean of what clients learned, as products: the other side of the aggregation error.
 
-A layer's product is scaling · lora_B @ lora_A. Where nobody trained one of the factors, a sum of
-products is that factor times the sum of the other, so that a client costs as many additions as it
-has trained parameters, and nothing of it is kept.
+A layer's product is delta + scaling · lora_B · core · lora_A (see ``AdapterState``). Where nobody
+trained one of the factors, a sum of products is that factor times the sum of the other, so that a
+client costs as many additions as it has trained parameters, and nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, LowRank, layer_of
+from rolora.adapter import AdapterState, layer_of, role_of
+from rolora.low_rank import LowRank, Term
 from rolora.reduce import add_, zeros_like
 
-Matrices = Mapping[str, LowRank]  # layer -> scaling · B · A, or a sum of such products
+Matrices = Mapping[str, LowRank]  # layer -> its product, or a sum of such products
 
 
 class Products:
-    """Σ weight · scaling · lora_B @ lora_A per layer, over adapters that stream by.
+    """Σ weight · product per layer, over adapters that stream by.
 
     ``common`` is what they have in common: a factor that *is* its tensor (the same object) was
     trained by nobody. Where both factors differ, both are kept, until the layer's matrix itself is
@@ -29,36 +30,56 @@ class Products:
 
     def __init__(self, common: AdapterState) -> None:
         self._common = common
-        self._sums: dict[str, Tensor] = {}  # name of a moving factor -> its float64 sum
+        self._sums: dict[str, Tensor] = {}  # name of what moves -> its float64 sum
+        self._weight = 0.0  # of adapters whose deltas are the common ones
         self._others: dict[str, LowRank] = {}
 
     def add(self, state: AdapterState, weight: float) -> None:
         """Add ``weight`` times the products of this adapter."""
-        moving: list[str] = []
+        moving: dict[str, Tensor] = {}
         for layer in state.layers():
             down, up = _factors(layer)
             if state[down] is self._common.get(down):
-                moving.append(up)
-            elif state[up] is self._common.get(up):
-                moving.append(down)
+                moving[up] = state.up(layer)
+            elif state[up] is self._common.get(up) and state.up(layer) is state[up]:
+                moving[down] = state[down]
             else:
-                term = (weight * state.scaling[layer], state[up], state[down])
+                term = (weight * state.scaling[layer], state.up(layer), state[down])
                 self._others[layer] = self._others.get(layer, LowRank(())) + LowRank([term])
+        deltas = {name: t for name, t in state.items() if role_of(name) == "delta"}
+        if all(tensor is self._common.get(name) for name, tensor in deltas.items()):
+            self._weight += weight
+        else:
+            moving |= deltas
         new = [name for name in moving if name not in self._sums]
-        starts = zeros_like((state[name] for name in new), torch.float64)
+        starts = zeros_like((moving[name] for name in new), torch.float64)
         self._sums.update(zip(new, starts, strict=True))
-        add_([self._sums[name] for name in moving], [state[name] for name in moving], weight)
+        add_([self._sums[name] for name in moving], moving.values(), weight)
 
     def total(self) -> Matrices:
         """layer -> the sum so far."""
-        found = dict(self._others)
-        for name, factor in self._sums.items():
+        common, found = self._common, dict(self._others)
+        for name, tensor in self._sums.items():
             layer = layer_of(name)
-            down, up = _factors(layer)
-            pair = (self._common[up], factor) if name == down else (factor, self._common[down])
-            term = LowRank([(self._common.scaling[layer], *pair)])
-            found[layer] = found.get(layer, LowRank(())) + term
+            down, _ = _factors(layer)
+            if role_of(name) == "delta":
+                term = _beside(tensor)
+            elif name == down:
+                term = (common.scaling[layer], common.up(layer), tensor)
+            else:
+                term = (common.scaling[layer], tensor, common[down])
+            found[layer] = found.get(layer, LowRank(())) + LowRank([term])
+        if self._weight:
+            for name, tensor in common.items():
+                if role_of(name) == "delta":
+                    layer = layer_of(name)
+                    term = _beside(tensor.double() * self._weight)
+                    found[layer] = found.get(layer, LowRank(())) + LowRank([term])
         return found
+
+
+def _beside(delta: Tensor) -> Term:
+    return 1.0, delta, torch.eye(delta.shape[1], dtype=delta.dtype)
 
 
 def norm(one: Matrices, other: Matrices | None = None, factor: float = 1.0) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,7 +85,7 @@ class RoundResult:
 class Federation:
     """Everything that defines a run; no part of it changes while it runs.
 
-    ``test`` and ``validation`` score an adapter on the
+    ``ranks`` maps clients to their LoRA ranks. ``test`` and ``validation`` score an adapter on the
     server's held-out rows; ``metric`` is what early stopping and the best round go by, on the
     validation rows only. ``patience`` counts evaluations without improvement; ``spare`` clients are
     drawn beyond the cohort, for an engine that uses the first ones to answer.
@@ -94,7 +94,7 @@ class Federation:
     method: Method
     engine: Engine
     aggregation: Aggregation
-    rank: int
+    ranks: Callable[[Iterable[str]], Mapping[str, int]]
     seed: int
     rounds: int
     lr: Callable[[int], float]
@@ -176,8 +176,9 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     # largest shard first, then by id: clients with as many steps then share a bank, and their
     # updates come in the order of use
     order = sorted(ids, key=lambda id: (-clients[id], id))
-    members = {id: ClientInfo(id, clients[id], run.rank, round) for id in order}
-    pool = ClientInfo(POOL, sum(clients.values()), run.rank, round)
+    ranks = run.ranks(clients)
+    members = {id: ClientInfo(id, clients[id], ranks[id], round) for id in order}
+    pool = ClientInfo(POOL, sum(clients.values()), max(ranks.values()), round)
     cohort = {POOL: pool} if method.pooled else members
     job = Job(server, tuple(members.values()), run.seed, run.lr(round), state.ledger)
     arrived: list[Arrival] = []
@@ -189,7 +190,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     return RoundResult(
         round=round,
         attempt=attempt,
-        factors=tuple(sorted(method.trainable(round, 0))),
+        factors=tuple(sorted(method.trained(round))),
         cohort=ids,
         lr=job.lr,
         clients={
@@ -222,8 +223,9 @@ def _evaluated(
     client_metrics: dict[str, Metrics] = {}
     personal = bool(run.method.personal(max(server.round, 1)))
     if run.per_client or (personal and not first):
-        clients = sorted(run.engine.clients().items())
-        infos = [ClientInfo(c, n, run.rank, server.round) for c, n in clients]
+        clients = run.engine.clients()
+        ranks = run.ranks(clients)
+        infos = [ClientInfo(c, n, ranks[c], server.round) for c, n in sorted(clients.items())]
         found = list(run.engine.evaluate(run.method, server, infos))
         client_metrics = {one.client: one.held_out for one in found if one.held_out}
         metrics = _mean([one.test for one in found if one.test])

@@ -206,7 +206,7 @@ def evaluate_adapter(path: str | Path, source: str, model: str | None = None) ->
     table = data.read_table(source, root=Path(), split=config.data.test_split)
     base = load_base_for(config, labels)
     task = make_task(config, base, labels)
-    adapter = read_adapter(folder, base.specs)
+    adapter = read_adapter(folder, base.specs, any_rank=True)
     return evaluate(base, task, task.encode_test(table, source), adapter)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rolora.errors import ConfigError
 from rolora.schedule import Schedule
 from rolora.wire import Format
 
+Rank = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 
@@ -38,13 +43,46 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """``[lora]``: where and how large the adapters are."""
 
-    rank: int = Field(4, ge=1, description="of lora_A (rank, in) and lora_B (out, rank)")
+    rank: Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank] = Field(
+        4,
+        description="of lora_A (rank, in) and lora_B (out, rank); a list is dealt out to the "
+        'clients in the order of their ids, over again; a table goes by id: "hospital-*" = 8',
+    )
     alpha: float = Field(8.0, gt=0, description="the product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the inputs of lora_A")
     target_modules: list[str] = Field([], description="left out: PEFT's default")
     layers: str | list[int] = Field("all", description='"all", "top:2", or a list of indices')
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     init_from: str | None = Field(None, description="a PEFT adapter folder to start from")
+
+    @property
+    def largest(self) -> int:
+        """The server's rank: the largest of its clients'."""
+        rank = self.rank
+        if isinstance(rank, int):
+            return rank
+        return max(rank.values() if isinstance(rank, dict) else rank)
+
+    def ranks(self, clients: Iterable[str]) -> dict[str, int]:
+        """Client id -> its rank. ConfigError for one that the table says nothing of."""
+        if isinstance(self.rank, int):
+            return dict.fromkeys(clients, self.rank)
+        ordered = sorted(clients)
+        if isinstance(self.rank, list):
+            return dict(zip(ordered, cycle(self.rank), strict=False))
+        found = {}
+        for client in ordered:
+            fits = [rank for pattern, rank in self.rank.items() if fnmatchcase(client, pattern)]
+            if not fits:
+                raise ConfigError(f'lora.rank says nothing of client {client!r}: add "*" = RANK')
+            found[client] = fits[0]
+        return found
+
+    @model_validator(mode="after")
+    def _has_ranks(self) -> Self:
+        if self.rank == {}:
+            raise ValueError('a table of ranks needs a line, such as "*" = 4')
+        return self
 
 
 class DataConfig(Section):

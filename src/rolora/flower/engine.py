@@ -25,7 +25,7 @@ from rolora.method import Method, ServerState
 from rolora.rounds import cohort_size
 from rolora.schema import RunConfig
 from rolora.traffic import lacking
-from rolora.wire import WireError, decode, encode, num_bytes
+from rolora.wire import WireError, body_bytes, decode, encode
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Remote:
                 lacking(method, job.server, views[info.id], job.ledger, has),
                 round=job.round,
                 num_examples=info.num_examples,
+                rank=info.rank,
                 seed=job.seed,
                 lr=job.lr,
                 last=held.last if held else 0,
@@ -96,7 +97,7 @@ class Remote:
 
         def score(info: ClientInfo, whole: bool) -> Parcel:
             view = method.download(server, info)
-            return self._with_view("score", view, view, round=server.round)
+            return self._with_view("score", view, view, round=server.round, rank=info.rank)
 
         for info, reply in self._asked(clients, score):
             try:
@@ -142,14 +143,13 @@ class Remote:
                 raise ParcelError(f"it now calls itself {found.text('site')!r}")
             if found.whole("round") != info.round:
                 raise ParcelError(f"it is of round {found.whole('round')}, not {info.round}")
-            tensors = decode(up, found.body, like)
+            tensors = decode(up, found.body, like, sparse=method.sparse)
             metrics = {key: found.number(key) for key in ("loss", "steps")}
             count = found.whole("num_examples")
         except (ParcelError, WireError) as error:
             return Failure(info.id, str(error))
         adapter = AdapterState(tensors, view.scaling)
-        encoded = None if up == "fp32" else num_bytes(up, like)
-        return Update(info.id, adapter, count, metrics, encoded)
+        return Update(info.id, adapter, count, metrics, body_bytes(found.body))
 
 
 def run_id(config: RunConfig, folder: Path) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 from rolora import data
 from rolora.adapter import AdapterState, ClientInfo, Failure
 from rolora.durable import write_file
-from rolora.engine import Job
+from rolora.engine import Job, packed
 from rolora.errors import RoloraError
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest, names_of
 from rolora.flower.site_config import SiteConfig
@@ -47,7 +47,7 @@ from rolora.flower.site_run import (
 from rolora.method import ServerState
 from rolora.store import ClientStore
 from rolora.tasks.classification import in_order
-from rolora.wire import WireError, decode, encode
+from rolora.wire import WireError, decode
 
 _log = logging.getLogger(__name__)
 RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -147,7 +147,7 @@ def _train(site: Site, folder: Path, request: Parcel) -> Parcel:
     if received is None:
         return Parcel({"lacks": True})
     method = run.method
-    info = ClientInfo(name, request.whole("num_examples"), run.config.lora.rank, round)
+    info = ClientInfo(name, request.whole("num_examples"), request.whole("rank"), round)
     held = len(run.engine.shards[name])
     if info.num_examples != held:
         raise ParcelError(f"the coordinator counts {info.num_examples} rows here; there are {held}")
@@ -156,13 +156,9 @@ def _train(site: Site, folder: Path, request: Parcel) -> Parcel:
     (update,) = run.engine.run(method, job)
     if isinstance(update, Failure):
         raise ParcelError(update.reason)
-    like = received.only(method.shared(round))
-    residuals = replace(run.store, kind="residual")
-    left = residuals.read(name, before=round)
-    payload, kept = encode(run.config.wire.up, update.adapter, like, left)
-    if kept:
-        residuals.write(name, round, left | kept)
-    sent = decode(run.config.wire.up, payload, like)
+    up, like = run.config.wire.up, received.only(method.shared(round))
+    payload = packed(up, method, update, received, run.store, round)
+    sent = decode(up, payload, like, sparse=method.sparse)
     replace(run.store, kind="sent").write(name, round, sent)
     metrics = {"round": round, "num_examples": held, **update.metrics}
     return Parcel(metrics, payload, tuple(sent))
@@ -175,7 +171,7 @@ def _score(site: Site, folder: Path, request: Parcel) -> Parcel:
     received = _received(run, request, round + 1)
     if received is None:
         return Parcel({"lacks": True})
-    info = ClientInfo(name, len(run.engine.shards[name]), run.config.lora.rank, round)
+    info = ClientInfo(name, len(run.engine.shards[name]), request.whole("rank"), round)
     (found,) = run.engine.evaluate(run.method, ServerState(received, round=round), [info])
     return Parcel({"round": round, "metrics": json.dumps(dict(found.held_out))})
 
@@ -185,10 +181,10 @@ def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
 
     None if that is not the adapter that the coordinator means, whose hash it sent.
     """
-    specs = {spec.name: torch.zeros(spec.shape) for spec in run.base.specs.tensors}
-    names = names_of(request.text("names"), specs)
+    like = run.view_of_rank(request.whole("rank"))
+    names = names_of(request.text("names"), like)
     try:
-        came = decode("fp32", request.body, {name: specs[name] for name in names})
+        came = decode("fp32", request.body, {name: like[name] for name in names})
     except WireError as error:
         raise ParcelError(str(error)) from None
     wanted, name = request.text("view"), run.site.name
@@ -197,7 +193,7 @@ def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
     own = replace(run.store, kind="sent").read(name, before=round)
     for held in (before, before | own):
         view: dict[str, Tensor] = {**held, **came}
-        if view.keys() == specs.keys() and digest(view) == wanted:
+        if view.keys() == like.keys() and digest(view) == wanted:
             store.write(name, round, view)
             return AdapterState(view, run.base.specs.scaling)
     return None

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from rolora import data
+from rolora.adapter import AdapterState, ClientInfo
 from rolora.base import Base
 from rolora.config import make_config
 from rolora.configured import load_base_for, local_settings, make_method, make_task
+from rolora.draws import generator
 from rolora.engine import InProcess
 from rolora.flower.parcel import ParcelError
 from rolora.flower.site_config import SiteConfig
-from rolora.method import Method
+from rolora.method import Method, ServerState
 from rolora.prefix import kept_below
 from rolora.rows import hold_out
 from rolora.schema import RunConfig
@@ -47,6 +49,12 @@ class SiteRun:
     def method(self) -> Method:
         """The run's method, on an adapter that the coordinator has made for this site already."""
         return replace(make_method(self.config), download=lambda server, client: server.adapter)
+
+    def view_of_rank(self, rank: int) -> AdapterState:
+        """Names and shapes of what a client of this rank is sent; the values are the start's."""
+        method = make_method(self.config)
+        start = ServerState(method.init(self.base.specs, generator(self.config.seed, "init")))
+        return method.download(start, ClientInfo(self.site.name, 0, rank, 1))
 
     @cached_property
     def engine(self) -> InProcess:

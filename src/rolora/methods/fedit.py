@@ -12,4 +12,9 @@ from rolora.method import Method
 
 def method() -> Method:
     moving: Roles = frozenset({"A", "B", "head"})
-    return Method(name="fedit", trainable=lambda round, step: moving, shared=lambda round: moving)
+    return Method(
+        name="fedit",
+        trainable=lambda round, step: moving,
+        shared=lambda round: moving,
+        exact=False,
+    )

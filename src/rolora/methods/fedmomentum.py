@@ -1,0 +1,56 @@
+"""FedMomentum: average the products, factor them, and keep what is left over (2026).
+
+The mean D = Σ p_i s B_iA_i is split by its singular values: the first r directions become lora_B
+and lora_A, which go on from where training was; of the rest, those that are needed to hold
+``energy`` of ‖D‖² are added to the base, beside the frozen weights. The paper finds them by a
+randomised SVD, here it is a whole one. arXiv:2603.08014.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rolora.adapter import layer_of, role_of
+from rolora.errors import ConfigError
+from rolora.factoring import factors, init_with_delta, more_delta, products_and_head
+from rolora.method import BOTH, Method, Reduce, ServerState
+
+
+def _beyond(matrix: Tensor, rank: int, energy: float) -> Tensor:
+    """The matrix's singular directions after the first ``rank``, up to ``energy`` of its square."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    held = s.square().cumsum(0) / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
+    last = len(s) if energy == 1 else int((held < energy).sum()) + 1
+    rest: Tensor = (u[:, rank:last] * s[rank:last]) @ vt[rank:last]
+    return rest
+
+
+def method(*, energy: float = 0.99) -> Method:
+    """``energy`` in (0, 1]: the share of ‖D‖² that is kept; 1 keeps all."""
+    if not 0 < energy <= 1:
+        raise ConfigError(f"fedmomentum: energy lies in (0, 1], not {energy}")
+
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        mean, adapter = reduce(project=products_and_head), server.adapter
+        rest = {
+            name: _beyond(matrix, len(adapter[f"{layer_of(name)}.lora_A.weight"]), energy)
+            for name, matrix in mean.items()
+            if role_of(name) == "delta"
+        }
+        head = {name: mean[name] for name in mean.keys() - rest.keys()}
+        new = {**factors(mean, adapter), **more_delta(server, rest), **head}
+        return replace(server, adapter=adapter | new)
+
+    return Method(
+        name="fedmomentum",
+        init=init_with_delta,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
+        aggregate=aggregate,
+        exact=False,
+        rebased=True,
+        secure=False,
+    )

@@ -1,0 +1,18 @@
+"""FedSA-LoRA: share lora_A, keep lora_B and the head at home (Guo et al., ICLR 2025).
+
+lora_A is taken to hold what is general and lora_B what is a client's own. Every client ends with an
+adapter of its own, and is measured with it. arXiv:2410.01463, section 3.
+"""
+
+from __future__ import annotations
+
+from rolora.adapter import Roles
+from rolora.method import Method
+
+
+def method() -> Method:
+    trained: Roles = frozenset({"A", "B", "head"})
+    sent: Roles = frozenset({"A"})
+    return Method(
+        name="fedsa_lora", trainable=lambda round, step: trained, shared=lambda round: sent
+    )

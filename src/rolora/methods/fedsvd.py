@@ -1,0 +1,47 @@
+"""FedSVD: train lora_B, then turn both factors so that lora_A is orthonormal (Lee et al., 2025).
+
+Clients train and send lora_B alone, so the average is exact as in FFA-LoRA. The server then writes
+the same product anew, B·A = U S Vᵀ: lora_A becomes Vᵀ and lora_B becomes U S. So lora_A follows
+what is learned, and its rows are orthonormal from the second round on; the first starts from
+Kaiming's lora_A, as in the authors' code. arXiv:2505.12805, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rolora.adapter import AdapterState, Roles
+from rolora.factoring import pair
+from rolora.method import Method, Reduce, ServerState, merge_shared
+
+
+def _turned(adapter: AdapterState) -> AdapterState:
+    """The same products, with lora_A = Vᵀ and lora_B = U S; a layer of zeros stays as it is."""
+    new: dict[str, Tensor] = {}
+    for layer in adapter.layers():
+        down, up = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
+        if up.any():
+            left, small = torch.linalg.qr(up)  # (out, r), (r, r)
+            right, other = torch.linalg.qr(down.mT)  # (in, r), (r, r)
+            u, s, vt = torch.linalg.svd(small @ other.mT)
+            new |= pair(layer, vt @ right.mT, left @ (u[:, : len(s)] * s), len(down))
+    return adapter | new
+
+
+def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+    mean = merge_shared(server, reduce, rng)
+    return replace(mean, adapter=_turned(mean.adapter))
+
+
+def method() -> Method:
+    moving: Roles = frozenset({"B", "head"})
+    return Method(
+        name="fedsvd",
+        trainable=lambda round, step: moving,
+        shared=lambda round: moving,
+        aggregate=_aggregate,
+        rebased=True,
+    )

@@ -1,0 +1,35 @@
+"""FlexLoRA: average the products, hand out their best rank-r factors (Bai et al., NeurIPS 2024).
+
+The server forms D = Σ p_i s B_iA_i, and client j gets the first r_j singular directions of it:
+lora_B = U √(S/s), lora_A = √(S/s) Vᵀ. Exact up to what lies beyond the rank. As long as D is zero,
+before the first round, the random lora_A itself is handed out. arXiv:2402.11505, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from rolora.factoring import factors, products_and_head, truncated
+from rolora.method import BOTH, Method, Reduce, ServerState
+
+
+def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+    mean = reduce(project=products_and_head)
+    head = {name: mean[name] for name in mean.keys() & server.adapter.keys()}
+    return replace(server, adapter=server.adapter | factors(mean, server.adapter) | head)
+
+
+def method() -> Method:
+    return Method(
+        name="flexlora",
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
+        download=lambda server, client: truncated(server.adapter, client.rank),
+        aggregate=_aggregate,
+        exact=False,
+        ranks=True,
+        rebased=True,
+        secure=False,
+    )

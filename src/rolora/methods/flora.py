@@ -1,0 +1,43 @@
+"""FLoRA: stack the clients' factors, which is their exact sum (Wang et al., NeurIPS 2024).
+
+The stacked product s·[p_1B_1 … p_NB_N]·[A_1; …; A_N] = Σ p_i s B_iA_i is added to the base, beside
+the frozen weights, and every round starts from a fresh random lora_A and lora_B = 0. So no average
+is wrong and ranks may differ; but what is learned never stays in the factors. Down travels the sum
+of all stacks as one matrix a layer, and not the stacks themselves. arXiv:2409.05976.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from rolora.adapter import role_of
+from rolora.factoring import init_with_delta, more_delta, products_and_head, truncated
+from rolora.method import BOTH, Method, Reduce, ServerState, kaiming
+
+
+def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+    mean = reduce(project=products_and_head)
+    head = {name: tensor for name, tensor in mean.items() if role_of(name) == "head"}
+    fresh = {
+        name: kaiming(tensor.shape, rng).to(tensor.dtype)
+        if role_of(name) == "A"
+        else torch.zeros_like(tensor)
+        for name, tensor in server.adapter.only(frozenset({"A", "B"})).items()
+    }
+    return replace(server, adapter=server.adapter | more_delta(server, mean) | fresh | head)
+
+
+def method() -> Method:
+    return Method(
+        name="flora",
+        init=init_with_delta,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
+        download=lambda server, client: truncated(server.adapter, client.rank),
+        aggregate=_aggregate,
+        ranks=True,
+        rebased=True,
+        secure=False,
+    )

@@ -1,0 +1,58 @@
+"""HetLoRA: clients of different rank, padded with zeros and weighted (Cho et al., EMNLP 2024).
+
+A client of rank r_i gets the server's first r_i directions. What comes back is padded with zeros,
+and each factor is averaged with weights ‖B_iA_i‖_F. With ``gamma`` < 1 clients prune: ``decay`` ·
+‖B[:, γr:]‖·‖A[γr:]‖ joins the loss, and tails that have shrunk are sent as zeros. In the paper such
+a client's rank falls for good; here it stays, and may grow back. arXiv:2401.06432, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rolora.adapter import AdapterState, ClientInfo, Update
+from rolora.errors import ConfigError
+from rolora.factoring import padded, tails, truncated
+from rolora.method import BOTH, Method, Reduce, ServerState
+from rolora.products import norm
+
+
+def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+    def weight(update: Update) -> float:
+        return norm(update.adapter.delta()) or 1e-30  # alike, where nobody has moved
+
+    mean = reduce(project=lambda view: padded(view.only(BOTH), server.adapter), weight=weight)
+    return replace(server, adapter=server.adapter | mean)
+
+
+def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
+    """``gamma`` in (0, 1]: the share of its rank that is never pruned, 1 prunes nothing."""
+    if not 0 < gamma <= 1:
+        raise ConfigError(f"hetlora: gamma lies in (0, 1], not {gamma}")
+
+    def size(adapter: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([a.norm() * b.norm() for a, b in tails(adapter, gamma)]).sum()
+
+    def upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
+        if gamma == 1 or size(trained) >= size(received):
+            return trained
+        sent = AdapterState({name: t.clone() for name, t in trained.items()}, trained.scaling)
+        torch._foreach_zero_([tail for pair in tails(sent, gamma) for tail in pair])
+        return sent
+
+    return Method(
+        name="hetlora",
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
+        download=lambda server, client: truncated(server.adapter, client.rank),
+        penalty=(lambda adapter: decay * size(adapter)) if gamma < 1 else None,
+        upload=upload,
+        aggregate=_aggregate,
+        exact=False,
+        ranks=True,
+        secure=False,
+    )

@@ -1,0 +1,55 @@
+"""LoRA-A²: alternate the factors, send only directions that moved most (Koo et al., ACL 2025).
+
+Odd rounds train lora_B, even ones lora_A, as in RoLoRA. Of all rank-one pieces of all layers a
+client sends those with the largest ‖Δb_j‖·‖a_j‖ (or ‖b_j‖·‖Δa_j‖): a share ``keep`` of them, or as
+many as its own rank allows. What is not sent counts as not moved, so the average is exact. The
+paper chooses first and trains only what it will send; here the choice comes after training.
+arXiv:2410.22815.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rolora.adapter import AdapterState, ClientInfo, layer_of, role_of
+from rolora.errors import ConfigError
+from rolora.method import Method
+from rolora.methods import rolora
+
+
+def _pieces(name: str, tensor: Tensor) -> Tensor:
+    """(rank, width): the rows of lora_A, or the columns of lora_B."""
+    return tensor if role_of(name) == "A" else tensor.mT
+
+
+def method(*, keep: float = 0.5) -> Method:
+    """``keep`` in (0, 1]: the share of rank-one pieces that a client of full rank sends."""
+    if not 0 < keep <= 1:
+        raise ConfigError(f"lora_a2: keep lies in (0, 1], not {keep}")
+    turns = rolora.method()
+
+    def upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
+        scores, moving = {}, trained.only(turns.shared(client.round) - {"head"})
+        for name, tensor in moving.items():
+            other = f"{layer_of(name)}.lora_{'B' if role_of(name) == 'A' else 'A'}.weight"
+            step = _pieces(name, tensor - received[name]).norm(dim=1)
+            scores[name] = step * _pieces(other, trained[other]).norm(dim=1)
+        every = torch.cat([*scores.values()]).sort(descending=True).values
+        least = every[max(min(round(keep * len(every)), client.rank * len(scores)), 1) - 1]
+        sent = {}
+        for name, tensor in moving.items():
+            chosen = scores[name] >= least
+            sent[name] = torch.where(
+                chosen if role_of(name) == "B" else chosen[:, None], tensor, received[name]
+            )
+        return trained | sent
+
+    return Method(
+        name="lora_a2",
+        trainable=turns.trainable,
+        shared=turns.shared,
+        upload=upload,
+        ranks=True,
+        sparse=True,
+    )

@@ -1,0 +1,44 @@
+"""LoRA-FAIR: average both factors, then correct lora_B for what that misses (Bian et al. 2025).
+
+With D = Σ p_i s B_iA_i the server adds to the mean B̄ the ΔB that minimises
+‖D/s − (B̄ + ΔB) Ā‖² + λ‖ΔB‖². With this distance, squared, it is ridge regression, so it is solved
+and not iterated as in the paper: ΔB = (D/s − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹. What lies outside lora_A's rows
+stays wrong. arXiv:2411.14961.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from rolora.errors import ConfigError
+from rolora.factoring import factors_and_products, products
+from rolora.method import BOTH, Method, Reduce, ServerState
+
+
+def method(*, ridge: float = 0.01) -> Method:
+    """``ridge``: λ, the paper's 0.01; 0 leaves ĀĀᵀ as it is."""
+    if ridge < 0:
+        raise ConfigError(f"lora_fair: ridge is at least 0, not {ridge}")
+
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        mean = reduce(project=factors_and_products)
+        adapter = server.adapter | {name: mean[name] for name in server.adapter.only(BOTH)}
+        for layer, scaling in adapter.scaling.items():
+            name, lora_a = f"{layer}.lora_delta.weight", adapter[f"{layer}.lora_A.weight"]
+            missed = (mean[name] - products(adapter)[name]) / scaling
+            gram = lora_a @ lora_a.mT + ridge * torch.eye(len(lora_a), dtype=lora_a.dtype)
+            correction = torch.linalg.solve(gram, lora_a @ missed.mT).mT
+            up = f"{layer}.lora_B.weight"
+            adapter = adapter | {up: adapter[up] + correction}
+        return replace(server, adapter=adapter)
+
+    return Method(
+        name="lora_fair",
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
+        aggregate=aggregate,
+        exact=False,
+        secure=False,
+    )

@@ -1,0 +1,52 @@
+"""RAVAN: several heads, each a small core between frozen factors (Raje et al., NeurIPS 2025).
+
+ΔW = s · Σ_h g_h B_h H_h A_h. The cores H_h (r, r) and gains g_h are trained; lora_B and lora_A, of
+heads · r orthonormal directions, are frozen and the same everywhere. A client sends g_h H_h, whose
+mean is exact, and gains start at 1 again. With ``lora.rank`` directions in ``heads`` heads a layer
+sends rank²/heads numbers, and a gain of 1 for each head. The paper's clients of little memory, who
+train some of the heads alone, are not here. arXiv:2506.05568.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rolora.adapter import AdapterState, ClientInfo, Roles, Specs
+from rolora.errors import ConfigError
+from rolora.factoring import orthonormal, orthonormal_rows
+from rolora.method import Method
+
+
+def _upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
+    cores = {}
+    for layer in trained.layers():
+        core, gain = f"{layer}.lora_core.weight", f"{layer}.lora_gain.weight"
+        cores[core] = trained[core] * trained[gain][:, None, None]
+        cores[gain] = torch.ones_like(trained[gain])
+    return trained | cores
+
+
+def method(*, heads: int = 2) -> Method:
+    """``heads``: into how many heads the rank is divided; it must divide it."""
+
+    def init(specs: Specs, rng: torch.Generator) -> AdapterState:
+        adapter = orthonormal_rows(specs, rng)
+        new = {}
+        for layer in adapter.layers():
+            up = f"{layer}.lora_B.weight"
+            out, rank = adapter[up].shape
+            if heads < 1 or rank % heads:
+                raise ConfigError(f"ravan: heads = {heads} does not divide lora.rank = {rank}")
+            new[up] = orthonormal(up, rank, out, rng).mT.contiguous()
+            new[f"{layer}.lora_core.weight"] = torch.zeros(heads, rank // heads, rank // heads)
+            new[f"{layer}.lora_gain.weight"] = torch.ones(heads)
+        return adapter | new
+
+    moving: Roles = frozenset({"core", "head"})
+    return Method(
+        name="ravan",
+        init=init,
+        trainable=lambda round, step: moving,
+        shared=lambda round: moving,
+        upload=_upload,
+    )
