@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,39 @@ def random_state(
     return AdapterState(tensors, specs.scaling)
 
 
+def start_of(
+    method: Method,
+    specs: Specs,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+) -> AdapterState:
+    """What the method's adapter may look like after some rounds: its own tensors, all normal.
+
+    Gains alone are 1, as the server has them. A method that asks for it is given a gradient.
+    """
+    rng = generator(seed, "state")
+    shapes = {spec.name: spec.shape for spec in specs.tensors}
+    gradient = {
+        layer: torch.randn(
+            shapes[f"{layer}.lora_B.weight"][0],
+            shapes[f"{layer}.lora_A.weight"][1],
+            generator=generator(seed, "gradient", layer),
+        )
+        for layer in specs.scaling
+    }
+    first = method.init(replace(specs, gradient=gradient), generator(seed, "init"))
+    drawn = {
+        name: torch.randn(tensor.shape, generator=rng, dtype=torch.float64) * scale
+        for name, tensor in first.items()
+        if not name.endswith(".lora_gain.weight")
+    }
+    return AdapterState(
+        {name: drawn.get(name, tensor).to(dtype) for name, tensor in first.items()},
+        specs.scaling,
+    )
+
+
 def moved(state: AdapterState, roles: Roles, seed: int, size: float = 0.1) -> AdapterState:
     """The state after a pretended training that moved the tensors of these roles."""
     rng = generator(seed, "moved")
@@ -56,26 +90,42 @@ def moved(state: AdapterState, roles: Roles, seed: int, size: float = 0.1) -> Ad
 
 
 def dense(state: AdapterState) -> dict[str, Tensor]:
-    """layer -> scaling · B @ A, multiplied out in float64."""
-    return {
-        layer: scaling
-        * state[f"{layer}.lora_B.weight"].double()
-        @ state[f"{layer}.lora_A.weight"].double()
-        for layer, scaling in state.scaling.items()
-    }
+    """layer -> delta + scaling · Σ_h gain_h · B_h @ core_h @ A_h, multiplied out in float64."""
+    found = {}
+    for layer, scaling in state.scaling.items():
+        b, a = (state[f"{layer}.lora_{factor}.weight"].double() for factor in "BA")
+        core = state.get(f"{layer}.lora_core.weight")
+        if core is None:
+            whole = b @ a
+        else:
+            gain = state.get(f"{layer}.lora_gain.weight", torch.ones(len(core)))
+            whole = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64)
+            for head, matrix in enumerate(core.double()):
+                part = slice(head * len(matrix), (head + 1) * len(matrix))
+                whole += float(gain[head]) * (b[:, part] @ matrix @ a[part])
+        found[layer] = scaling * whole
+        if (delta := state.get(f"{layer}.lora_delta.weight")) is not None:
+            found[layer] = found[layer] + delta.double()
+    return found
+
+
+def effect(state: AdapterState) -> dict[str, Tensor]:
+    """All that a model notices of an adapter: the products, and the head."""
+    return {**dense(state), **state.only(frozenset({"head"}))}
 
 
 def trained(
     method: Method, server: ServerState, info: ClientInfo, seed: int, size: float = 0.1
 ) -> AdapterState:
     """What a client holds after a pretended local training of this round."""
-    roles = method.trainable(server.round + 1, 0)
+    roles = method.trained(server.round + 1)
     return moved(method.download(server, info), roles, seed, size)
 
 
 def sent(method: Method, server: ServerState, info: ClientInfo, adapter: AdapterState) -> Update:
-    """The part of a trained adapter that travels in this round."""
-    up = adapter.only(method.shared(server.round + 1))
+    """What the method sends of a trained adapter in this round."""
+    uploaded = method.upload(method.download(server, info), adapter, info)
+    up = uploaded.only(method.shared(server.round + 1))
     return Update(info.id, up, info.num_examples, {"loss": 1.0})
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from states import random_state
+from states import random_state, start_of
 from tiny import SENTENCES
 
 from rolora.adapter import AdapterState, Roles
 from rolora.base import Base, load_base
 from rolora.local import LocalSettings, Trained, Work, train_group
 from rolora.lora import LoraSettings
+from rolora.method import Method
 from rolora.tasks import Examples, Task
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
@@ -43,6 +44,11 @@ class Bench:
         """A random adapter, lora_B too, in the model's dtype."""
         dtype = next(self.base.model.parameters()).dtype
         return random_state(self.base.specs, seed, dtype, scale)
+
+    def start_of(self, method: Method, seed: int = 0, scale: float = 0.2) -> AdapterState:
+        """The same, with the tensors of this method."""
+        dtype = next(self.base.model.parameters()).dtype
+        return start_of(method, self.base.specs, seed, dtype, scale)
 
     def work(self, settings: LocalSettings, same_start: bool = False) -> list[Work]:
         """Each client's part of a round; every client starts elsewhere, unless told."""

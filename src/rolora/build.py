@@ -104,6 +104,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         else []
     )
     method = make_method(config)
+    config.lora.ranks(rows.shards)  # refuses a table that leaves a client out
     _refuse_quorum(config, len(rows.shards))
     notes: tuple[str, ...] = ()
     if base is None:

@@ -98,6 +98,11 @@ def make_method(config: RunConfig) -> Method:
             f"averages what clients send, which {method.name} has not: leave it out, or take one "
             f"of {', '.join(able)}"
         )
+    if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
+        raise ConfigError(
+            f"{method.name} trains one factor in a local step and the other in the next: "
+            "train.local_steps is at least 2"
+        )
     return freeze_head(method) if config.model.head == "freeze" else method
 
 
@@ -145,4 +150,9 @@ def first_adapter(
     start = method.init(specs, generator(config.seed, "init"))
     if config.lora.init_from is None:
         return start
+    if start.only(frozenset({"core"})):
+        raise ConfigError(
+            f"{method.name} trains cores between factors of its own making, which an adapter from "
+            "elsewhere has not: leave out lora.init_from"
+        )
     return start | read_adapter(config.root / config.lora.init_from, base.specs)

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.adapter import AdapterState, ClientInfo, Failure, Update, role_of
 from rolora.base import Base
 from rolora.errors import RoloraError
 from rolora.local import LocalSettings, Trained, Work, evaluate, train_group
@@ -24,7 +24,7 @@ from rolora.method import Method, ServerState
 from rolora.store import ClientStore
 from rolora.tasks import Examples, Task
 from rolora.traffic import Ledger
-from rolora.wire import Format, WireError, decode, encode, num_bytes
+from rolora.wire import Format, WireError, body_bytes, decode, encode
 
 _log = logging.getLogger(__name__)
 
@@ -164,24 +164,14 @@ class InProcess:
         received = method.download(job.server, client)
         sent = method.upload(received, trained.adapter, client).only(shared)
         update = Update(client.id, sent, client.num_examples, metrics)
-        if self.up != "fp32" and not method.pooled:
-            return self.through_wire(update, received.only(shared), job)
-        if method.upload_bytes is not None:
-            return replace(update, encoded_bytes=method.upload_bytes(received, sent))
-        return update
-
-    def through_wire(self, update: Update, received: AdapterState, job: Job) -> Update | Failure:
-        """The update as the server decodes it; what rounding kept back stays with the client."""
-        store = replace(self.store, kind="residual")
-        residual = store.read(update.client, before=job.round)
+        if method.pooled or (self.up == "fp32" and not method.sparse):
+            return update
         try:
-            payload, kept = encode(self.up, update.adapter, received, residual)
-            arrived = update.adapter | decode(self.up, payload, received)
+            payload = packed(self.up, method, update, received, self.store, job.round)
+            arrived = decode(self.up, payload, received.only(shared), sparse=method.sparse)
         except WireError as error:
-            return Failure(update.client, str(error))
-        if kept:
-            store.write(update.client, job.round, residual | kept)
-        return replace(update, adapter=arrived, encoded_bytes=num_bytes(self.up, received))
+            return Failure(client.id, str(error))
+        return replace(update, adapter=sent | arrived, encoded_bytes=body_bytes(payload))
 
     def evaluate(
         self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
@@ -199,6 +189,29 @@ class InProcess:
                 if personal and self.test is not None
                 else {},
             )
+
+
+def packed(
+    up: Format,
+    method: Method,
+    update: Update,
+    received: AdapterState,
+    store: ClientStore,
+    round: int,
+) -> bytes:
+    """The payload of an update. What rounding kept back of it stays in ``store``, with the client.
+
+    Factors that the server makes anew are not those of the last upload: nothing is kept of them.
+    """
+    store = replace(store, kind="residual")
+    like = received.only(method.shared(round))
+    residual = AdapterState(store.read(update.client, before=round), {})
+    payload, kept = encode(up, update.adapter, like, residual, sparse=method.sparse)
+    if method.rebased:
+        kept = {name: tensor for name, tensor in kept.items() if role_of(name) == "head"}
+    if kept:
+        store.write(update.client, round, residual | kept)
+    return payload
 
 
 def pooled(cohort: Sequence[ClientInfo], shards: Mapping[str, Tensor]) -> ClientInfo:

@@ -108,7 +108,6 @@ class Method:
     - ``gradient(name, gradients (clients, *shape))``: what the optimiser gets in their place.
     - ``penalty(adapter)``: a scalar that is added to a client's loss.
     - ``upload(received, trained, client)``: what leaves the client, of the same shapes.
-    - ``upload_bytes(received, sent)``: the bytes of that, where not all of it has to travel.
     - ``shared(round)``: the roles that travel up; the rest of what was trained is personal.
     - ``aggregate(server, reduce, rng)``: the next server state; calls ``reduce`` once.
 
@@ -119,6 +118,7 @@ class Method:
     - ``ranks``: clients may have ranks of their own.
     - ``rebased``: factors are made anew each round, so nothing may be remembered of them.
     - ``secure``: the server needs no more than a weighted sum of what clients send.
+    - ``sparse``: of what is sent, rank-one pieces that are as they were received do not travel.
     """
 
     name: str
@@ -129,7 +129,6 @@ class Method:
     gradient: Callable[[str, Tensor], Tensor] | None = None
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     upload: Callable[[AdapterState, AdapterState, ClientInfo], AdapterState] = as_trained
-    upload_bytes: Callable[[AdapterState, AdapterState], int] | None = None
     aggregate: Callable[[ServerState, Reduce, torch.Generator], ServerState] = merge_shared
     from_gradient: bool = False
     pooled: bool = False
@@ -137,10 +136,15 @@ class Method:
     ranks: bool = False
     rebased: bool = False
     secure: bool = True
+    sparse: bool = False
+
+    def trained(self, round: int) -> Roles:
+        """Roles trained in this round; where they take turns within it, they do at every step."""
+        return self.trainable(round, 0) | self.trainable(round, 1)
 
     def personal(self, round: int) -> Roles:
         """Roles trained in this round that never leave the client."""
-        return self.trainable(round, 0) - self.shared(round)
+        return self.trained(round) - self.shared(round)
 
     @property
     def averaged(self) -> bool:

@@ -190,7 +190,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     return RoundResult(
         round=round,
         attempt=attempt,
-        factors=tuple(sorted(method.trainable(round, 0))),
+        factors=tuple(sorted(method.trained(round))),
         cohort=ids,
         lr=job.lr,
         clients={

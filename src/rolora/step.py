@@ -86,15 +86,17 @@ def step(
                 rejected[update.client] = fault
                 continue
             accepted.append(update.client)
-            returned = received | update.adapter
+            returned, share = received | update.adapter, aggregation.weight(update)
             if not method.personal(round):
-                share = aggregation.weight(update)
                 products.add(returned, share)
                 if received is not server.adapter:
                     handed_out.add(received, share)
                     handed_out.add(server.adapter, -share)
             value, reference = into(returned), into(received)
-            memory = reducer.add(memory, value, reference, (weight or aggregation.weight)(update))
+            if weight is not None:  # by the server's own scaling
+                known = AdapterState(update.adapter, received.scaling)
+                share = weight(replace(update, adapter=known))
+            memory = reducer.add(memory, value, reference, share)
         if len(accepted) < max(1, aggregation.quorum):
             raise _BelowQuorum
         reduced, memory = reducer.finish(memory, rng)

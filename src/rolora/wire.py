@@ -25,6 +25,10 @@ that no longer stands). What cannot be undone is that others trained against a l
 residual never grows with waiting: it is at most half a step of the last upload's own code, and each
 tensor has its own, so that lora_A, lora_B and the head never mix.
 
+**Sparse.** Of a method that sends few directions, a rank-one piece (a row of lora_A, a column of
+lora_B; a whole head) travels only if it is not what was received. A bit a piece, before the codes,
+says which do. The residual of a piece that does not travel waits as it is.
+
 A payload is one safetensors file with one tensor of bytes. Its name says the format and a digest of
 names and shapes; the receiver knows these already (the method and the round say what travels), so
 they are compared and not sent, which would cost more than the codes.
@@ -40,6 +44,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from rolora.adapter import role_of
 from rolora.errors import RoloraError
 
 Format = Literal["fp32", "bf16", "int8", "int4"]
@@ -60,44 +65,69 @@ class _Blocks(NamedTuple):
 _BLOCKS = {"int8": _Blocks(128, 127), "int4": _Blocks(32, 7)}
 
 
-def num_bytes(format: Format, like: Tensors) -> int:
-    """Bytes of codes and scales for tensors of these shapes; the file's header is not counted."""
-    return sum(_codes(format, t.numel()) + _scales(format, t.numel()) for t in like.values())
+def num_bytes(format: Format, like: Tensors, moved: Tensors | None = None) -> int:
+    """Bytes of codes and scales for tensors of these shapes; the file's header is not counted.
+
+    ``moved``, of a sparse payload: name -> which pieces travel, bool; their bits are counted too.
+    """
+    if moved is None:
+        return sum(_size(format, tensor.numel()) for tensor in like.values())
+    bits = sum(-(-len(chosen) // 8) for chosen in moved.values())
+    return bits + sum(_size(format, _pieces(n, t)[moved[n]].numel()) for n, t in like.items())
+
+
+def body_bytes(payload: bytes) -> int:
+    """Bytes of a payload behind its header: what ``num_bytes`` counts."""
+    return len(payload) - 8 - int.from_bytes(payload[:8], "little")
 
 
 def encode(
-    format: Format, trained: Tensors, received: Tensors, residual: Tensors
+    format: Format,
+    trained: Tensors,
+    received: Tensors,
+    residual: Tensors,
+    *,
+    sparse: bool = False,
 ) -> tuple[bytes, dict[str, Tensor]]:
     """The payload for ``trained``, and the residual to keep for these tensors' next upload.
 
     ``trained`` and ``received`` are float32 and have the same names and shapes; ``residual`` holds
     what was kept, where anything was. Raises WireError naming a tensor that is not finite.
     """
+    names = sorted(_float32(received))
+    moved = {n: _moved(n, trained[n], received[n]) for n in names} if sparse else None
     parts, kept = [torch.empty(0, dtype=torch.uint8)], {}
-    for name in sorted(_float32(received)):
+    if moved is not None:
+        parts += [_bits(chosen) for chosen in moved.values()]
+    for name in names:
         values = trained[name].detach()
         wanted = values if format == "fp32" else values - received[name]
         if format != "fp32" and name in residual:
             wanted = wanted + residual[name]
         _check_finite(name, wanted)
-        packed = _pack(format, wanted.reshape(-1).contiguous())
+        travels = wanted if moved is None else _pieces(name, wanted)[moved[name]]
+        packed = _pack(format, travels.reshape(-1).contiguous())
         if format != "fp32":
-            arrives = _unpack(format, name, packed, wanted.numel()).view_as(wanted)
+            arrives = _placed(name, _unpack(format, name, packed, travels.numel()), wanted, moved)
             _check_finite(name, received[name] + arrives)
             kept[name] = wanted - arrives
         parts.append(packed)
-    return save({_title(format, received): torch.cat(parts)}), kept
+    body = torch.cat(parts)
+    return save({_title(format, received, sparse): body}), kept
 
 
-def decode(format: Format, payload: bytes, received: Tensors) -> dict[str, Tensor]:
+def decode(
+    format: Format, payload: bytes, received: Tensors, *, sparse: bool = False
+) -> dict[str, Tensor]:
     """The values that a payload stands for, float32; ``received`` is what the sender started from.
 
     Nothing of a payload is believed: its length and header must be, byte for byte, those of the
     only file that fits, so that no header is ever parsed. Raises WireError otherwise, and for
     scales or values that are not finite.
     """
-    size = num_bytes(format, _float32(received))
-    header = _header(format, received)
+    moved = _said_to_move(payload, _float32(received)) if sparse else None
+    size = num_bytes(format, _float32(received), moved)
+    header = _header(format, received, size, sparse)
     if len(payload) != len(header) + size:
         raise WireError(
             f"the payload has {len(payload)} bytes, expected {len(header) + size} for "
@@ -109,27 +139,80 @@ def decode(format: Format, payload: bytes, received: Tensors) -> dict[str, Tenso
             "other names, shapes or another format"
         )
     body = torch.frombuffer(bytearray(payload), dtype=torch.uint8)[len(header) :]
-    values, at = {}, 0
+    values, at = {}, sum(-(-len(chosen) // 8) for chosen in (moved or {}).values())
     for name in sorted(received):
         like = received[name]
-        end = at + num_bytes(format, {name: like})
-        arrived = _unpack(format, name, body[at:end].clone(), like.numel()).view_as(like)
-        values[name] = arrived if format == "fp32" else like + arrived
+        count = like.numel() if moved is None else _pieces(name, like)[moved[name]].numel()
+        end = at + _size(format, count)
+        arrived = _unpack(format, name, body[at:end].clone(), count)
+        if format == "fp32":
+            values[name] = _placed(name, arrived, like, moved, over=like)
+        else:
+            values[name] = like + _placed(name, arrived, like, moved)
         _check_finite(name, values[name])
         at = end
     return values
 
 
-def _title(format: Format, like: Tensors) -> str:
+def _pieces(name: str, tensor: Tensor) -> Tensor:
+    """(pieces, width), a view: the rows of lora_A, the columns of lora_B; else one piece."""
+    if role_of(name) in ("A", "B"):
+        return tensor if role_of(name) == "A" else tensor.mT
+    return tensor.reshape(1, -1)
+
+
+def _moved(name: str, values: Tensor, received: Tensor) -> Tensor:
+    """Which pieces are not as they were received, bool."""
+    return (_pieces(name, values) != _pieces(name, received)).any(dim=1)
+
+
+def _placed(
+    name: str, flat: Tensor, like: Tensor, moved: Tensors | None, over: Tensor | None = None
+) -> Tensor:
+    """What arrived, in its place; where nothing did, ``over``, or else 0."""
+    if moved is None:
+        return flat.view_as(like)
+    whole = torch.zeros(like.shape)
+    if over is not None:
+        whole.copy_(over)
+    rows = _pieces(name, whole)
+    rows[moved[name]] = flat.view(-1, rows.shape[1])
+    return whole
+
+
+def _bits(chosen: Tensor) -> Tensor:
+    """bool (n,) -> uint8, eight to a byte, the first in its lowest bit."""
+    eights = torch.nn.functional.pad(chosen.to(torch.uint8), (0, -len(chosen) % 8)).view(-1, 8)
+    return (eights << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)
+
+
+def _said_to_move(payload: bytes, received: Tensors) -> dict[str, Tensor]:
+    """What the bits of a sparse payload say; a payload too short to say it says that none does."""
+    counts = {name: len(_pieces(name, received[name])) for name in sorted(received)}
+    at, moved = len(payload) - body_bytes(payload), {}
+    for name, count in counts.items():
+        end = at + -(-count // 8)
+        eights = torch.tensor([*payload[at:end].ljust(end - at, b"\0")], dtype=torch.uint8)[:, None]
+        moved[name] = (eights >> torch.arange(8, dtype=torch.uint8) & 1).view(-1)[:count].bool()
+        at = end
+    return moved
+
+
+def _title(format: Format, like: Tensors, sparse: bool) -> str:
     layout = "".join(f"{name} {tuple(like[name].shape)}\n" for name in sorted(like))
-    return f"{format}-{hashlib.sha256(layout.encode()).hexdigest()[:8]}"
+    kind = f"{format}-sparse" if sparse else format
+    return f"{kind}-{hashlib.sha256(layout.encode()).hexdigest()[:8]}"
 
 
-def _header(format: Format, like: Tensors) -> bytes:
+def _header(format: Format, like: Tensors, size: int, sparse: bool) -> bytes:
     """All bytes before the first code, as the library that wrote them writes them."""
-    size = num_bytes(format, like)
-    blob = save({_title(format, like): torch.zeros(size, dtype=torch.uint8)})
+    blob = save({_title(format, like, sparse): torch.zeros(size, dtype=torch.uint8)})
     return blob[: len(blob) - size]
+
+
+def _size(format: Format, numel: int) -> int:
+    """Bytes of this many elements' codes and scales."""
+    return _codes(format, numel) + _scales(format, numel)
 
 
 def _codes(format: Format, numel: int) -> int:

@@ -13,7 +13,7 @@ from rolora.errors import ConfigError
 from rolora.federation import federation_of, score
 from rolora.flower.engine import Remote, run_id
 from rolora.flower.roster import Carrier, Roster
-from rolora.method import ServerState
+from rolora.method import Method, ServerState
 from rolora.rounds import RunState
 from rolora.schema import RunConfig
 
@@ -32,6 +32,8 @@ def prepare_remote(
             "across sites data.test, and data.validation if there is one, must name rows that the "
             "coordinator has: none can be cut off from those of the sites"
         )
+    method = make_method(config)
+    _refuse(config, method)
     if config.model.dtype == "auto":  # what the fastest dtype is differs from site to site
         dtype = "bf16" if config.device == "cuda" else "fp32"
         config = config.model_copy(
@@ -41,17 +43,6 @@ def prepare_remote(
     test_rows = read(where.test, split=where.test_split)
     roster = Roster(carrier, config, run_id(config, folder), tell)
     labels = roster.gather()
-    method = make_method(config)
-    if method.from_gradient:
-        raise ConfigError(
-            f"{method.name} starts from a gradient over all clients' rows, which sites are not "
-            "asked for: take ravan, whose cores are as small"
-        )
-    if isinstance(config.lora.rank, list):
-        raise ConfigError(
-            'across sites lora.rank is one number or a table of names, such as "hospital-*" = 8: '
-            "sites come and go, so a list has no order to be dealt out in"
-        )
     base, notes = load_in_dtype(config, test_rows, labels)
     task = make_task(config, base, labels)
     test = task.encode_test(test_rows, where.test)
@@ -88,3 +79,17 @@ def prepare_remote(
         cached=False,
         notes=notes,
     )
+
+
+def _refuse(config: RunConfig, method: Method) -> None:
+    """ConfigError for a method, or ranks, that sites cannot have."""
+    if method.from_gradient:
+        raise ConfigError(
+            f"{method.name} starts from a gradient over all clients' rows, which sites are not "
+            "asked for: take ravan, whose cores are as small"
+        )
+    if isinstance(config.lora.rank, list):
+        raise ConfigError(
+            'across sites lora.rank is one number or a table of names, such as "hospital-*" = 8: '
+            "sites come and go, so a list has no order to be dealt out in"
+        )

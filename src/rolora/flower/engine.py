@@ -25,7 +25,7 @@ from rolora.method import Method, ServerState
 from rolora.rounds import cohort_size
 from rolora.schema import RunConfig
 from rolora.traffic import lacking
-from rolora.wire import WireError, decode, encode, num_bytes
+from rolora.wire import WireError, body_bytes, decode, encode
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,13 @@ class Remote:
                 raise ParcelError(f"it now calls itself {found.text('site')!r}")
             if found.whole("round") != info.round:
                 raise ParcelError(f"it is of round {found.whole('round')}, not {info.round}")
-            tensors = decode(up, found.body, like)
+            tensors = decode(up, found.body, like, sparse=method.sparse)
             metrics = {key: found.number(key) for key in ("loss", "steps")}
             count = found.whole("num_examples")
         except (ParcelError, WireError) as error:
             return Failure(info.id, str(error))
         adapter = AdapterState(tensors, view.scaling)
-        encoded = None if up == "fp32" else num_bytes(up, like)
-        return Update(info.id, adapter, count, metrics, encoded)
+        return Update(info.id, adapter, count, metrics, body_bytes(found.body))
 
 
 def run_id(config: RunConfig, folder: Path) -> str:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from rolora.base import Base
-from rolora.errors import NoQuorum
+from rolora.errors import ConfigError, NoQuorum
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError
 from rolora.flower.site_config import NAME
 from rolora.flower.site_run import layout, tokenizer_digest
@@ -104,6 +104,7 @@ class Roster:
                 hello = checked(reply)
                 if not NAME.fullmatch(hello.text("site")):
                     raise ParcelError(f"{hello.text('site')!r} is no name for a site")
+                self.config.lora.ranks([hello.text("site")])
                 hello.whole("num_examples")
                 _labels(hello)
                 self.hellos[node] = hello
@@ -112,7 +113,7 @@ class Roster:
                         f"site {hello.text('site')} has torch {hello.text('torch')}, the "
                         f"coordinator {version('torch')}: last bits may differ from one machine's"
                     )
-            except ParcelError as error:
+            except (ParcelError, ConfigError) as error:
                 self._refuse(node, f"node {node}", str(error))
         return nodes
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from rolora import data
 from rolora.adapter import AdapterState, ClientInfo, Failure
 from rolora.durable import write_file
-from rolora.engine import Job
+from rolora.engine import Job, packed
 from rolora.errors import RoloraError
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError, digest, names_of
 from rolora.flower.site_config import SiteConfig
@@ -47,7 +47,7 @@ from rolora.flower.site_run import (
 from rolora.method import ServerState
 from rolora.store import ClientStore
 from rolora.tasks.classification import in_order
-from rolora.wire import WireError, decode, encode
+from rolora.wire import WireError, decode
 
 _log = logging.getLogger(__name__)
 RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -156,13 +156,9 @@ def _train(site: Site, folder: Path, request: Parcel) -> Parcel:
     (update,) = run.engine.run(method, job)
     if isinstance(update, Failure):
         raise ParcelError(update.reason)
-    like = received.only(method.shared(round))
-    residuals = replace(run.store, kind="residual")
-    left = residuals.read(name, before=round)
-    payload, kept = encode(run.config.wire.up, update.adapter, like, left)
-    if kept:
-        residuals.write(name, round, left | kept)
-    sent = decode(run.config.wire.up, payload, like)
+    up, like = run.config.wire.up, received.only(method.shared(round))
+    payload = packed(up, method, update, received, run.store, round)
+    sent = decode(up, payload, like, sparse=method.sparse)
     replace(run.store, kind="sent").write(name, round, sent)
     metrics = {"round": round, "num_examples": held, **update.metrics}
     return Parcel(metrics, payload, tuple(sent))

@@ -2,8 +2,9 @@
 
 ΔW = s · B R A, where lora_B and lora_A are the first singular vectors of the loss's gradient at
 the start (LoRA-SB), the same at every client for ever. R alone is trained and averaged: exact, and
-r² numbers a layer travel whatever its width. R starts at 0 here, so that the first model is the
-base model; the paper starts it at the gradient's singular values. arXiv:2502.15436.
+r² numbers a layer travel whatever its width. Here R starts at 0, so that the first model is the
+base model; in the paper it starts at the singular values over s, and the gradient's signs are
+factored, as a first step of Adam takes them. arXiv:2502.15436.
 """
 
 from __future__ import annotations
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor
 
 from rolora.adapter import AdapterState, Roles, Specs
+from rolora.errors import ConfigError
 from rolora.method import Method, lora_init
 
 
-def init(specs: Specs, rng: torch.Generator) -> AdapterState:
+def _init(specs: Specs, rng: torch.Generator) -> AdapterState:
     adapter = lora_init(specs, rng)
     new: dict[str, Tensor] = {}
     for layer in adapter.layers():
         down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        rank = adapter[down].shape[0]
-        u, _, vt = torch.linalg.svd(specs.gradient[layer], full_matrices=False)
+        rank = len(adapter[down])
+        u, s, vt = torch.linalg.svd(specs.gradient[layer], full_matrices=False)
+        if rank > len(s):
+            raise ConfigError(f"fed_sb: {layer} has no {rank} directions: lower lora.rank")
         new |= {down: vt[:rank].contiguous(), up: u[:, :rank].contiguous()}
         new[f"{layer}.lora_core.weight"] = torch.zeros(1, rank, rank)
     return adapter | new
@@ -31,7 +35,7 @@ def method() -> Method:
     moving: Roles = frozenset({"core", "head"})
     return Method(
         name="fed_sb",
-        init=init,
+        init=_init,
         from_gradient=True,
         trainable=lambda round, step: moving,
         shared=lambda round: moving,

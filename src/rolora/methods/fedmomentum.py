@@ -2,7 +2,8 @@
 
 The mean D = Σ p_i s B_iA_i is split by its singular values: the first r directions become lora_B
 and lora_A, which go on from where training was; of the rest, those that are needed to hold
-``energy`` of ‖D‖² are added to the base, beside the frozen weights. arXiv:2603.08014.
+``energy`` of ‖D‖² are added to the base, beside the frozen weights. The paper finds them by a
+randomised SVD, here it is a whole one. arXiv:2603.08014.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rolora.adapter import Roles, role_of
+from rolora.adapter import layer_of, role_of
 from rolora.errors import ConfigError
-from rolora.factoring import factors, init_with_delta, more_delta, products_and_head, rank_of
-from rolora.method import Method, Reduce, ServerState
+from rolora.factoring import factors, init_with_delta, more_delta, products_and_head
+from rolora.method import BOTH, Method, Reduce, ServerState
 
 
-def beyond(matrix: Tensor, rank: int, energy: float) -> Tensor:
+def _beyond(matrix: Tensor, rank: int, energy: float) -> Tensor:
     """The matrix's singular directions after the first ``rank``, up to ``energy`` of its square."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     held = s.square().cumsum(0) / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
@@ -33,19 +34,21 @@ def method(*, energy: float = 0.99) -> Method:
         raise ConfigError(f"fedmomentum: energy lies in (0, 1], not {energy}")
 
     def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
-        mean, rank = reduce(project=products_and_head), rank_of(server.adapter)
-        parts = {name: t for name, t in mean.items() if role_of(name) == "delta"}
-        rest = {name: beyond(matrix, rank, energy) for name, matrix in parts.items()}
-        kept = factors(mean, rank, server.adapter.scaling)
-        head = {name: mean[name] for name in mean.keys() - parts.keys()}
-        return replace(server, adapter=server.adapter | more_delta(server, rest) | kept | head)
+        mean, adapter = reduce(project=products_and_head), server.adapter
+        rest = {
+            name: _beyond(matrix, len(adapter[f"{layer_of(name)}.lora_A.weight"]), energy)
+            for name, matrix in mean.items()
+            if role_of(name) == "delta"
+        }
+        head = {name: mean[name] for name in mean.keys() - rest.keys()}
+        new = {**factors(mean, adapter), **more_delta(server, rest), **head}
+        return replace(server, adapter=adapter | new)
 
-    moving: Roles = frozenset({"A", "B", "head"})
     return Method(
         name="fedmomentum",
         init=init_with_delta,
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
         aggregate=aggregate,
         exact=False,
         rebased=True,

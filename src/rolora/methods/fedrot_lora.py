@@ -4,7 +4,7 @@ B·A = (B R)(Rᵀ A) for any rotation R, so factors that mean the same may look 
 averages cancel. Each client sends (B_i R, RᵀA_i) with the R in SO(r) that best brings lora_A (in
 even rounds) or lora_B (in odd ones) back to what it received (orthogonal Procrustes, Schönemann
 1966), softened toward the identity; the server averages as FedIT. The first round is not turned.
-arXiv:2602.23638.
+The authors' published settings turn all the way, and allow reflections. arXiv:2602.23638.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rolora.errors import ConfigError
 from rolora.method import Method
 
 
-def rotation(matrix: Tensor) -> Tensor:
+def _rotation(matrix: Tensor) -> Tensor:
     """The R in SO(r) with the largest tr(Rᵀ matrix), (r, r)."""
     u, _, vt = torch.linalg.svd(matrix)
     signs = torch.ones_like(matrix[0])
@@ -36,10 +36,10 @@ def method(*, softness: float = 0.5) -> Method:
         for layer in trained.layers() if client.round > 1 else ():
             down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
             if client.round % 2 == 0:
-                whole = rotation(trained[down] @ received[down].mT)
+                whole = _rotation(trained[down] @ received[down].mT)
             else:
-                whole = rotation(trained[up].mT @ received[up])
-            soft = rotation((1 - softness) * torch.eye(len(whole)).to(whole) + softness * whole)
+                whole = _rotation(trained[up].mT @ received[up])
+            soft = _rotation((1 - softness) * torch.eye(len(whole)).to(whole) + softness * whole)
             turned |= {down: soft.mT @ trained[down], up: trained[up] @ soft}
         return trained | turned
 

@@ -2,7 +2,8 @@
 
 Clients train and send lora_B alone, so the average is exact as in FFA-LoRA. The server then writes
 the same product anew, B·A = U S Vᵀ: lora_A becomes Vᵀ and lora_B becomes U S. So lora_A follows
-what is learned, and its rows stay orthonormal. arXiv:2505.12805, section 3.
+what is learned, and its rows are orthonormal from the second round on; the first starts from
+Kaiming's lora_A, as in the authors' code. arXiv:2505.12805, section 3.
 """
 
 from __future__ import annotations
@@ -13,35 +14,34 @@ import torch
 from torch import Tensor
 
 from rolora.adapter import AdapterState, Roles
-from rolora.factoring import orthonormal_rows
+from rolora.factoring import pair
 from rolora.method import Method, Reduce, ServerState, merge_shared
 
 
-def turned(adapter: AdapterState) -> AdapterState:
+def _turned(adapter: AdapterState) -> AdapterState:
     """The same products, with lora_A = Vᵀ and lora_B = U S; a layer of zeros stays as it is."""
     new: dict[str, Tensor] = {}
     for layer in adapter.layers():
-        down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        if adapter[up].any():
-            left, small = torch.linalg.qr(adapter[up])  # (out, r), (r, r)
-            right, other = torch.linalg.qr(adapter[down].mT)  # (in, r), (r, r)
+        down, up = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
+        if up.any():
+            left, small = torch.linalg.qr(up)  # (out, r), (r, r)
+            right, other = torch.linalg.qr(down.mT)  # (in, r), (r, r)
             u, s, vt = torch.linalg.svd(small @ other.mT)
-            new |= {down: vt @ right.mT, up: left @ (u * s)}
+            new |= pair(layer, vt @ right.mT, left @ (u[:, : len(s)] * s), len(down))
     return adapter | new
 
 
-def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     mean = merge_shared(server, reduce, rng)
-    return replace(mean, adapter=turned(mean.adapter))
+    return replace(mean, adapter=_turned(mean.adapter))
 
 
 def method() -> Method:
     moving: Roles = frozenset({"B", "head"})
     return Method(
         name="fedsvd",
-        init=orthonormal_rows,
         trainable=lambda round, step: moving,
         shared=lambda round: moving,
-        aggregate=aggregate,
+        aggregate=_aggregate,
         rebased=True,
     )

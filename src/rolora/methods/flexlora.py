@@ -11,26 +11,23 @@ from dataclasses import replace
 
 import torch
 
-from rolora.adapter import Roles
-from rolora.factoring import factors, products_and_head, rank_of, truncated
-from rolora.method import Method, Reduce, ServerState
+from rolora.factoring import factors, products_and_head, truncated
+from rolora.method import BOTH, Method, Reduce, ServerState
 
 
-def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     mean = reduce(project=products_and_head)
-    best = factors(mean, rank_of(server.adapter), server.adapter.scaling)
     head = {name: mean[name] for name in mean.keys() & server.adapter.keys()}
-    return replace(server, adapter=server.adapter | best | head)
+    return replace(server, adapter=server.adapter | factors(mean, server.adapter) | head)
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"A", "B", "head"})
     return Method(
         name="flexlora",
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
         download=lambda server, client: truncated(server.adapter, client.rank),
-        aggregate=aggregate,
+        aggregate=_aggregate,
         exact=False,
         ranks=True,
         rebased=True,

@@ -2,7 +2,8 @@
 
 The stacked product s·[p_1B_1 … p_NB_N]·[A_1; …; A_N] = Σ p_i s B_iA_i is added to the base, beside
 the frozen weights, and every round starts from a fresh random lora_A and lora_B = 0. So no average
-is wrong and ranks may differ; but what is learned never stays in the factors. arXiv:2409.05976.
+is wrong and ranks may differ; but what is learned never stays in the factors. Down travels the sum
+of all stacks as one matrix a layer, and not the stacks themselves. arXiv:2409.05976.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from dataclasses import replace
 
 import torch
 
-from rolora.adapter import Roles, role_of
+from rolora.adapter import role_of
 from rolora.factoring import init_with_delta, more_delta, products_and_head, truncated
-from rolora.method import Method, Reduce, ServerState, kaiming
+from rolora.method import BOTH, Method, Reduce, ServerState, kaiming
 
 
-def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     mean = reduce(project=products_and_head)
     head = {name: tensor for name, tensor in mean.items() if role_of(name) == "head"}
     fresh = {
@@ -29,14 +30,13 @@ def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> Serv
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"A", "B", "head"})
     return Method(
         name="flora",
         init=init_with_delta,
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
         download=lambda server, client: truncated(server.adapter, client.rank),
-        aggregate=aggregate,
+        aggregate=_aggregate,
         ranks=True,
         rebased=True,
         secure=False,

@@ -1,8 +1,10 @@
 """LA-LoRA: alternate the factors within a round, step by step, and smooth gradients (ICLR 2026).
 
 Even local steps train lora_B, odd ones lora_A, so neither moves on a stale partner; each gradient
-passes a low-pass filter [1, 4, 6, 4, 1]/16 along its long side, which is meant to quieten the noise
-of differential privacy. The server averages both factors, as FedIT. arXiv:2602.19926.
+passes a low-pass filter [1, 4, 6, 4, 1]/16, which is meant to quieten the noise of differential
+privacy. The server averages both factors, as FedIT. The filter runs along the layer's width here,
+never across rank or clients. The authors' code starts with lora_A, moves lora_B at twice the rate,
+and smooths both ways and the head, by a Laplacian in Fourier space. arXiv:2602.19926.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from torch import Tensor
 from rolora.adapter import Roles, role_of
 from rolora.method import Method
 
-KERNEL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+_KERNEL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
 
-def smoothed(name: str, gradients: Tensor) -> Tensor:
+def _smoothed(name: str, gradients: Tensor) -> Tensor:
     """Filtered along the width of the layer; (clients, rank, in) or (clients, out, rank)."""
     if role_of(name) == "head":
         return gradients
     rows = gradients if role_of(name) == "A" else gradients.mT
     flat = torch.nn.functional.pad(rows.flatten(0, 1)[:, None], (2, 2), mode="replicate")
-    kernel = KERNEL.to(flat)[None, None]
+    kernel = _KERNEL.to(flat)[None, None]
     filtered = torch.nn.functional.conv1d(flat, kernel).view_as(rows)
     return filtered if role_of(name) == "A" else filtered.mT.contiguous()
 
@@ -35,6 +37,6 @@ def method(*, filter: bool = True) -> Method:
         name="la_lora",
         trainable=lambda round, step: halves[step % 2],
         shared=lambda round: moving,
-        gradient=smoothed if filter else None,
+        gradient=_smoothed if filter else None,
         exact=False,
     )

@@ -2,8 +2,9 @@
 
 Odd rounds train lora_B, even ones lora_A, as in RoLoRA. Of all rank-one pieces of all layers a
 client sends those with the largest ‖Δb_j‖·‖a_j‖ (or ‖b_j‖·‖Δa_j‖): a share ``keep`` of them, or as
-many as its own rank allows. What is not sent counts as not moved, so the average is exact. A piece
-counts four bytes more, for where it belongs. arXiv:2410.22815.
+many as its own rank allows. What is not sent counts as not moved, so the average is exact. The
+paper chooses first and trains only what it will send; here the choice comes after training.
+arXiv:2410.22815.
 """
 
 from __future__ import annotations
@@ -17,15 +18,9 @@ from rolora.method import Method
 from rolora.methods import rolora
 
 
-def pieces(name: str, tensor: Tensor) -> Tensor:
-    """(rank, width): the rows of lora_A, the columns of lora_B; a head is one piece."""
-    return {"A": tensor, "B": tensor.mT}.get(role_of(name), tensor.view(1, -1))
-
-
-def upload_bytes(received: AdapterState, sent: AdapterState) -> int:
-    rows = {name: pieces(name, tensor) for name, tensor in sent.items()}
-    moved = {name: (rows[name] != pieces(name, received[name])).any(dim=1) for name in rows}
-    return sum(int(moved[name].sum()) * (rows[name][0].nbytes + 4) for name in rows)
+def _pieces(name: str, tensor: Tensor) -> Tensor:
+    """(rank, width): the rows of lora_A, or the columns of lora_B."""
+    return tensor if role_of(name) == "A" else tensor.mT
 
 
 def method(*, keep: float = 0.5) -> Method:
@@ -38,8 +33,8 @@ def method(*, keep: float = 0.5) -> Method:
         scores, moving = {}, trained.only(turns.shared(client.round) - {"head"})
         for name, tensor in moving.items():
             other = f"{layer_of(name)}.lora_{'B' if role_of(name) == 'A' else 'A'}.weight"
-            step = pieces(name, tensor - received[name]).norm(dim=1)
-            scores[name] = step * pieces(other, trained[other]).norm(dim=1)
+            step = _pieces(name, tensor - received[name]).norm(dim=1)
+            scores[name] = step * _pieces(other, trained[other]).norm(dim=1)
         every = torch.cat([*scores.values()]).sort(descending=True).values
         least = every[max(min(round(keep * len(every)), client.rank * len(scores)), 1) - 1]
         sent = {}
@@ -55,6 +50,6 @@ def method(*, keep: float = 0.5) -> Method:
         trainable=turns.trainable,
         shared=turns.shared,
         upload=upload,
-        upload_bytes=upload_bytes,
         ranks=True,
+        sparse=True,
     )

@@ -1,8 +1,9 @@
 """LoRA-FAIR: average both factors, then correct lora_B for what that misses (Bian et al. 2025).
 
 With D = Σ p_i s B_iA_i the server adds to the mean B̄ the ΔB that minimises
-‖D/s − (B̄ + ΔB) Ā‖² + λ‖ΔB‖²; that is ridge regression, so it is solved and not iterated:
-ΔB = (D/s − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹. What lies outside lora_A's rows stays wrong. arXiv:2411.14961.
+‖D/s − (B̄ + ΔB) Ā‖² + λ‖ΔB‖². With this distance, squared, it is ridge regression, so it is solved
+and not iterated as in the paper: ΔB = (D/s − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹. What lies outside lora_A's rows
+stays wrong. arXiv:2411.14961.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from dataclasses import replace
 import torch
 
 from rolora.errors import ConfigError
-from rolora.factoring import products
+from rolora.factoring import factors_and_products, products
 from rolora.method import BOTH, Method, Reduce, ServerState
-from rolora.methods.fedex_lora import factors_and_products
 
 
 def method(*, ridge: float = 0.01) -> Method:

@@ -3,7 +3,8 @@
 ΔW = s · Σ_h g_h B_h H_h A_h. The cores H_h (r, r) and gains g_h are trained; lora_B and lora_A, of
 heads · r orthonormal directions, are frozen and the same everywhere. A client sends g_h H_h, whose
 mean is exact, and gains start at 1 again. With ``lora.rank`` directions in ``heads`` heads a layer
-sends rank²/heads numbers. arXiv:2506.05568.
+sends rank²/heads numbers, and a gain of 1 for each head. The paper's clients of little memory, who
+train some of the heads alone, are not here. arXiv:2506.05568.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import torch
 
 from rolora.adapter import AdapterState, ClientInfo, Roles, Specs
 from rolora.errors import ConfigError
-from rolora.factoring import orthonormal_rows
+from rolora.factoring import orthonormal, orthonormal_rows
 from rolora.method import Method
 
 
-def upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
+def _upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
     cores = {}
     for layer in trained.layers():
         core, gain = f"{layer}.lora_core.weight", f"{layer}.lora_gain.weight"
@@ -36,7 +37,7 @@ def method(*, heads: int = 2) -> Method:
             out, rank = adapter[up].shape
             if heads < 1 or rank % heads:
                 raise ConfigError(f"ravan: heads = {heads} does not divide lora.rank = {rank}")
-            new[up] = torch.linalg.qr(torch.randn(out, rank, generator=rng)).Q
+            new[up] = orthonormal(up, rank, out, rng).mT.contiguous()
             new[f"{layer}.lora_core.weight"] = torch.zeros(heads, rank // heads, rank // heads)
             new[f"{layer}.lora_gain.weight"] = torch.ones(heads)
         return adapter | new
@@ -47,5 +48,5 @@ def method(*, heads: int = 2) -> Method:
         init=init,
         trainable=lambda round, step: moving,
         shared=lambda round: moving,
-        upload=upload,
+        upload=_upload,
     )
