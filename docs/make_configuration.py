@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -33,10 +33,12 @@ def kind(annotation: Any) -> str:
     parts = [part for part in get_args(annotation) if part is not type(None)]
     if any(isinstance(part, str) for part in parts):
         return ", ".join(f"`{part}`" for part in parts)
-    if "list" in str(annotation) and len(parts) == 1:
-        return f"list of {kind(parts[0])}"
     if parts and "Annotated" in str(annotation)[:20]:
         return kind(parts[0])
+    if get_origin(annotation) is list:
+        return f"list of {kind(parts[0])}".replace("number", "numbers")
+    if get_origin(annotation) is dict:
+        return f"table of {kind(parts[1])}".replace("number", "numbers")
     return " or ".join(dict.fromkeys(kind(part) for part in parts))
 
 

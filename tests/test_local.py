@@ -244,3 +244,71 @@ def test_accuracy_and_loss_are_over_all_rows_whatever_the_batches(bench: Bench) 
     assert metrics["loss"] == pytest.approx(
         float(nn.functional.cross_entropy(guess, bench.examples.targets)), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("optimizer", "ratio"), [("adamw", 16.0), ("sgd", 0.25)])
+def test_b_learns_at_lr_times_the_ratio_as_under_an_optimizer_of_its_own(
+    bench: Bench, writer: Bench, optimizer: Any, ratio: float
+) -> None:
+    settings = LocalSettings(
+        steps=None,
+        epochs=2,
+        batch_size=4,
+        optimizer=optimizer,
+        momentum=0.9,
+        weight_decay=0.1,
+        b_lr_ratio=ratio,
+    )
+    for one in (bench, writer):
+        work = one.work(settings)
+        assert len({w.steps for w in work}) == 3  # so clients leave the bank at different steps
+        alike = one.train(work, replace(settings, b_lr_ratio=1.0), lr=1e-3)
+        for w, ours, plain in zip(work, one.train(work, settings, lr=1e-3), alike, strict=True):
+            theirs = by_two_optimizers(one, w, settings, lr=1e-3)
+            assert relative(ours.adapter, theirs) <= 1e-9
+            assert relative(ours.adapter, plain.adapter) > 1e-4
+
+
+def by_two_optimizers(one: Bench, work: Work, settings: LocalSettings, lr: float) -> AdapterState:
+    """One client, its lora_B under one torch optimiser and all else under another."""
+    base, stream = one.base, batches(work, settings.batch_size, seed=7, round=1)
+    with base.holding(work.start):
+        leaves = {name: leaf.requires_grad_() for name, leaf in base.bank.leaves.items()}
+        each = [
+            ([leaf for name, leaf in leaves.items() if role_of(name) == "B"], settings.b_lr_ratio),
+            ([leaf for name, leaf in leaves.items() if role_of(name) != "B"], 1.0),
+        ]
+        decay = settings.weight_decay
+        both: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(part, lr=lr * times, weight_decay=decay)
+            if settings.optimizer == "adamw"
+            else torch.optim.SGD(part, lr * times, settings.momentum, weight_decay=decay)
+            for part, times in each
+        ]
+        for _ in range(work.steps):
+            batch = collate(one.examples, next(stream), base.tokenizer.pad_token_id)
+            with base.running(batch) as given:
+                losses, count = one.task.loss(base.model, given)
+            for optimizer in both:
+                optimizer.zero_grad()
+            (losses.sum() / count.sum()).backward()  # type: ignore[no-untyped-call]
+            for optimizer in both:
+                optimizer.step()
+        return base.bank.take(0)
+
+
+def test_a_ratio_for_b_leaves_cores_and_heads_at_the_learning_rate(bench: Bench) -> None:
+    plain = LocalSettings(steps=3, batch_size=4)
+    work = bench.work(plain)[:1]
+    core = {
+        f"{layer}.lora_core.weight": 0.1 * torch.ones(1, 2, 2, dtype=torch.float64)
+        for layer in work[0].start.layers()
+    }
+    work = [replace(work[0], start=work[0].start | core)]
+    for roles in ({"core"}, {"head"}, {"A"}):
+        slow, fast = (
+            bench.train(work, settings, lambda step, roles=roles: frozenset(roles))[0].adapter  # type: ignore[misc]
+            for settings in (plain, replace(plain, b_lr_ratio=16.0))
+        )
+        assert same(slow, fast)
+        assert distance(slow, work[0].start) > 0

@@ -27,7 +27,7 @@ from rolora.engine import Debug, InProcess
 from rolora.errors import ConfigError
 from rolora.federation import federation_of, score
 from rolora.gradient import first_gradient
-from rolora.memory import BankPlan, plan_bank
+from rolora.memory import BankPlan, phases, plan_bank
 from rolora.method import Method, ServerState, lora_init
 from rolora.precision import is_wide, lowered
 from rolora.prefix import kept_below
@@ -211,11 +211,10 @@ def _bank(
     clients: int,
 ) -> tuple[BankPlan, tuple[str, ...]]:
     """How many clients train at once, and what to say of it."""
-    trained = [method.trainable(round, 0) for round in (1, 2)]
-    phases = {"+".join(sorted(roles - {"head"})) or "the head": roles for roles in trained}
+    kinds = phases(method, config.train.rounds)
     wanted = None if config.train.bank == "auto" else config.train.bank
     size = config.train.batch_size
-    plan = plan_bank(base, task, examples, adapter, phases, size, clients, wanted)
+    plan = plan_bank(base, task, examples, adapter, kinds, size, clients, wanted)
     if wanted is not None and plan.clients < min(wanted, clients):
         return plan, (f"train.bank = {wanted} does not fit in memory; {plan}",)
     return plan, (str(plan),)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from rolora.errors import ConfigError, nearest
 from rolora.method import method_factory
@@ -128,7 +128,7 @@ def _keys(path: list[str]) -> list[str]:
 def _check_method(method: MethodConfig) -> None:
     factory = method_factory(method.name)
     try:
-        validate_call(factory)(**method.options)
+        validate_call(config=ConfigDict(strict=True))(factory)(**method.options)
     except ValidationError as error:
         fault = error.errors()[0]
         key = str(fault["loc"][-1]) if fault["loc"] else ""

@@ -15,7 +15,7 @@ from rolora.errors import ConfigError
 from rolora.local import LocalSettings
 from rolora.lora import LoraSettings, read_adapter
 from rolora.method import Method, freeze_head, get_method, method_names
-from rolora.reduce import Reducer, clip, mean, median, trimmed_mean
+from rolora.reduce import Reducer, clip, fedadam, fedavgm, mean, median, trimmed_mean
 from rolora.schema import RunConfig
 from rolora.tasks import Task
 from rolora.tasks.causal_lm import causal_lm
@@ -95,6 +95,13 @@ def make_method(config: RunConfig) -> Method:
             f"{method.name} averages factors of one rank: give lora.rank as one number, or for "
             f"clients of different ranks take one of {', '.join(able)}"
         )
+    if config.aggregate.optimizer != "none" and not method.averaged:
+        able = [name for name in method_names() if get_method(name).averaged]
+        raise ConfigError(
+            f"aggregate.optimizer = {config.aggregate.optimizer!r} needs a server that only "
+            f"averages what clients send, which {method.name} has not: leave it out, or take one "
+            f"of {', '.join(able)}"
+        )
     if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
         raise ConfigError(
             f"{method.name} trains one factor in a local step and the other in the next: "
@@ -104,13 +111,20 @@ def make_method(config: RunConfig) -> Method:
 
 
 def make_reducer(config: RunConfig) -> Reducer:
-    """The configured reducer, clipped if a norm is given."""
+    """The configured reducer, clipped if a norm is given, under the server's optimiser if any."""
     how = config.aggregate
     if how.reducer == "trimmed_mean":
         reducer = trimmed_mean(how.trim)
     else:
         reducer = median() if how.reducer == "median" else mean()
-    return reducer if how.clip_norm is None else clip(reducer, how.clip_norm)
+    if how.clip_norm is not None:
+        reducer = clip(reducer, how.clip_norm)
+    if how.optimizer == "fedavgm":
+        return fedavgm(reducer, how.server_lr or 1.0, how.server_momentum)
+    if how.optimizer == "fedadam":
+        lr, beta1, beta2 = how.server_lr or 0.01, how.server_momentum, how.server_beta2
+        return fedadam(reducer, lr, beta1, beta2, how.server_tau)
+    return reducer
 
 
 def local_settings(config: RunConfig) -> LocalSettings:
@@ -125,6 +139,7 @@ def local_settings(config: RunConfig) -> LocalSettings:
         weight_decay=train.weight_decay,
         momentum=train.momentum,
         max_grad_norm=train.max_grad_norm,
+        b_lr_ratio=train.b_lr_ratio,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class LocalSettings:
     """How a client trains in a round: ``steps`` optimiser steps, or ``epochs`` over its shard.
 
     The optimiser's state is fresh each round. ``max_grad_norm`` clips each client's own gradient.
+    lora_B learns at lr × ``b_lr_ratio`` (LoRA+, Hayou et al. 2024), all else at lr.
     """
 
     steps: int | None = 5
@@ -36,6 +37,7 @@ class LocalSettings:
     weight_decay: float = 0.0
     momentum: float = 0.0
     max_grad_norm: float | None = None
+    b_lr_ratio: float = 1.0
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps of a client with this many rows."""
@@ -172,12 +174,17 @@ def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: 
 
 
 def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Optimizer:
-    leaves = list(bank.leaves.values())
+    named = bank.leaves.items()
+    groups: list[dict[str, Any]] = [
+        {"params": [leaf for name, leaf in named if role_of(name) != "B"]},
+        {"params": [leaf for name, leaf in named if role_of(name) == "B"]},
+    ]
+    groups[1]["lr"] = lr * settings.b_lr_ratio
     decay = settings.weight_decay
     if settings.optimizer == "sgd":
         momentum = settings.momentum
-        return torch.optim.SGD(leaves, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
-    return torch.optim.AdamW(leaves, lr=lr, weight_decay=decay, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
 
 
 def _shrink(

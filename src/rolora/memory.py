@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rolora.adapter import AdapterState, Roles, role_of
 from rolora.base import Base
+from rolora.method import Method
 from rolora.tasks import Examples, Task, collate
 
 # Beyond this a pass gets hardly faster per token: benchmarks/benches/client_step.py
@@ -24,7 +25,7 @@ SHARE = 0.5  # of the memory that is free may go to activations
 class BankPlan:
     """How many clients train at once: about ``tokens`` in a pass.
 
-    ``activations`` maps the first and second round's trained factors to the bytes that a pass keeps
+    ``activations`` maps what is trained at a time (see ``phases``) to the bytes that a pass keeps
     for its backward part.
     """
 
@@ -35,6 +36,16 @@ class BankPlan:
     def __str__(self) -> str:
         kept = " and ".join(f"{n / 1e6:,.0f} MB to train {w}" for w, n in self.activations.items())
         return f"{self.clients} clients at once: {self.tokens:,} tokens a step, which keep {kept}"
+
+
+def phases(method: Method, rounds: int) -> dict[str, Roles]:
+    """What the method trains at a time in the course of so many rounds, by name, each kind once."""
+    found = {}
+    for round in range(1, rounds + 1):
+        for step in (0, 1):  # where a method takes turns within a round, it does so at every step
+            roles = method.trainable(round, step)
+            found["+".join(sorted(roles - {"head"})) or "the head"] = roles
+    return found
 
 
 def plan_bank(
@@ -49,8 +60,8 @@ def plan_bank(
 ) -> BankPlan:
     """``wanted`` clients, or as many as keep the processor busy, but no more than fit in memory.
 
-    ``phases``: what is trained in the kinds of rounds there are, by name. Measured on one batch of
-    the rows nearest the mean length.
+    ``phases``: what is trained at a time, by name. Measured on one batch of the rows nearest the
+    mean length.
     """
     tokens = max(1, round(float(examples.lengths.double().mean()) * batch_size))
     each = {

@@ -146,6 +146,14 @@ class Method:
         """Roles trained in this round that never leave the client."""
         return self.trained(round) - self.shared(round)
 
+    @property
+    def averaged(self) -> bool:
+        """Whether the server's tensors are averages of what clients send, and nothing else.
+
+        Only then does a move of one round say something of the next, as server optimisers take it.
+        """
+        return self.secure and not self.rebased and not self.pooled and bool(self.shared(1))
+
 
 def freeze_head(method: Method) -> Method:
     """The same method with the task head frozen: it travels down once and is never trained."""

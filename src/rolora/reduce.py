@@ -3,7 +3,7 @@
 A reducer is three functions over a running memory, so that it may stream. It sees values in the
 space that the method chose (usually the moving factors), each with the reference that the client
 started from and a weight. Wrappers take a reducer and return a reducer, so that clipping a median
-is ``clip(median(), norm=1.0)``.
+is ``clip(median(), norm=1.0)``, and server momentum on that ``fedavgm(clip(median(), norm=1.0))``.
 """
 
 from __future__ import annotations
@@ -138,3 +138,77 @@ def clip(inner: Reducer, norm: float) -> Reducer:
         return inner.add(memory, value, reference, weight)
 
     return Reducer(inner.init, add, inner.finish)
+
+
+def fedavgm(inner: Reducer, lr: float = 1.0, momentum: float = 0.9) -> Reducer:
+    """Server momentum (FedAvgM: Hsu et al. 2019, arXiv:1909.06335) on what ``inner`` reduces.
+
+    With Δ the reduced value minus the reference: m ← ``momentum`` · m + Δ, and the new value is the
+    reference + ``lr`` · m; m starts at 0. Without momentum, at lr 1, it is ``inner`` itself.
+    """
+    if not (lr > 0 and 0 <= momentum < 1):
+        raise ValueError(f"fedavgm: lr > 0 and 0 <= momentum < 1, got {lr} and {momentum}")
+
+    def rule(move: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        m = momentum * m + move
+        return lr * m, m
+
+    return _remembering(inner, {"momentum": 0.0}, rule)
+
+
+def fedadam(
+    inner: Reducer, lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+) -> Reducer:
+    """Adam at the server (FedAdam: Reddi et al. 2021, arXiv:2003.00295, Algorithm 2).
+
+    With Δ the reduced value minus the reference: m ← β1 m + (1 − β1) Δ and v ← β2 v + (1 − β2) Δ²,
+    elementwise; the new value is the reference + ``lr`` · m / (√v + τ). m starts at 0, v at τ², and
+    nothing corrects for that, as in the paper.
+    """
+    if not (lr > 0 and tau > 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"fedadam: lr, tau > 0 and 0 <= betas < 1, got {lr, tau, beta1, beta2}")
+
+    def rule(move: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        m = beta1 * m + (1 - beta1) * move
+        v = beta2 * v + (1 - beta2) * move.square()
+        return lr * m / (v.sqrt() + tau), m, v
+
+    return _remembering(inner, {"momentum": 0.0, "square": tau**2}, rule)
+
+
+def _remembering(
+    inner: Reducer, start: Mapping[str, float], rule: Callable[..., tuple[Tensor, ...]]
+) -> Reducer:
+    """A server optimiser: ``rule(move, *remembered)`` -> (step, *remembered), in float64.
+
+    ``start`` names what is remembered of each tensor and what it is at first. The memory goes by
+    tensor name, so that of a factor waits, as it is, while another factor is reduced. Every client
+    must have started from the same reference.
+    """
+    own = tuple(f"{kind}/" for kind in start)
+
+    def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
+        if "reference" not in memory:
+            held = {key: tensor for key, tensor in memory.items() if key.startswith(own)}
+            rest = {key: tensor for key, tensor in memory.items() if key not in held}
+            memory = {"reference": reference, "held": held, "inner": rest or inner.init()}
+        return {**memory, "inner": inner.add(memory["inner"], value, reference, weight)}
+
+    def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
+        reduced, kept = inner.finish(memory["inner"], rng)
+        held, stepped = dict(memory["held"]), {}
+        for name, tensor in reduced.items():
+            before = memory["reference"][name].double()
+            was = [
+                held[f"{kind}/{name}"].double()
+                if f"{kind}/{name}" in held
+                else torch.full_like(before, first)
+                for kind, first in start.items()
+            ]
+            step, *now = rule(tensor.double() - before, *was)
+            stepped[name] = (before + step).to(tensor.dtype)
+            for kind, remembered in zip(start, now, strict=True):
+                held[f"{kind}/{name}"] = remembered.to(tensor.dtype)
+        return stepped, {**held, **kept}
+
+    return Reducer(dict, add, finish)

@@ -24,7 +24,7 @@ from rolora import data
 from rolora.base import Base
 from rolora.build import Setup, prepare
 from rolora.config import config_hash, dump_config, load_config, make_config, read_toml
-from rolora.configured import load_base_for, make_task
+from rolora.configured import load_base_for, make_method, make_task
 from rolora.engine import Engine
 from rolora.errors import ConfigError
 from rolora.local import evaluate
@@ -165,6 +165,8 @@ def compare(
         for seed in seeds
         for method in methods
     ]
+    for variant in variants:
+        make_method(variant)  # what one of them refuses, it refuses before the first has run
     base: Base | None = None
     folders = []
     for variant in variants:

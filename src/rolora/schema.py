@@ -145,6 +145,15 @@ class AggregateConfig(Section):
         "num_examples", description="of the clients in a mean"
     )
     clip_norm: float | None = Field(None, gt=0, description="clip each client's move to this norm")
+    optimizer: Literal["none", "fedavgm", "fedadam"] = Field(
+        "none", description="of the server, on the combined move; none: the server just takes it"
+    )
+    server_lr: float | None = Field(
+        None, gt=0, description="of that optimizer; left out: 1 for fedavgm, 0.01 for fedadam"
+    )
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="of fedavgm; beta_1 of fedadam")
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam")
+    server_tau: float = Field(1e-3, gt=0, description="of fedadam: added to the root of v")
     quorum: int = Field(1, ge=1, description="usable updates that a round needs")
 
 
@@ -158,6 +167,7 @@ class TrainConfig(Section):
     batch_size: int = Field(8, ge=1, description="rows per client and step")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="its state is fresh each round")
     lr: float = Field(5e-3, gt=0, description="the learning rate")
+    b_lr_ratio: float = Field(1.0, gt=0, description="lora_B learns at lr times this, as in LoRA+")
     schedule: Schedule = Field("constant", description="of lr across rounds")
     warmup_rounds: int = Field(0, ge=0, description="rounds in which lr rises linearly")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW; L2 for sgd")

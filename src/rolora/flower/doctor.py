@@ -25,7 +25,7 @@ from rolora.flower.parcel import PROTOCOL, VERSIONS, Parcel, Plain, versions
 from rolora.flower.site import Site
 from rolora.flower.site_config import SiteConfig
 from rolora.flower.site_run import table_here
-from rolora.memory import free_bytes, plan_bank
+from rolora.memory import free_bytes, phases, plan_bank
 from rolora.schema import RunConfig
 
 SKEW = 240  # seconds: Flower accepts a signature for 300
@@ -116,11 +116,9 @@ def _memory(trial: Site) -> Finding:
     assert run is not None
     method, base, engine = make_method(run.config), run.base, run.engine
     start = first_adapter(run.config, method, base)
-    phases = {
-        "+".join(sorted(method.trainable(round, 0))): method.trainable(round, 0) for round in (1, 2)
-    }
+    kinds = phases(method, run.config.train.rounds)
     size = run.config.train.batch_size
-    plan = plan_bank(base, engine.task, engine.examples, start, phases, size, 1)
+    plan = plan_bank(base, engine.task, engine.examples, start, kinds, size, 1)
     need, free = max(plan.activations.values()), free_bytes(base.device.type)
     said = f"a step keeps {need / 1e6:,.0f} MB beside the model; {free / 1e6:,.0f} MB are free"
     return Finding("memory", need < free, said)
