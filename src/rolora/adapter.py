@@ -47,13 +47,15 @@ class Specs:
     """What an adapter of a model looks like, before it has values.
 
     ``head`` holds the values of head tensors that the checkpoint has; the others are drawn with
-    standard deviation ``head_std``. ``scaling`` maps each adapted layer to alpha / rank.
+    standard deviation ``head_std``, and lora_B with ``b_std``. ``scaling`` maps each adapted layer
+    to alpha / rank.
     """
 
     tensors: tuple[TensorSpec, ...]
     scaling: Mapping[str, float]
     head: Mapping[str, Tensor]
     head_std: float = 0.02
+    b_std: float = 0.0
 
 
 Term = tuple[float, Tensor, Tensor]

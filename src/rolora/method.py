@@ -60,6 +60,8 @@ class ServerState:
 def lora_init(specs: Specs, rng: torch.Generator) -> AdapterState:
     """lora_A ~ U(−1/√in, 1/√in) (Kaiming uniform with a = √5, as PEFT), lora_B = 0; float32.
 
+    Where the model asks for it (``specs.b_std``), lora_B is normal: one that learns nothing from 0.
+
     Head weights that the checkpoint lacks are normal, head biases 0, as transformers does.
     """
     tensors: dict[str, Tensor] = {}
@@ -71,6 +73,8 @@ def lora_init(specs: Specs, rng: torch.Generator) -> AdapterState:
             tensors[spec.name] = specs.head[spec.name]
         elif spec.role == "head" and len(spec.shape) > 1:
             tensors[spec.name] = torch.randn(spec.shape, generator=rng) * specs.head_std
+        elif spec.role == "B" and specs.b_std:
+            tensors[spec.name] = torch.randn(spec.shape, generator=rng) * specs.b_std
         else:
             tensors[spec.name] = torch.zeros(spec.shape)
     return AdapterState(tensors, specs.scaling)
