@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Party
-from rolora import demo_data
+from rolora.fetch import fetch
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,9 +70,9 @@ class Place:
 
     def model(self) -> Path:
         """The MiniLM encoder, fetched once, as the demonstration fetches it."""
-        return demo_data.minilm(self.data).resolve()
+        return fetch("minilm", self.data).resolve()
 
     def questions(self) -> tuple[Path, Path]:
         """The TREC questions, train and test."""
-        train, test = demo_data.questions(self.data)
-        return train.resolve(), test.resolve()
+        folder = fetch("trec", self.data).resolve()
+        return folder / "train.csv", folder / "test.csv"

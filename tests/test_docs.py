@@ -28,7 +28,9 @@ from rolora.schema import RunConfig
 from rolora.wire import Format, encode
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
+)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv", "validation": 0.1}}
 

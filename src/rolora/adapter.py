@@ -60,14 +60,16 @@ class Specs:
     """What an adapter of a model looks like, before it has values.
 
     ``head`` holds the values of head tensors that the checkpoint has; the others are drawn with
-    standard deviation ``head_std``. ``scaling`` maps each adapted layer to alpha / rank.
-    ``gradient`` maps it to the loss's gradient (out, in) at the start, for methods that ask for it.
+    standard deviation ``head_std``, and lora_B with ``b_std``. ``scaling`` maps each adapted layer
+    to alpha / rank, ``gradient`` to the loss's gradient (out, in) at the start, for methods that
+    ask for it.
     """
 
     tensors: tuple[TensorSpec, ...]
     scaling: Mapping[str, float]
     head: Mapping[str, Tensor]
     head_std: float = 0.02
+    b_std: float = 0.0
     gradient: Mapping[str, Tensor] = field(default_factory=dict)
 
 

@@ -184,6 +184,7 @@ def attach(
     *,
     missing: Collection[str] = (),
     head_std: float = 0.02,
+    b_std: float = 0.0,
     rank: int,
     scaling: float,
     dropout: float,
@@ -209,7 +210,7 @@ def attach(
             tensors.append(TensorSpec(name, "head", tuple(value.shape)))
     scalings = {names[path]: scaling for path in layers}
     ordered = tuple(sorted(tensors, key=lambda spec: spec.name))
-    bank = Bank(Specs(ordered, scalings, head, head_std), dropout)
+    bank = Bank(Specs(ordered, scalings, head, head_std, b_std), dropout)
     for path in layers:
         _replace(model, path, LoraLinear(model.get_submodule(path), names[path], scaling, bank))
     for path in head_layers:

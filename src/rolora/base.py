@@ -159,6 +159,7 @@ def with_bank(
         head_layers,
         missing=missing,
         head_std=float(getattr(model.config, "initializer_range", 0.02)),
+        b_std=float(getattr(model.config, "lora_b_std", 0.0)),
         rank=settings.rank,
         scaling=settings.scaling,
         dropout=settings.dropout,

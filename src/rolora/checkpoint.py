@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 import transformers
 
+import rolora.pixel_network  # noqa: F401  (so that transformers' Auto classes know it)
 from rolora.errors import ConfigError
+from rolora.fetch import how_to_get
 from rolora.lora import Kind
 
 Quantised = Literal["int8", "nf4"]
@@ -59,7 +61,8 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     path = root / Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
-            raise ConfigError(f"model file {source!r} does not exist (looked in {path.parent})")
+            looked = f"model file {source!r} does not exist (looked in {path.parent})"
+            raise ConfigError(looked + how_to_get(path))
         return {
             "pretrained_model_name_or_path": str(path.parent),
             "gguf_file": path.name,
@@ -68,7 +71,8 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ConfigError(f"model folder {source!r} does not exist (looked for {path})")
+        looked = f"model folder {source!r} does not exist (looked for {path})"
+        raise ConfigError(looked + how_to_get(path))
     return {"pretrained_model_name_or_path": source, "local_files_only": offline}
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rolora.cli_demo import demo, fetch
 from rolora.cli_plan import plan
 from rolora.cli_sites import across_sites, doctor, federation, site
 from rolora.cli_theory import theory
@@ -196,41 +197,6 @@ def methods(json: Json = False) -> None:
 
 
 @app.command()
-def demo(
-    llm: Annotated[bool, typer.Option("--llm", help="a small chat model instead")] = False,
-    folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
-) -> None:
-    """Fetch a real model and texts, run three methods on a few seeds, and say what came out."""
-    from rolora import demo as demonstration
-    from rolora.display import follow, results_table, working
-    from rolora.report import load_run, summarise, verdicts
-
-    with working("fetching the model and the data, once"):
-        fetch = demonstration.language_demo if llm else demonstration.classification_demo
-        ready = fetch(folder)
-    runs = []
-    for one in ready.runs():
-        follow(one, one.folder.path.name)
-        runs.append(one)
-    found = [load_run(one.folder.path) for one in runs]
-    if llm:
-        for prompt, plain, tuned in demonstration.before_and_after(runs[0]):
-            for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
-                out_console.print(f"{what:8}{' '.join(text.split())}", markup=False)
-            out_console.print()
-    out_console.print(results_table(summarise(found)))
-    for verdict in verdicts(found):
-        out_console.print(f"\n{verdict.budget}: {verdict.headline}. {verdict.text}", markup=False)
-    out_console.print(f"\n{demonstration.MEANING}", markup=False)
-    for what, path in (
-        ("report", ready.out / "report.html"),
-        ("adapter", runs[0].folder.adapter),
-        ("config", ready.file),
-    ):
-        out_console.print(f"{what:9}{path}", markup=False)
-
-
-@app.command()
 def init(
     data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
     out: Annotated[Path, typer.Option(help="the config to write")] = Path("rolora.toml"),
@@ -245,6 +211,8 @@ def init(
 
 app.command()(theory)
 app.command()(plan)
+app.command()(demo)
+app.command()(fetch)
 app.command()(site)
 app.add_typer(federation, name="federation")
 app.command()(doctor)

@@ -22,6 +22,7 @@ import pyarrow.parquet
 
 from rolora.durable import write_file
 from rolora.errors import DataError, nearest, one_line
+from rolora.fetch import how_to_get
 from rolora.partition import client_ids
 
 # One block for most files: a row may not span two of Arrow's blocks, and row numbers in its
@@ -263,7 +264,8 @@ READERS: Mapping[str, Callable[[Path], pa.Table]] = {
 
 def _read_file(path: Path, source: str) -> pa.Table:
     if not path.is_file():
-        raise DataError(f"{source}: no such file (looked in {path.parent.resolve()})")
+        looked = f"{source}: no such file (looked in {path.parent.resolve()})"
+        raise DataError(looked + how_to_get(path))
     if path.stat().st_size == 0:
         raise DataError(f"{source} is empty")
     try:

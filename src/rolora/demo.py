@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rolora import demo_data
 from rolora.base import Base
 from rolora.config import load_config
 from rolora.durable import write_file
+from rolora.fetch import fetch
 from rolora.lora import read_adapter
 from rolora.runs import Run, compare
 from rolora.schema import RunConfig
@@ -22,15 +22,15 @@ METHODS = ("rolora", "ffa_lora", "fedit")
 QUESTIONS = """\
 # Twenty clients learn which kind of answer a question asks for (TREC questions, six kinds).
 [model]
-path = "models/minilm"
+path = "minilm"
 task = "classification"
 [lora]
 rank = 4
 alpha = 8
 target_modules = ["query", "value"]
 [data]
-train = "data/questions-train.csv"
-test = "data/questions-test.csv"
+train = "trec/train.csv"
+test = "trec/test.csv"
 text = "text"
 label = "label"
 max_length = 64
@@ -50,15 +50,15 @@ every = 5
 PROMPTS = """\
 # Ten clients teach a small chat model to answer with the kind of a question's answer.
 [model]
-path = "models/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+path = "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 task = "causal_lm"
 [lora]
 rank = 4
 alpha = 8
 layers = "top:10"
 [data]
-train = "data/prompts-train.csv"
-test = "data/prompts-test.csv"
+train = "trec-prompts/train.csv"
+test = "trec-prompts/test.csv"
 prompt = "prompt"
 completion = "completion"
 label = "label"
@@ -107,15 +107,15 @@ class Demo:
 
 def classification_demo(folder: Path) -> Demo:
     """Fetch MiniLM and the TREC questions into ``folder`` and write ``questions.toml`` there."""
-    demo_data.minilm(folder)
-    demo_data.questions(folder)
+    fetch("minilm", folder)
+    fetch("trec", folder)
     return _demo(folder, "questions", QUESTIONS, (0, 1, 2))
 
 
 def language_demo(folder: Path) -> Demo:
     """Fetch SmolLM2 and the questions as prompts into ``folder`` and write ``prompts.toml``."""
-    demo_data.smollm2(folder)
-    demo_data.question_prompts(folder)
+    fetch("smollm2", folder)
+    fetch("trec-prompts", folder)
     return _demo(folder, "prompts", PROMPTS, (0, 1))
 
 

@@ -66,6 +66,8 @@ def kaiming(shape: Sequence[int], rng: torch.Generator) -> Tensor:
 def lora_init(specs: Specs, rng: torch.Generator) -> AdapterState:
     """lora_A as ``kaiming``, lora_B = 0; float32.
 
+    Where the model asks for it (``specs.b_std``), lora_B is normal: one that learns nothing from 0.
+
     Head weights that the checkpoint lacks are normal, head biases 0, as transformers does.
     """
     tensors: dict[str, Tensor] = {}
@@ -76,6 +78,8 @@ def lora_init(specs: Specs, rng: torch.Generator) -> AdapterState:
             tensors[spec.name] = specs.head[spec.name]
         elif spec.role == "head" and len(spec.shape) > 1:
             tensors[spec.name] = torch.randn(spec.shape, generator=rng) * specs.head_std
+        elif spec.role == "B" and specs.b_std:
+            tensors[spec.name] = torch.randn(spec.shape, generator=rng) * specs.b_std
         else:
             tensors[spec.name] = torch.zeros(spec.shape)
     return AdapterState(tensors, specs.scaling)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rolora.catalogue import MethodRow
     from rolora.plan import MethodPlan, Plan
+    from rolora.sources import Source
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -164,3 +165,23 @@ def _short(count: float | None) -> str:
     while abs(count) >= 1000 and power < 6:
         count, power = count / 1000, power + 1
     return f"{count:.3g} {' kMGTPE'[power].strip()}".strip() + ("" if power else " ")
+
+
+def print_sources(sources: Mapping[str, Source], as_json: bool) -> None:
+    """What can be fetched, and how much comes over the network for it."""
+    if as_json:
+        print_json(
+            {
+                name: {"what": s.what, "megabytes": s.package.megabytes}
+                for name, s in sources.items()
+            }
+        )
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("name", "MB", "what it is", "from"):
+        table.add_column(column, justify="right" if column == "MB" else "left")
+    for name, source in sources.items():
+        package = source.package
+        place = f"{package.client}: {package.name} {package.version}"
+        table.add_row(name, str(package.megabytes), source.what, place)
+    out_console.print(table)

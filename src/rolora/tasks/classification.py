@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from rolora import data
 from rolora.base import Base
-from rolora.errors import DataError, nearest
+from rolora.errors import DataError, nearest, one_line
 from rolora.tasks import Batch, Examples, Task
 from rolora.tasks.examples import flatten, offsets_of, tokenizer_limit
 
 Label = str | int | bool
+ROWS_AT_ONCE = 1000  # through the tokenizer
 
 
 def class_labels(values: Iterable[Label], source: str) -> list[Label]:
@@ -58,18 +59,7 @@ def classification(
             targets.append(index[value])
         columns = [data.texts(table, column, source) for column in text]
         limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
-        encoded = base.tokenizer(
-            *columns, add_special_tokens=True, truncation=True, max_length=limit
-        )
-        tokens: list[list[int]] = encoded["input_ids"]
-        types = encoded.get("token_type_ids") if len(text) > 1 else None
-        return Examples(
-            tokens=flatten(tokens, torch.int32),
-            offsets=offsets_of(tokens),
-            targets=torch.tensor(targets),
-            types=None if types is None else flatten(types, torch.uint8),
-            truncated=sum(bool(one.overflowing) for one in encoded.encodings),
-        )
+        return tokenised(base.tokenizer, columns, torch.tensor(targets), limit, source)
 
     def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         each = functional.cross_entropy(logits(model, batch), batch.targets, reduction="none")
@@ -86,6 +76,38 @@ def classification(
         loss=loss,
         outputs=outputs,
         score=score,
+    )
+
+
+def tokenised(
+    tokenizer: Any, columns: Sequence[Sequence[str]], targets: Tensor, limit: int, source: str
+) -> Examples:
+    """The rows of one or two columns of texts, at most ``limit`` tokens each.
+
+    Some at a time: what a tokenizer returns is a hundred times as large as the tokens. DataError
+    for a text that it refuses.
+    """
+    tokens, types, lengths, truncated = [], [], [torch.zeros(1, dtype=torch.int64)], 0
+    for start in range(0, len(targets), ROWS_AT_ONCE):
+        some = [column[start : start + ROWS_AT_ONCE] for column in columns]
+        try:
+            encoded = tokenizer(*some, truncation=True, max_length=limit)
+        except Exception as error:  # tokenizers raises nothing more special
+            rows = f"rows {start + 1} to {start + len(some[0])}"
+            raise DataError(
+                f"{source}, {rows}: the model's tokenizer refuses a text: {one_line(error)}"
+            ) from error
+        tokens.append(flatten(encoded["input_ids"], torch.int32))
+        lengths.append(offsets_of(encoded["input_ids"]).diff())
+        if len(columns) > 1 and "token_type_ids" in encoded:
+            types.append(flatten(encoded["token_type_ids"], torch.uint8))
+        truncated += sum(bool(one.overflowing) for one in encoded.encodings)
+    return Examples(
+        tokens=torch.cat(tokens),
+        offsets=torch.cat(lengths).cumsum(0),
+        targets=targets,
+        types=torch.cat(types) if types else None,
+        truncated=truncated,
     )
 
 

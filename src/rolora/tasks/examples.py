@@ -75,16 +75,21 @@ def collate(examples: Examples, rows: Tensor, pad_id: int) -> Batch:
     lengths = examples.offsets[rows + 1] - starts
     columns = torch.arange(int(lengths.max()))
     real = columns < lengths.unsqueeze(1)
-    places = (starts.unsqueeze(1) + columns).clamp(max=max(examples.tokens.numel() - 1, 0))
-    inputs = {
-        "input_ids": torch.where(real, examples.tokens[places].long(), pad_id),
-        "attention_mask": real.long(),
-    }
+
+    def cut(flat: Tensor, padding: int) -> Tensor:
+        if int(lengths.min()) == len(columns):  # stretches, many times as fast as single elements
+            return flat.unfold(0, len(columns), 1)[starts]
+        places = (starts.unsqueeze(1) + columns).clamp(max=len(flat) - 1)
+        return flat[places].masked_fill_(~real, padding)
+
+    inputs = {"input_ids": cut(examples.tokens, pad_id).long(), "attention_mask": real.long()}
     if examples.types is not None:
-        inputs["token_type_ids"] = torch.where(real, examples.types[places].long(), 0)
+        inputs["token_type_ids"] = cut(examples.types, 0).long()
     per_token = examples.targets.dtype == torch.uint8
-    targets = _places(examples.targets[places] * real) if per_token else examples.targets[rows]
-    prefix = None if examples.prefix is None else examples.prefix[places[real]]
+    targets = _places(cut(examples.targets, 0)) if per_token else examples.targets[rows]
+    prefix = None
+    if examples.prefix is not None:
+        prefix = examples.prefix[(starts.unsqueeze(1) + columns)[real]]
     return Batch(inputs, lengths, targets, prefix)
 
 
