@@ -15,7 +15,8 @@ from rolora.durable import write_file
 from rolora.report import Run, load_run, primary_metric, summarise
 from rolora.report.figures import DASHES, MARKERS, PALETTE, rendered
 from rolora.report.reading import score
-from rolora.report.summary import by_method, mean_sd, standing
+from rolora.report.standing import standing
+from rolora.report.summary import by_method, mean_sd
 
 PAGE, PICTURE = (Path(__file__).with_name(name) for name in ("demo.md", "demo.png"))
 
@@ -26,11 +27,11 @@ def draw(runs: list[Run]) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True)
     for style, (method, seeds) in enumerate(by_method(runs).items()):
         curves = [run.curve("accuracy") for run in seeds]
-        spread = [mean_sd([point[2] for point in points]) for points in zip(*curves, strict=True)]
+        spread = [mean_sd([p.value for p in points]) for points in zip(*curves, strict=True)]
         mean = [value for value, _ in spread]
         low, high = ([value + sign * (sd or 0) for value, sd in spread] for sign in (-1, 1))
-        for axes, column in ((left, 0), (right, 1)):
-            x = [point[column] for point in curves[0]]
+        for axes, column in ((left, "round"), (right, "up")):
+            x = [getattr(point, column) for point in curves[0]]
             look = {"color": PALETTE[style], "marker": MARKERS[style], "linestyle": DASHES[style]}
             axes.plot(x, mean, label=method, **look)
             axes.fill_between(x, low, high, color=PALETTE[style], alpha=0.15, linewidth=0)

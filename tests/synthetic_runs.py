@@ -61,7 +61,13 @@ def write_run(
         "data": {"train": "train.csv", "test": 0.2},
         "partition": {"scheme": "dirichlet", "clients": clients, "alpha": 0.5},
         "method": {"name": method, **(options or {})},
-        "train": {"rounds": rounds, "participation": 0.5, "local_steps": 5, "lr": lr},
+        "train": {
+            "rounds": rounds,
+            "participation": 0.5,
+            "local_steps": 5,
+            "batch_size": 8,
+            "lr": lr,
+        },
         "eval": {"every": every},
         "provenance": {
             "versions": {"python": "3.11.7", "rolora": "0.1.0", "torch": "2.13.0"},
@@ -139,9 +145,45 @@ def _line(
     }
 
 
+TUNING = {
+    "metric": "accuracy",
+    "rows": "validation rows: 10% of the training rows (data.validation = 0.1); no run trains "
+    "on them",
+    "seeds": [100, 101],
+    "rounds": 20,
+    "methods": [
+        {
+            "method": method,
+            "trials": [
+                {"values": {"train.lr": rate}, "scores": scores, "mean": mean}
+                for rate, scores, mean in (
+                    ("1e-3", [0.41, 0.45], 0.43),
+                    ("5e-3", [0.79, 0.77], 0.78),
+                    ("2e-1", [None, 0.31], None),
+                )
+            ],
+            "best": {"train.lr": "5e-3"},
+            "at_edge": {"train.lr": "smallest"} if method == "fedit" else {},
+        }
+        for method in ("rolora", "ffa_lora", "fedit")
+    ],
+}
+PUBLISHED = {
+    "source": "arXiv:2502.01755, table 1",
+    "setting": "RoBERTa-Large, SST-2, 50 clients, rank 4, 20 local steps",
+    "metric": "accuracy",
+    "unit": "percent",
+    "results": {"rolora": 94.8, "fedit": 93.0, "flexlora": 54.08},
+}
+
+
 def gallery(folder: Path) -> list[Path]:
     """Run folders under ``folder`` and three pages about them; the pages' paths."""
     from rolora.report import write_report
+    from rolora.report.published import Published
+    from rolora.tuning import Tuning
+
+    tuning, published = Tuning.model_validate(TUNING), Published.model_validate(PUBLISHED)
 
     three = [
         write_run(folder / "three" / f"{method}-seed{seed}", method, seed=seed)
@@ -169,7 +211,7 @@ def gallery(folder: Path) -> list[Path]:
         for number, (method, extra) in enumerate(eight.items())
     ]
     return [
-        write_report(three, folder / "three.html"),
+        write_report(three, folder / "three.html", tuning, published),
         write_report([one], folder / "one.html"),
         write_report(many, folder / "eight.html"),
     ]

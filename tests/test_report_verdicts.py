@@ -14,7 +14,7 @@ import tomli_w
 from rolora.errors import ConfigError, DataError
 from rolora.report import load_run, summarise, verdicts, write_report
 from rolora.report.reading import Verdict, cautions
-from rolora.report.summary import standing
+from rolora.report.standing import standing
 
 MEGABYTE = 1_000_000
 

@@ -24,7 +24,6 @@ from rolora import runs
 from rolora.config import load_config
 from rolora.errors import ConfigError
 from rolora.lora import read_adapter
-from rolora.schema import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -250,33 +249,6 @@ def test_the_best_validated_round_is_exported_and_patience_ends_the_run(
     assert (best.round, results[-1].round) == (1, 3)
     exported = read_adapter(run.folder.adapter, run.setup.base.specs)
     assert all(torch.equal(exported[name], best.adapter[name]) for name in exported)
-
-
-def test_compare_gives_each_method_the_same_cohorts_split_and_start(
-    site: Path, tmp_path: Path
-) -> None:
-    config: RunConfig = load_config(site, ["train.rounds=2"])
-    methods, seeds = ["rolora", "fedit", "centralized"], [0, 1]
-    for run in runs.compare(config, methods, seeds, tmp_path / "all"):
-        finish(run)
-    for seed in seeds:
-        found = [lines(tmp_path / "all" / f"{method}-seed{seed}") for method in methods]
-        for one in found[1:]:
-            assert [e["cohort"] for e in one] == [e["cohort"] for e in found[0]]
-            assert one[0]["metrics"] == found[0][0]["metrics"]
-    cohorts = [lines(tmp_path / "all" / f"rolora-seed{s}")[1]["clients"] for s in seeds]
-    assert cohorts[0] != cohorts[1]
-    assert (tmp_path / "all" / "report.html").stat().st_size > 10_000
-
-
-def test_compare_takes_settings_for_one_method_alone(site: Path, tmp_path: Path) -> None:
-    config = load_config(site, ["train.rounds=1"])
-    only = {"fedit": ["train.lr=0.25"]}
-    found = {}
-    for run in runs.compare(config, ["rolora", "fedit"], [0], tmp_path / "rates", only):
-        found[run.setup.config.method.name] = run.setup.config.train.lr
-        finish(run)
-    assert found == {"rolora": 5e-3, "fedit": 0.25}
 
 
 def test_clients_with_their_own_files_and_held_out_rows(site: Path, tmp_path: Path) -> None:

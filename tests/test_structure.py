@@ -57,8 +57,20 @@ LEVELS = (
         "digits",
         "sources",
         "fetch",
+        "variants",
     ),
-    ("methods", "methods.*", "step", "traffic", "catalogue", "base", "data", "report", "report.*"),
+    (
+        "methods",
+        "methods.*",
+        "step",
+        "traffic",
+        "catalogue",
+        "base",
+        "data",
+        "report",
+        "report.*",
+        "tuning",
+    ),
     (
         "tasks.*",
         "local",
@@ -78,9 +90,10 @@ LEVELS = (
     ("federation", "sketch", "plan"),
     ("build",),
     ("runs",),
-    ("flower", "flower.*", "demo", "display"),
+    ("budget", "comparison", "comparison_folder", "queue"),
+    ("flower", "flower.*", "demo", "display", "queue_display", "compare_table"),
     ("printing",),
-    ("cli_demo", "cli_plan", "cli_sites", "cli_theory"),
+    ("cli_compare", "cli_demo", "cli_plan", "cli_sites", "cli_theory"),
     ("cli", "__main__", "__init__"),
 )
 
@@ -101,6 +114,7 @@ FENCES: dict[str, set[str]] = {
     "pyarrow": {"data", "hub", "rows", "columns"},
     "safetensors": {"prefix", "lora", "pixel_network", "store", "record", "wire"},
     "sklearn": {"tasks.classification"},
+    "scipy": {"report.paired"},
     "flwr": {
         "flower.apps",
         "flower.carrier",
@@ -112,11 +126,11 @@ FENCES: dict[str, set[str]] = {
     "cryptography": {"flower.fleet", "flower.keys"},
     "httpx": {"flower.fleet", "flower.node"},
     "uvicorn": {"flower.superlink"},
-    "pydantic": {"config", "schema", "flower.site_config"},
+    "pydantic": {"config", "schema", "flower.site_config", "tuning", "report.published"},
     "tomli_w": {"config", "report.page", "flower.folder", "flower.rehearsal"},
-    "typer": {"cli", "cli_demo", "cli_plan", "cli_sites", "cli_theory"},
-    "rich": {"printing", "display"},
-    "matplotlib": {"report.figures", "report.svg", "report.theory_figure"},
+    "typer": {"cli", "cli_compare", "cli_demo", "cli_plan", "cli_sites", "cli_theory"},
+    "rich": {"printing", "display", "compare_table"},
+    "matplotlib": {"report.figures", "report.svg", "report.forest", "report.theory_figure"},
     "jinja2": {"report.page"},
 }
 TORCH_ALONE = (

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from rolora.method import ServerState as ServerState
     from rolora.method import get_method as get_method
     from rolora.method import method_names as method_names
+    from rolora.queue import compare as compare
     from rolora.reduce import Reducer as Reducer
     from rolora.report import write_report as write_report
     from rolora.rounds import RoundResult as RoundResult
     from rolora.rounds import federate as federate
-    from rolora.runs import compare as compare
     from rolora.runs import evaluate_adapter as evaluate_adapter
     from rolora.runs import resume as resume
     from rolora.runs import start as start
@@ -45,7 +45,7 @@ _HOMES = {
     "RunConfig": "config",
     "ServerState": "method",
     "Update": "adapter",
-    "compare": "runs",
+    "compare": "queue",
     "evaluate_adapter": "runs",
     "federate": "rounds",
     "get_method": "method",

@@ -109,7 +109,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     _refuse_quorum(config, len(rows.shards))
     notes: tuple[str, ...] = ()
     if base is None:
-        base, notes = load_in_dtype(config, rows.test, labels)
+        base, notes = load_in_dtype(config, measured(config, rows)[0], labels)
     task = make_task(config, base, labels)
     encoded = _encode(config, base, task, rows)
     gradient = None
@@ -174,18 +174,27 @@ def load_in_dtype(
     return base, notes
 
 
+def measured(config: RunConfig, rows: Rows) -> tuple[Any, str]:
+    """The rows that ``metrics`` are of (``eval.rows``), and where they are from."""
+    if config.eval.rows == "validation":
+        return rows.validation, _source(config.data.validation, config)
+    return rows.test, _source(config.data.test, config)
+
+
 def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
     examples = task.encode(rows.train, config.data.train)
-    test = task.encode_test(rows.test, _source(config.data.test, config))
-    validation = None
-    if rows.validation is not None:
-        validation = task.encode_test(rows.validation, _source(config.data.validation, config))
+    test = task.encode_test(*measured(config, rows))
     notes = _notes(config, rows, examples, test)
     if config.train.cache and revisits(config, [len(shard) for shard in rows.shards.values()]):
         folder = config.root / Path(config.train.cache).expanduser()
         examples, note = kept_below(base, examples, folder)
         test, _ = kept_below(base, test, folder)
         notes += (note,) if note else ()
+    validation = None
+    if config.eval.rows == "validation":
+        validation = test
+    elif rows.validation is not None:
+        validation = task.encode_test(rows.validation, _source(config.data.validation, config))
     return Encoded(examples, test, validation, notes)
 
 
@@ -237,7 +246,7 @@ def _notes(config: RunConfig, rows: Rows, examples: Examples, test: Examples) ->
     notes = [rows.split.note] if rows.split.note else []
     if rows.split.dropped:
         notes.append(f"{rows.split.dropped} training rows belong to no client and are left out")
-    for what, encoded in (("training", examples), ("test", test)):
+    for what, encoded in (("training", examples), (config.eval.rows, test)):
         if encoded.truncated:
             notes.append(
                 f"{encoded.truncated} of {len(encoded)} {what} rows are longer than "

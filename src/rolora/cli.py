@@ -15,11 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
+from rolora.cli_compare import compare
 from rolora.cli_demo import demo, fetch
 from rolora.cli_plan import plan
 from rolora.cli_sites import across_sites, doctor, federation, site
 from rolora.cli_theory import theory
-from rolora.errors import EXIT_CODES, ConfigError, RoloraError
+from rolora.errors import EXIT_CODES, RoloraError
 from rolora.printing import out_console, print_json, print_methods, print_results, print_runs
 
 app = typer.Typer(
@@ -83,38 +84,7 @@ def resume(
     _follow(resumed, json)
 
 
-@app.command()
-def compare(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    methods: Annotated[str, typer.Option(help="comma-separated")] = "rolora,ffa_lora,fedit",
-    seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
-    out: Annotated[Path | None, typer.Option(help="default: runs/NAME-compare")] = None,
-    json: Json = False,
-) -> None:
-    """Run several methods and seeds on the same rows, cohorts and batches, and compare them.
-
-    An override may be for one method alone: fedit:train.lr=1e-3
-    """
-    from rolora import runs
-    from rolora.config import load_config
-    from rolora.display import follow
-
-    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
-        raise ConfigError(f"--seeds {seeds!r}: give whole numbers with commas, such as 0,1,2")
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    only = {name: _meant_for(name, overrides or []) for name in names}
-    for_all = [text for text in overrides or [] if ":" not in text.partition("=")[0]]
-    settings = load_config(config, for_all)
-    path = out or Path("runs") / f"{settings.name}-compare"
-    done = []
-    chosen = [int(seed) for seed in seeds.split(",")]
-    for one in runs.compare(settings, names, chosen, path, only):
-        follow(one, one.folder.path.name)
-        done.append(one.folder.path)
-    print_runs(done, json)
-    if not json:
-        out_console.print(f"\nreport   {path / 'report.html'}", markup=False)
+app.command()(compare)
 
 
 @app.command()
@@ -218,11 +188,6 @@ app.add_typer(federation, name="federation")
 app.command()(doctor)
 
 
-def _meant_for(method: str, overrides: list[str]) -> list[str]:
-    """The overrides that are written METHOD:key=value for this method, without the prefix."""
-    return [text.removeprefix(f"{method}:") for text in overrides if text.startswith(f"{method}:")]
-
-
 def _where(on: str | None) -> list[str]:
     """The override that ``--on`` stands for; a folder is named from here, not from the config."""
     if on is None:
@@ -252,7 +217,8 @@ def main() -> None:
     except RoloraError as error:
         _leave(str(error), error.exit_code)
     except Interrupted:
-        _leave("interrupted; finished rounds are saved, go on with: rolora resume RUN", 130)
+        how = "the same command" if "compare" in sys.argv[1:2] else "rolora resume RUN"
+        _leave(f"interrupted; finished rounds are saved, go on with: {how}", 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         hint = "; free some, then: rolora resume RUN" if error.errno == errno.ENOSPC else ""

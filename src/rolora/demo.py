@@ -12,7 +12,8 @@ from rolora.config import load_config
 from rolora.durable import write_file
 from rolora.fetch import fetch
 from rolora.lora import read_adapter
-from rolora.runs import Run, compare
+from rolora.queue import compare
+from rolora.runs import Run
 from rolora.schema import RunConfig
 from rolora.tasks.generation import generate
 

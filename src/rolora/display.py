@@ -51,7 +51,19 @@ class Watched:
         return self.engine.evaluate(method, server, clients)
 
 
-def follow(run: Run, title: str) -> RoundResult | None:
+@dataclass(frozen=True)
+class Overall:
+    """Where a run stands among others: ``done`` of ``of`` are behind it.
+
+    ``after`` is told of each round and says how long all of them will take; it may raise, to stop.
+    """
+
+    done: int
+    of: int
+    after: Callable[[RoundResult], str]
+
+
+def follow(run: Run, title: str, overall: Overall | None = None) -> RoundResult | None:
     """Run to the end, showing each round; returns the last one (None if there was none to do)."""
     for note in run.notes:
         console.print(f"note: {note}", markup=False)
@@ -59,7 +71,7 @@ def follow(run: Run, title: str) -> RoundResult | None:
     left = federation.rounds - run.state.server.round
     sent = Sent()
     last: RoundResult | None = None
-    with _bar(title, left) as (advance, tick):
+    with _bar(title, left, overall) as (advance, tick):
         started = time.monotonic()
         done = 0
         for result in run.rounds(lambda engine: Watched(engine, tick)):
@@ -67,7 +79,8 @@ def follow(run: Run, title: str) -> RoundResult | None:
             sent = sent.plus(result)
             done += result.advanced and result.round > 0
             pace = (time.monotonic() - started) / done if done else 0.0
-            advance(describe(result, federation.rounds, sent, pace * (left - done)))
+            text = describe(result, federation.rounds, sent, pace * (left - done))
+            advance(text, overall.after(result) if overall else "")
     return last
 
 
@@ -100,7 +113,7 @@ def describe(result: RoundResult, rounds: int, sent: Sent, seconds_left: float) 
     if result.rejected:
         parts.append(f"rejected {len(result.rejected)}: {_first(result.rejected.items())}")
     parts.append(f"sent {sent.up / 1e6:.2f} MB up, {sent.down / 1e6:.2f} MB down")
-    parts.append(f"{_clock(seconds_left)} left")
+    parts.append(f"{clock(seconds_left)} left")
     return "   ".join(parts)
 
 
@@ -114,38 +127,48 @@ def _first(items: Iterable[tuple[str, str]]) -> str:
     return f"{client} ({reason})"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """'12:05', or '1:12:05' where it is hours."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @contextlib.contextmanager
-def _bar(title: str, rounds: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """``advance(line)`` after a round, ``tick()`` after a client; a bar only on a terminal."""
+def _bar(
+    title: str, rounds: int, overall: Overall | None
+) -> Iterator[tuple[Callable[[str, str], None], Callable[[], None]]]:
+    """``advance(line, of all runs)`` after a round, ``tick()`` after a client; bars only on a
+    terminal."""
     if not console.is_terminal:
-        yield (lambda text: console.print(f"{title}: {text}", markup=False)), (lambda: None)
+        yield (lambda text, _: console.print(f"{title}: {text}", markup=False)), (lambda: None)
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("rounds   {task.fields[clients]} updates in this round"),
+        TextColumn("{task.fields[said]}"),
     )
+    updates = "rounds   {} updates in this round"
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=rounds, clients=0)
+        task = progress.add_task(title, total=rounds, said=updates.format(0))
+        if overall:
+            total = progress.add_task("all", total=overall.of, completed=overall.done, said="runs")
         count = 0
 
-        def advance(text: str) -> None:
+        def advance(text: str, said: str) -> None:
             nonlocal count
             count = 0
             console.print(Text.assemble((title, "bold"), f": {text}"))
             finished = 0 if text.startswith("before") or "no quorum" in text else 1
-            progress.update(task, advance=finished, clients=0)
+            progress.update(task, advance=finished, said=updates.format(0))
+            if overall:
+                progress.update(total, said=f"runs   {said}")
 
         def tick() -> None:
             nonlocal count
             count += 1
-            progress.update(task, clients=count)
+            progress.update(task, said=updates.format(count))
 
         yield advance, tick
 

@@ -34,12 +34,19 @@ class NoQuorum(RoloraError):
     exit_code = 4
 
 
+class BudgetSpent(RoloraError):
+    """A comparison has used up the time it was given; it can be resumed (exit code 5)."""
+
+    exit_code = 5
+
+
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "failed while running",
     2: "bad usage or configuration",
     3: "bad data",
     4: "no quorum (resumable)",
+    5: "budget spent (resumable)",
     130: "interrupted (resumable)",
 }
 

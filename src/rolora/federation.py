@@ -34,8 +34,11 @@ def federation_of(
 ) -> Federation:
     """The run that a configuration describes, on this engine.
 
-    ``score`` (examples, rows to answer, adapter) gives the metrics of an adapter.
+    ``score`` (examples, rows to answer, adapter) gives the metrics of an adapter. ``validation``
+    may be the very same examples as ``test``; they are then measured once.
     """
+    tested = partial(score, test, config.eval.generate)
+    validated = None if validation is None else partial(score, validation, 0)
     return Federation(
         method=method,
         engine=engine,
@@ -48,8 +51,8 @@ def federation_of(
         lr=_schedule(config),
         participation=config.train.participation,
         metric=_metric(config, task),
-        test=partial(score, test, config.eval.generate),
-        validation=None if validation is None else partial(score, validation, 0),
+        test=tested,
+        validation=tested if validation is test else validated,
         per_client=per_client,
         eval_every=config.eval.every,
         patience=config.eval.patience,

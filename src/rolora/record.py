@@ -76,6 +76,21 @@ class RunFolder:
         """The PEFT adapter folder that a finished run leaves."""
         return self.path / "adapter"
 
+    @property
+    def report(self) -> Path:
+        """The page about a finished run: the last thing that a run writes."""
+        return self.path / "report.html"
+
+    @property
+    def diverged(self) -> Path:
+        """One line on where training became NaN or infinite; not there if it never did."""
+        return self.path / "diverged.txt"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do: the run is finished, or it diverged."""
+        return self.report.is_file() or self.diverged.is_file()
+
     @classmethod
     def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
         """A new run folder. ConfigError if anything stands at ``path``: nothing is overwritten."""
@@ -135,6 +150,10 @@ class RunFolder:
             sync(self.rounds)
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             _remove(old)
+
+    def mark_diverged(self, why: str) -> None:
+        """Say that training cannot go on, and why."""
+        write_file(self.diverged, f"{why}\n")
 
     def rewrite_config(self, config: str) -> None:
         """Replace the configuration, as when a run is given more rounds."""

@@ -231,7 +231,10 @@ def _evaluated(
         metrics = _mean([one.test for one in found if one.test])
     if run.test is not None and not metrics:
         metrics = run.test(server.adapter)
-    validation = run.validation(server.adapter) if run.validation is not None else {}
+    validation: Metrics = {}
+    if run.validation is not None:
+        same = run.validation is run.test  # the same rows are measured once
+        validation = metrics if same else run.validation(server.adapter)
     if validation and run.metric not in validation:
         raise ConfigError(
             f"metric {run.metric!r} is none of what validation measures: {', '.join(validation)}"

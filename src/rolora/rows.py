@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +85,16 @@ def load_rows(config: RunConfig) -> Rows:
             held_out[client] = kept
     label = config.data.label if config.data.label in train.column_names else None
     return Rows(train, test, validation, split, shards, held_out, label)
+
+
+def digest(rows: Rows) -> str:
+    """A hash of all rows, whatever the split."""
+    found = hashlib.sha256()
+    for table in (rows.train, rows.test, rows.validation):
+        for row in table.to_pylist() if table is not None else ():
+            found.update(json.dumps(row, default=str).encode())
+        found.update(b"|")
+    return found.hexdigest()[:32]
 
 
 def hold_out(rows: Tensor, share: float, seed: int, client: str) -> tuple[Tensor, Tensor]:

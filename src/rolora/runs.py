@@ -1,4 +1,4 @@
-"""Start, resume, compare and evaluate runs: the library behind the commands.
+"""Start, resume and evaluate runs: the library behind the commands.
 
 >>> import rolora
 >>> config = rolora.load_config("questions.toml")           # doctest: +SKIP
@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from typing import Any
 import torch
 
 from rolora import data
-from rolora.base import Base
 from rolora.build import Setup, prepare
 from rolora.config import config_hash, dump_config, load_config, make_config, read_toml
-from rolora.configured import load_base_for, make_method, make_task
+from rolora.configured import load_base_for, make_task
 from rolora.engine import Engine
 from rolora.errors import ConfigError
-from rolora.local import evaluate
+from rolora.local import NonFiniteLoss, evaluate
 from rolora.lora import read_adapter, save_adapter
 from rolora.record import RunFolder
 from rolora.report import write_report
@@ -52,22 +50,26 @@ class Run:
         """Train; each round is on disk before it is yielded.
 
         At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
-        updates as they arrive.
+        updates as they arrive. A loss that is not finite ends the run, and its folder says so.
         """
         federation = replace(self.setup.federation, engine=watch(self.setup.federation.engine))
         with self.folder.locked():
             state = self.state
-            for result in federate(federation, state):
-                self.folder.commit(result)
-                state = result.state
-                yield result
+            try:
+                for result in federate(federation, state):
+                    self.folder.commit(result)
+                    state = result.state
+                    yield result
+            except NonFiniteLoss as error:
+                self.folder.mark_diverged(str(error))
+                raise
             self._finish(state)
 
     def _finish(self, state: RunState) -> None:
         """Write the adapter of the best validated round (of the last, without validation)."""
         adapter = state.best.adapter if state.best else state.server.adapter
         base = self.setup.base
-        config = _pinned(self.setup.config, _chosen(self.setup))
+        config = pinned(self.setup.config, _chosen(self.setup))
         notes = {
             "rolora": version("rolora"),
             "round": state.best.round if state.best else state.server.round,
@@ -76,7 +78,7 @@ class Run:
             "config": config.model_dump(mode="json", exclude_none=True),
         }
         save_adapter(self.folder.adapter, adapter, base.peft_config, base.model.config, notes)
-        write_report([self.folder.path], self.folder.path / "report.html")
+        write_report([self.folder.path], self.folder.report)
 
 
 Build = Callable[[RunConfig, Path], Setup]
@@ -117,7 +119,7 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = prepare) 
         overrides = [] if rounds is None else [f"train.rounds={rounds}"]
         config = load_config(folder.config, overrides)
         torch.set_num_threads(origin["threads"])
-        setup = build(_pinned(config, origin), folder.clients)
+        setup = build(pinned(config, origin), folder.clients)
         now = provenance(setup)
         for key, what in _SAME.items():
             if now[key] != origin[key]:
@@ -134,54 +136,6 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = prepare) 
         if now[key] != origin[key]:
             notes.append(f"the {what} differs from the start of the run, so the last bits may too")
     return Run(setup, folder, state, (*setup.notes, *notes))
-
-
-def compare(
-    config: RunConfig,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    out: str | Path | None = None,
-    only: Mapping[str, Sequence[str]] | None = None,
-) -> Iterator[Run]:
-    """One run per seed and method in ``out/METHOD-seedN``, on the same rows, cohorts and batches.
-
-    ``only`` maps a method to overrides for it alone, such as the learning rate it was tuned to.
-
-    Yields each run before it is started; iterate its ``rounds()``. When the last one is done,
-    ``out/report.html`` compares them all. The base model is loaded once.
-    """
-    path = Path(out) if out is not None else Path("runs") / f"{config.name}-compare"
-    if path.exists():
-        raise ConfigError(f"{path} exists and is never overwritten: name another with --out")
-    if config.federation.on:
-        raise ConfigError(
-            "compare runs on this machine alone: leave out federation.on, or start each method "
-            "with rolora run"
-        )
-    if not methods or not seeds:
-        raise ConfigError("compare needs at least one method and one seed")
-    variants = [
-        make_config(_variant(config, method, seed), (only or {}).get(method, ()), root=config.root)
-        for seed in seeds
-        for method in methods
-    ]
-    for variant in variants:
-        make_method(variant)  # what one of them refuses, it refuses before the first has run
-    base: Base | None = None
-    folders = []
-    for variant in variants:
-        folder = path / f"{variant.method.name}-seed{variant.seed}"
-        run = start(variant, folder, partial(prepare, base=base))
-        base = run.setup.base
-        folders.append(folder)
-        yield run
-    write_report(folders, path / "report.html")
-
-
-def _variant(config: RunConfig, method: str, seed: int) -> dict[str, Any]:
-    values = config.model_dump(mode="json", exclude_none=True)
-    options = values["method"] if config.method.name == method else {"name": method}
-    return {**values, "method": options, "seed": seed}
 
 
 def evaluate_adapter(path: str | Path, source: str, model: str | None = None) -> dict[str, float]:
@@ -255,8 +209,8 @@ def _chosen(setup: Setup) -> dict[str, Any]:
     return {"bank": setup.bank, "dtype": dtype}
 
 
-def _pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
-    """The configuration with what the machine chose at the start written in."""
+def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
+    """The configuration with what ``origin``'s machine chose for bank and dtype written in."""
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})

@@ -200,6 +200,9 @@ class EvalConfig(Section):
     every: int = Field(5, ge=1, description="rounds; the first and last are always evaluated")
     generate: int = Field(0, ge=0, description="causal_lm: test rows answered for exact_match")
     metric: str | None = Field(None, description="of the best round; left out: the task's own")
+    rows: Literal["test", "validation"] = Field(
+        "test", description="measured as metrics; validation: test rows are not looked at"
+    )
     patience: int | None = Field(None, ge=1, description="evaluations without gain before a stop")
 
 
@@ -260,6 +263,8 @@ class RunConfig(Section):
                 )
         if self.partition.scheme == "by_field" and self.partition.field is None:
             raise ValueError("partition.scheme = 'by_field' needs partition.field, a column's name")
+        if self.eval.rows == "validation" and self.data.validation is None:
+            raise ValueError("eval.rows = 'validation' needs data.validation")
         if self.eval.patience is not None and self.data.validation is None:
             raise ValueError("eval.patience needs data.validation (early stop never uses the test)")
         return self

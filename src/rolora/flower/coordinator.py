@@ -49,6 +49,8 @@ def prepare_remote(
     validation = None
     if where.validation is not None:
         validation = task.encode_test(read(where.validation, split="validation"), where.validation)
+    if config.eval.rows == "validation" and validation is not None:
+        test = validation
     engine = Remote(roster, config, base, tuple(labels))
     members = engine.clients()
     return Setup(

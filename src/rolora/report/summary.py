@@ -1,4 +1,4 @@
-"""What run folders say: one row a method, and who is ahead at an equal budget."""
+"""What run folders say: curves of each run, and one row a method."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from rolora.errors import ConfigError, DataError
 from rolora.tasks import HIGHER_IS_BETTER
 
 METRICS = ("accuracy", "choice_accuracy", "exact_match", "perplexity", "loss")
 MEGABYTE = 1e6  # bytes
-
-Axis = Literal["rounds", "megabytes"]
-Point = tuple[int, float, float]
 
 _ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {
     "round": int,
@@ -34,12 +31,27 @@ _ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class Point(NamedTuple):
+    """A metric's ``value`` after a round, and what all clients had spent on it by then.
+
+    ``up`` and ``down`` are megabytes (10⁶ bytes); ``rows`` counts training rows through the model,
+    a row as often as it was trained on (0 where a run does not say).
+    """
+
+    round: float
+    up: float
+    down: float
+    rows: float
+    value: float
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """What one run folder holds.
 
     ``method`` is the method's name with its options; ``config`` is nested as in the TOML;
-    ``rounds`` are the lines of ``rounds.jsonl`` in order.
+    ``rounds`` are the lines of ``rounds.jsonl`` in order; ``diverged`` says where training became
+    NaN or infinite, if it did.
     """
 
     path: Path
@@ -50,6 +62,7 @@ class Run:
     provenance: dict[str, Any]
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
+    diverged: str | None = None
 
     @property
     def label(self) -> str:
@@ -57,13 +70,32 @@ class Run:
         return "/".join(self.path.parts[-2:])
 
     def curve(self, metric: str) -> list[Point]:
-        """(round, megabytes sent up so far, value) of every evaluated round."""
-        sent = accumulate(line["bytes_up"] for line in self.rounds)
+        """Every evaluated round."""
+        batch = self.config.get("train", {}).get("batch_size")
+        up = accumulate(line["bytes_up"] for line in self.rounds)
+        down = accumulate(line["bytes_down"] for line in self.rounds)
+        rows = accumulate(trained_rows(line.get("clients", {}), batch) for line in self.rounds)
+        spent = zip(self.rounds, up, down, rows, strict=True)
         return [
-            (line["round"], total / MEGABYTE, line["metrics"][metric])
-            for line, total in zip(self.rounds, sent, strict=True)
+            Point(line["round"], u / MEGABYTE, d / MEGABYTE, n, line["metrics"][metric])
+            for line, u, d, n in spent
             if metric in line["metrics"]
         ]
+
+
+def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | None) -> int:
+    """Rows that the clients of a round trained on: whole passes over the shard, and a part of one.
+
+    Each pass ends with a short batch (see ``rolora.local.batches``). 0 if ``batch_size`` is None.
+    """
+    total = 0
+    if batch_size is None:
+        return total
+    for client in clients.values():
+        shard, steps = int(client["num_examples"]), int(client.get("steps", 0))
+        passes, left = divmod(steps, math.ceil(shard / batch_size))
+        total += passes * shard + min(left * batch_size, shard)
+    return total
 
 
 @dataclass(frozen=True)
@@ -72,7 +104,8 @@ class Row:
 
     ``final`` is the metric at the last evaluated round, ``best`` at its best round, ``final_sd``
     the sample standard deviation (None for a single run). Megabytes are 10⁶ bytes over the whole
-    run and all clients; ``aggregation_error`` is the mean over rounds (None where unknown).
+    run and all clients; ``trained_rows`` as in ``Point``; ``aggregation_error`` is the mean over
+    rounds (None where unknown).
     """
 
     method: str
@@ -85,33 +118,9 @@ class Row:
     rounds: int
     megabytes_up: float
     megabytes_down: float
+    trained_rows: float
     aggregation_error: float | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class Place:
-    """A method at a common budget: mean and sample sd of the metric over its seeds."""
-
-    method: str
-    mean: float
-    sd: float | None
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Methods at the largest budget that every run has reached, best first.
-
-    ``references`` are methods that send nothing, such as training alone or on all rows in one
-    place: they compete with no federated method, and have no place on the megabytes axis.
-    ``late`` are methods that were first evaluated beyond the budget.
-    """
-
-    axis: Axis
-    budget: float
-    places: tuple[Place, ...]
-    references: tuple[Place, ...]
-    late: tuple[str, ...]
 
 
 def load_run(path: str | Path) -> Run:
@@ -135,7 +144,9 @@ def load_run(path: str | Path) -> Run:
     if options:
         method += f" ({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
     rounds = tuple(_read_rounds(files[1]))
-    return Run(folder, name, method, seed, config, provenance, rounds, partition)
+    marker = folder / "diverged.txt"
+    diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
+    return Run(folder, name, method, seed, config, provenance, rounds, partition, diverged)
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
@@ -153,6 +164,14 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
         if not all(isinstance(value, int | float) for value in line["metrics"].values()):
             raise DataError(f"{where}: a metric is not a number")
         yield line
+
+
+def sound(runs: Sequence[Run]) -> list[Run]:
+    """The runs that did not diverge. DataError if all of them did."""
+    found = [run for run in runs if run.diverged is None]
+    if runs and not found:
+        raise DataError(f"every run diverged, {runs[0].path} like the others: {runs[0].diverged}")
+    return found
 
 
 def primary_metric(runs: Sequence[Run]) -> str:
@@ -216,7 +235,8 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def _row(method: str, runs: Sequence[Run], metric: str) -> Row:
-    values = [[value for _, _, value in run.curve(metric)] for run in runs]
+    curves = [run.curve(metric) for run in runs]
+    values = [[point.value for point in curve] for curve in curves]
     final, sd = mean_sd([each[-1] for each in values])
     best = [max(each, key=lambda value: better(metric, value)) for each in values]
     lines = [line for run in runs for line in run.rounds]
@@ -232,6 +252,7 @@ def _row(method: str, runs: Sequence[Run], metric: str) -> Row:
         rounds=max(line["round"] for line in lines),
         megabytes_up=sum(line["bytes_up"] for line in lines) / MEGABYTE / len(runs),
         megabytes_down=sum(line["bytes_down"] for line in lines) / MEGABYTE / len(runs),
+        trained_rows=statistics.fmean(curve[-1].rows for curve in curves),
         aggregation_error=statistics.fmean(errors) if errors else None,
         seconds=sum(line["seconds"] for line in lines) / len(runs),
     )
@@ -241,44 +262,3 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; None for one value, or where one is not finite."""
     many = len(values) > 1 and all(map(math.isfinite, values))
     return statistics.fmean(values), statistics.stdev(values) if many else None
-
-
-def standing(runs: Sequence[Run], metric: str, axis: Axis) -> Standing | None:
-    """Who is ahead at the largest budget that all runs have reached; None if there is no such.
-
-    Between two evaluated rounds the metric is interpolated linearly.
-    """
-    groups = by_method(runs)
-    silent = {m for m, own in groups.items() if not any(run.curve(metric)[-1][1] for run in own)}
-    column = 0 if axis == "rounds" else 1
-    curves = {
-        method: [[(float(point[column]), point[2]) for point in run.curve(metric)] for run in own]
-        for method, own in groups.items()
-        if axis == "rounds" or method not in silent
-    }
-    budget = min((curve[-1][0] for own in curves.values() for curve in own), default=0.0)
-    if budget == 0:
-        return None
-    started = {m: own for m, own in curves.items() if all(curve[0][0] <= budget for curve in own)}
-    places = [
-        Place(method, *mean_sd([_interpolate(curve, budget) for curve in own]))
-        for method, own in started.items()
-    ]
-    places.sort(key=lambda place: better(metric, place.mean), reverse=True)
-    return Standing(
-        axis,
-        budget,
-        tuple(place for place in places if place.method not in silent),
-        tuple(place for place in places if place.method in silent),
-        tuple(method for method in curves if method not in started),
-    )
-
-
-def _interpolate(curve: Sequence[tuple[float, float]], x: float) -> float:
-    """The value at ``x``, which lies between the first and the last point of ``curve``."""
-    after = next(point for point in curve if point[0] >= x)
-    before = next(point for point in reversed(curve) if point[0] <= x)
-    if after[0] <= before[0]:
-        return before[1]
-    share = (x - before[0]) / (after[0] - before[0])
-    return before[1] + share * (after[1] - before[1])
