@@ -14,7 +14,7 @@ from states import make_specs, random_state, same
 from torch import Tensor
 
 from rolora.draws import generator
-from rolora.wire import Format, Tensors, WireError, decode, encode, num_bytes
+from rolora.wire import Format, Tensors, WireError, body_bytes, decode, encode, num_bytes
 
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
 BLOCKS = {"int8": (128, 127), "int4": (32, 7)}
@@ -203,6 +203,94 @@ def test_the_residual_is_what_was_wanted_less_what_arrived(format: Format) -> No
     assert kept.keys() == {"x"}
     assert torch.equal(kept["x"], trained["x"] + before["x"] - arrived)
     assert float(kept["x"].abs().max()) > 0
+
+
+# sparse payloads
+
+DOWN, UP, HEAD = "x.lora_A.weight", "x.lora_B.weight", "score.bias"
+HELD = {DOWN: normal((3, 5), DOWN), UP: normal((7, 10), UP), HEAD: normal((4,), HEAD)}
+ROW, COLUMNS = 1, (0, 8, 9)
+
+
+def few_moved() -> dict[str, Tensor]:
+    """One row of lora_A and three columns of lora_B have moved, and the head has not."""
+    trained = {name: tensor.clone() for name, tensor in HELD.items()}
+    trained[DOWN][ROW, 2] += 1.0
+    trained[UP][:, COLUMNS] += normal((7, 3), "moved")
+    return trained
+
+
+@every_format
+def test_of_a_sparse_upload_the_moved_pieces_travel_and_the_others_arrive_as_they_were(
+    format: Format,
+) -> None:
+    trained = few_moved()
+    payload, _ = encode(format, trained, HELD, {}, sparse=True)
+    arrived = decode(format, payload, HELD, sparse=True)
+    dense = decode(format, encode(format, trained, HELD, {})[0], HELD)
+    assert torch.equal(arrived[HEAD], HELD[HEAD])
+    still = [column for column in range(10) if column not in COLUMNS]
+    assert torch.equal(arrived[UP][:, still], HELD[UP][:, still])
+    assert torch.equal(arrived[DOWN][[0, 2]], HELD[DOWN][[0, 2]])
+    for name, tensor in dense.items():
+        assert torch.allclose(arrived[name], tensor, rtol=0, atol=0.3 if format == "int4" else 0.05)
+    if format == "fp32":
+        assert same(arrived, trained)
+    # a bit for each of 3 rows, 10 columns and 1 head; then the elements of what moved
+    pieces = num_bytes(format, {"row": torch.zeros(5)}) + num_bytes(format, {"b": torch.zeros(21)})
+    assert body_bytes(payload) == 1 + 2 + 1 + pieces
+    ((_, body),) = load(payload).items()
+    assert body.numel() == body_bytes(payload)
+
+
+@every_format
+def test_a_sparse_upload_of_everything_costs_a_bit_a_piece_more_than_a_dense_one(
+    format: Format,
+) -> None:
+    trained = {name: tensor + 1.0 for name, tensor in HELD.items()}
+    sparse, dense = (encode(format, trained, HELD, {}, sparse=how)[0] for how in (True, False))
+    assert body_bytes(sparse) == body_bytes(dense) + 4
+    assert same(
+        decode(format, sparse, HELD, sparse=True),
+        {**decode(format, dense, HELD), UP: decode(format, sparse, HELD, sparse=True)[UP]},
+    )
+
+
+@blockwise
+def test_the_residual_of_a_piece_that_does_not_travel_waits_as_it_is(format: Format) -> None:
+    before = {UP: normal((7, 10), "kept", scale=1e-2)}
+    payload, kept = encode(format, few_moved(), HELD, before, sparse=True)
+    arrived = decode(format, payload, HELD, sparse=True)[UP]
+    still = [column for column in range(10) if column not in COLUMNS]
+    assert torch.equal(kept[UP][:, still], before[UP][:, still])
+    missed = few_moved()[UP] - HELD[UP] + before[UP] - (arrived - HELD[UP])
+    assert torch.allclose(kept[UP], missed, rtol=0, atol=1e-6)
+
+
+@every_format
+def test_a_sparse_payload_whose_bits_fit_neither_its_length_nor_its_kind_is_refused(
+    format: Format,
+) -> None:
+    payload = bytearray(encode(format, few_moved(), HELD, {}, sparse=True)[0])
+    start = len(payload) - body_bytes(bytes(payload))
+    lies = [
+        bytes(payload[:start]),
+        b"",
+        bytes(payload[:9]),
+        bytes(payload[:-1]),
+        bytes(payload[8:]),
+    ]
+    for at in range(start, start + 4):
+        lie = bytearray(payload)
+        lie[at] ^= 1
+        lies.append(bytes(lie))
+    for lie in lies:
+        with pytest.raises(WireError, match="the payload"):
+            decode(format, lie, HELD, sparse=True)
+    with pytest.raises(WireError, match="the payload"):
+        decode(format, bytes(payload), HELD)
+    with pytest.raises(WireError, match="the payload"):
+        decode(format, encode(format, few_moved(), HELD, {})[0], HELD, sparse=True)
 
 
 # what is refused
