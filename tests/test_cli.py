@@ -96,6 +96,49 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
         assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("lora.rank=[2,4]", "rolora averages factors of one rank: give lora.rank as one number"),
+        ("method.name=flexlora aggregate.optimizer=fedavgm", "which flexlora has not: leave it"),
+        ("method.name=local aggregate.optimizer=fedadam", "which local has not: leave it out"),
+        ("method.b_rounds=0", "b_rounds is at least 1, not 0"),
+        ("method.alternate=0", "alternate is at least 1, not 0"),
+        ("method.alternate=-4", "alternate is at least 1, not -4"),
+        ("method.b_round=2", "unknown key 'method.b_round': did you mean 'b_rounds'?"),
+        ("method.name=fedit method.b_rounds=2", "method 'fedit' has no options"),
+        ("method.name=ravan method.heads=3", "heads = 3 does not divide lora.rank = 2"),
+        ("method.name=ravan method.heads=0", "heads = 0 does not divide lora.rank = 2"),
+        ("method.name=hetlora method.gamma=0", "gamma lies in (0, 1], not 0.0"),
+        ("method.name=hetlora method.gamma=1.5", "gamma lies in (0, 1], not 1.5"),
+        ("method.name=lora_a2 method.keep=0", "keep lies in (0, 1], not 0.0"),
+        ("method.name=lora_a2 method.keep=2", "keep lies in (0, 1], not 2.0"),
+        ("method.name=fedmomentum method.energy=0", "energy lies in (0, 1], not 0.0"),
+        ("method.name=fedmomentum method.energy=1.1", "energy lies in (0, 1], not 1.1"),
+        ("method.name=fedrot_lora method.softness=2", "softness lies in [0, 1], not 2.0"),
+        ("method.name=lora_fair method.ridge=-1", "ridge is at least 0, not -1.0"),
+        ("method.name=la_lora train.local_steps=1", "train.local_steps is at least 2"),
+        ("train.b_lr_ratio=0", "train.b_lr_ratio: Input should be greater than 0"),
+        ("aggregate.server_lr=-1", "aggregate.server_lr: Input should be greater than 0"),
+    ],
+)
+def test_what_a_method_or_the_server_cannot_do_is_refused_in_one_line_with_code_2(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: str,
+    said: str,
+) -> None:
+    out = tmp_path / "out"
+    code, _, err = rolora(monkeypatch, capsys, "run", site, *changes.split(), "--out", out)
+    last = [text for text in err.splitlines() if text.startswith("rolora:")]
+    assert (code, len(last)) == (2, 1), err
+    assert said in last[0]
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
 def test_per_client_files_with_an_empty_one_name_it(
     site: Path,
     tmp_path: Path,

@@ -22,6 +22,7 @@ from tiny_site import write_rows
 from typer.main import get_command
 
 from rolora import cli
+from rolora.catalogue import describe_methods
 from rolora.config import make_config
 from rolora.method import method_names
 from rolora.schema import RunConfig
@@ -189,8 +190,30 @@ def test_every_file_that_the_tree_of_the_readme_names_exists() -> None:
 
 
 def test_the_readme_lists_every_method_and_no_other() -> None:
-    table = section(ROOT / "README.md", "Methods")
-    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == method_names()
+    rows = re.findall(r"^\| .* \| (.*) \|$", section(ROOT / "README.md", "Methods"), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == method_names()
+
+
+def test_the_table_of_the_page_on_methods_is_the_one_read_off_the_methods() -> None:
+    page = ROOT / "docs" / "methods.md"
+    assert script("docs/make_methods.py").page(page.read_text()) == page.read_text()
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_has_a_section_with_its_paper_its_rule_and_each_option_and_default(
+    name: str,
+) -> None:
+    text = (ROOT / "docs" / "methods.md").read_text()
+    assert text.count(f"\n### {name}\n") == 1
+    its = re.split(r"\n##", text.partition(f"\n### {name}\n")[2])[0]
+    (row,) = (row for row in describe_methods() if row.name == name)
+    assert f"](https://arxiv.org/abs/{row.paper.removeprefix('arXiv:')})" in its
+    assert len(re.findall(r"^```\n.+?^```$", its, re.DOTALL | re.MULTILINE)) == 1
+    said = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|left out) \|", its, re.MULTILINE))
+    options = dict(option.split("=") for option in row.options)
+    toml = {"None": "", "True": "true", "False": "false"}
+    assert said == {k: toml.get(v, v.replace("'", '"')) for k, v in options.items()}
+    assert ("No options." in its) == (not options)
 
 
 @pytest.mark.slow

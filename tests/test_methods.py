@@ -19,7 +19,7 @@ from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
 from rolora.adapter import ClientInfo, Roles, Update, role_of
-from rolora.catalogue import MethodRow, describe_methods
+from rolora.catalogue import describe_methods
 from rolora.draws import generator
 from rolora.engine import POOL, InProcess, Job
 from rolora.errors import ConfigError
@@ -353,62 +353,7 @@ def test_a_frozen_head_is_neither_trained_nor_sent_and_nothing_else_changes(meth
         assert same(ended.only(HEAD), server.adapter.only(HEAD))
 
 
-@every_method
-def test_the_row_of_a_method_says_what_the_method_does(method: Method) -> None:
-    (row,) = (row for row in describe_methods() if row.name == method.name)
-
-    def roles(text: str) -> set[str]:
-        return set() if text == "nothing" else set(text.split("+"))
-
-    for index, round in enumerate((1, 2)):
-        assert roles(row.trains[index]) == method.trainable(round, 0) - HEAD
-        sends = set() if method.pooled else method.shared(round) - HEAD
-        assert roles(row.sends[index]) == sends
-    options = inspect.signature(method_factory(method.name)).parameters
-    assert [option.partition("=")[0] for option in row.options] == list(options)
-
-
 # the methods by name
-
-PAPERS = {
-    "centralized": "arXiv:2106.09685",
-    "fed_sb": "arXiv:2502.15436",
-    "fedex_lora": "arXiv:2410.09432",
-    "fedit": "arXiv:2305.05644",
-    "fedmomentum": "arXiv:2603.08014",
-    "fedrot_lora": "arXiv:2602.23638",
-    "fedsa_lora": "arXiv:2410.01463",
-    "fedsvd": "arXiv:2505.12805",
-    "ffa_lora": "arXiv:2403.12313",
-    "flexlora": "arXiv:2402.11505",
-    "flora": "arXiv:2409.05976",
-    "hetlora": "arXiv:2401.06432",
-    "la_lora": "arXiv:2602.19926",
-    "local": "arXiv:1602.05629",
-    "lora_a2": "arXiv:2410.22815",
-    "lora_fair": "arXiv:2411.14961",
-    "ravan": "arXiv:2506.05568",
-    "rolora": "arXiv:2502.01755",
-}
-ROWS: dict[str, tuple[tuple[str, str], tuple[str, str], tuple[str, ...]]] = {
-    "centralized": (("A+B", "A+B"), ("nothing", "nothing"), ()),
-    "fedit": (("A+B", "A+B"), ("A+B", "A+B"), ()),
-    "ffa_lora": (("B", "B"), ("B", "B"), ()),
-    "local": (("A+B", "A+B"), ("nothing", "nothing"), ()),
-    "rolora": (("B", "A"), ("B", "A"), ("first='B'",)),
-}
-
-
-def test_every_method_cites_the_paper_it_is_from() -> None:
-    assert {row.name: row.paper for row in describe_methods()} == PAPERS
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_the_row_of_a_known_method_is_this_one(name: str) -> None:
-    (row,) = (row for row in describe_methods() if row.name == name)
-    trains, sends, options = ROWS[name]
-    assert row == MethodRow(name, trains, sends, options, row.summary, PAPERS[name])
-    assert "arXiv" not in row.summary
 
 
 def moving(method: Method) -> list[Roles]:
@@ -501,7 +446,7 @@ def test_an_unknown_method_names_the_nearest_or_all(name: str, said: str) -> Non
     ("name", "option", "said"),
     [
         ("rolora", "frist", r"method 'rolora' has no option 'frist': did you mean 'first'\?"),
-        ("rolora", "zzz", "method 'rolora' has no option 'zzz': known: first"),
+        ("rolora", "zzz", "no option 'zzz': known: alternate, b_rounds, first, orthogonal_a"),
         ("fedit", "first", "method 'fedit' has no option 'first': it takes no options"),
     ],
 )

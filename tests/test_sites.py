@@ -33,6 +33,8 @@ def bits(run: Run, last: RoundResult) -> dict[str, str]:
         ("wire.up=int8",),
         ("lora.dropout=0.3", "train.local_epochs=1"),
         ("data.client_test=0.3",),
+        ("train.b_lr_ratio=4", "aggregate.optimizer=fedavgm", "method.b_rounds=2"),
+        ("aggregate.optimizer=fedadam", "method.orthogonal_a=true", "method.alternate=1"),
     ],
     ids=" ".join,
 )

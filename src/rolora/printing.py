@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
 T = TypeVar("T")
+METHODS_LEGEND = """\
+A, B   lora_A and lora_B ("B, A": by turns); the task head goes with them
+Δ      a change of the base weights, kept beside them
+keeps  what a client trains and never sends
+exact  the server's product is the mean of the clients' products
+ranks  clients may have ranks of their own
+sums   the server needs no more than the sum of the updates
+
+All of it, with what each option is if left out: rolora methods --json"""
 
 
 def print_json(value: object) -> None:
@@ -48,14 +57,49 @@ def print_results(path: Path, as_json: bool) -> None:
 
 
 def print_methods(rows: Sequence[MethodRow]) -> None:
-    """What each method trains, sends, and where it comes from."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("method", "trains in rounds 1, 2", "sends", "options", "what it is"):
-        table.add_column(column)
+    """What each method trains and sends, what may be asked of it, and where it comes from."""
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
+    heads = (
+        "method",
+        "trains",
+        "up",
+        "down",
+        "keeps",
+        "exact",
+        "ranks",
+        "sums",
+        "options",
+        "arXiv",
+    )
+    for head in heads:
+        table.add_column(head, overflow="fold")
     for row in rows:
-        sends = " / ".join(row.sends)
-        table.add_row(row.name, " / ".join(row.trains), sends, ", ".join(row.options), row.summary)
+        sends = row.up != ("nothing", "nothing")
+        table.add_row(
+            row.name,
+            turns(row.trains),
+            turns(row.up),
+            turns(row.down),
+            turns((row.keeps, row.keeps)),
+            yes_or_no(row.exact),
+            yes_or_no(row.ranks if sends else None),
+            yes_or_no(row.secure if sends else None),
+            ", ".join(option.partition("=")[0] for option in row.options),
+            row.paper.removeprefix("arXiv:"),
+        )
     out_console.print(table)
+    out_console.print(f"\n{METHODS_LEGEND}", markup=False)
+
+
+def turns(rounds: tuple[str, str]) -> str:
+    """A part of the adapter, or two that take turns, in a cell; Δ is the delta."""
+    parts = dict.fromkeys(rounds)
+    return ", ".join(parts).replace("delta", "Δ").replace("nothing", "–")
+
+
+def yes_or_no(value: bool | None) -> str:
+    """A fact in a cell; a dash where there is none."""
+    return "–" if value is None else "yes" if value else "no"
 
 
 def print_cells(cells: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,54 @@
+"""Write the table of docs/methods.md from the methods themselves: python docs/make_methods.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rolora.catalogue import MethodRow, describe_methods, travels
+from rolora.durable import write_file
+from rolora.method import get_method
+from rolora.printing import turns, yes_or_no
+
+PAGE = Path(__file__).with_name("methods.md")
+OUT, WIDTH, RANK = 384, 384, 8  # a query layer of MiniLM
+
+
+def table() -> list[str]:
+    """A Markdown table with one row a method."""
+    return [
+        "| method | trains | up | down | bytes up | bytes down | keeps | exact | ranks | sums "
+        "| server optimiser |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(line(row) for row in describe_methods()),
+    ]
+
+
+def line(row: MethodRow) -> str:
+    """One method's row."""
+    first, second, third = travels(get_method(row.name), OUT, WIDTH, RANK)
+    sends = row.up != ("nothing", "nothing")
+    cells = [
+        f"[`{row.name}`](#{row.name})",
+        turns(row.trains),
+        turns(row.up),
+        turns(row.down),
+        f"{(first.bytes_up + second.bytes_up) // 2:,}",
+        f"{(second.bytes_down + third.bytes_down) // 2:,}",
+        turns((row.keeps, row.keeps)),
+        yes_or_no(row.exact),
+        yes_or_no(row.ranks if sends else None),
+        yes_or_no(row.secure if sends else None),
+        yes_or_no(row.averaged if sends else None),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def page(text: str) -> str:
+    """The page with its table written anew."""
+    before, mark, rest = text.partition("<!-- methods -->\n")
+    assert mark, "no mark for the table"
+    return "\n".join([before + mark, *table(), "", rest[rest.index("<!-- end -->") :]])
+
+
+if __name__ == "__main__":
+    write_file(PAGE, page(PAGE.read_text(encoding="utf-8")))
