@@ -83,6 +83,10 @@ def test_a_batch_holds_each_row_s_own_tokens_and_padding_after_them(
             expected = flat[start:stop].tolist() + [padding] * over
             assert batch.inputs[name][place].tolist() == expected, name
             assert batch.inputs[name].dtype == torch.int64
-        assert batch.targets[place].tolist() == known.targets[start:stop].tolist() + [0] * over
+        wanted = [0, *known.targets[start + 1 : stop].tolist(), *[0] * over]
+        found = batch.targets[
+            (batch.targets >= place * width) & (batch.targets < (place + 1) * width)
+        ]
+        assert (found - place * width).tolist() == [i for i, flag in enumerate(wanted) if flag]
         assert [next(prefix) for _ in range(start, stop)] == _of(known.prefix)[start:stop].tolist()
     assert batch.lengths.tolist() == [lengths[row] for row in chosen]

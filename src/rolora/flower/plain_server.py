@@ -18,14 +18,20 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg, Result
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.adapter import AdapterState, ClientInfo, Failure, Specs, TensorSpec, Update, role_of
 from rolora.draws import generator
 from rolora.errors import ConfigError
 from rolora.flower.plain_client import TRAINABLE
 from rolora.flower.records import adapter_in, comparable, update_in
-from rolora.method import Method, ServerState, get_method, whole_adapter
+from rolora.method import Method, ServerState, as_trained, get_method, whole_adapter
 from rolora.reduce import Reducer, mean
 from rolora.step import Aggregation, RoundReport, step
+
+PLAIN = Specs(  # a PEFT model's adapter at its smallest
+    (TensorSpec("x.lora_A.weight", "A", (1, 2)), TensorSpec("x.lora_B.weight", "B", (2, 1))),
+    {"x": 1.0},
+    {},
+)
 
 
 def strategy(
@@ -57,12 +63,22 @@ def _refuse_what_plain_clients_cannot(method: Method) -> None:
             "use 'fedit', which averages plain LoRA, or run it with rolora compare"
         )
     asked = [(round, step) for round in (1, 2) for step in (0, 1)]
-    if method.download is not whole_adapter or any(
-        method.trainable(round, step) != method.shared(round) for round, step in asked
+    hooks = (method.gradient, method.penalty)
+    if (
+        method.download is not whole_adapter
+        or method.upload is not as_trained
+        or hooks != (None, None)
+        or method.from_gradient
+        or any(method.trainable(round, step) != method.shared(round) for round, step in asked)
     ):
         raise ConfigError(
             f"method {name!r} needs clients that keep more than the shared adapter, and plain "
             "Flower clients keep nothing: use 'rolora', or the whole engine (rolora run --on)"
+        )
+    if len(method.init(PLAIN, generator(0))) > len(PLAIN.tensors):
+        raise ConfigError(
+            f"method {name!r} changes the base weights too, for which a PEFT model has no place: "
+            "use 'rolora', or the whole engine (rolora run --on)"
         )
 
 
