@@ -120,7 +120,7 @@ def _floor(outcome: Outcome) -> Verdict:
     return Verdict(
         abs(away) <= NEAR,
         f"FFA-LoRA stays at a loss of {found:.3g}, {abs(away):.1%} {side} the {floor:.3g} that its "
-        f"a leaves with infinitely many rows; RoLoRA is at {outcome.rounds[-1].loss_rolora:.2g}.",
+        f"a leaves with infinitely many rows; RoLoRA is at {outcome.rounds[-1].loss_rolora:.3g}.",
     )
 
 
@@ -129,8 +129,8 @@ def _fedit(outcome: Outcome) -> Verdict:
     return Verdict(
         None,
         f"FedAvg of LoRA is at sin θ = {outcome.fedit_sin[-1]:.2g} and a loss of "
-        f"{outcome.rounds[-1].loss_fedit:.2g}; its averages were off by {first:.1%} in round 1 and "
-        f"by {last:.1e} in the last.",
+        f"{outcome.rounds[-1].loss_fedit:.3g}; the relative error of its averages was {first:.2g} "
+        f"in round 1 and {last:.2g} in the last.",
     )
 
 
