@@ -108,8 +108,8 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         result = super().start(*args, **kwargs)
         if self.state.attempt and not self.state.round:
             raise AggregationError(
-                f"no round was averaged: never were {self.aggregation.quorum} replies good; the "
-                "log says for each what was wrong"
+                f"no round was averaged: none had {self.aggregation.quorum} good replies (quorum); "
+                "the log says for each reply what was wrong"
             )
         return result
 
