@@ -172,12 +172,16 @@ def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: 
 
 
 def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Optimizer:
-    leaves = list(bank.leaves.values())
+    # by role, as a fused step wants leaves that all have a momentum already, or all have none
+    roles: dict[str, list[Tensor]] = {}
+    for name, leaf in bank.leaves.items():
+        roles.setdefault(role_of(name), []).append(leaf)
+    groups = [{"params": leaves} for leaves in roles.values()]
     decay = settings.weight_decay
     if settings.optimizer == "sgd":
         momentum = settings.momentum
-        return torch.optim.SGD(leaves, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
-    return torch.optim.AdamW(leaves, lr=lr, weight_decay=decay, fused=True)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
 
 
 def _shrink(
