@@ -61,10 +61,16 @@ def section(page: Path, title: str) -> str:
     return page.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
-def overrides(words: list[str]) -> list[str]:
-    """The words of a command that set a key, without the method that compare may set it for."""
-    pairs = [word for word in words if "=" in word and not word.startswith("-")]
-    return [pair.partition(":")[2] if ":" in pair.partition("=")[0] else pair for pair in pairs]
+def overrides(parsed: dict[str, Any]) -> list[list[str]]:
+    """What a parsed command sets, without the method that compare may set it for, and with each
+    value of its grids."""
+    pairs = list(parsed.get("overrides") or [])
+    grids = [grid.partition("=") for grid in parsed.get("tune") or []]
+    tuned = [f"{key}={value}" for key, _, values in grids for value in values.split(",")]
+    return [
+        [pair.partition(":")[2] if ":" in pair.partition("=")[0] else pair for pair in each]
+        for each in (pairs, *([*pairs, one] for one in tuned))
+    ]
 
 
 @pytest.fixture
@@ -98,8 +104,9 @@ def test_every_command_line_parses(page: Path) -> None:
             command, rest = tree, words[1:]
             while isinstance(command, Group):
                 command, rest = command.commands[rest[0]], rest[1:]
-            command.make_context(words[1], [word for word in rest if word != "..."])
-            make_config(LEAST, overrides(words))
+            parsed = command.make_context(words[1], [word for word in rest if word != "..."])
+            for each in overrides(parsed.params):
+                make_config(LEAST, each)
         elif words[:1] == ["make"]:
             assert {word for word in words[1:] if "=" not in word} <= targets
 
@@ -111,10 +118,11 @@ def test_a_command_that_does_not_parse_would_be_noticed(tmp_path: Path) -> None:
         "rolora run --ouy x",
         "rolora run x train.rouds=3",
         "rolora federation kees",
+        "rolora compare x --tune train.rl=1,2",
         "make al",
     ):
         page.write_text(f"```sh\n{wrong}   # as it is\n```\n")
-        with pytest.raises(Exception, match=r"rum|ouy|rouds|kees|al") as found:
+        with pytest.raises(Exception, match=r"rum|ouy|rouds|kees|rl|al") as found:
             test_every_command_line_parses(page)
         assert not isinstance(found.value, FileNotFoundError)
 

@@ -71,7 +71,7 @@ def test_a_run_in_bfloat16_resumes_in_bfloat16_to_the_same_adapter(tmp_path: Pat
     stopped = runs.start(config, tmp_path / "stopped").rounds()
     for _ in range(3):
         next(stopped)
-    stopped.close()  # type: ignore[attr-defined]
+    stopped.close()
     resumed = runs.resume(tmp_path / "stopped")
     assert resumed.setup.base.dtype == torch.bfloat16
     again = list(resumed.rounds())[-1].state.server.adapter

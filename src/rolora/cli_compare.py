@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -71,7 +72,8 @@ def compare(
     path = out or Path("runs") / f"{settings.name}-compare"
     if comparison.cut_validation:
         err_console.print(f"note: tuning is on {comparison.rows_in_words()}", markup=False)
-    follow_all(turns(comparison, path, published, given))
+    with contextlib.closing(turns(comparison, path, published, given)) as queue:
+        follow_all(queue)
     _print(path, [run.path for run in comparison.final_runs(path, None)], published, json)
 
 

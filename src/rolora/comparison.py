@@ -129,7 +129,8 @@ class Comparison:
         return {
             **self.config.model_dump(mode="json", exclude={"seed", "method", "federation"}),
             "method": self.config.method.model_dump(mode="json"),
-            "methods": {method: list(own) for method, own in self.methods.items()},
+            "methods": list(self.methods),  # in the order of the table
+            "alone": {method: list(own) for method, own in self.methods.items() if own},
             "seeds": list(self.seeds),
             **(tuned or {}),
         }

@@ -71,10 +71,13 @@ def follow(run: Run, title: str, overall: Overall | None = None) -> RoundResult 
     left = federation.rounds - run.state.server.round
     sent = Sent()
     last: RoundResult | None = None
-    with _bar(title, left, overall) as (advance, tick):
+    with contextlib.ExitStack() as stack:
+        advance, tick = stack.enter_context(_bar(title, left, overall))
+        rounds = run.rounds(lambda engine: Watched(engine, tick))
+        stack.enter_context(contextlib.closing(rounds))
         started = time.monotonic()
         done = 0
-        for result in run.rounds(lambda engine: Watched(engine, tick)):
+        for result in rounds:
             last = result
             sent = sent.plus(result)
             done += result.advanced and result.round > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def turns(
     path: Path,
     published: Published | None = None,
     budget: float | None = None,
-) -> Iterator[Turn]:
+) -> Generator[Turn]:
     """The runs that are still to do, each begun or taken up; then ``path/report.html``.
 
     The caller runs each to its end before asking for the next, else RoloraError. BudgetSpent, when

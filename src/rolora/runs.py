@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +46,7 @@ class Run:
 
     def rounds(
         self, watch: Callable[[Engine], Engine] = lambda engine: engine
-    ) -> Iterator[RoundResult]:
+    ) -> Generator[RoundResult]:
         """Train; each round is on disk before it is yielded.
 
         At the end the adapter and the report are written. ``watch`` may wrap the engine, to see

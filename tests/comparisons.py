@@ -1,0 +1,55 @@
+"""Small comparisons on a tiny site, and what is left of them bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rolora.comparison import Comparison, plan
+from rolora.config import load_config
+from rolora.queue import make_search, turns
+from rolora.report import load_run
+from rolora.report.outcome import outcome
+
+METHODS = ("rolora", "fedit")
+GRID = "train.lr=1e-2,1e-1"
+SMALL = ("train.rounds=2", "eval.every=1")
+
+
+def planned(
+    site: Path,
+    *overrides: str,
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int] = (0, 1, 2),
+    tune: Sequence[str] = (GRID,),
+    tune_seeds: Sequence[int] = (100,),
+) -> Comparison:
+    config = load_config(site, [*SMALL, *overrides])
+    search = make_search(config, tune, methods, tune_seeds, 1)
+    return plan(config, dict.fromkeys(methods, ()), seeds, search)
+
+
+def finish(comparison: Comparison, path: Path) -> Path:
+    for turn in turns(comparison, path):
+        list(turn.run.rounds())
+    return path
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    found = [json.loads(text) for text in (run / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in found]
+
+
+def everything(path: Path) -> dict[str, object]:
+    """All that a comparison left, bit for bit, but for what the clock says."""
+    found: dict[str, object] = {"tuning": (path / "tuning.json").read_text()}
+    for run in sorted([*path.glob("*-seed*"), *path.glob("tuning/*-seed*")]):
+        adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+        found[run.name] = (lines(run), hashlib.sha256(adapter).hexdigest())
+    table = outcome([load_run(run) for run in sorted(path.glob("*-seed*"))])
+    for row in table["methods"]:
+        del row["seconds"]
+    return {**found, "table": table}
