@@ -44,7 +44,11 @@ def site(place: Path, **fields: Any) -> SiteConfig:
 
 
 def run(place: Path) -> RunConfig:
-    values = {"model": {"path": "model", "dtype": "fp32"}, "data": {"train": "x", "test": "y"}}
+    values = {
+        "offline": True,
+        "model": {"path": "model", "dtype": "fp32"},
+        "data": {"train": "x", "test": "y"},
+    }
     values["lora"] = {"target_modules": ["query"]}  # type: ignore[dict-item]
     return make_config(values, root=place)
 
