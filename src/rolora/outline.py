@@ -28,7 +28,6 @@ from rolora.checkpoint import (
     one_line_errors,
     quiet,
 )
-from rolora.errors import ConfigError
 from rolora.lora import Kind, LoraSettings, above_encoder
 
 SHAPES = Path(__file__).with_name("shapes")

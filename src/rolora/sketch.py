@@ -54,7 +54,7 @@ class Sketch:
 
     @property
     def steps(self) -> float | None:
-        """A client's steps in a round, on average; None where epochs of unknown rows are trained."""
+        """A client's steps in a round, on average; None for epochs over rows that are not here."""
         settings = local_settings(self.config)
         if self.rows is None and settings.epochs is not None:
             return None
@@ -62,7 +62,7 @@ class Sketch:
 
     @property
     def cache(self) -> int | None:
-        """Bytes of what leaves the layers below the adapters, kept for all rows; None: not known."""
+        """Bytes of what leaves the layers below the adapters, for all rows; None: not known."""
         if not self.skips:
             return 0
         if self.rows is None:
@@ -76,16 +76,17 @@ class Sketch:
     def batch(self, clients: int) -> Batch:
         """Rows of a step of so many clients: of some draws the one with the most tokens."""
         rng = generator(self.config.seed, "plan")
-        shape = (DRAWS, clients * self.config.train.batch_size)
-        drawn = torch.randint(len(self.examples), shape, generator=rng)
+        size = clients * self.config.train.batch_size
+        drawn = torch.randint(len(self.examples), (DRAWS, size), generator=rng)
         rows = drawn[self.examples.lengths[drawn].sum(dim=1).argmax()]
         base = self.outline.base
         batch = collate(self.examples, rows, base.tokenizer.pad_token_id)
         if not self.skips:
             return batch
+        width: Any = base.model.config.hidden_size
+        shape = int(batch.lengths.sum()), int(width)
         with self.outline.mode:
-            width: Any = base.model.config.hidden_size
-            prefix = torch.empty(int(batch.lengths.sum()), width, dtype=base.dtype)
+            prefix = torch.empty(shape, dtype=base.dtype)
         return replace(batch, prefix=prefix)
 
 
@@ -149,9 +150,7 @@ def _is_here(source: str, root: Path) -> bool:
     return (root / Path(source).expanduser()).exists() or data.is_glob(source, root=root)
 
 
-def _outline(
-    config: RunConfig, labels: list[Label], notes: list[str]
-) -> tuple[Outline, str, int]:
+def _outline(config: RunConfig, labels: list[Label], notes: list[str]) -> tuple[Outline, str, int]:
     """The model in outline, its dtype by name, and the bytes of its weights in memory."""
     wanted = config.model.dtype
 

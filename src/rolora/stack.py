@@ -148,9 +148,7 @@ def _unpacked(tokens: Tensor, packing: Packing) -> Tensor:
     return tokens.view(packing.rows, packing.width, *tokens.shape[1:])
 
 
-def take_over(
-    model: Any, adapted: Callable[[str], bool], *, trusted: bool = False
-) -> Stack | None:
+def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = False) -> Stack | None:
     """The model's layers as a :class:`Stack`, or None for a model that they do not suit.
 
     ``adapted`` tells by its path whether a module carries an adapter. Three rows of unequal length
