@@ -48,8 +48,8 @@ def run(place: Path) -> RunConfig:
         "offline": True,
         "model": {"path": "model", "dtype": "fp32"},
         "data": {"train": "x", "test": "y"},
+        "lora": {"target_modules": ["query"]},
     }
-    values["lora"] = {"target_modules": ["query"]}  # type: ignore[dict-item]
     return make_config(values, root=place)
 
 

@@ -50,7 +50,7 @@ def tiny_llama(folder: Path, seed: int = 0) -> Path:
 
     Turns are ChatML; the padding token is the end-of-text token, as in many real checkpoints.
     """
-    fast = _chat_tokenizer()
+    fast = chat_tokenizer()
     config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=32,
@@ -72,7 +72,7 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
 
     The classifier is left out of the file, as in a checkpoint that was only pre-trained.
     """
-    fast = _word_tokenizer()
+    fast = word_tokenizer()
     config = BertConfig(
         vocab_size=len(fast),
         hidden_size=32,
@@ -88,14 +88,14 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
 
 def tiny_roberta(folder: Path, seed: int = 0) -> Path:
     """A two-layer RoBERTa whose head is two linear layers, left out of the file."""
-    fast = _word_tokenizer()
+    fast = word_tokenizer()
     config = RobertaConfig(**_SIZES, vocab_size=len(fast), pad_token_id=fast.pad_token_id)
     return _save(folder, fast, RobertaForSequenceClassification, config, seed)
 
 
 def tiny_gpt2(folder: Path, seed: int = 0) -> Path:
     """A two-layer GPT-2, whose layers are Conv1D: their weights are (in, out)."""
-    fast = _chat_tokenizer()
+    fast = chat_tokenizer()
     config = GPT2Config(
         vocab_size=len(fast),
         n_embd=32,
@@ -111,7 +111,7 @@ def tiny_gpt2(folder: Path, seed: int = 0) -> Path:
 
 def tiny_distilbert(folder: Path, seed: int = 0) -> Path:
     """A DistilBERT, for which PEFT knows no default target modules."""
-    fast = _word_tokenizer()
+    fast = word_tokenizer()
     config = DistilBertConfig(
         vocab_size=len(fast), dim=32, hidden_dim=64, n_layers=2, n_heads=4, pad_token_id=0
     )
@@ -120,7 +120,7 @@ def tiny_distilbert(folder: Path, seed: int = 0) -> Path:
 
 def tiny_deberta(folder: Path, seed: int = 0) -> Path:
     """A DeBERTa-v2, whose key and query layers also see relative positions without a row axis."""
-    fast = _word_tokenizer()
+    fast = word_tokenizer()
     config = DebertaV2Config(
         **_SIZES,
         vocab_size=len(fast),
@@ -134,14 +134,14 @@ def tiny_deberta(folder: Path, seed: int = 0) -> Path:
 
 def tiny_albert(folder: Path, seed: int = 0) -> Path:
     """An ALBERT: one layer, called once per depth."""
-    fast = _word_tokenizer()
+    fast = word_tokenizer()
     config = AlbertConfig(**_SIZES, vocab_size=len(fast), embedding_size=16)
     return _save(folder, fast, AlbertForSequenceClassification, config, seed)
 
 
 def tiny_bart(folder: Path, seed: int = 0) -> Path:
     """A BART: encoder and decoder."""
-    fast = _word_tokenizer()
+    fast = word_tokenizer()
     config = BartConfig(
         vocab_size=len(fast),
         d_model=32,
@@ -166,7 +166,8 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def _chat_tokenizer() -> PreTrainedTokenizerFast:
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML turns."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = byte_decoders.ByteLevel()
@@ -188,7 +189,8 @@ def _chat_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def _word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """The words of a few sentences, with [CLS] and [SEP]."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(

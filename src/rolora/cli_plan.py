@@ -20,7 +20,7 @@ def plan(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
 ) -> None:
-    """Say what a run needs: memory, traffic, work and disk. Downloads no weights, trains nothing."""
+    """Say what a run needs: memory, traffic, work and disk. Fetches no weights, trains nothing."""
     from rolora.config import load_config
     from rolora.display import working
     from rolora.plan import make_plan

@@ -76,7 +76,7 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, of each method asked about. ``weights``, ``stored`` and ``cache`` are bytes.
+    """What a run needs, with each method asked about. ``weights``, ``stored``, ``cache`` in bytes.
 
     ``parameters`` of the base model; ``weights`` in memory in ``dtype``, ``stored`` on disk;
     ``source``: where its configuration was found. ``clients`` with ``rows`` rows (None: not known),
@@ -251,7 +251,7 @@ def _dry_run(
     federation = Federation(
         method=method,
         engine=Untrained(drawn.sizes, config.wire.up),
-        aggregation=Aggregation(make_reducer(config), config.aggregate.weights),
+        aggregation=Aggregation(make_reducer(config), config.aggregate.weights, exactness=False),
         ranks=config.lora.ranks,
         seed=config.seed,
         rounds=max(4, min(config.train.rounds, affordable)),

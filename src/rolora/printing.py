@@ -136,16 +136,15 @@ def print_plan(plan: Plan) -> None:
     ):
         out_console.print(line, markup=False)
     rounds = [(method, each) for method in plan.methods for each in method.rounds]
-    table = _plan_table([f"{method.name}, train {each.factors}" for method, each in rounds])
+    table = _plan_table([f"{method.name}: {each.factors}" for method, each in rounds])
     for what, values in {
-        "one kind of round": [""] * len(rounds),
-        "  parameters trained": [f"{each.trained:,}" for _, each in rounds],
-        "  one client sends": [_bytes(each.up) for _, each in rounds],
-        "  one client receives": [_bytes(each.down) for _, each in rounds],
-        "  one client's step, FLOPs": [_short(each.flops) for _, each in rounds],
-        "  activations kept": [_bytes(each.activations) for _, each in rounds],
-        "  optimiser state": [_bytes(each.optimizer) for _, each in rounds],
-        "  memory at the peak": [_bytes(each.peak) for _, each in rounds],
+        "parameters trained": [f"{each.trained:,}" for _, each in rounds],
+        "one client sends": [_bytes(each.up) for _, each in rounds],
+        "one client receives": [_bytes(each.down) for _, each in rounds],
+        "one client's step, FLOPs": [_short(each.flops) for _, each in rounds],
+        "activations kept": [_bytes(each.activations) for _, each in rounds],
+        "optimiser state": [_bytes(each.optimizer) for _, each in rounds],
+        "memory at the peak": [_bytes(each.peak) for _, each in rounds],
     }.items():
         table.add_row(what, *values)
     out_console.print()
@@ -190,7 +189,7 @@ def _whole_runs(methods: Sequence[MethodPlan]) -> Table:
 
 def _plan_table(columns: Sequence[str]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right")
     return table

@@ -54,7 +54,7 @@ class Sketch:
 
     @property
     def steps(self) -> float | None:
-        """A client's steps in a round, on average; None where epochs of unknown rows are trained."""
+        """A client's steps in a round, on average; None for epochs over rows that are not here."""
         settings = local_settings(self.config)
         if self.rows is None and settings.epochs is not None:
             return None
@@ -62,30 +62,32 @@ class Sketch:
 
     @property
     def cache(self) -> int | None:
-        """Bytes of what leaves the layers below the adapters, kept for all rows; None: not known."""
+        """Bytes of what leaves the layers below the adapters, for all rows; None: not known."""
         if not self.skips:
             return 0
         if self.rows is None:
             return None
         base = self.outline.base
         rows = self.rows.train.num_rows + self.rows.test.num_rows
-        width: Any = base.model.config.hidden_size
+        config: Any = base.model.config
+        width = int(config.hidden_size)
         mean = float(self.examples.lengths.double().mean())
         return round(rows * mean * width * base.dtype.itemsize)
 
     def batch(self, clients: int) -> Batch:
         """Rows of a step of so many clients: of some draws the one with the most tokens."""
         rng = generator(self.config.seed, "plan")
-        shape = (DRAWS, clients * self.config.train.batch_size)
-        drawn = torch.randint(len(self.examples), shape, generator=rng)
+        size = clients * self.config.train.batch_size
+        drawn = torch.randint(len(self.examples), (DRAWS, size), generator=rng)
         rows = drawn[self.examples.lengths[drawn].sum(dim=1).argmax()]
         base = self.outline.base
         batch = collate(self.examples, rows, base.tokenizer.pad_token_id)
         if not self.skips:
             return batch
+        config: Any = base.model.config
+        shape = int(batch.lengths.sum()), int(config.hidden_size)
         with self.outline.mode:
-            width: Any = base.model.config.hidden_size
-            prefix = torch.empty(int(batch.lengths.sum()), width, dtype=base.dtype)
+            prefix = torch.empty(shape, dtype=base.dtype)
         return replace(batch, prefix=prefix)
 
 

@@ -22,11 +22,15 @@ from rolora.reduce import Memory, Reducer, Value
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How a run combines updates: the reducer, the clients' weights, and the quorum."""
+    """How a run combines updates: the reducer, the clients' weights, and the quorum.
+
+    ``exactness`` says whether to find the aggregation error.
+    """
 
     reducer: Reducer
     weights: Literal["num_examples", "uniform"] = "num_examples"
     quorum: int = 1
+    exactness: bool = True
 
     def weight(self, client: Update | ClientInfo) -> float:
         """The client's weight in a mean; weights need not sum to 1."""
@@ -40,7 +44,7 @@ class RoundReport:
     ``aggregation_error`` is ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the
     product scaling·B·A that client i returned (as it arrived, so what an encoding rounded away is
     not in it), ΔW_i its change since the client received it, ΔW the change of the server's product;
-    ``None`` where the server cannot know (personal factors).
+    ``None`` where the server cannot know (personal factors), or was not asked to.
     """
 
     accepted: tuple[str, ...]
@@ -71,6 +75,7 @@ def step(
     accepted: list[str] = []
     rejected: dict[str, str] = {}
     kept: list[Memory] = []
+    known = aggregation.exactness and not method.personal(round)
     products, handed_out = Products(server.adapter), Products(server.adapter)
 
     def reduce(
@@ -87,15 +92,15 @@ def step(
                 continue
             accepted.append(update.client)
             returned, share = received | update.adapter, aggregation.weight(update)
-            if not method.personal(round):
+            if known:
                 products.add(returned, share)
                 if received is not server.adapter:
                     handed_out.add(received, share)
                     handed_out.add(server.adapter, -share)
             value, reference = into(returned), into(received)
             if weight is not None:  # by the server's own scaling
-                known = AdapterState(update.adapter, received.scaling)
-                share = weight(replace(update, adapter=known))
+                sent = AdapterState(update.adapter, received.scaling)
+                share = weight(replace(update, adapter=sent))
             memory = reducer.add(memory, value, reference, share)
         if len(accepted) < max(1, aggregation.quorum):
             raise _BelowQuorum
@@ -112,7 +117,7 @@ def step(
         raise RuntimeError(f"method {method.name!r} did not call reduce")
     after = replace(after, memory=kept[0], round=round, attempt=0)
     error = None
-    if not method.personal(round):
+    if known:
         whole = norm(products.total())
         products.add(after.adapter, -sum(aggregation.weight(cohort[id]) for id in accepted))
         error = _ratio(norm(products.total(), handed_out.total(), -1.0), whole)
