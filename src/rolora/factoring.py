@@ -117,17 +117,20 @@ def orthonormal_rows(specs: Specs, rng: torch.Generator) -> AdapterState:
     return adapter | {n: orthonormal(n, len(t), t.shape[1], rng) for n, t in downs.items()}
 
 
-def init_with_delta(specs: Specs, rng: torch.Generator) -> AdapterState:
-    """``lora_init`` with a delta (out, in) of zeros for each layer."""
-    adapter = lora_init(specs, rng)
+def zero_deltas(specs: Specs) -> dict[str, Tensor]:
+    """A delta (out, in) of zeros for each layer, by name; float32."""
     shapes = {spec.name: spec.shape for spec in specs.tensors}
-    zeros = {
+    return {
         f"{layer}.lora_delta.weight": torch.zeros(
             shapes[f"{layer}.lora_B.weight"][0], shapes[f"{layer}.lora_A.weight"][1]
         )
         for layer in specs.scaling
     }
-    return adapter | zeros
+
+
+def init_with_delta(specs: Specs, rng: torch.Generator) -> AdapterState:
+    """``lora_init`` with a delta (out, in) of zeros for each layer."""
+    return lora_init(specs, rng) | zero_deltas(specs)
 
 
 def more_delta(server: ServerState, matrices: Value) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rolora.adapter import layer_of
 from rolora.base import Base
 from rolora.draws import generator
+from rolora.factoring import zero_deltas
 from rolora.method import lora_init
 from rolora.tasks import Examples, Task, collate
 
@@ -28,14 +29,8 @@ def first_gradient(
     arXiv:2411.19557, section 3; across clients as Fed-SB, arXiv:2502.15436, Algorithm 1).
     """
     start = lora_init(base.specs, generator(seed, "init"))
-    shapes = {spec.name: spec.shape for spec in base.specs.tensors}
-    names = {layer: f"{layer}.lora_delta.weight" for layer in base.specs.scaling}
-    zeros = {
-        name: torch.zeros(shapes[f"{layer}.lora_B.weight"][0], shapes[f"{layer}.lora_A.weight"][1])
-        for layer, name in names.items()
-    }
     total = sum(len(rows) for rows in shards.values())
-    with base.holding(start | zeros):
+    with base.holding(start | zero_deltas(base.specs)):
         deltas = base.bank.deltas
         for delta in deltas.values():
             delta.requires_grad_(True)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rolora.adapter import AdapterState, Roles, role_of
+from rolora.adapter import AdapterState, Roles, layer_of, role_of
 from rolora.configured import make_method, make_reducer
 from rolora.cost import StepCost, step_cost
 from rolora.draws import generator
 from rolora.dry_run import Travelled, Untrained, dry_run
+from rolora.factoring import portable, zero_deltas
 from rolora.memory import bank_size, free_bytes
 from rolora.method import Method
 from rolora.record import KEPT_CHECKPOINTS, contents
@@ -159,7 +160,11 @@ class Steps:
 
 def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
     method = make_method(config)
-    start = method.init(drawn.outline.base.specs, generator(config.seed, "init"))
+    specs = drawn.outline.base.specs
+    if method.from_gradient:  # any will do: what counts here is shapes
+        any_gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}
+        specs = replace(specs, gradient=any_gradient)
+    start = method.init(specs, generator(config.seed, "init"))
     parameters = dict[str, int]()
     for name, tensor in start.items():
         parameters[role_of(name)] = parameters.get(role_of(name), 0) + tensor.numel()
@@ -276,7 +281,7 @@ def _checkpoints(config: RunConfig, state: RunState) -> int:
     if config.data.validation is not None:
         state = replace(state, best=Best(1, 0.0, adapter))
     each = sum(tensor.nbytes for tensor in contents(state).values())
-    return KEPT_CHECKPOINTS * each + adapter.num_bytes()
+    return KEPT_CHECKPOINTS * each + portable(adapter).num_bytes()
 
 
 def _personal(config: RunConfig, method: Method, drawn: Sketch, start: AdapterState) -> int:

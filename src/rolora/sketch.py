@@ -72,7 +72,7 @@ class Sketch:
         config: Any = base.model.config
         width = int(config.hidden_size)
         mean = float(self.examples.lengths.double().mean())
-        return round(rows * mean * width * base.dtype.itemsize)
+        return int(rows * mean * width * base.dtype.itemsize + 0.5)
 
     def batch(self, clients: int) -> Batch:
         """Rows of a step of so many clients: of some draws the one with the most tokens."""
