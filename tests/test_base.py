@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertForSequenceClassification
 
+from rolora import checkpoint
 from rolora.base import Base, load_base
 from rolora.errors import ConfigError
 from rolora.lora import LoraSettings
@@ -55,6 +56,15 @@ def test_a_folder_without_weights_is_refused_in_one_line(tmp_path: Path) -> None
     (folder / "model.safetensors").unlink()
     assert str(refusal(folder)).startswith(f"cannot load model '{folder}'")
     assert "does not exist" in str(refusal(tmp_path / "nowhere"))
+
+
+def test_a_model_that_no_hub_can_be_asked_for_is_refused_with_a_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint, "hub_answers", lambda: False)
+    message = str(refusal(Path("nobody/nothing")))
+    assert message.startswith("model 'nobody/nothing' is not on this machine, and the hub does not")
+    assert "run hf download nobody/nothing" in message
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

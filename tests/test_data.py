@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from rolora import hub
 from rolora.data import (
     is_glob,
     labels,
@@ -247,9 +250,44 @@ def test_a_folder_that_datasets_did_not_write_is_refused_with_a_way_out(tmp_path
 def test_offline_refuses_hub_names(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "hub_answers", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     message = refusal(tmp_path, source, offline=True)
-    assert message == f"{source} is no file or folder in {tmp_path}, and hub names are off"
+    assert message.startswith(f"{source} is no file or folder in {tmp_path}, nor in the hub's ")
+    assert "and offline = true: where there is a network, run datasets.load_dataset(" in message
+
+
+def test_a_hub_that_does_not_answer_is_told_at_once_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    started = time.monotonic()
+    message = refusal(tmp_path, "nyu-mll/glue:sst2")
+    assert time.monotonic() - started < 5
+    assert "the hub does not answer" in message
+    assert "load_dataset('nyu-mll/glue', 'sst2').save_to_disk('FOLDER')" in message
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_what_the_hub_s_cache_holds_is_read_without_asking_anybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(hub, "hub_answers", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    place = cache / "nyu-mll___glue" / "sst2" / "0.0.0" / "abc"
+    write(tmp_path / "rows.csv", "sentence,label\na film,1\n")
+    files = {"train": str(tmp_path / "rows.csv")}
+    made = datasets.load_dataset_builder("csv", "sst2", data_files=files, cache_dir=str(cache))
+    made.download_and_prepare()
+    shutil.copytree(made.cache_dir, place)
+    (place / "csv-train.arrow").rename(place / "glue-train.arrow")
+    info = json.loads((place / "dataset_info.json").read_text())
+    info |= {"builder_name": "glue", "dataset_name": "glue"}
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    table = read_table("nyu-mll/glue:sst2", root=tmp_path, offline=True)
+    assert table.to_pylist() == [{"sentence": "a film", "label": 1}]
 
 
 def test_a_hub_name_is_asked_for_with_its_configuration_and_split(
@@ -259,6 +297,7 @@ def test_a_hub_name_is_asked_for_with_its_configuration_and_split(
         return datasets.Dataset.from_dict({"asked": [f"{name} {config} {split}"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     table = read_table("nyu-mll/glue:sst2", root=tmp_path, split="validation")
     assert table["asked"].to_pylist() == ["nyu-mll/glue sst2 validation"]
     assert read_table("imdb", root=tmp_path)["asked"].to_pylist() == ["imdb None train"]
@@ -269,6 +308,7 @@ def test_a_failing_hub_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     assert refusal(tmp_path, "imdb").endswith("and the hub did not give it: no route to host")
 
 

@@ -24,7 +24,7 @@ from rolora.config import load_config, make_config
 from rolora.configured import load_base_for
 from rolora.cost import StepCost, step_cost
 from rolora.demo import classification_demo
-from rolora.engine import Job
+from rolora.engine import Job, group_size
 from rolora.errors import ConfigError
 from rolora.lora import LoraSettings
 from rolora.method import method_names
@@ -188,7 +188,9 @@ def test_llama_2_7b_is_counted_without_being_here(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="cannot load model 'nobody/nothing'") as caught:
+    with pytest.raises(
+        ConfigError, match="'nobody/nothing' is not on this machine, and offline = true"
+    ) as caught:
         outline("nobody/nothing", "causal_lm", LoraSettings(), offline=True)
     assert "\n" not in str(caught.value)
 
@@ -261,7 +263,7 @@ def test_the_demo_takes_the_memory_that_is_planned_for_it(tmp_path: Path) -> Non
     run = runs.start(config, tmp_path / "run")
     setup = run.setup
     assert made.parameters == sum(p.numel() for p in setup.base.model.parameters())
-    assert made.methods[0].bank == setup.bank
+    assert made.methods[0].bank == group_size(20, setup.bank)
     engine, method = setup.federation.engine, setup.federation.method
     for round, planned in enumerate(made.methods[0].rounds, start=1):
         infos = tuple(ClientInfo(id, n, 4, round) for id, n in sorted(engine.clients().items()))

@@ -29,6 +29,7 @@ LEVELS = (
         "errors",
         "draws",
         "durable",
+        "endpoint",
         "schedule",
         "low_rank",
         "adapter",

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import rolora.pixel_network  # noqa: F401  (so that transformers' Auto classes know it)
+from rolora.endpoint import hub_answers
 from rolora.errors import ConfigError
 from rolora.fetch import how_to_get
 from rolora.lora import Kind
@@ -40,6 +41,7 @@ def read_checkpoint(
     quantised one on ``device``.
     """
     place = locate(source, root, offline)
+    require_here(place, offline)
     auto, more = _loading(place, kind, labels, dtype, quantise, device)
     # the GGUF reader draws a bar on standard error whatever the settings are
     silent = contextlib.redirect_stderr(io.StringIO())
@@ -73,7 +75,23 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         looked = f"model folder {source!r} does not exist (looked for {path})"
         raise ConfigError(looked + how_to_get(path))
-    return {"pretrained_model_name_or_path": source, "local_files_only": offline}
+    alone = offline or not hub_answers()
+    return {"pretrained_model_name_or_path": source, "local_files_only": alone}
+
+
+def require_here(place: dict[str, Any], offline: bool) -> None:
+    """Raise ConfigError for a hub name that the hub's cache lacks and nobody can be asked for."""
+    name = place["pretrained_model_name_or_path"]
+    if not place["local_files_only"] or Path(name).is_dir():
+        return
+    try:
+        transformers.AutoConfig.from_pretrained(**place)
+    except OSError as error:
+        why = "offline = true" if offline else "the hub does not answer"
+        raise ConfigError(
+            f"model {name!r} is not on this machine, and {why}: where there is a network, run "
+            f"hf download {name} (it stays in the hub's cache), or set model.path to its folder"
+        ) from error
 
 
 def _loading(
@@ -141,6 +159,8 @@ def one_line_errors(source: str) -> Iterator[None]:
     """Any error within becomes a ConfigError that names the model."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # a damaged config.json makes transformers raise anything
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(

@@ -21,7 +21,7 @@ import pyarrow.json
 import pyarrow.parquet
 
 from rolora.durable import write_file
-from rolora.errors import DataError, nearest, one_line
+from rolora.errors import DataError, NotHere, nearest, one_line
 from rolora.fetch import how_to_get
 from rolora.partition import client_ids
 
@@ -80,7 +80,7 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
     matches = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True))
     files = [name for name in matches if (root / name).is_file()]
     if not files:
-        raise DataError(f"{pattern}: no file matches (looked in {root.resolve()})")
+        raise NotHere(f"{pattern}: no file matches (looked in {root.resolve()})", pattern)
     stems = {name: Path(name).stem for name in files}
     stem, times = Counter(stems.values()).most_common(1)[0]
     if times > 1:
@@ -265,7 +265,7 @@ READERS: Mapping[str, Callable[[Path], pa.Table]] = {
 def _read_file(path: Path, source: str) -> pa.Table:
     if not path.is_file():
         looked = f"{source}: no such file (looked in {path.parent.resolve()})"
-        raise DataError(looked + how_to_get(path))
+        raise NotHere(looked + how_to_get(path), source)
     if path.stat().st_size == 0:
         raise DataError(f"{source} is empty")
     try:

@@ -110,7 +110,7 @@ class InProcess:
         first = 0
         while first < len(cohort):
             left, most = len(cohort) - first, self.base.bank.most or self.bank_size
-            size = math.ceil(left / math.ceil(left / min(self.bank_size, most)))
+            size = group_size(left, min(self.bank_size, most))
             clients = cohort[first : first + size]
             work = [self.prepare(method, job, client) for client in clients]
             try:
@@ -189,6 +189,11 @@ class InProcess:
                 if personal and self.test is not None
                 else {},
             )
+
+
+def group_size(clients: int, most: int) -> int:
+    """Clients of the next group, where groups of at most ``most`` are to be of like size."""
+    return math.ceil(clients / math.ceil(clients / most))
 
 
 def packed(

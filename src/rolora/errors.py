@@ -28,6 +28,14 @@ class DataError(RoloraError):
     exit_code = 3
 
 
+class NotHere(DataError):
+    """Data that is not on this machine; ``source`` is what it was asked for by."""
+
+    def __init__(self, message: str, source: str) -> None:
+        super().__init__(message)
+        self.source = source
+
+
 class NoQuorum(RoloraError):
     """Too few usable updates came back; the run can be resumed (exit code 4)."""
 

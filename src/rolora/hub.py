@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 
-from rolora.errors import DataError, nearest, one_line
+from rolora.endpoint import hub_answers
+from rolora.errors import DataError, NotHere, nearest, one_line
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 
@@ -31,20 +34,50 @@ def read_folder(path: Path, source: str, split: str) -> pa.Table:
 
 
 def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
-    """One split of ``name`` or ``name:config`` from a hub. DataError if there is none to be had."""
+    """One split of ``name`` or ``name:config`` from a hub, or from what its cache kept of it.
+
+    DataError if there is none to be had; ``offline``: nobody is asked.
+    """
     name = HUB_NAME.fullmatch(source)
     if not name:
-        raise DataError(f"{source}: no such file or folder (looked in {root.resolve()})")
-    if offline:
-        raise DataError(f"{source} is no file or folder in {root.resolve()}, and hub names are off")
+        looked = f"{source}: no such file or folder (looked in {root.resolve()})"
+        raise NotHere(looked, source)
+    alone = offline or not hub_answers()
     try:
-        found = datasets.load_dataset(name["name"], name["config"], split=split)
+        with _told_offline(alone):
+            found = datasets.load_dataset(name["name"], name["config"], split=split)
     except Exception as error:  # the hub's client raises errors of several libraries
+        if alone:
+            raise NotHere(_how_to_get(source, name, root, offline), source) from error
         raise DataError(
             f"{source} is no file or folder in {root.resolve()}, and the hub did not give it: "
             f"{one_line(error)}"
         ) from error
     return _with_label_names(found)
+
+
+@contextlib.contextmanager
+def _told_offline(alone: bool) -> Iterator[None]:
+    """``datasets`` told that it is ``alone``: else it asks again and again, for half a minute."""
+    config, logs = datasets.config, datasets.utils.logging
+    before, verbosity = config.HF_HUB_OFFLINE, logs.get_verbosity()
+    config.HF_HUB_OFFLINE = before or alone
+    logs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+        logs.set_verbosity(verbosity)
+
+
+def _how_to_get(source: str, name: re.Match[str], root: Path, offline: bool) -> str:
+    why = "offline = true" if offline else "the hub does not answer"
+    asked = ", ".join(repr(part) for part in (name["name"], name["config"]) if part)
+    return (
+        f"{source} is no file or folder in {root.resolve()}, nor in the hub's cache, and {why}: "
+        f"where there is a network, run datasets.load_dataset({asked}).save_to_disk('FOLDER'), and "
+        "give the folder instead"
+    )
 
 
 def _with_label_names(rows: Any) -> pa.Table:

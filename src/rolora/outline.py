@@ -27,6 +27,7 @@ from rolora.checkpoint import (
     locate,
     one_line_errors,
     quiet,
+    require_here,
 )
 from rolora.lora import Kind, LoraSettings, above_encoder
 
@@ -76,7 +77,7 @@ def outline(
     """
     place = locate(source, root, offline=True)
     with one_line_errors(source), quiet():
-        config, found = _config(place, offline)
+        config, found = _config(place, root, offline)
         width = (getattr(config, "dtype", None) or torch.float32).itemsize  # as it is stored
         if kind == "classification" and labels:
             config.update(label_names(labels))
@@ -96,7 +97,7 @@ def outline(
     return Outline(base, mode, tokenizer is not None, stored, found)
 
 
-def _config(place: dict[str, Any], offline: bool) -> tuple[Any, str]:
+def _config(place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]:
     """The model's configuration, and where it was found."""
     name = place["pretrained_model_name_or_path"]
     if Path(name).is_dir():
@@ -106,7 +107,8 @@ def _config(place: dict[str, Any], offline: bool) -> tuple[Any, str]:
     file = SHAPES / f"{name.removeprefix('FacebookAI/').replace('/', '--')}.json"
     if file.is_file():
         return transformers.AutoConfig.for_model(**json.loads(file.read_text())), "rolora/shapes"
-    place = {**place, "local_files_only": offline}
+    place = locate(name, root, offline)
+    require_here(place, offline)
     return transformers.AutoConfig.from_pretrained(**place), "the hub"
 
 

@@ -16,6 +16,7 @@ from rolora.configured import make_method, make_reducer
 from rolora.cost import StepCost, step_cost
 from rolora.draws import generator
 from rolora.dry_run import Travelled, Untrained, dry_run
+from rolora.engine import group_size
 from rolora.factoring import portable, zero_deltas
 from rolora.memory import bank_size, free_bytes
 from rolora.method import Method
@@ -210,7 +211,7 @@ def _bank(
     size = bank_size(device, drawn.tokens, 0, free, cohort, wanted)
     costs = [steps.cost(start, roles, size) for roles in trained]
     kept = max((cost.activations // size for cost in costs if cost), default=0)
-    return bank_size(device, drawn.tokens, kept, free, cohort, wanted)
+    return group_size(cohort, bank_size(device, drawn.tokens, kept, free, cohort, wanted))
 
 
 def _round_plan(

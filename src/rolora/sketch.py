@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from rolora import data
 from rolora.configured import local_settings, lora_settings, make_task, revisits
 from rolora.draws import generator
+from rolora.errors import NotHere
 from rolora.outline import Outline, outline
 from rolora.precision import WORTH, bf16_speed, is_wide
 from rolora.rows import Rows, load_rows
@@ -139,16 +139,11 @@ def sketch(config: RunConfig) -> Sketch:
 
 def _rows(config: RunConfig) -> tuple[Rows | None, list[str]]:
     """The rows, if all sources are on this machine; what to say if not."""
-    where = config.data
-    for source in (where.train, where.test, where.validation):
-        if isinstance(source, str) and not _is_here(source, config.root):
-            said = f"{source} is not on this machine: {config.partition.clients} clients are "
-            return None, [f"{said}assumed (partition.clients)"]
-    return load_rows(config), []
-
-
-def _is_here(source: str, root: Path) -> bool:
-    return (root / Path(source).expanduser()).exists() or data.is_glob(source, root=root)
+    try:
+        return load_rows(config.model_copy(update={"offline": True})), []
+    except NotHere as missing:
+        said = f"{missing.source} is not on this machine: {config.partition.clients} clients are "
+        return None, [f"{said}assumed (partition.clients)"]
 
 
 def _outline(config: RunConfig, labels: list[Label], notes: list[str]) -> tuple[Outline, str, int]:
