@@ -10,9 +10,13 @@ from calls import calls, configuration, make_place, remote
 
 from rolora import runs
 from rolora.adapter import tensor_hash
+from rolora.errors import ConfigError
 from rolora.flower.parcel import Parcel
 from rolora.rounds import RoundResult
 from rolora.runs import Run
+
+FEW = "train.rounds=3"
+RANKS = 'lora.rank={"site-ann" = 2, "site-b*" = 1, "*" = 3}'
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,15 @@ def bits(run: Run, last: RoundResult) -> dict[str, str]:
         ("data.client_test=0.3",),
         ("train.b_lr_ratio=4", "aggregate.optimizer=fedavgm", "method.b_rounds=2"),
         ("aggregate.optimizer=fedadam", "method.orthogonal_a=true", "method.alternate=1"),
+        ("method.name=fedex_lora", FEW),
+        ("method.name=flora", RANKS, FEW),
+        ("method.name=hetlora", "method.gamma=0.5", RANKS, FEW),
+        ("method.name=flexlora", RANKS, "wire.up=int8", FEW),
+        ("method.name=ravan", FEW),
+        ("method.name=fedsa_lora", "data.client_test=0.3", FEW),
+        ("method.name=la_lora", "train.optimizer=sgd", "train.momentum=0.9", FEW),
+        ("method.name=lora_a2", "method.keep=0.3", RANKS, FEW),
+        ("method.name=lora_a2", "wire.up=int8", FEW),
     ],
     ids=" ".join,
 )
@@ -55,6 +68,45 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     assert theirs.clients == mine.clients
     assert (theirs.bytes_up, theirs.bytes_down) == (mine.bytes_up, mine.bytes_down)
     assert theirs.rejected == {}
+    assert theirs.client_metrics == mine.client_metrics
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("method.name=fed_sb",), "fed_sb starts from a gradient .* take ravan"),
+        (("method.name=flora", "lora.rank=[2, 4]"), "lora.rank is one number or a table of names"),
+        ((RANKS,), "rolora averages factors of one rank"),
+    ],
+)
+def test_what_sites_cannot_have_is_refused_in_one_line_before_anyone_is_waited_for(
+    overrides: tuple[str, ...], said: str, place: Path, tmp_path: Path
+) -> None:
+    carrier = calls(place, tmp_path)
+    with pytest.raises(ConfigError, match=said) as caught:
+        remote(configuration(place, *overrides), tmp_path / "run", carrier)
+    assert "\n" not in str(caught.value)
+    assert carrier.passed == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_site_that_the_table_of_ranks_leaves_out_is_refused_and_the_others_go_on(
+    place: Path, tmp_path: Path
+) -> None:
+    carrier = calls(place, tmp_path)
+    table = 'lora.rank={"site-ann" = 2, "site-bob" = 1}'
+    config = configuration(
+        place,
+        "method.name=flora",
+        table,
+        "federation.sites=2",
+        "train.rounds=2",
+        "train.participation=1.0",
+    )
+    *_, last = remote(config, tmp_path / "run", carrier).rounds()
+    assert last.cohort == ("site-ann", "site-bob")
+    (said,) = (line for line in carrier.told if "refused" in line)
+    assert "lora.rank says nothing of client 'site-cy': add \"*\" = RANK" in said
 
 
 def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_path: Path) -> None:

@@ -80,11 +80,20 @@ def about(runs: Sequence[Run]) -> str:
     shares = [own["train.participation"] for own in settings if "train.participation" in own]
     return (
         f"{what} ({seeds}): {setting('model.task')} on {setting('model.path')} with LoRA of rank "
-        f"{setting('lora.rank')}, {_range(map(sum, shards))} training rows held by "
+        f"{_all(map(_rank, runs))}, {_range(map(sum, shards))} training rows held by "
         f"{_range(map(len, shards))} clients ({setting('partition.scheme')} split), "
         f"{_all(f'{share:.0%}' for share in shares) or 'unknown'} of them in a round, "
         f"{setting('train.rounds')} rounds."
     )
+
+
+def _rank(run: Run) -> int | str:
+    """The run's LoRA rank, or from which to which its clients' go."""
+    rank = run.config.get("lora", {}).get("rank", "unknown")
+    if isinstance(rank, list | dict):
+        return _range(rank.values() if isinstance(rank, dict) else rank)
+    found: int | str = rank
+    return found
 
 
 def _range(counts: Iterable[int]) -> str:

@@ -1,0 +1,275 @@
+"""Claims about whole runs of every method: bytes by hand, resuming, PEFT's view of the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_site import make_site
+
+from rolora import runs
+from rolora.config import load_config
+from rolora.errors import ConfigError
+from rolora.lora import read_adapter
+from rolora.method import get_method, method_names
+from rolora.rounds import RoundResult
+from rolora.schema import RunConfig
+
+every_method = pytest.mark.parametrize("name", method_names())
+MODULES, D, K, RANK = 4, 32, 32, 2  # query and value of two layers
+HEAD = 3 * 32 + 3
+ROUNDS = 3
+LORA = RANK * (D + K)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_site(tmp_path_factory.mktemp("site"))
+
+
+def configuration(site: Path, name: str, *more: str) -> RunConfig:
+    """A few rounds of this method; clients have ranks of their own where they may."""
+    ranks = ["lora.rank=[2, 1]"] if get_method(name).ranks else []
+    few = [f"train.rounds={ROUNDS}", "eval.every=9", 'train.cache=""']
+    return load_config(site, [f"method.name={name}", *few, *ranks, *more])
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended."""
+
+    run: runs.Run
+    results: list[RoundResult]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder.path
+
+    def rank(self, client: str) -> int:
+        """Ranks are dealt out in the order of ids."""
+        names = [entry["id"] for entry in self.run.setup.partition["clients"]]
+        own = get_method(self.run.setup.config.method.name).ranks
+        return (2, 1)[sorted(names).index(client) % 2] if own else 2
+
+
+@pytest.fixture(scope="module")
+def finished(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
+    place, done = tmp_path_factory.mktemp("runs"), dict[str, Finished]()
+
+    def finish(name: str) -> Finished:
+        if name not in done:
+            run = runs.start(configuration(site, name), place / name)
+            done[name] = Finished(run, list(run.rounds()))
+        return done[name]
+
+    return finish
+
+
+# numbers that a client of rank r sends in a round, of one module, and whether the head goes too
+UP: dict[str, Callable[[int, int], int]] = {
+    "centralized": lambda r, round: 0,
+    "fed_sb": lambda r, round: r * r,
+    "fedex_lora": lambda r, round: r * (D + K),
+    "fedit": lambda r, round: r * (D + K),
+    "fedmomentum": lambda r, round: r * (D + K),
+    "fedrot_lora": lambda r, round: r * (D + K),
+    "fedsa_lora": lambda r, round: r * K,
+    "fedsvd": lambda r, round: r * D,
+    "ffa_lora": lambda r, round: r * D,
+    "flexlora": lambda r, round: r * (D + K),
+    "flora": lambda r, round: r * (D + K),
+    "hetlora": lambda r, round: r * (D + K),
+    "la_lora": lambda r, round: r * (D + K),
+    "local": lambda r, round: 0,
+    "lora_a2": lambda r, round: 1 * (D if round % 2 else K),  # half of the pieces, on average
+    "lora_fair": lambda r, round: r * (D + K),
+    "ravan": lambda r, round: r * r // 2 + 2,  # two cores, and a gain for each
+    "rolora": lambda r, round: r * (D if round % 2 else K),
+}
+WITHOUT_HEAD = {"centralized", "local", "fedsa_lora"}
+# numbers of one module that a client is handed at first beside lora_A and lora_B
+BESIDE = {
+    "fed_sb": RANK * RANK,
+    "ravan": RANK * RANK // 2 + 2,
+    **dict.fromkeys(("fedex_lora", "flora", "fedmomentum"), D * K),
+}
+
+
+@every_method
+def test_a_client_sends_as_many_bytes_as_counted_by_hand(
+    name: str, finished: Callable[[str], Finished]
+) -> None:
+    done = finished(name)
+    for result in done.results[1:]:
+        assert result.rejected == {}
+        head = 0 if name in WITHOUT_HEAD else HEAD
+        bits = MODULES + 2 if name == "lora_a2" else 0  # a byte for each of its tensors
+        assert result.bytes_up == sum(
+            4 * (MODULES * UP[name](done.rank(client), result.round) + head) + bits
+            for client in result.cohort
+        )
+
+
+@every_method
+def test_a_client_is_handed_as_many_bytes_as_counted_by_hand_when_it_first_takes_part(
+    name: str, finished: Callable[[str], Finished]
+) -> None:
+    done, whole = finished(name), name == "lora_a2"  # whose clients hold all and send less
+    expected = sum(
+        4 * (MODULES * ((RANK if whole else done.rank(c)) * (D + K) + BESIDE.get(name, 0)) + HEAD)
+        for c in done.results[1].cohort
+    )
+    assert done.results[1].bytes_down == (0 if name == "centralized" else expected)
+
+
+def kept(path: Path) -> dict[str, str]:
+    """A hash of the adapter and of everything that clients keep, by file."""
+    files = [path / "adapter" / "adapter_model.safetensors", *path.glob("clients/*/*.safetensors")]
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+
+
+def untimed(path: Path) -> list[dict[str, object]]:
+    lines = [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@every_method
+def test_a_stopped_run_resumes_to_the_bytes_of_one_that_was_not(
+    name: str, site: Path, finished: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    run = runs.start(configuration(site, name), tmp_path / "stopped")
+    list(itertools.islice(run.rounds(), 1 + 1))  # after round 1
+    list(runs.resume(tmp_path / "stopped").rounds())
+    assert kept(tmp_path / "stopped") == kept(finished(name).folder)
+    assert untimed(tmp_path / "stopped") == untimed(finished(name).folder)
+    assert bool(list(tmp_path.glob("stopped/clients/*/round-*"))) == bool(
+        get_method(name).personal(1)
+    )
+
+
+@every_method
+def test_peft_loads_the_adapter_of_any_method_and_computes_the_same_logits(
+    name: str, site: Path, finished: Callable[[str], Finished]
+) -> None:
+    done = finished(name)
+    base, folder = done.run.setup.base, done.folder / "adapter"
+    texts = ["a good film and a dog", "the cat", "a bad plot"]
+    inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
+    with base.holding(done.results[-1].state.server.adapter), torch.no_grad():
+        ours = base.model(**inputs).logits
+    with base.holding(read_adapter(folder, base.specs, any_rank=True)), torch.no_grad():
+        again = base.model(**inputs).logits
+    config = transformers.AutoConfig.from_pretrained(folder)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(
+        site.parent / "model", config=config
+    )
+    theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(**inputs).logits, ours, rtol=0, atol=1e-5)
+    assert torch.allclose(again, ours, rtol=0, atol=1e-5)
+    if name not in WITHOUT_HEAD or name == "centralized":
+        with base.holding(done.run.setup.start.server.adapter), torch.no_grad():
+            assert not torch.allclose(base.model(**inputs).logits, ours, rtol=0, atol=1e-3)
+
+
+@every_method
+def test_the_adapter_of_any_method_is_evaluated_by_itself_as_in_its_run(
+    name: str, site: Path, finished: Callable[[str], Finished]
+) -> None:
+    done = finished(name)
+    metrics = runs.evaluate_adapter(done.folder, str(site.parent / "test.csv"))
+    if get_method(name).personal(1):  # the run's metrics are of each client's own adapter
+        wanted = done.run.setup.federation.test
+        assert wanted is not None
+        assert metrics == pytest.approx(dict(wanted(done.results[-1].state.server.adapter)))
+    else:
+        assert metrics == pytest.approx(dict(done.results[-1].metrics), rel=1e-4)
+
+
+# ranks of one's own
+
+
+def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(site: Path) -> None:
+    listed = load_config(site, ["lora.rank=[4, 1, 2]", "method.name=flora"]).lora
+    assert listed.largest == 4
+    assert listed.ranks(["d", "a", "c", "b"]) == {"a": 4, "b": 1, "c": 2, "d": 4}
+    table = load_config(
+        site, ['lora.rank={"big-*" = 8, "big-2" = 1, "*" = 2}', "method.name=flora"]
+    ).lora
+    assert table.largest == 8
+    assert table.ranks(["big-1", "big-2", "small"]) == {"big-1": 8, "big-2": 8, "small": 2}
+
+
+def test_a_run_with_a_table_of_ranks_resumes_and_is_reported(site: Path, tmp_path: Path) -> None:
+    table = 'lora.rank={"client-1" = 1, "*" = 3}'
+    config = load_config(site, ["method.name=flora", table, "train.rounds=2"])
+    list(itertools.islice(runs.start(config, tmp_path / "run").rounds(), 2))
+    *_, last = runs.resume(tmp_path / "run").rounds()
+    assert last.round == 2
+    assert "LoRA of rank 1 to 3" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method.name=fedit", "lora.rank=[2, 1]"], "fedit averages factors of one rank: .* flora"),
+        (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"says nothing of client"),
+        (["method.name=flora", "lora.rank={}"], "a table of ranks needs a line"),
+        (["method.name=flora", "lora.rank=[]"], "lora.rank"),
+        (["method.name=flora", "lora.rank=[2, 0]"], "lora.rank"),
+        (["method.name=ravan", "lora.rank=3"], "heads = 2 does not divide lora.rank = 3"),
+        (["method.name=ravan", "method.heads=0"], "heads = 0 does not divide"),
+        (["method.name=ravan", "lora.rank=34"], "lora.rank = 34 is more than the 32 orthonormal"),
+        (["method.name=fed_sb", "lora.rank=34"], "fed_sb: .* has no 34 directions"),
+        (
+            ["method.name=la_lora", "train.local_steps=1"],
+            "la_lora trains one .* local_steps is at least 2",
+        ),
+        (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma lies in \(0, 1\], not 0"),
+        (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep lies in \(0, 1\], not 1.5"),
+        (["method.name=lora_fair", "method.ridge=-1"], "lora_fair: ridge is at least 0, not -1"),
+        (["method.name=fedrot_lora", "method.softness=2"], r"softness lies in \[0, 1\], not 2"),
+        (["method.name=fedmomentum", "method.energy=0"], r"energy lies in \(0, 1\], not 0"),
+    ],
+)
+def test_what_a_method_cannot_have_is_refused_in_one_line_before_the_run(
+    overrides: list[str], said: str, site: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        runs.start(load_config(site, overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["ravan", "fed_sb"])
+def test_a_warm_start_is_refused_where_factors_are_of_the_method_s_own_making(
+    name: str, site: Path, finished: Callable[[str], Finished], tmp_path: Path
+) -> None:
+    warm = f"lora.init_from={finished('fedit').folder / 'adapter'}"
+    with pytest.raises(ConfigError, match=f"{name} trains cores between factors of its own making"):
+        runs.start(configuration(site, name, warm), tmp_path / "run")
+
+
+def test_nothing_is_remembered_of_what_rounding_took_from_factors_that_are_made_anew(
+    site: Path, tmp_path: Path
+) -> None:
+    for name, factors in (("fedsvd", False), ("fedit", True)):
+        run = runs.start(configuration(site, name, "wire.up=int8"), tmp_path / name)
+        list(run.rounds())
+        files = sorted((tmp_path / name / "clients").glob("*/residual-*.safetensors"))
+        assert files
+        for file in files:
+            names = load_file(file).keys()
+            assert any("classifier" in key for key in names)
+            assert any("lora_" in key for key in names) == factors
