@@ -281,9 +281,9 @@ def test_a_sparse_payload_whose_bits_fit_neither_its_length_nor_its_kind_is_refu
         bytes(payload[8:]),
     ]
     for at in range(start, start + 4):
-        lie = bytearray(payload)
-        lie[at] ^= 1
-        lies.append(bytes(lie))
+        wrong = bytearray(payload)
+        wrong[at] ^= 1
+        lies.append(bytes(wrong))
     for lie in lies:
         with pytest.raises(WireError, match="the payload"):
             decode(format, lie, HELD, sparse=True)

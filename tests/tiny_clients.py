@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,13 @@ class Bench:
         trainable: Callable[[int], Roles] = lambda step: EVERYTHING,
         lr: float = 5e-3,
         round: int = 1,
+        method: Method | None = None,
     ) -> list[Trained]:
-        """These clients side by side."""
+        """These clients side by side, as the method trains them if one is given."""
+        hooks: dict[str, Any] = {}
+        if method is not None:
+            trainable = partial(method.trainable, round)
+            hooks = {"gradient": method.gradient, "penalty": method.penalty}
         return train_group(
             self.base,
             self.task,
@@ -76,6 +82,7 @@ class Bench:
             lr=lr,
             seed=7,
             round=round,
+            **hooks,
         )
 
 

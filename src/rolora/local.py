@@ -174,12 +174,14 @@ def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: 
 
 
 def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Optimizer:
-    named = bank.leaves.items()
+    # by role, as a fused step wants leaves that all have a momentum already, or all have none
+    roles: dict[str, list[Tensor]] = {}
+    for name, leaf in bank.leaves.items():
+        roles.setdefault(role_of(name), []).append(leaf)
+    times = {"B": settings.b_lr_ratio}
     groups: list[dict[str, Any]] = [
-        {"params": [leaf for name, leaf in named if role_of(name) != "B"]},
-        {"params": [leaf for name, leaf in named if role_of(name) == "B"]},
+        {"params": leaves, "lr": lr * times.get(role, 1.0)} for role, leaves in roles.items()
     ]
-    groups[1]["lr"] = lr * settings.b_lr_ratio
     decay = settings.weight_decay
     if settings.optimizer == "sgd":
         momentum = settings.momentum

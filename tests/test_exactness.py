@@ -1,0 +1,414 @@
+"""Every method against its own formula, on random rounds; and broken ones, which must be noticed.
+
+What must hold is in ``formulas``. It is asked here of random shapes, ranks, weights and cohorts.
+Then each method is broken, in ways that such code has been broken in elsewhere: the very same check
+must fail on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from formulas import CHECKS, Case, dense_error, named, play
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rolora.adapter import AdapterState, ClientInfo, Roles, role_of
+from rolora.method import Method, Reduce, ServerState, get_method, method_names
+
+# the properties
+
+
+@st.composite
+def cases(draw: st.DrawFn, name: str) -> Case:
+    side = st.integers(4, 8)
+    rank = st.sampled_from([2, 4] if name == "ravan" else [1, 2, 3, 4])
+    layers = draw(st.lists(st.tuples(side, side, rank), min_size=1, max_size=2))
+    sizes = draw(st.lists(st.integers(1, 1000), min_size=1, max_size=5))
+    ranks = draw(st.lists(st.integers(1, 4), min_size=len(sizes), max_size=len(sizes)))
+    return Case(
+        layers=tuple(layers),
+        sizes=tuple(sizes),
+        ranks=tuple(ranks),
+        round=draw(st.integers(1, 4)),
+        move=draw(st.sampled_from([1e-2, 0.1, 1.0])),
+        seed=draw(st.integers(0, 2**20)),
+    )
+
+
+def test_every_method_has_a_check() -> None:
+    assert sorted(CHECKS) == method_names()
+
+
+@pytest.mark.parametrize("name", method_names())
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_round_is_what_the_method_s_formula_says(name: str, data: st.DataObject) -> None:
+    CHECKS[name](play(get_method(name), data.draw(cases(name))))
+
+
+@pytest.mark.parametrize("name", method_names())
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_the_aggregation_error_is_that_of_the_matrices_multiplied_out(
+    name: str, data: st.DataObject
+) -> None:
+    game = play(get_method(name), data.draw(cases(name)))
+    if game.method.personal(game.infos[0].round):
+        assert game.report.aggregation_error is None
+    else:
+        expected = dense_error(game)
+        assert game.report.aggregation_error == pytest.approx(expected, rel=1e-6, abs=1e-9)
+        lone_or_exact = game.method.exact or (len(game.infos) == 1 and not game.method.ranks)
+        assert not lone_or_exact or expected <= 1e-2
+
+
+TYPICAL = Case(
+    layers=((6, 6, 2), (5, 7, 4)),
+    sizes=(400, 90, 310),
+    ranks=(4, 2, 3),
+    round=3,
+    move=3.0,
+    seed=11,
+)
+
+
+def test_the_methods_that_say_they_are_exact_are_those_whose_error_is_rounding() -> None:
+    found = {
+        name: play(get_method(name), TYPICAL).report.aggregation_error for name in method_names()
+    }
+    for name, error in found.items():
+        if error is not None and name != "centralized":
+            assert get_method(name).exact == (error <= 1e-9), name
+
+
+# each method broken: the check must notice
+
+
+def unweighted(method: Method) -> Method:
+    """The mean of the clients, whatever their rows."""
+
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        def flat(project: Any = None, weight: Any = None) -> Any:
+            return reduce(project, lambda update: 1.0)
+
+        return method.aggregate(server, flat, rng)
+
+    return replace(method, aggregate=aggregate)
+
+
+def then(method: Method, change: Callable[[AdapterState, AdapterState], Any]) -> Method:
+    """The server's new tensors, changed: ``change(before, after)`` gives those to put in place."""
+
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        after = method.aggregate(server, reduce, rng)
+        return replace(after, adapter=after.adapter | change(server.adapter, after.adapter))
+
+    return replace(method, aggregate=aggregate)
+
+
+def sending(method: Method, change: Callable[[AdapterState, AdapterState], Any]) -> Method:
+    """What a client sends, changed: ``change(trained, what it should send)``."""
+
+    def upload(received: AdapterState, end: AdapterState, info: ClientInfo) -> AdapterState:
+        right = method.upload(received, end, info)
+        return right | dict(change(end, right))
+
+    return replace(method, upload=upload)
+
+
+def each(
+    state: AdapterState, which: str, change: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of this kind of every layer, changed: ``change(layer, tensor)``."""
+    return {
+        named(layer, which): change(layer, state[named(layer, which)]) for layer in state.layers()
+    }
+
+
+def growth(before: AdapterState, after: AdapterState, times: Callable[[str], float]) -> Any:
+    """The new delta with what was added to it multiplied."""
+    return {
+        name: before[name] + times(name.rsplit(".lora_", 1)[0]) * (after[name] - before[name])
+        for name in before.only(frozenset({"delta"}))
+    }
+
+
+def singular_values_to(factor: str, method: Method) -> Method:
+    """All of S in one factor, or in none of them ("")."""
+
+    def change(before: AdapterState, after: AdapterState) -> dict[str, Tensor]:
+        found = {}
+        for layer in after.layers():
+            down, up = after[named(layer, "A")], after[named(layer, "B")]
+            length = {"A": up.norm(dim=0), "B": down.norm(dim=1)}
+            root = length["A"] * length["B"]
+            found[named(layer, "A")] = down / length["B"][:, None]
+            found[named(layer, "B")] = up / length["A"]
+            if factor:
+                name = named(layer, factor)
+                found[name] = found[name] * (root[:, None] if factor == "A" else root)
+        return found
+
+    return then(method, change)
+
+
+def transposed_residual(method: Method) -> Method:
+    def change(before: AdapterState, after: AdapterState) -> dict[str, Tensor]:
+        added = {name: after[name] - t for name, t in before.only(frozenset({"delta"})).items()}
+        return {
+            name: before[name] + (part.mT if part.shape[0] == part.shape[1] else part)
+            for name, part in added.items()
+        }
+
+    return then(method, change)
+
+
+def by_rows_of_data(method: Method) -> Method:
+    """Weights that are num_examples, where the method has its own."""
+
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        def plain(project: Any = None, weight: Any = None) -> Any:
+            return reduce(project)
+
+        return method.aggregate(server, plain, rng)
+
+    return replace(method, aggregate=aggregate)
+
+
+def padded_in_front(method: Method) -> Method:
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        def flipped(project: Any = None, weight: Any = None) -> Any:
+            def front(view: AdapterState) -> Any:
+                found = dict(project(view))
+                for name, tensor in view.items():
+                    axis = {"A": 0, "B": 1}.get(role_of(name))
+                    if axis is not None:
+                        shift = found[name].shape[axis] - tensor.shape[axis]
+                        found[name] = found[name].roll(shift, axis)
+                return found
+
+            return reduce(front, weight)
+
+        return method.aggregate(server, flipped, rng)
+
+    return replace(method, aggregate=aggregate)
+
+
+def turning(method: Method, how: Callable[[Tensor], Tensor], both: bool = True) -> Method:
+    """Clients that turn by another matrix than the method's own, which is worked out from A."""
+
+    def upload(received: AdapterState, end: AdapterState, info: ClientInfo) -> AdapterState:
+        right, new = method.upload(received, end, info), {}
+        for layer in end.layers():
+            down, up = end[named(layer, "A")], end[named(layer, "B")]
+            turn = how(torch.linalg.lstsq(down.mT, right[named(layer, "A")].mT).solution)
+            new[named(layer, "A")] = turn.mT @ down
+            new[named(layer, "B")] = up @ turn if both else right[named(layer, "B")]
+        return right | new
+
+    return replace(method, upload=upload)
+
+
+def mirrored(turn: Tensor) -> Tensor:
+    return turn @ torch.diag(torch.tensor([-1.0] + [1.0] * (len(turn) - 1), dtype=turn.dtype))
+
+
+def across_rank(name: str, gradients: Tensor) -> Tensor:
+    """LA-LoRA's filter along the wrong side."""
+    own = get_method("la_lora").gradient
+    assert own is not None
+    other = name.replace("lora_A", "lora_#").replace("lora_B", "lora_A").replace("lora_#", "lora_B")
+    return own(other, gradients)
+
+
+RIGHT = {name: get_method(name) for name in method_names()}
+ALL: Roles = frozenset({"A", "B", "head"})
+MUTANTS: dict[str, tuple[str, Method]] = {
+    "rolora weighs clients alike": ("rolora", unweighted(RIGHT["rolora"])),
+    "rolora moves half way": (
+        "rolora",
+        then(
+            RIGHT["rolora"],
+            lambda before, after: each(
+                after, "B", lambda layer, b: (b + before[named(layer, "B")]) / 2
+            ),
+        ),
+    ),
+    "rolora is out of phase": ("rolora", get_method("rolora", first="A")),
+    "ffa_lora weighs clients alike": ("ffa_lora", unweighted(RIGHT["ffa_lora"])),
+    "ffa_lora moves lora_A": (
+        "ffa_lora",
+        then(RIGHT["ffa_lora"], lambda before, after: each(after, "A", lambda _, a: 1.01 * a)),
+    ),
+    "fedit weighs clients alike": ("fedit", unweighted(RIGHT["fedit"])),
+    "centralized keeps what it had": (
+        "centralized",
+        then(RIGHT["centralized"], lambda before, after: before),
+    ),
+    "local sends all": ("local", replace(RIGHT["local"], shared=lambda round: ALL)),
+    "fedsa_lora sends lora_B": (
+        "fedsa_lora",
+        replace(RIGHT["fedsa_lora"], shared=lambda round: frozenset({"A", "B"})),
+    ),
+    "fedsa_lora weighs clients alike": ("fedsa_lora", unweighted(RIGHT["fedsa_lora"])),
+    "flexlora weighs clients alike": ("flexlora", unweighted(RIGHT["flexlora"])),
+    "flexlora forgets √S": ("flexlora", singular_values_to("", RIGHT["flexlora"])),
+    "flexlora gives all of S to lora_B": ("flexlora", singular_values_to("B", RIGHT["flexlora"])),
+    "flexlora forgets the scaling": (
+        "flexlora",
+        then(
+            RIGHT["flexlora"],
+            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
+        ),
+    ),
+    "flexlora hands out the last directions": (
+        "flexlora",
+        replace(
+            RIGHT["flexlora"],
+            download=lambda server, client: (
+                server.adapter
+                | {
+                    **each(server.adapter, "A", lambda _, a: a[-client.rank :]),
+                    **each(server.adapter, "B", lambda _, b: b[:, -client.rank :]),
+                }
+            ),
+        ),
+    ),
+    "flora does not start again": (
+        "flora",
+        then(RIGHT["flora"], lambda before, after: before.only(frozenset({"A", "B"}))),
+    ),
+    "flora keeps lora_A": (
+        "flora",
+        then(RIGHT["flora"], lambda before, after: before.only(frozenset({"A"}))),
+    ),
+    "flora forgets the scaling": (
+        "flora",
+        then(
+            RIGHT["flora"],
+            lambda before, after: growth(before, after, lambda layer: 1 / after.scaling[layer]),
+        ),
+    ),
+    "flora weighs clients alike": ("flora", unweighted(RIGHT["flora"])),
+    "fedex_lora adds no residual": (
+        "fedex_lora",
+        then(RIGHT["fedex_lora"], lambda before, after: growth(before, after, lambda layer: 0.0)),
+    ),
+    "fedex_lora transposes the residual": ("fedex_lora", transposed_residual(RIGHT["fedex_lora"])),
+    "fedex_lora forgets the scaling": (
+        "fedex_lora",
+        then(
+            RIGHT["fedex_lora"],
+            lambda before, after: growth(before, after, lambda layer: 1 / after.scaling[layer]),
+        ),
+    ),
+    "fedex_lora weighs clients alike": ("fedex_lora", unweighted(RIGHT["fedex_lora"])),
+    "hetlora weighs by rows": ("hetlora", by_rows_of_data(RIGHT["hetlora"])),
+    "hetlora weighs clients alike": ("hetlora", unweighted(RIGHT["hetlora"])),
+    "hetlora pads in front": ("hetlora", padded_in_front(RIGHT["hetlora"])),
+    "fedsvd gives S to lora_A": (
+        "fedsvd",
+        then(
+            RIGHT["fedsvd"],
+            lambda before, after: {
+                **each(
+                    after, "A", lambda layer, a: a * after[named(layer, "B")].norm(dim=0)[:, None]
+                ),
+                **each(after, "B", lambda _, b: b / b.norm(dim=0)),
+            },
+        ),
+    ),
+    "fedsvd forgets S": (
+        "fedsvd",
+        then(
+            RIGHT["fedsvd"], lambda before, after: each(after, "B", lambda _, b: b / b.norm(dim=0))
+        ),
+    ),
+    "fedsvd does not turn": (
+        "fedsvd",
+        replace(RIGHT["fedsvd"], aggregate=RIGHT["ffa_lora"].aggregate),
+    ),
+    "lora_a2 sends the smallest": (
+        "lora_a2",
+        sending(
+            RIGHT["lora_a2"],
+            lambda end, right: each(right, "B", lambda layer, b: 2 * end[named(layer, "B")] - b),
+        ),
+    ),
+    "lora_a2 sends all": ("lora_a2", replace(RIGHT["lora_a2"], upload=RIGHT["fedit"].upload)),
+    "lora_a2 forgets a client's rank": ("lora_a2", get_method("lora_a2", keep=1.0)),
+    "lora_fair does not correct": (
+        "lora_fair",
+        replace(RIGHT["lora_fair"], aggregate=RIGHT["fedit"].aggregate),
+    ),
+    "lora_fair forgets its ridge": ("lora_fair", get_method("lora_fair", ridge=0.0)),
+    "lora_fair weighs clients alike": ("lora_fair", unweighted(RIGHT["lora_fair"])),
+    "fedrot_lora does not turn": (
+        "fedrot_lora",
+        replace(RIGHT["fedrot_lora"], upload=RIGHT["fedit"].upload),
+    ),
+    "fedrot_lora turns all the way": ("fedrot_lora", get_method("fedrot_lora", softness=1.0)),
+    "fedrot_lora turns lora_A alone": (
+        "fedrot_lora",
+        sending(RIGHT["fedrot_lora"], lambda end, right: each(end, "B", lambda _, b: b)),
+    ),
+    "fedrot_lora turns the wrong way": (
+        "fedrot_lora",
+        turning(RIGHT["fedrot_lora"], lambda turn: turn.mT),
+    ),
+    "fedrot_lora mirrors": ("fedrot_lora", turning(RIGHT["fedrot_lora"], mirrored)),
+    "la_lora weighs clients alike": ("la_lora", unweighted(RIGHT["la_lora"])),
+    "la_lora filters across the rank": ("la_lora", replace(RIGHT["la_lora"], gradient=across_rank)),
+    "la_lora does not filter": (
+        "la_lora",
+        replace(RIGHT["la_lora"], gradient=lambda name, gradients: gradients),
+    ),
+    "fed_sb weighs clients alike": ("fed_sb", unweighted(RIGHT["fed_sb"])),
+    "fed_sb transposes the core": (
+        "fed_sb",
+        then(RIGHT["fed_sb"], lambda before, after: each(after, "core", lambda _, core: core.mT)),
+    ),
+    "fed_sb moves lora_A": (
+        "fed_sb",
+        then(RIGHT["fed_sb"], lambda before, after: each(after, "A", lambda _, a: 1.01 * a)),
+    ),
+    "ravan averages gains by themselves": (
+        "ravan",
+        replace(RIGHT["ravan"], upload=RIGHT["fedit"].upload),
+    ),
+    "ravan forgets the gains": (
+        "ravan",
+        sending(RIGHT["ravan"], lambda end, right: each(end, "core", lambda _, core: core)),
+    ),
+    "ravan weighs clients alike": ("ravan", unweighted(RIGHT["ravan"])),
+    "fedmomentum adds no rest": (
+        "fedmomentum",
+        then(RIGHT["fedmomentum"], lambda before, after: growth(before, after, lambda layer: 0.0)),
+    ),
+    "fedmomentum keeps every bit of energy": ("fedmomentum", get_method("fedmomentum", energy=1.0)),
+    "fedmomentum forgets the scaling": (
+        "fedmomentum",
+        then(
+            RIGHT["fedmomentum"],
+            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
+        ),
+    ),
+}
+
+
+def test_every_method_is_broken_at_least_once() -> None:
+    assert {name for name, _ in MUTANTS.values()} == set(method_names())
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_the_check_notices_a_method_that_is_broken(what: str) -> None:
+    name, broken = MUTANTS[what]
+    CHECKS[name](play(RIGHT[name], TYPICAL))
+    with pytest.raises(AssertionError):
+        CHECKS[name](play(broken, TYPICAL))
