@@ -189,7 +189,7 @@ def test_llama_2_7b_is_counted_without_being_here(tmp_path: Path) -> None:
 
 def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
     with pytest.raises(
-        ConfigError, match="'nobody/nothing' is not on this machine, and offline = true"
+        ConfigError, match=r"^model 'nobody/nothing' is not on this machine, and offline = true"
     ) as caught:
         outline("nobody/nothing", "causal_lm", LoraSettings(), offline=True)
     assert "\n" not in str(caught.value)

@@ -1,0 +1,137 @@
+"""Claims about the experiments: their files load, and published numbers stand where they belong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from rolora.config import load_config
+from rolora.method import method_factory, method_names
+
+PLACE = Path(__file__).parent.parent / "experiments"
+CONFIGS = sorted(PLACE.glob("*/*.toml"))
+PUBLISHED = sorted(PLACE.glob("*/*.published.json"))
+# methods that papers compare with and that are not here yet
+ELSEWHERE = {"flexlora"} - set(method_names())
+
+
+def script(path: str) -> Any:
+    """The module of a script among the experiments."""
+    spec = importlib.util.spec_from_file_location("script", PLACE / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def test_the_files_are_those_that_the_script_writes() -> None:
+    files = script("make_experiments.py").files()
+    for path, text in files.items():
+        assert path.read_text() == text, f"run python experiments/make_experiments.py ({path})"
+    for folder in ("glue-roberta-large", "llama-2-7b"):
+        there = {path for path in PLACE.glob(f"{folder}/*") if path.suffix in (".toml", ".json")}
+        assert there == {path for path in files if path.parent.name == folder}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_every_experiment_is_a_configuration_that_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=name_of)
+def test_published_numbers_say_whose_they_are_and_which_files_run_them(path: Path) -> None:
+    found = json.loads(path.read_text())
+    assert found["source"]
+    assert found["setting"]
+    assert (found["metric"], found["unit"]) == ("accuracy", "percent")
+    assert all(0 < value < 100 for value in found["results"].values())
+    for name in found["results"]:
+        method = name.partition("+")[0]
+        assert method in ELSEWHERE or method_factory(method)
+    own = path.with_name(path.name.replace(".published.json", ".toml")).name
+    for config in found.get("experiments", [own]):
+        load_config(path.parent / config, found.get("overrides", []))
+
+
+def test_the_published_average_is_the_mean_of_the_published_tasks() -> None:
+    average = json.loads((PLACE / "glue-roberta-large" / "average-50.published.json").read_text())
+    tasks = [
+        json.loads((PLACE / "glue-roberta-large" / f"{Path(name).stem}.published.json").read_text())
+        for name in average["experiments"]
+    ]
+    assert len(tasks) == 5
+    for method, value in average["results"].items():
+        assert mean(task["results"][method] for task in tasks) == pytest.approx(value, abs=0.02)
+
+
+def test_all_sizes_of_an_experiment_have_as_many_samples() -> None:
+    def samples(name: str) -> int:
+        config = load_config(PLACE / name)
+        train = config.train
+        return train.rounds * (train.local_steps or 0) * train.batch_size * config.partition.clients
+
+    for names in (
+        [f"stand-ins/snippets-{clients}.toml" for clients in (3, 20, 50)],
+        [f"glue-roberta-large/qnli-{clients}.toml" for clients in (3, 20, 50)],
+        [f"glue-roberta-large/mnli-{how}.toml" for how in ("50", "dirichlet-10", "dirichlet-15")],
+    ):
+        assert len({samples(name) for name in names}) == 1
+
+
+def test_an_instruction_set_becomes_prompts_with_their_input_and_completions() -> None:
+    objects = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"instruction": "Say nothing.", "input": "", "output": " "},
+    ]
+    first, second = script("llama-2-7b/prepare.py").rows(objects)
+    assert first["prompt"].endswith(
+        "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
+    )
+    assert first["completion"] == "3"
+    assert "Input" not in second["prompt"]
+
+
+def test_questions_become_choices_and_lines_replies_of_their_speaker() -> None:
+    prepare = script("stand-ins/prepare.py")
+    (row,) = prepare.choices([{"text": "Who was it?", "label": "HUM"}])
+    assert row["choices"][3] == row["answer"] == "person"
+    lines = ["Season\tEpisode\tSeason & Episode\tTitle\tAuthor\tQuote", "d\td\td\td\td\tstring"]
+    lines += ["\t\t\t\t\tinclude=True"]
+    for season, who, said in (
+        ("01", "Ross", "Where has my dinosaur gone?"),
+        ("01", "Rachel", "It is in the other room, Ross."),
+        ("01", "Waiter", "Are you ready to order something?"),
+        ("10", "Joey", "I would like one of each, please."),
+        ("10", "Monica", "And a glass of water for everybody."),
+    ):
+        lines.append(f"{season}\t01\t{season}01\tThe One\t{who}\t {said}")
+    assert list(prepare.replies(lines)) == [
+        (
+            "train",
+            {
+                "prompt": "The One\nRoss: Where has my dinosaur gone?\nRachel:",
+                "completion": " It is in the other room, Ross.",
+                "speaker": "Rachel",
+            },
+        ),
+        (
+            "test",
+            {
+                "prompt": "The One\nJoey: I would like one of each, please.\nMonica:",
+                "completion": " And a glass of water for everybody.",
+                "speaker": "Monica",
+            },
+        ),
+    ]
