@@ -34,7 +34,8 @@ def trainer(file: Path, name: str, orders: Connection) -> None:
         run, server = setup.federation, setup.start.server
         orders.send(None)
         while number := orders.recv():
-            info = ClientInfo(name, run.engine.clients()[name], run.rank, number)
+            rank = run.ranks([name])[name]
+            info = ClientInfo(name, run.engine.clients()[name], rank, number)
             job = Job(replace(server, round=number - 1), (info,), run.seed, run.lr(number))
             orders.send([update.client for update in run.engine.run(run.method, job)])
 
