@@ -154,6 +154,60 @@ def saving(record: Record) -> str:
     return _table([*head, "CPU ratio / ideal", "n"], [cells])
 
 
+def site_seconds(record: Record) -> str:
+    """Seconds a round, beyond the training alone, and against Flower's deployment."""
+    rows, parties = [], record["parties"]
+    usual = {name: [one["seconds"] for one in _rounds(p)] for name, p in parties.items()}
+    alone = next(iter(parties))
+    for name, party in parties.items():
+        if not (seconds := usual[name]):
+            rows.append([name, f"failed: {party['failed']}", *[""] * 6])
+            continue
+        loading = [one["loading"] for one in _rounds(party) if "loading" in one]
+        rows.append(
+            [
+                name,
+                f"{median(seconds):.2f}",
+                f"{min(seconds):.2f} to {max(seconds):.2f}",
+                f"{median(seconds) - median(usual[alone]):.2f}" if usual[alone] else "",
+                f"{median(loading):.2f}" if loading else "-",
+                f"{median(seconds) / median(usual['Flower']):.2f}" if usual["Flower"] else "",
+                f"{_median(party, lambda s: s['cpu_seconds'] / s['answer']['units']):.2f}",
+                str(len(seconds)),
+            ]
+        )
+    head = ["party", "s a round", "least to most", f"more than {alone}", "of that, loading"]
+    return _table([*head, "time / Flower's", "CPU s a round", "rounds"], rows)
+
+
+def site_bytes(record: Record) -> str:
+    """Bytes of a message by layer; what a site moves in a round; what it moves when idle."""
+    messages, rounds = [], []
+    for row in record["rows"]:
+        name = f"{row['party']}, {row['adapter']}"
+        for kind in ("question", "answer"):
+            sizes = row[kind]
+            layers = [
+                f"{sizes[layer]:,.0f} ({sizes[layer] / sizes['payload'] - 1:+.1%})"
+                if sizes[layer]
+                else "-"
+                for layer in ("body", "message", "stream")
+            ]
+            messages.append([name, kind, f"{sizes['payload']:,}", *layers])
+        both = row["question"]["payload"] + row["answer"]["payload"]
+        counts = [f"{row[f'{key}_a_round']:.1f}" for key in ("looks", "heartbeats", "connections")]
+        each = [f"{row[key]:,.0f}" for key in ("looks", "heartbeats")]
+        whole = f"{row['all']:,.0f} ({row['all'] / both - 1:+.1%})"
+        rounds.append([name, f"{both:,}", whole, *counts, *each])
+    head = ["run", "message", "elements × 4", "payload", "with envelope", "with HTTP and TLS"]
+    more = ["run", "elements × 4, both ways", "all on TCP", "looks", "heartbeats", "connections"]
+    tables = [_table(head, messages), _table([*more, "bytes a look", "a heartbeat"], rounds)]
+    idle, ours = record["idle"], record["rows"][0]
+    hour = sum(3600 / idle[key] * ours[key] for key in ("looks", "heartbeats"))
+    tables.append(f"A site that waits for a run moves {hour / 1e6:.1f} MB an hour, both ways.")
+    return "\n\n".join(tables)
+
+
 KINDS: dict[str, Callable[[Record], str]] = {
     "overhead": overhead,
     "clients": clients,
@@ -165,7 +219,14 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "client-step": client_step,
     "padding": saving,
     "prefix-cache": saving,
+    "across-sites-seconds": site_seconds,
+    "across-sites-bytes": site_bytes,
 }
+
+
+def _rounds(party: Record) -> list[Mapping[str, float]]:
+    """Every measured round of a party that measures its rounds itself."""
+    return [one for sample in party["samples"] for one in sample["answer"]["rounds"]]
 
 
 def _first_at(curve: Sequence[tuple[float, float]], target: float) -> float:

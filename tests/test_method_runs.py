@@ -234,7 +234,7 @@ def test_a_run_with_a_table_of_ranks_resumes_and_is_reported(site: Path, tmp_pat
         (["method.name=fed_sb", "lora.rank=34"], "fed_sb: .* has no 34 directions"),
         (
             ["method.name=la_lora", "train.local_steps=1"],
-            "la_lora trains one .* local_steps is at least 2",
+            "la_lora trains one .*local_steps is at least 2",
         ),
         (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma lies in \(0, 1\], not 0"),
         (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep lies in \(0, 1\], not 1.5"),

@@ -11,6 +11,7 @@ from calls import calls, configuration, make_place, remote
 from rolora import runs
 from rolora.adapter import tensor_hash
 from rolora.errors import ConfigError
+from rolora.flower.carrier import pause
 from rolora.flower.parcel import Parcel
 from rolora.rounds import RoundResult
 from rolora.runs import Run
@@ -146,3 +147,14 @@ def test_a_site_that_lost_what_it_held_is_sent_everything(place: Path, tmp_path:
     ]
     assert lacked == [3]
     assert bits(run, last) == {n: tensor_hash(t) for n, t in whole.state.server.adapter.items()}
+
+
+def test_a_message_is_found_late_by_a_tenth_of_the_waiting_and_not_looked_for_all_the_time() -> (
+    None
+):
+    waited, looks = 0.0, 0
+    while waited < 60:
+        late = pause(waited, longest=1.0)
+        assert late <= min(max(0.2, waited / 10), 1.0)
+        waited, looks = waited + late, looks + 1
+    assert looks < 80

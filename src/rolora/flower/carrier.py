@@ -19,7 +19,7 @@ ERRORS = {
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer within the time that it had",
     ErrorCode.NODE_UNAVAILABLE: "it has gone: no sign of life for a minute",
 }
-PAUSE = 0.5  # seconds between looks for answers
+LONGEST = 0.5  # seconds between looks for answers
 
 
 def packed(parcel: Parcel) -> RecordDict:
@@ -33,6 +33,15 @@ def unpacked(content: RecordDict) -> Parcel:
     head = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool)}
     body = record.get(BODY, b"")
     return Parcel(head, body if isinstance(body, bytes) else b"")
+
+
+def pause(waited: float, longest: float) -> float:
+    """Seconds until the next look for a message, after waiting so many for it.
+
+    A look costs a kilobyte on the wire, so the pause grows; a message is late by it at most, which
+    is a tenth of the waiting, or 0.2 s.
+    """
+    return min(max(waited / 10, 0.2), longest)
 
 
 class GridCarrier:
@@ -62,7 +71,7 @@ class GridCarrier:
             return
         sent = zip(self.grid.push_messages(messages), questions, strict=True)
         waiting = {id: node for id, node in sent if id}
-        until = time.monotonic() + seconds
+        asked = time.monotonic()
         while waiting:
             for reply in self.grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
@@ -73,10 +82,11 @@ class GridCarrier:
                     yield node, Lost(ERRORS.get(about.code) or about.reason or str(about.code))
                 else:
                     yield node, unpacked(reply.content)
-            if time.monotonic() > until:
+            waited = time.monotonic() - asked
+            if waited > seconds:
                 return
             if waiting:
-                time.sleep(PAUSE)
+                time.sleep(pause(waited, LONGEST))
 
 
 def replies_in_time(

@@ -39,12 +39,13 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from rolora.durable import locked, write_file
 from rolora.errors import ConfigError
-from rolora.flower.carrier import packed, unpacked
+from rolora.flower.carrier import packed, pause, unpacked
 from rolora.flower.fleet import NotConnected, activate, beat, fleet_client, leave, node_keys, said
 from rolora.flower.parcel import Parcel
 from rolora.flower.site_config import SiteConfig
 
-PAUSE = 1.0  # seconds between looks for messages
+LONGEST = 1.0  # seconds between looks for messages
+IDLE, REST = 600.0, 3.0  # after so many seconds without any, between looks
 AWAY = (502, 503, 504)  # what a proxy says when the SuperLink behind it is down
 Answer = TypeVar("Answer")
 
@@ -67,10 +68,12 @@ class Connection:
         """Messages for this node as they come, for ever; first the one that was left over, once."""
         if (message := self._left_over()) is not None:
             yield message
+        free = time.monotonic()
         while True:
             found = patiently(lambda: self.client.PullMessages(PullMessagesRequest(node=self.node)))
             if not found.messages_list:
-                time.sleep(PAUSE)
+                waited = time.monotonic() - free
+                time.sleep(pause(waited, LONGEST if waited < IDLE else REST))
                 continue
             run = found.messages_list[0].metadata.run_id
             try:
@@ -80,6 +83,7 @@ class Connection:
                 continue
             write_file(self.pending, message_to_proto(message).SerializeToString())
             yield message
+            free = time.monotonic()
 
     def reply(self, message: Message, seconds: float) -> None:
         """Send an answer that took so many seconds; if nobody waits for it now, drop it."""
