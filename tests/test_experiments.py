@@ -14,7 +14,7 @@ from rolora.config import load_config
 from rolora.method import method_names
 
 PLACE = Path(__file__).parent.parent / "experiments"
-CONFIGS = sorted(PLACE.glob("*/*.toml"))
+CONFIGS = sorted(path for path in PLACE.glob("*/*.toml") if path.parent.name != "linear")
 PUBLISHED = sorted(PLACE.glob("*/*.published.json"))
 
 
