@@ -236,8 +236,8 @@ def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) ->
         values = [[run[k][2] for run in runs] for k in range(len(x))]
         colour = PALETTE[style]
         axes.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15)
-        mark = {"marker": MARKERS[style], "markevery": max(1, len(x) // 8), "markersize": 5}
-        axes.plot(x, [*map(fmean, values)], color=colour, ls=DASHES[style], label=method, **mark)
+        (line,) = axes.plot(x, [*map(fmean, values)], color=colour, ls=DASHES[style], label=method)
+        line.set(marker=MARKERS[style], markevery=max(1, len(x) // 8), markersize=5)
 
 
 def page(text: str, records: Records) -> str:

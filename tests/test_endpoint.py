@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import transformers
 
 from rolora import checkpoint
 from rolora.endpoint import answers
@@ -45,9 +46,7 @@ def test_no_network_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(
-        checkpoint.transformers.utils.hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}"
-    )
+    monkeypatch.setattr(transformers.utils.hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     started = time.monotonic()
     with pytest.raises(ConfigError, match=r"is not on this machine, and the hub does not answer"):
         outline("nobody/nothing", "causal_lm", LoraSettings())
@@ -57,7 +56,7 @@ def test_no_network_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_is_not_asked_where_its_client_is_told_to_be_offline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpoint.transformers.utils.hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(checkpoint, "answers", lambda _: pytest.fail("asked"))
     with pytest.raises(ConfigError, match=r"is not on this machine"):
         outline("nobody/nothing", "causal_lm", LoraSettings())
