@@ -117,7 +117,7 @@ def setting(record: Record) -> str:
         text += f"; rates from {grid}, chosen on seeds {over} by validation rows"
     if record["rates_of"]:
         text += f"; rates as chosen in `{record['rates_of']}`"
-    return f"{text}; {record['core_hours']:.1f} core-hours ({record['machine']['cpu']})."
+    return f"{text}; {record['core_hours']:.1f} core-hours ({record['cells'][0]['made']['cpu']})."
 
 
 def published(record: Record) -> dict[str, str]:

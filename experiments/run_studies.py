@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich.console import Console
 
 import rolora
@@ -91,7 +88,6 @@ def run(study: Study, console: Console) -> None:
         "rates_of": study.rates_of,
         "alone": only,
         "core_hours": round(sum(cell["core_seconds"] for cell in cells) / 3600, 2),
-        "machine": machine(),
         "cells": cells,
     }
     RECORDS.mkdir(exist_ok=True)
@@ -124,7 +120,8 @@ def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
     finals = [load_run(out / f"{m}-seed{s}") for s in study.seeds for m in study.methods]
     every = finals + [load_run(path.parent) for path in out.glob("tuning/*/config.toml")]
     seconds = sum(line["seconds"] for one in every for line in one.rounds)
-    record = {"cell": dict(cell), "core_seconds": round(seconds * torch.get_num_threads())}
+    made = {key: finals[0].provenance[key] for key in ("versions", "cpu", "threads", "git_commit")}
+    record = {"cell": dict(cell), "core_seconds": round(seconds * made["threads"]), "made": made}
     runs = sound(finals) if any(one.diverged is None for one in finals) else []
     if not runs:
         return {**record, "diverged": {one.path.name: one.diverged for one in finals}}
@@ -159,17 +156,6 @@ def errors(runs: Sequence[Run]) -> dict[str, list[float]]:
         method: [float(f"{fmean(at):.3g}") for at in zip(*own, strict=True) if None not in at]
         for method, own in lines.items()
     }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    versions = {name: version(name) for name in ("rolora", "torch", "transformers", "peft")}
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def main(names: Sequence[str]) -> None:

@@ -30,16 +30,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rolora.sources import in_test, write_rows
+from rolora.sources import KINDS, in_test, write_rows
 
-KINDS = {
-    "ABBR": "abbreviation",
-    "DESC": "description",
-    "ENTY": "thing",
-    "HUM": "person",
-    "LOC": "place",
-    "NUM": "number",
-}
 SPEAKERS = ("Chandler", "Joey", "Monica", "Phoebe", "Rachel", "Ross")
 TRANSCRIPTS = "orangecontrib/text/datasets/friends-transcripts.tab"
 MOST = {"train": 600, "test": 50}  # rows of a speaker
