@@ -3,6 +3,7 @@
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
 # make test-flower   federations of real processes and what befalls them, about 15 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
+# make results   the studies of docs/results.md, about eight core-hours; it can be stopped
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
 VENV ?= .venv
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo demo-llm test test-all test-flower soak-flower check bench bench-gpu build clean
+.PHONY: install demo demo-llm test test-all test-flower soak-flower check results bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -43,6 +44,11 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+results: install
+	$(BIN)/rolora fetch mnist trec minilm snippets
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/run_studies.py
+	$(BIN)/python docs/make_results.py
 
 # the other programs get an environment of their own: Flower's versions do not go with ours
 PEERS := .venv-bench

@@ -11,16 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_site import make_site, write_rows
+from tiny_site import write_rows
 from typer.main import get_command
 
 from rolora import cli
 from rolora.errors import EXIT_CODES
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(autouse=True)

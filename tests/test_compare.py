@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comparisons import GRID, METHODS, SMALL, everything, finish, lines, planned
-from tiny_site import make_site, write_rows
+from tiny_site import write_rows
 
 from rolora.comparison import Comparison, Search, plan
 from rolora.comparison_folder import ComparisonFolder
@@ -23,19 +22,7 @@ from rolora.local import NonFiniteLoss
 from rolora.queue import Turn, compare, turns
 from rolora.report import load_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """No page for each single run, which is most of the time of a tiny one; signals left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rolora.runs.write_report", lambda runs, out: out.write_text("a page\n"))
-        patch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

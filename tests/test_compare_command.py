@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from comparisons import GRID, SMALL, everything, finish, lines, planned
 from test_cli import rolora
-from tiny_site import make_site
 
 from rolora.report.published import read_published
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """No page for each single run, which is most of the time of a tiny one; signals left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rolora.runs.write_report", lambda runs, out: out.write_text("a page\n"))
-        patch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def command(site: Path, out: Path, *words: str) -> tuple[str, ...]:

@@ -225,6 +225,11 @@ def test_a_method_has_a_section_with_its_paper_its_rule_and_each_option_and_defa
 
 
 @pytest.mark.slow
+def test_the_plan_on_its_page_is_the_one_that_the_command_prints() -> None:
+    assert (ROOT / "docs" / "plan.md").read_text() == script("docs/make_plan.py").page()
+
+
+@pytest.mark.slow
 def test_the_commands_and_the_python_of_the_readme_run_in_their_order(folder: Path) -> None:
     (shell,) = (text for text in blocks(ROOT / "README.md", "bash", "sh") if "rolora init" in text)
     for text in shell.splitlines():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
 import json
+import tarfile
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,7 +18,7 @@ from rolora.config import load_config
 from rolora.method import method_names
 
 PLACE = Path(__file__).parent.parent / "experiments"
-CONFIGS = sorted(PLACE.glob("*/*.toml"))
+CONFIGS = sorted(path for path in PLACE.glob("*/*.toml") if path.parent.name != "linear")
 PUBLISHED = sorted(PLACE.glob("*/*.published.json"))
 
 
@@ -131,3 +135,54 @@ def test_questions_become_choices_and_lines_replies_of_their_speaker() -> None:
             },
         ),
     ]
+
+
+def big_bench(file: Path, task: str, examples: list[dict[str, Any]]) -> None:
+    """An archive like BIG-bench's with one task."""
+    content = json.dumps({"examples": examples}).encode()
+    member = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json")
+    member.size = len(content)
+    with tarfile.open(file, "w:gz") as tar:
+        tar.addfile(member, io.BytesIO(content))
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = []
+    for part in ("train", "test"):
+        with (folder / f"{part}.csv").open(newline="") as file:
+            found += csv.DictReader(file)
+    return found
+
+
+def test_claims_come_once_each_with_their_sentence_and_all_of_an_article_on_one_side(
+    tmp_path: Path,
+) -> None:
+    articles = [f"Article {number}" for number in range(40)]
+    examples = [
+        {"input": f"{title}: So it is.\nClaim: {claim}", "target_scores": {"True": 0, "False": 1}}
+        for title in articles
+        for claim in ("It is not .", "It never was .", "It is not .")
+    ]
+    big_bench(tmp_path / "a.tar.gz", "vitaminc_fact_verification", examples)
+    prepare = script("stand-ins/prepare.py")
+    prepare.main("claims", tmp_path / "a.tar.gz", tmp_path / "claims")
+    train = rows_of(tmp_path / "claims")
+    assert {"sentence": "Article 7: So it is.", "claim": "It is not .", "label": "false"} in train
+    counts = Counter(row["sentence"].partition(":")[0] for row in train)
+    assert set(counts.values()) <= {1, 2}  # of the rows to test on, one in ten is kept
+    assert list(counts.values()).count(2) > 20
+
+
+def test_lines_are_the_two_that_are_asked_about(tmp_path: Path) -> None:
+    asked = 'In the preceding conversation, were the sentences "Is it?" and "It "is"." '
+    examples = [
+        {"input": f"Is it? It is. {n} ----- {asked}", "target_scores": {"same": 0, "different": 1}}
+        for n in range(20)
+    ]
+    big_bench(tmp_path / "a.tar.gz", "movie_dialog_same_or_different", examples)
+    script("stand-ins/prepare.py").main("lines", tmp_path / "a.tar.gz", tmp_path / "lines")
+    found = rows_of(tmp_path / "lines")
+    assert found
+    assert all(
+        row == {"first": "Is it?", "second": 'It "is".', "label": "different"} for row in found
+    )

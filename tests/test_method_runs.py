@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_site import make_site
 
 from rolora import runs
 from rolora.config import load_config
@@ -24,16 +23,12 @@ from rolora.method import get_method, method_names
 from rolora.rounds import RoundResult
 from rolora.schema import RunConfig
 
+pytestmark = pytest.mark.usefixtures("quick")
 every_method = pytest.mark.parametrize("name", method_names())
 MODULES, D, K, RANK = 4, 32, 32, 2  # query and value of two layers
 HEAD = 3 * 32 + 3
 ROUNDS = 3
 LORA = RANK * (D + K)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
 
 
 def configuration(site: Path, name: str, *more: str) -> RunConfig:
@@ -209,15 +204,6 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
     ).lora
     assert table.largest == 8
     assert table.ranks(["big-1", "big-2", "small"]) == {"big-1": 8, "big-2": 8, "small": 2}
-
-
-def test_a_run_with_a_table_of_ranks_resumes_and_is_reported(site: Path, tmp_path: Path) -> None:
-    table = 'lora.rank={"client-1" = 1, "*" = 3}'
-    config = load_config(site, ["method.name=flora", table, "train.rounds=2"])
-    list(itertools.islice(runs.start(config, tmp_path / "run").rounds(), 2))
-    *_, last = runs.resume(tmp_path / "run").rounds()
-    assert last.round == 2
-    assert "LoRA of rank 1 to 3" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

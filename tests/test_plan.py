@@ -17,7 +17,7 @@ from tiny_site import make_site, values
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rolora import cli, plan, runs
+from rolora import cli, runs, sketch
 from rolora.adapter import ClientInfo, Roles, role_of
 from rolora.bank import row_keys
 from rolora.config import load_config, make_config
@@ -227,7 +227,7 @@ def test_a_model_that_looks_at_values_is_planned_but_for_its_steps(
     def refuse(*_: object) -> StepCost:
         raise RuntimeError("data dependent")
 
-    monkeypatch.setattr(plan, "step_cost", refuse)
+    monkeypatch.setattr(sketch, "step_cost", refuse)
     made = make_plan(load_config(bare))
     (method,) = made.methods
     assert [(each.flops, each.peak) for each in method.rounds] == [(None, None)] * 2

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from states import make_specs, same
-from tiny_site import make_site
 
 from rolora import runs
 from rolora.adapter import AdapterState, Roles, role_of
@@ -21,11 +20,6 @@ from rolora.method import get_method
 
 ROUNDS = 24
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
 
 
 def turns(**options: Any) -> str:

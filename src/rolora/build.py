@@ -97,13 +97,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     """Build a run. ``clients_folder`` will hold personal adapters; ``base`` may be one that an
     earlier ``prepare`` of the same model, labels and LoRA settings has loaded."""
     rows = load_rows(config)
-    labels = (
-        class_labels(
-            data.labels(rows.train, config.data.label, config.data.train), config.data.train
-        )
-        if config.model.task == "classification"
-        else []
-    )
+    labels = _labels(config, rows)
     method = make_method(config)
     config.lora.ranks(rows.shards)  # refuses a table that leaves a client out
     _refuse_quorum(config, len(rows.shards))
@@ -154,6 +148,14 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         cached=encoded.examples.prefix is not None,
         notes=(*encoded.notes, *notes, *said),
     )
+
+
+def _labels(config: RunConfig, rows: Rows) -> list[Label]:
+    """The classes; none for a task without."""
+    if config.model.task != "classification":
+        return []
+    found = data.labels(rows.train, config.data.label, config.data.train)
+    return class_labels(found, config.data.train)
 
 
 def load_in_dtype(

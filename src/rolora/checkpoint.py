@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import rolora.pixel_network  # noqa: F401  (so that transformers' Auto classes know it)
-from rolora.endpoint import hub_answers
+from rolora.endpoint import answers
 from rolora.errors import ConfigError
 from rolora.fetch import how_to_get
 from rolora.lora import Kind
@@ -75,7 +75,8 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         looked = f"model folder {source!r} does not exist (looked for {path})"
         raise ConfigError(looked + how_to_get(path))
-    alone = offline or not hub_answers()
+    hub = transformers.utils.hub
+    alone = offline or hub.is_offline_mode() or not answers(hub.constants.ENDPOINT)
     return {"pretrained_model_name_or_path": source, "local_files_only": alone}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, nearest
 from rolora.printing import out_console, print_cells, print_json, tracked
 
 if TYPE_CHECKING:
@@ -22,7 +22,30 @@ if TYPE_CHECKING:
 MARKS = {True: "holds   ", False: "fails   ", None: "note    "}
 
 
+def _from_file(context: typer.Context, file: str | None) -> str | None:
+    """Make what the file says the defaults of all options."""
+    from rolora.config import read_toml
+
+    if file is not None:
+        values, known = read_toml(file), {param.name for param in context.command.params}
+        known -= {"config", "out", "json"}
+        if unknown := sorted(values.keys() - known):
+            hint = nearest(unknown[0], [name for name in known if name])
+            raise ConfigError(f"{file}: unknown key {unknown[0]!r}: {hint}")
+        context.default_map = {**(context.default_map or {}), **values}
+    return file
+
+
 def theory(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG.toml]",
+            help="a file with values for these options; those given here win",
+            is_eager=True,
+            callback=_from_file,
+        ),
+    ] = None,
     sweep: Annotated[
         str | None, typer.Option(help="clients, dimension, samples, noise, heterogeneity or all")
     ] = None,

@@ -23,11 +23,10 @@ from rolora.wire import Format, body_bytes, encode, num_bytes
 
 @dataclass(frozen=True)
 class Travelled:
-    """What one client of a round's cohort sent and received, in bytes, on average; the cohort."""
+    """What one client of a round's cohort sent and received, in bytes, on average."""
 
     up: float
     down: float
-    cohort: int
 
 
 @dataclass(frozen=True)
@@ -75,5 +74,5 @@ def dry_run(federation: Federation, start: AdapterState) -> tuple[list[Travelled
         state = result.state
         if result.round:
             size = len(result.cohort)
-            travelled.append(Travelled(result.bytes_up / size, result.bytes_down / size, size))
+            travelled.append(Travelled(result.bytes_up / size, result.bytes_down / size))
     return travelled, state

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from rolora.endpoint import hub_answers
+from rolora.endpoint import answers
 from rolora.errors import DataError, NotHere, nearest, one_line
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
@@ -42,7 +42,8 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
     if not name:
         looked = f"{source}: no such file or folder (looked in {root.resolve()})"
         raise NotHere(looked, source)
-    alone = offline or not hub_answers()
+    config = datasets.config
+    alone = offline or config.HF_HUB_OFFLINE or not answers(config.HF_ENDPOINT)
     try:
         with _told_offline(alone):
             found = datasets.load_dataset(name["name"], name["config"], split=split)

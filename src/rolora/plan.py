@@ -6,14 +6,14 @@ a dry run of its own rounds, and a step's cost from running it on shapes alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from rolora.adapter import AdapterState, Roles, layer_of, role_of
 from rolora.configured import make_method, make_reducer
-from rolora.cost import StepCost, step_cost
 from rolora.draws import generator
 from rolora.dry_run import Travelled, Untrained, dry_run
 from rolora.engine import group_size
@@ -23,11 +23,12 @@ from rolora.method import Method
 from rolora.record import KEPT_CHECKPOINTS, contents
 from rolora.rounds import Best, Federation, RunState, cohort_size
 from rolora.schema import MethodConfig, RunConfig
-from rolora.sketch import Sketch, sketch
+from rolora.sketch import Sketch, Steps, sketch
 from rolora.step import Aggregation
 from rolora.store import KEPT_STATES
 
-DRY_BYTES = 1 << 29  # that a dry run may move, unless four rounds are more
+DRY_BYTES = 1 << 30  # that a dry run may move, unless four rounds are more
+ALIKE = 4  # clients that stand for all, where each does what every other does
 
 
 @dataclass(frozen=True)
@@ -135,30 +136,6 @@ def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
     )
 
 
-@dataclass(frozen=True)
-class Steps:
-    """Steps run on shapes alone, each once: methods that train the same share them."""
-
-    drawn: Sketch
-    seen: dict[Hashable, StepCost | None]
-
-    def cost(self, start: AdapterState, roles: Roles, clients: int) -> StepCost | None:
-        """Of a bank of so many clients; None if it cannot be known."""
-        layout = frozenset((name, tensor.shape) for name, tensor in start.items())
-        key = (layout, roles, clients)
-        if key not in self.seen:
-            each = self.drawn.config.train.batch_size
-            batch = self.drawn.batch(clients)
-            try:
-                found = step_cost(
-                    self.drawn.outline, self.drawn.task, batch, [each] * clients, start, roles
-                )
-            except RuntimeError:  # a layer that looks at values, and here there are none
-                found = None
-            self.seen[key] = found
-        return self.seen[key]
-
-
 def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
     method = make_method(config)
     specs = drawn.outline.base.specs
@@ -181,8 +158,9 @@ def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
     later = max(total - len(travelled), 0)
     first = travelled[:total]
     steady = travelled[2:]
-    usual = sum(t.cohort * t.up for t in steady) / len(steady)
-    usual_down = sum(t.cohort * t.down for t in steady) / len(steady)
+    usual = sum(t.up for t in steady) / len(steady)
+    usual_down = sum(t.down for t in steady) / len(steady)
+    cohort = cohort_size(len(drawn.sizes), config.train.participation)
     return MethodPlan(
         name=method.name,
         parameters=parameters,
@@ -190,8 +168,8 @@ def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
         adapters=bank * start.num_bytes(),
         rounds=rounds[:1] if kinds[0] == kinds[1] else rounds,
         first_down=travelled[0].down,
-        up=sum(t.cohort * t.up for t in first) + later * usual,
-        down=sum(t.cohort * t.down for t in first) + later * usual_down,
+        up=cohort * (sum(t.up for t in first) + later * usual),
+        down=cohort * (sum(t.down for t in first) + later * usual_down),
         counted=not later,
         flops=_flops(config, drawn, rounds),
         checkpoints=_checkpoints(config, state),
@@ -252,11 +230,14 @@ def _dry_run(
     config: RunConfig, method: Method, drawn: Sketch, start: AdapterState
 ) -> tuple[list[Travelled], RunState]:
     """Rounds without training: all of them, or where that is much to move, the first four."""
-    cohort = cohort_size(len(drawn.sizes), config.train.participation)
+    sizes = drawn.sizes
+    if config.train.participation == 1 and isinstance(config.lora.rank, int):
+        sizes = dict(itertools.islice(sizes.items(), ALIKE))
+    cohort = cohort_size(len(sizes), config.train.participation)
     affordable = DRY_BYTES // (cohort * start.num_bytes())
     federation = Federation(
         method=method,
-        engine=Untrained(drawn.sizes, config.wire.up),
+        engine=Untrained(sizes, config.wire.up),
         aggregation=Aggregation(make_reducer(config), config.aggregate.weights, exactness=False),
         ranks=config.lora.ranks,
         seed=config.seed,

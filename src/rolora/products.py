@@ -78,6 +78,34 @@ class Products:
         return found
 
 
+class AggregationError:
+    """How far a round's average is from the exact one, over clients that stream by.
+
+    ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the product scaling·B·A that
+    client i returned (as it arrived, so what an encoding rounded away is not in it), ΔW_i its
+    change since the client received it, ΔW the change of the server's product from ``start``.
+    """
+
+    def __init__(self, start: AdapterState) -> None:
+        self._start, self._weight = start, 0.0
+        self._returned, self._handed_out = Products(start), Products(start)
+
+    def add(self, received: AdapterState, returned: AdapterState, weight: float) -> None:
+        """One client: what it was given and what it has now."""
+        self._weight += weight
+        self._returned.add(returned, weight)
+        if received is not self._start:
+            self._handed_out.add(received, weight)
+            self._handed_out.add(self._start, -weight)
+
+    def of(self, after: AdapterState) -> float:
+        """The error if the server has ``after`` now; ask once, when every client was added."""
+        whole = norm(self._returned.total())
+        self._returned.add(after, -self._weight)
+        missed = norm(self._returned.total(), self._handed_out.total(), -1.0)
+        return _ratio(missed, whole)
+
+
 def _beside(delta: Tensor) -> Term:
     return 1.0, delta, torch.eye(delta.shape[1], dtype=delta.dtype)
 
@@ -92,3 +120,7 @@ def norm(one: Matrices, other: Matrices | None = None, factor: float = 1.0) -> f
 
 def _factors(layer: str) -> tuple[str, str]:
     return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+
+
+def _ratio(missed: float, whole: float) -> float:
+    return missed / whole if whole else (math.inf if missed else 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from rolora import data
+from rolora.adapter import AdapterState, Roles
 from rolora.configured import local_settings, lora_settings, make_task, revisits
+from rolora.cost import StepCost, step_cost
 from rolora.draws import generator
 from rolora.errors import NotHere
 from rolora.outline import Outline, outline
@@ -89,6 +91,30 @@ class Sketch:
         with self.outline.mode:
             prefix = torch.empty(shape, dtype=base.dtype)
         return replace(batch, prefix=prefix)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps run on shapes alone, each once: methods that train the same share them."""
+
+    drawn: Sketch
+    seen: dict[Hashable, StepCost | None]
+
+    def cost(self, start: AdapterState, roles: Roles, clients: int) -> StepCost | None:
+        """Of a bank of so many clients; None if it cannot be known."""
+        layout = frozenset((name, tensor.shape) for name, tensor in start.items())
+        key = (layout, roles, clients)
+        if key not in self.seen:
+            each = self.drawn.config.train.batch_size
+            batch = self.drawn.batch(clients)
+            try:
+                found = step_cost(
+                    self.drawn.outline, self.drawn.task, batch, [each] * clients, start, roles
+                )
+            except RuntimeError:  # a layer that looks at values, and here there are none
+                found = None
+            self.seen[key] = found
+        return self.seen[key]
 
 
 def sketch(config: RunConfig) -> Sketch:

@@ -16,7 +16,7 @@ import torch
 
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update
 from rolora.method import Method, Project, ServerState
-from rolora.products import Products, norm
+from rolora.products import AggregationError
 from rolora.reduce import Memory, Reducer, Value
 
 
@@ -41,10 +41,8 @@ class Aggregation:
 class RoundReport:
     """What ``step`` found: who was used, who was rejected and why, and how exact the average was.
 
-    ``aggregation_error`` is ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the
-    product scaling·B·A that client i returned (as it arrived, so what an encoding rounded away is
-    not in it), ΔW_i its change since the client received it, ΔW the change of the server's product;
-    ``None`` where the server cannot know (personal factors), or was not asked to.
+    ``aggregation_error`` is that of ``products.AggregationError``; ``None`` where the server cannot
+    know it (personal factors), or was not asked to.
     """
 
     accepted: tuple[str, ...]
@@ -76,7 +74,7 @@ def step(
     rejected: dict[str, str] = {}
     kept: list[Memory] = []
     known = aggregation.exactness and not method.personal(round)
-    products, handed_out = Products(server.adapter), Products(server.adapter)
+    missed = AggregationError(server.adapter) if known else None
 
     def reduce(
         project: Project | None = None, weight: Callable[[Update], float] | None = None
@@ -92,11 +90,8 @@ def step(
                 continue
             accepted.append(update.client)
             returned, share = received | update.adapter, aggregation.weight(update)
-            if known:
-                products.add(returned, share)
-                if received is not server.adapter:
-                    handed_out.add(received, share)
-                    handed_out.add(server.adapter, -share)
+            if missed is not None:
+                missed.add(received, returned, share)
             value, reference = into(returned), into(received)
             if weight is not None:  # by the server's own scaling
                 sent = AdapterState(update.adapter, received.scaling)
@@ -116,11 +111,7 @@ def step(
     if not kept:
         raise RuntimeError(f"method {method.name!r} did not call reduce")
     after = replace(after, memory=kept[0], round=round, attempt=0)
-    error = None
-    if known:
-        whole = norm(products.total())
-        products.add(after.adapter, -sum(aggregation.weight(cohort[id]) for id in accepted))
-        error = _ratio(norm(products.total(), handed_out.total(), -1.0), whole)
+    error = None if missed is None else missed.of(after.adapter)
     return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True)
 
 
@@ -171,7 +162,3 @@ def _fault(method: Method, received: AdapterState, info: ClientInfo, update: Upd
         if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
             return f"{name} has values that are not finite"
     return None
-
-
-def _ratio(missed: float, whole: float) -> float:
-    return missed / whole if whole else (math.inf if missed else 0.0)

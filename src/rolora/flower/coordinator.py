@@ -26,12 +26,7 @@ def prepare_remote(
     ``tell`` gets a line for every site that joins or is refused.
     Raises ConfigError for what cannot be done across sites, NoQuorum if too few of them come.
     """
-    where = config.data
-    if not isinstance(where.test, str) or isinstance(where.validation, float):
-        raise ConfigError(
-            "across sites data.test, and data.validation if there is one, must name rows that the "
-            "coordinator has: none can be cut off from those of the sites"
-        )
+    test_source, validation_source = _evaluation_sources(config)
     method = make_method(config)
     _refuse(config, method)
     if config.model.dtype == "auto":  # what the fastest dtype is differs from site to site
@@ -40,15 +35,16 @@ def prepare_remote(
             update={"model": config.model.model_copy(update={"dtype": dtype})}
         )
     read = partial(data.read_table, root=config.root, offline=config.offline)
-    test_rows = read(where.test, split=where.test_split)
+    test_rows = read(test_source, split=config.data.test_split)
     roster = Roster(carrier, config, run_id(config, folder), tell)
     labels = roster.gather()
     base, notes = load_in_dtype(config, test_rows, labels)
     task = make_task(config, base, labels)
-    test = task.encode_test(test_rows, where.test)
+    test = task.encode_test(test_rows, test_source)
     validation = None
-    if where.validation is not None:
-        validation = task.encode_test(read(where.validation, split="validation"), where.validation)
+    if validation_source is not None:
+        rows = read(validation_source, split="validation")
+        validation = task.encode_test(rows, validation_source)
     if config.eval.rows == "validation" and validation is not None:
         test = validation
     engine = Remote(roster, config, base, tuple(labels))
@@ -66,7 +62,7 @@ def prepare_remote(
             task,
             test,
             validation,
-            per_client=where.client_test is not None,
+            per_client=config.data.client_test is not None,
             spare=config.federation.spare,
         ),
         start=RunState(ServerState(first_adapter(config, method, base))),
@@ -80,6 +76,17 @@ def prepare_remote(
         bank=1,
         cached=False,
         notes=notes,
+    )
+
+
+def _evaluation_sources(config: RunConfig) -> tuple[str, str | None]:
+    """The coordinator's test and validation rows. ConfigError if they would be the sites'."""
+    where = config.data
+    if isinstance(where.test, str) and not isinstance(where.validation, float):
+        return where.test, where.validation
+    raise ConfigError(
+        "across sites data.test, and data.validation if there is one, must name rows that the "
+        "coordinator has: none can be cut off from those of the sites"
     )
 
 

@@ -16,6 +16,7 @@ score  tensors that the site lacks            metrics on its own held-out rows
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -95,6 +96,8 @@ class Site:
             raise ParcelError("this site has not been told the labels of the run") from None
         run = SiteRun(self.config, config, labels, ClientStore(folder))
         if self.opened != run:
+            self.opened = None
+            gc.collect()  # its weights hold themselves in circles, and would stay mapped
             self.opened = run
         return self.opened
 

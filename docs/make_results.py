@@ -1,0 +1,265 @@
+"""Writes the tables of docs/results.md and its pictures from the records of the studies.
+
+    python experiments/run_studies.py     # hours; what is on disk is not run again
+    python docs/make_results.py
+
+Every number on the page between two marks comes from experiments/records; what a paper says comes
+from the ``.published.json`` beside the experiment.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from rolora.durable import write_file
+from rolora.report.figures import DASHES, MARKERS, PALETTE, STYLE, rendered
+
+HERE = Path(__file__).parent
+PAGE = HERE / "results.md"
+EXPERIMENTS = HERE.parent / "experiments"
+AXES = {"rounds": "equal rounds", "megabytes": "equal bytes up"}
+BROKEN = 0.10  # a method that is so far behind the other, or diverged, is set in bold in a map
+
+Record = Mapping[str, Any]
+Records = Mapping[str, Record]
+
+
+def read_records() -> dict[str, Record]:
+    """All records by the name of their study."""
+    found = sorted((EXPERIMENTS / "records").glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def percent(value: float, sd: float | None = None) -> str:
+    """'86.9 ± 0.4' of fractions."""
+    return f"{100 * value:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
+def signed(found: Mapping[str, Any] | None) -> str:
+    """'−2.1 [−3.0, −1.2]': a difference in points and its interval."""
+    if found is None:
+        return ""
+    words = [f"{100 * x:+.1f}" for x in (found["mean"], *(found["interval"] or ()))]
+    text = words[0] + (f" [{words[1]}, {words[2]}]" if len(words) > 1 else "")
+    return text.replace("-", "−")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, the first column to the left."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def compared(record: Record) -> list[str]:
+    """Each method of a study with one cell: its rate, its result, how far from the first method.
+
+    The differences are of pairs: at equal bytes both have sent what the thriftier of the two sends.
+    """
+    (cell,) = record["cells"]
+    first = cell["reference"]
+    results, rates = published(record), chosen(record)
+    apart = [f"minus `{first}`, {name}" for name in AXES.values()]
+    head = ["method", "rate", "accuracy, %", *apart, "MB up"]
+    rows = []
+    for row in sorted(cell["methods"], key=lambda row: row["method"] != first):
+        method = row["method"]
+        rate, result = rates.get(label(method), ""), percent(row["final_mean"], row["final_sd"])
+        apart = [signed(at_equal(cell, method, axis)) for axis in AXES]
+        line = [f"`{label(method)}`", rate, result, *apart, f"{row['megabytes_up']:.1f}"]
+        rows.append([*line, *([results.get(label(method), "")] if results else [])])
+    lines = table([*head, *(["published"] if results else [])], rows)
+    return [*lines, "", setting(record)]
+
+
+def label(method: str) -> str:
+    """A method as it was asked for: 'rolora (orthogonal_a=True)' is 'rolora+orthogonal_a=true'."""
+    name, _, options = method.partition(" (")
+    return "+".join([name, *options.removesuffix(")").lower().split(", ")]) if options else name
+
+
+def at_equal(cell: Record, method: str, axis: str) -> Mapping[str, Any] | None:
+    """The difference of this method from the first at an equal budget of both."""
+    for budget in cell["pairs"].get(method, ()):
+        for place in budget["places"]:
+            if budget["equal"] == axis and place["method"] == method:
+                found: Mapping[str, Any] | None = place["difference"]
+                return found
+    return None
+
+
+def chosen(record: Record) -> dict[str, str]:
+    """Method -> the rate that was chosen for it; one at the end of its grid has a mark."""
+    tuning = record["cells"][0].get("tuning")
+    if tuning is None:
+        return {m: own[0].partition("=")[2] for m, own in record["alone"].items() if own}
+    edge = {m["method"]: "*" if m["at_edge"] else "" for m in tuning["methods"]}
+    return {m["method"]: m["best"]["train.lr"] + edge[m["method"]] for m in tuning["methods"]}
+
+
+def setting(record: Record) -> str:
+    """What a table was run with, in a line."""
+    seeds = ", ".join(map(str, record["seeds"]))
+    tuning = record["cells"][0].get("tuning")
+    text = f"`experiments/{record['config']}`, seeds {seeds}"
+    if tuning:
+        grid = ", ".join(t["values"]["train.lr"] for t in tuning["methods"][0]["trials"])
+        over = ", ".join(map(str, tuning["seeds"]))
+        text += f"; rates from {grid}, chosen on seeds {over} by validation rows"
+    if record["rates_of"]:
+        text += f"; rates as chosen in `{record['rates_of']}`"
+    return f"{text}; {record['core_hours']:.1f} core-hours ({record['cells'][0]['made']['cpu']})."
+
+
+def published(record: Record) -> dict[str, str]:
+    """Method -> what the paper says, if there is anything beside the experiment."""
+    file = (EXPERIMENTS / record["config"]).with_suffix(".published.json")
+    if not file.is_file():
+        return {}
+    return {m: f"{value:.1f}" for m, value in json.loads(file.read_text())["results"].items()}
+
+
+def by_cell(records: Sequence[Record], key: str, also: Mapping[str, Record]) -> list[str]:
+    """One line a cell, one column a method; ``also`` are studies of one cell by its value."""
+    cells = [(str(cell["cell"][key]), cell) for record in records for cell in record["cells"]]
+    cells += [(value, record["cells"][0]) for value, record in also.items()]
+    methods = [*records[0]["methods"]]
+    rows = []
+    for value, cell in sorted(cells, key=lambda one: float(one[0])):
+        results = {row["method"]: row for row in cell.get("methods", ())}
+        found = [results.get(method) for method in methods]
+        shown = [percent(f["final_mean"], f["final_sd"]) if f else "diverged" for f in found]
+        apart = [signed(at_equal(cell, method, "rounds")) for method in methods[1:]]
+        rows.append([value, *shown, *apart])
+    against = [f"`{method}` − `{methods[0]}`" for method in methods[1:]]
+    head = [f"`{key}`", *(f"`{method}`" for method in methods), *against]
+    return [*table(head, rows), "", setting(records[0])]
+
+
+def broken_map(record: Record) -> list[str]:
+    """Rate against another key: the first method's accuracy / the second's, bold where it broke."""
+    rate, other = record["cells"][0]["cell"]
+    lines: dict[str, dict[str, str]] = {}
+    for cell in record["cells"]:
+        results = {row["method"]: row["final_mean"] for row in cell.get("methods", ())}
+        said = [two(results, method) for method in record["methods"]]
+        lines.setdefault(str(cell["cell"][rate]), {})[str(cell["cell"][other])] = " / ".join(said)
+    columns = next(iter(lines.values()))
+    head = [f"`{rate}`", *(f"`{other.partition('.')[2]}` {value}" for value in columns)]
+    return table(head, [[value, *own.values()] for value, own in lines.items()])
+
+
+def two(results: Mapping[str, float], method: str) -> str:
+    """One method's accuracy in a map."""
+    if method not in results:
+        return "**diverged**"
+    behind = max(results.values()) - results[method] > BROKEN
+    return f"**{percent(results[method])}**" if behind else percent(results[method])
+
+
+def lost(records: Sequence[tuple[str, Record]]) -> list[str]:
+    """The relative aggregation error of FedAvg of LoRA: first ten rounds, and last ten."""
+    rows = []
+    for said, cell in records:
+        error = cell["errors"]["fedit"]
+        rows.append([said, *(f"{fmean(part):.3f}" for part in (error[:10], error[-10:]))])
+    return table(["", "rounds 1 to 10", "last 10 rounds"], rows)
+
+
+def aggregation(records: Records) -> list[str]:
+    """Clients, then local steps."""
+    clients = [
+        (f"{cell['cell']['partition.clients']} clients, 3 local steps", cell)
+        for cell in records["error-clients"]["cells"]
+    ]
+    steps = [
+        (f"20 clients, {cell['cell']['train.local_steps']} local steps", cell)
+        for cell in records["local-steps"]["cells"]
+    ]
+    return lost([*clients, *steps, ("20 clients, 3 local steps", records["trec"]["cells"][0])])
+
+
+def clients_table(records: Records) -> list[str]:
+    """Accuracy against the number of clients, as many samples in all."""
+    also = {str(n): records[f"snippets-{n}"] for n in (3, 20, 50)}
+    lines = by_cell([{**records["snippets-20"], "cells": []}], "partition.clients", also)
+    return [*lines[:-1], setting(records["snippets-20"])]
+
+
+def changed(study: str, key: str, unchanged: str) -> Callable[[Records], list[str]]:
+    """The table of one thing changed, with TREC as it is at its usual value."""
+    return lambda records: by_cell([records[study]], key, {unchanged: records["trec"]})
+
+
+TABLES: Mapping[str, Callable[[Records], list[str]]] = {
+    "mnist": lambda records: compared(records["mnist"]),
+    "mnist-epochs": lambda records: broken_map(records["mnist-epochs"]),
+    "mnist-rank": lambda records: broken_map(records["mnist-rank"]),
+    "mnist-clients": lambda records: broken_map(records["mnist-clients"]),
+    "trec": lambda records: compared(records["trec"]),
+    "snippets": clients_table,
+    "rank": changed("rank", "lora.rank", "2"),
+    "local-steps": changed("local-steps", "train.local_steps", "3"),
+    "dirichlet": changed("dirichlet", "partition.alpha", "0.5"),
+    "aggregation": aggregation,
+}
+
+
+def draw(record: Record) -> Figure:
+    """Accuracy over rounds, and over megabytes sent up: mean over seeds, and their range."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        names = ("round", "MB sent up by all clients")
+        for column, axes in enumerate(figure.subplots(1, 2, sharey=True)):
+            curves(axes, record["cells"][0]["curves"], column)
+            axes.set_xlabel(names[column])
+        figure.axes[0].set_ylabel("accuracy")
+        figure.axes[0].legend(frameon=False)
+        figure.axes[1].set_xlim(0, None)
+        return figure
+
+
+def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) -> None:
+    """One line a method."""
+    for style, (method, seeds) in enumerate(methods.items()):
+        runs = list(seeds.values())
+        x = [point[column] for point in runs[0]]
+        values = [[run[k][2] for run in runs] for k in range(len(x))]
+        colour = PALETTE[style]
+        axes.fill_between(x, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.15)
+        (line,) = axes.plot(x, [*map(fmean, values)], color=colour, ls=DASHES[style], label=method)
+        line.set(marker=MARKERS[style], markevery=max(1, len(x) // 8), markersize=5)
+
+
+def page(text: str, records: Records) -> str:
+    """The page with every table between its marks written anew."""
+    for name, lines in TABLES.items():
+        before, mark, rest = text.partition(f"<!-- results:{name} -->\n")
+        assert mark, f"no mark for {name}"
+        after = rest[rest.index("<!-- end -->") :]
+        text = "\n".join([before + mark, *lines(records), "", after])
+    return text
+
+
+def save_picture(record: Record, file: Path) -> None:
+    """As a small PNG."""
+    drawn = Image.open(io.BytesIO(rendered(draw(record), "png")))
+    small = io.BytesIO()
+    drawn.convert("RGB").quantize(64).save(small, "png", optimize=True)
+    write_file(file, small.getvalue())
+
+
+if __name__ == "__main__":
+    found = read_records()
+    write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
+    for study in ("mnist", "trec"):
+        save_picture(found[study], HERE / f"results-{study}.png")

@@ -1,0 +1,172 @@
+"""Runs the studies that docs/results.md is made of, and writes a record of each.
+
+    python experiments/run_studies.py               # all of studies.toml, one after another
+    python experiments/run_studies.py trec rank     # these
+    python docs/make_results.py                     # the page, from the records
+
+A study is one comparison (``rolora compare``) for each combination of its ``cells``. Whatever is on
+disk in ``runs/studies`` is not run again, so a study goes on where it was stopped. Each process
+uses as many threads as OMP_NUM_THREADS says; the records were made with one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+import rolora
+from rolora.comparison_folder import ComparisonFolder
+from rolora.durable import write_file
+from rolora.local import NonFiniteLoss
+from rolora.report import load_run
+from rolora.report.outcome import outcome
+from rolora.report.summary import Run, by_method, primary_metric, sound
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "records"
+FOLDER = Path("runs") / "studies"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One or several comparisons of the same methods.
+
+    ``cells`` maps keys to values, each combination of which is a comparison; ``rates_of`` names the
+    study whose tuned values are used, where this one does not ``tune``.
+    """
+
+    name: str
+    config: str
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    overrides: Sequence[str] = ()
+    cells: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    tune: Sequence[str] = ()
+    tune_seeds: Sequence[int] = ()
+    tune_rounds: int | None = None
+    rates_of: str | None = None
+
+    def each(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the cells' values; a single empty one if there are none."""
+        for values in itertools.product(*self.cells.values()):
+            yield dict(zip(self.cells, values, strict=True))
+
+
+def studies() -> dict[str, Study]:
+    """All of ``studies.toml`` by name."""
+    tables = tomllib.loads((HERE / "studies.toml").read_text(encoding="utf-8"))
+    return {name: Study(name, **table) for name, table in tables.items()}
+
+
+def tuned(name: str) -> dict[str, list[str]]:
+    """Method -> the values that another study chose, as overrides."""
+    record = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+    methods = record["cells"][0]["tuning"]["methods"]
+    return {m["method"]: [f"{k}={v}" for k, v in m["best"].items()] for m in methods}
+
+
+def run(study: Study, console: Console) -> None:
+    """Run what is not on disk yet, then write the record."""
+    only = {} if study.rates_of is None else tuned(study.rates_of)
+    cells = [compared(study, cell, only, console) for cell in study.each()]
+    record = {
+        "study": study.name,
+        "config": study.config,
+        "overrides": list(study.overrides),
+        "methods": list(study.methods),
+        "seeds": list(study.seeds),
+        "rates_of": study.rates_of,
+        "alone": only,
+        "core_hours": round(sum(cell["core_seconds"] for cell in cells) / 3600, 2),
+        "cells": cells,
+    }
+    RECORDS.mkdir(exist_ok=True)
+    write_file(RECORDS / f"{study.name}.json", json.dumps(record, indent=1) + "\n")
+
+
+def compared(
+    study: Study, cell: Mapping[str, Any], only: Mapping[str, Sequence[str]], console: Console
+) -> dict[str, Any]:
+    """One comparison, run to its end; what it came to."""
+    overrides = [*study.overrides, *(f"{key}={value}" for key, value in cell.items())]
+    out = FOLDER / study.name / ("-".join(map(str, cell.values())) or "whole")
+    config = rolora.load_config(HERE / study.config, overrides)
+    own = {method: only.get(method, ()) for method in study.methods}
+    asked = (study.tune, study.tune_seeds, study.tune_rounds)
+    for one in rolora.compare(config, study.methods, study.seeds, out, own, *asked):
+        started = time.monotonic()
+        try:
+            for result in one.rounds():
+                console.print(f"{study.name}: {one.folder.path}: round {result.round}", end="\r")
+            said = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+        except NonFiniteLoss as error:
+            said = f"diverged: {error}"
+        console.print(f"{one.folder.path}: {said}   {time.monotonic() - started:.0f} s")
+    return found(out, study, cell)
+
+
+def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison's folder says, with every curve."""
+    finals = [load_run(out / f"{m}-seed{s}") for s in study.seeds for m in study.methods]
+    every = finals + [load_run(path.parent) for path in out.glob("tuning/*/config.toml")]
+    seconds = sum(line["seconds"] for one in every for line in one.rounds)
+    made = {key: finals[0].provenance[key] for key in ("versions", "cpu", "threads", "git_commit")}
+    record = {"cell": dict(cell), "core_seconds": round(seconds * made["threads"]), "made": made}
+    runs = sound(finals) if any(one.diverged is None for one in finals) else []
+    if not runs:
+        return {**record, "diverged": {one.path.name: one.diverged for one in finals}}
+    first, *others = by_method(runs)
+    pairs = {
+        other: outcome([*by_method(runs)[first], *by_method(runs)[other]])["budgets"]
+        for other in others
+    }
+    whole = outcome(finals, ComparisonFolder(out).tuning())
+    return {**record, **whole, "pairs": pairs, "curves": curves(runs), "errors": errors(runs)}
+
+
+def curves(runs: Sequence[Run]) -> dict[str, dict[int, list[list[float]]]]:
+    """Method -> seed -> [round, megabytes up, metric] of every evaluated round."""
+    metric = primary_metric(runs)
+    return {
+        method: {
+            one.seed: [[p.round, round(p.up, 4), round(p.value, 5)] for p in one.curve(metric)]
+            for one in own
+        }
+        for method, own in by_method(runs).items()
+    }
+
+
+def errors(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Method -> mean over seeds of the relative aggregation error, round by round."""
+    lines = {
+        method: [[line["aggregation_error"] for line in one.rounds] for one in own]
+        for method, own in by_method(runs).items()
+    }
+    return {
+        method: [float(f"{fmean(at):.3g}") for at in zip(*own, strict=True) if None not in at]
+        for method, own in lines.items()
+    }
+
+
+def main(names: Sequence[str]) -> None:
+    """Run the studies of these names, or all."""
+    known = studies()
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"no study is called {unknown[0]}; there are {', '.join(known)}")
+    console = Console(stderr=True)
+    for name in names or known:
+        run(known[name], console)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

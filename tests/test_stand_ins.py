@@ -1,0 +1,43 @@
+"""Claims about every method on the real questions with the real encoder (experiments/stand-ins)."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from rolora import runs
+from rolora.config import load_config
+from rolora.fetch import fetch
+from rolora.method import method_names
+
+pytestmark = pytest.mark.slow
+HERE = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trec() -> Path:
+    """The experiment, with its model and rows fetched."""
+    for name in ("minilm", "trec"):
+        fetch(name, HERE / "data")
+    return HERE / "experiments" / "stand-ins" / "trec-minilm.toml"
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_runs_the_questions_and_resumes_with_the_same_bits(
+    name: str, trec: Path, tmp_path: Path
+) -> None:
+    few = ["train.rounds=4", "eval.every=2", f"method.name={name}"]
+    config = load_config(trec, few)
+    whole = runs.start(config, tmp_path / "whole")
+    results = list(whole.rounds())
+    assert results[-1].metrics["accuracy"] > 1 / 6
+
+    cut = runs.start(config, tmp_path / "cut")
+    assert len(list(islice(cut.rounds(), 3))) == 3  # before training, then two rounds
+    shutil.copytree(tmp_path / "cut", tmp_path / "again")
+    list(runs.resume(tmp_path / "again").rounds())
+    file = Path("adapter", "adapter_model.safetensors")
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
