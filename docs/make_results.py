@@ -185,7 +185,7 @@ def aggregation(records: Records) -> list[str]:
         (f"20 clients, {cell['cell']['train.local_steps']} local steps", cell)
         for cell in records["local-steps"]["cells"]
     ]
-    return lost([*clients, *steps, ("20 clients, 3 local steps", records["trec"]["cells"][0])])
+    return lost([*clients, *steps, ("20 clients, 3 local steps", records["trec-top"]["cells"][0])])
 
 
 def clients_table(records: Records) -> list[str]:
@@ -196,8 +196,8 @@ def clients_table(records: Records) -> list[str]:
 
 
 def changed(study: str, key: str, unchanged: str) -> Callable[[Records], list[str]]:
-    """The table of one thing changed, with TREC as it is at its usual value."""
-    return lambda records: by_cell([records[study]], key, {unchanged: records["trec"]})
+    """The table of one thing changed, with trec-top at its usual value."""
+    return lambda records: by_cell([records[study]], key, {unchanged: records["trec-top"]})
 
 
 TABLES: Mapping[str, Callable[[Records], list[str]]] = {
