@@ -241,7 +241,7 @@ def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) ->
 
 
 def page(text: str, records: Records) -> str:
-    """The page with every table between its marks written anew."""
+    """The page with every table between its marks written anew. KeyError for a study not run."""
     for name, lines in TABLES.items():
         before, mark, rest = text.partition(f"<!-- results:{name} -->\n")
         assert mark, f"no mark for {name}"

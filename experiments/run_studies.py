@@ -162,7 +162,7 @@ def main(names: Sequence[str]) -> None:
     """Run the studies of these names, or all."""
     known = studies()
     if unknown := [name for name in names if name not in known]:
-        sys.exit(f"no study is called {unknown[0]}; there are {', '.join(known)}")
+        sys.exit(f"no study is called {unknown[0]!r}; there are {', '.join(known)}")
     console = Console(stderr=True)
     for name in names or known:
         run(known[name], console)

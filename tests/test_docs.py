@@ -207,6 +207,11 @@ def test_the_table_of_the_page_on_methods_is_the_one_read_off_the_methods() -> N
     assert script("docs/make_methods.py").page(page.read_text()) == page.read_text()
 
 
+def test_the_tables_of_the_page_of_results_are_those_of_the_records() -> None:
+    made, page = script("docs/make_results.py"), (ROOT / "docs" / "results.md").read_text()
+    assert made.page(page, made.read_records()) == page
+
+
 @pytest.mark.parametrize("name", method_names())
 def test_a_method_has_a_section_with_its_paper_its_rule_and_each_option_and_default(
     name: str,

@@ -1,0 +1,94 @@
+"""Claims about the studies of docs/results.md: they go on where they stopped, and say what came."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def script(path: str) -> Any:
+    """The module of a script of the repository."""
+    spec = spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[Path(path).stem] = module  # a dataclass looks for its module there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script, with records and runs in a folder of their own."""
+    module = script("experiments/run_studies.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
+    return module
+
+
+def study(made: Any, site: Path, name: str, **more: Any) -> Any:
+    few = ["train.rounds=2", "eval.every=1"]
+    return made.Study(name, str(site), ["rolora", "fedit"], [0], few, **more)
+
+
+def test_a_study_chooses_rates_and_another_uses_them_cell_by_cell(made: Any, site: Path) -> None:
+    quiet = Console(quiet=True)
+    tuned = study(made, site, "first", tune=["train.lr=1e-2,1e-1"], tune_seeds=[100])
+    made.run(tuned, quiet)
+    first = json.loads((made.RECORDS / "first.json").read_text())
+    (cell,) = first["cells"]
+    best = {one["method"]: one["best"]["train.lr"] for one in cell["tuning"]["methods"]}
+
+    cells = {"lora.rank": [1, 2], "train.local_steps": [3]}
+    made.run(study(made, site, "second", cells=cells, rates_of="first"), quiet)
+    second = json.loads((made.RECORDS / "second.json").read_text())
+    assert second["alone"] == {method: [f"train.lr={rate}"] for method, rate in best.items()}
+    assert [tuple(one["cell"].values()) for one in second["cells"]] == [(1, 3), (2, 3)]
+    sent = [{row["method"]: row["megabytes_up"] for row in c["methods"]} for c in second["cells"]]
+    assert sent[0]["fedit"] < sent[1]["fedit"]
+    curves = second["cells"][0]["curves"]["fedit"]
+    assert {seed: [point[0] for point in curve] for seed, curve in curves.items()} == {
+        "0": [0, 1, 2]
+    }
+    assert (
+        min(second["cells"][0]["errors"]["fedit"])
+        > 1e-6
+        > max(second["cells"][0]["errors"]["rolora"])
+    )
+
+
+def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
+    made: Any, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = study(made, site, "again")
+    made.run(one, Console(quiet=True))
+    before = (made.RECORDS / "again.json").read_text()
+    monkeypatch.setattr("rolora.queue.start", lambda *_: pytest.fail("ran again"))
+    made.run(one, Console(quiet=True))
+    assert (made.RECORDS / "again.json").read_text() == before
+
+
+def test_a_name_that_is_no_study_is_refused_in_one_line(made: Any) -> None:
+    with pytest.raises(SystemExit, match="no study is called 'trek'; there are mnist, "):
+        made.main(["trek"])
+
+
+def test_every_study_can_be_planned_and_uses_rates_of_one_that_tunes() -> None:
+    made = script("experiments/run_studies.py")
+    known = made.studies()
+    for one in known.values():
+        for cell in one.each():
+            overrides = [*one.overrides, *(f"{key}={value}" for key, value in cell.items())]
+            made.rolora.load_config(made.HERE / one.config, overrides)
+        assert bool(one.tune) + bool(one.rates_of) + ("train.lr" in one.cells) == 1, one.name
+        if one.rates_of:
+            assert known[one.rates_of].tune
