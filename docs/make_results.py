@@ -32,6 +32,7 @@ BROKEN = 0.10  # a method that is so far behind the other, or diverged, is set i
 
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
+Table = tuple[tuple[str, ...], Callable[[Records], list[str]]]
 
 
 def read_records() -> dict[str, Record]:
@@ -195,22 +196,25 @@ def clients_table(records: Records) -> list[str]:
     return [*lines[:-1], setting(records["snippets-20"])]
 
 
-def changed(study: str, key: str, unchanged: str) -> Callable[[Records], list[str]]:
+def changed(study: str, key: str, unchanged: str) -> Table:
     """The table of one thing changed, with trec-top at its usual value."""
-    return lambda records: by_cell([records[study]], key, {unchanged: records["trec-top"]})
+    made = (study, "trec-top")
+    return made, lambda records: by_cell([records[study]], key, {unchanged: records["trec-top"]})
 
 
-TABLES: Mapping[str, Callable[[Records], list[str]]] = {
-    "mnist": lambda records: compared(records["mnist"]),
-    "mnist-epochs": lambda records: broken_map(records["mnist-epochs"]),
-    "mnist-rank": lambda records: broken_map(records["mnist-rank"]),
-    "mnist-clients": lambda records: broken_map(records["mnist-clients"]),
-    "trec": lambda records: compared(records["trec"]),
-    "snippets": clients_table,
+# table -> the studies that it needs, and how it is made of them
+TABLES: Mapping[str, Table] = {
+    "mnist": (("mnist",), lambda records: compared(records["mnist"])),
+    "mnist-epochs": (("mnist-epochs",), lambda records: broken_map(records["mnist-epochs"])),
+    "mnist-rank": (("mnist-rank",), lambda records: broken_map(records["mnist-rank"])),
+    "mnist-clients": (("mnist-clients",), lambda records: broken_map(records["mnist-clients"])),
+    "trec": (("trec",), lambda records: compared(records["trec"])),
+    "trec-top": (("trec-top",), lambda records: compared(records["trec-top"])),
+    "snippets": (("snippets-3", "snippets-20", "snippets-50"), clients_table),
     "rank": changed("rank", "lora.rank", "2"),
     "local-steps": changed("local-steps", "train.local_steps", "3"),
     "dirichlet": changed("dirichlet", "partition.alpha", "0.5"),
-    "aggregation": aggregation,
+    "aggregation": (("error-clients", "local-steps", "trec-top"), aggregation),
 }
 
 
@@ -241,12 +245,14 @@ def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) ->
 
 
 def page(text: str, records: Records) -> str:
-    """The page with every table between its marks written anew. KeyError for a study not run."""
-    for name, lines in TABLES.items():
+    """The page with every table between its marks written anew."""
+    for name, (needed, lines) in TABLES.items():
         before, mark, rest = text.partition(f"<!-- results:{name} -->\n")
         assert mark, f"no mark for {name}"
         after = rest[rest.index("<!-- end -->") :]
-        text = "\n".join([before + mark, *lines(records), "", after])
+        missing = [study for study in needed if study not in records]
+        shown = [f"*Not run yet: {', '.join(missing)}.*"] if missing else lines(records)
+        text = "\n".join([before + mark, *shown, "", after])
     return text
 
 
@@ -261,5 +267,5 @@ def save_picture(record: Record, file: Path) -> None:
 if __name__ == "__main__":
     found = read_records()
     write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
-    for study in ("mnist", "trec"):
+    for study in {"mnist", "trec"} & found.keys():
         save_picture(found[study], HERE / f"results-{study}.png")
