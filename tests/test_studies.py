@@ -66,6 +66,56 @@ def test_a_study_chooses_rates_and_another_uses_them_cell_by_cell(made: Any, sit
     )
 
 
+def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_bytes() -> None:
+    results = script("docs/make_results.py")
+    apart = {"mean": -0.021, "interval": [-0.03, -0.012]}
+    places = [{"method": "fedit", "difference": apart}, {"method": "rolora", "difference": None}]
+    methods = [
+        {"method": "fedit", "final_mean": 0.8, "final_sd": 0.01, "megabytes_up": 63.04},
+        {"method": "rolora", "final_mean": 0.821, "final_sd": None, "megabytes_up": 31.5},
+    ]
+    trials = [{"values": {"train.lr": rate}} for rate in ("0.1", "0.5")]
+    tuned = [
+        {"method": "rolora", "best": {"train.lr": "0.1"}, "at_edge": {}, "trials": trials},
+        {"method": "fedit", "best": {"train.lr": "0.5"}, "at_edge": {"train.lr": "largest"}},
+    ]
+    cell = {
+        "cell": {},
+        "reference": "rolora",
+        "methods": methods,
+        "pairs": {"fedit": [{"equal": "rounds", "places": places}]},
+        "tuning": {"methods": tuned, "seeds": [100]},
+        "made": {"cpu": "a processor"},
+    }
+    record = {"config": "none.toml", "seeds": [0, 1], "rates_of": None, "core_hours": 0.26}
+    lines = results.compared({**record, "cells": [cell]})
+    assert lines[2] == "| `rolora` | 0.1 | 82.1 |  |  | 31.5 |"
+    assert lines[3] == "| `fedit` | 0.5* | 80.0 ± 1.0 | −2.1 [−3.0, −1.2] |  | 63.0 |"
+    assert lines[-1] == (
+        "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen on seeds 100 by "
+        "validation rows; 0.3 core-hours (a processor)."
+    )
+
+
+def test_a_map_is_bold_where_a_method_is_ten_points_behind_or_diverged() -> None:
+    results = script("docs/make_results.py")
+
+    def cell(rate: float, epochs: int, **found: float) -> dict[str, Any]:
+        methods = [{"method": m, "final_mean": value} for m, value in found.items()]
+        return {"cell": {"train.lr": rate, "train.local_epochs": epochs}, "methods": methods}
+
+    cells = [
+        cell(0.1, 1, rolora=0.8, fedit=0.65),
+        cell(0.1, 5, rolora=0.8, fedit=0.75),
+        cell(2.0, 1, rolora=0.8),
+        cell(2.0, 5, rolora=0.5, fedit=0.9),
+    ]
+    lines = results.broken_map({"methods": ["rolora", "fedit"], "cells": cells})
+    assert lines[0] == "| `train.lr` | `local_epochs` 1 | `local_epochs` 5 |"
+    assert lines[2] == "| 0.1 | 80.0 / **65.0** | 80.0 / 75.0 |"
+    assert lines[3] == "| 2.0 | 80.0 / **diverged** | **50.0** / 90.0 |"
+
+
 def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
     made: Any, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
