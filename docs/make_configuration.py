@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from rolora.errors import EXIT_CODES
+from rolora.flower.site_config import SiteConfig
 from rolora.schema import RunConfig
 
 HEAD = """\
@@ -19,6 +20,9 @@ A run is one TOML file. Any key can be overridden on the command line: `rolora r
 train.lr=1e-3 method.name=ffa_lora`. Paths are relative to the TOML file. An unknown key is an error
 that names the nearest one. This page is written from the schema by `docs/make_configuration.py`.
 """
+SITE = """\
+What one site brings to every run ([deploy.md](deploy.md)); written and read at the site only. Paths
+are relative to this file."""
 
 
 def kind(annotation: Any) -> str:
@@ -72,6 +76,7 @@ def page() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             note = (section.__doc__ or "").partition(": ")[2]
             lines += ["", f"## [{name}]", "", note[:1].upper() + note[1:], "", *table(section)]
+    lines += ["", "## site.toml", "", SITE, "", *table(SiteConfig)]
     lines += ["", "## Exit codes", "", "| code | meaning |", "|---|---|"]
     lines += [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
     return "\n".join(lines) + "\n"

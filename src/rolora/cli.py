@@ -217,7 +217,8 @@ def main() -> None:
     except RoloraError as error:
         _leave(str(error), error.exit_code)
     except Interrupted:
-        how = "the same command" if "compare" in sys.argv[1:2] else "rolora resume RUN"
+        again = sys.argv[1:2] in (["compare"], ["site"], ["federation"])
+        how = "the same command" if again else "rolora resume RUN"
         _leave(f"interrupted; finished rounds are saved, go on with: {how}", 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

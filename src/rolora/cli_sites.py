@@ -192,7 +192,9 @@ def _report(findings: Iterable[Any], as_json: bool) -> None:
 
 
 def _listed(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    if not (names := [name.strip() for name in text.split(",") if name.strip()]):
+        raise ConfigError("--sites names no site: give names with commas, such as ann,bob")
+    return names
 
 
 def _need_flower() -> None:

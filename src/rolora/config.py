@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ConfigDict, ValidationError, validate_call
+from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
 from rolora.errors import ConfigError, nearest
 from rolora.method import method_factory
@@ -29,12 +29,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return make_config({"name": file.stem, **values}, overrides, root=Path(root))
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError, one line, if it cannot be read."""
+def read_toml(path: str | Path, writer: str = "rolora init") -> dict[str, Any]:
+    """The tables of a TOML file, which the command ``writer`` makes.
+
+    Raises ConfigError, one line, if it cannot be read.
+    """
     try:
         return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config {path} does not exist (rolora init writes one)") from None
+        raise ConfigError(f"config {path} does not exist ({writer} writes one)") from None
     except IsADirectoryError:
         raise ConfigError(f"config {path} is a folder; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -52,7 +55,7 @@ def make_config(
     try:
         config = RunConfig.model_validate({**values, "root": root.resolve()})
     except ValidationError as error:
-        raise ConfigError(_first_fault(error)) from None
+        raise ConfigError(first_fault(error, RunConfig)) from None
     _check_method(config.method)
     return config
 
@@ -90,7 +93,8 @@ def _with(values: Any, path: list[str], value: Any) -> dict[str, Any]:
     return {**values, head: _with(values.get(head, {}), rest, value) if rest else value}
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
+    """What is wrong with values for this schema, in one line."""
     faults = error.errors()
     # An unknown key usually explains the rest, a required key spelled wrong for example.
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
@@ -98,7 +102,7 @@ def _first_fault(error: ValidationError) -> str:
     others = [f for f in faults if _key(f) != where]
     more = f" (and {len(others)} more)" if others else ""
     if fault["type"] == "extra_forbidden":
-        hint = nearest(where[-1], _keys(where[:-1]))
+        hint = nearest(where[-1], _keys(schema, where[:-1]))
         return f"unknown key {'.'.join(where)!r}: {hint}{more}"
     if fault["type"] == "missing":
         return f"{'.'.join(where)} is missing{more}"
@@ -118,8 +122,7 @@ def _key(fault: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _keys(path: list[str]) -> list[str]:
-    section: Any = RunConfig
+def _keys(section: Any, path: list[str]) -> list[str]:
     for part in path:
         section = section.model_fields[part].annotation
     return [key for key in section.model_fields if key != "root"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from rolora import data
 from rolora.configured import first_adapter, make_method
 from rolora.durable import is_locked
-from rolora.errors import RoloraError
+from rolora.errors import ConfigError, RoloraError
 from rolora.flower import keys
 from rolora.flower.fleet import activate, fleet_client, leave, node_keys
 from rolora.flower.folder import FederationFolder
@@ -84,9 +84,11 @@ def _versions() -> str:
 
 
 def _serves(folder: FederationFolder) -> tuple[bool, str]:
-    if is_locked(folder.lock):
-        return True, f"served; sites connect to {folder.host}:{folder.port}"
-    return False, f"nothing serves {folder.path}: rolora federation serve --folder {folder.path}"
+    try:
+        folder.require_served()
+    except ConfigError as error:
+        return False, str(error)
+    return True, f"served; sites connect to {folder.host}:{folder.port}"
 
 
 def _rehearse(site: SiteConfig, config: RunConfig) -> Iterator[Finding]:

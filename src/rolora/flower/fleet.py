@@ -21,7 +21,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from rolora.errors import RoloraError
-from rolora.flower.keys import read_private_key
+from rolora.flower.keys import read_certificate, read_private_key
 from rolora.flower.site_config import SiteConfig
 
 _log = logging.getLogger(__name__)
@@ -32,8 +32,15 @@ class NotConnected(RoloraError):
 
 
 def fleet_client(site: SiteConfig, key: EllipticCurvePrivateKey) -> FleetHttpClient:
-    """A client of the SuperLink's Fleet API that signs what it asks with the site's key."""
-    certificates = site.certificates and str(site.root / Path(site.certificates).expanduser())
+    """A client of the SuperLink's Fleet API that signs what it asks with the site's key.
+
+    Raises ConfigError where ``certificates`` names no certificate.
+    """
+    certificates = None
+    if site.certificates is not None:
+        path = site.root / Path(site.certificates).expanduser()
+        read_certificate(path)  # in one line where httpx would say "Unknown error 136"
+        certificates = str(path)
     return FleetHttpClient.from_server_address(
         site.superlink,
         insecure=certificates is None,

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from rolora.config import read_toml
-from rolora.durable import new_folder, write_file
+from rolora.durable import is_locked, new_folder, write_file
 from rolora.errors import ConfigError, RoloraError
 from rolora.flower import keys
 from rolora.flower.site_config import NAME
@@ -130,10 +130,18 @@ class FederationFolder:
             raise ConfigError(f"no site is called {name!r}; there are: {listed}")
         known = self._known()
         if name in known:
+            self.require_served()
             flwr(("supernode", "unregister", known.pop(name), "rolora"), self.environment)
             write_file(self.path / "nodes.json", json.dumps(known))
         public.unlink()
         shutil.rmtree(self.path / "sites" / name, ignore_errors=True)
+
+    def require_served(self) -> None:
+        """ConfigError if no process serves this federation."""
+        if not is_locked(self.lock):
+            raise ConfigError(
+                f"nothing serves {self.path}: rolora federation serve --folder {self.path}"
+            )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -181,15 +189,25 @@ class FederationFolder:
                 new.write(os.urandom(32).hex().encode())
         return file
 
-    def register(self) -> list[str]:
-        """Tell a running SuperLink of the sites it does not know; their names."""
-        known = self._known()
-        new = [name for name in self.public if name not in known]
-        for name in new:
-            register = ("supernode", "register", str(self.public[name]), "rolora", "--name", name)
-            known[name] = str(flwr(register, self.environment)["node-id"])
+    def register(self, tell: Callable[[str], None]) -> bool:
+        """Tell a running SuperLink of the sites it does not know; whether it took all of them.
+
+        ``tell`` gets a line for each. A key that is refused keeps no other site out.
+        """
+        known, all_taken = self._known(), True
+        for name, public in self.public.items():
+            if name in known:
+                continue
+            register = ("supernode", "register", str(public), "rolora", "--name", name)
+            try:
+                known[name] = str(flwr(register, self.environment)["node-id"])
+            except RoloraError as error:
+                tell(f"the key of site {name} ({public}) could not be registered: {error}")
+                all_taken = False
+                continue
             write_file(self.path / "nodes.json", json.dumps(known))
-        return new
+            tell(f"registered the key of site {name}")
+        return all_taken
 
     def status(self) -> dict[str, str]:
         """Site name -> what a running SuperLink says of it: online, offline, registered."""

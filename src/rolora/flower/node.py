@@ -180,7 +180,13 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
     with fleet_client(site, key) as client:
         known = site.folder / "node"  # where the process before this one left its node's id
         last = int(known.read_text()) if known.exists() else None
-        node = Node(node_id=activate(client, public, register=site.key is None, last=last))
+        try:
+            id = activate(client, public, register=site.key is None, last=last)
+        except NotConnected as error:
+            raise NotConnected(
+                f"{site.superlink}: {error}; what is wrong: rolora site --check"
+            ) from None
+        node = Node(node_id=id)
         write_file(known, str(node.node_id))
         heart = HeartbeatSender(lambda: beat(client, node.node_id))
         heart.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,15 @@ from rolora.flower.folder import FederationFolder
 from rolora.flower.supervise import Program, Supervisor
 
 READY = 60.0  # seconds for the SuperLink to answer
+AGAIN = 30.0  # seconds until keys that the SuperLink did not take are tried again
 
 
 @contextmanager
 def serving(folder: FederationFolder, tell: Callable[[str], None]) -> Iterator[Supervisor]:
     """SuperLink and SuperExec, running and started again when they end, until this is left.
 
-    Raises RoloraError if the SuperLink does not come up.
+    Raises ConfigError if the folder is served or its port taken, RoloraError if the SuperLink does
+    not come up.
     """
     supervisor = Supervisor(tell)
     with ExitStack() as held:
@@ -29,14 +32,27 @@ def serving(folder: FederationFolder, tell: Callable[[str], None]) -> Iterator[S
             held.enter_context(locked(folder.lock))
         except BlockingIOError:
             raise ConfigError(f"{folder.path} is being served already") from None
+        require_free(folder.port)
         held.callback(supervisor.end)
         link = _program(folder, "superlink", folder.superlink())
         supervisor.add(link)
         wait_for(folder, link)
-        for name in folder.register():
-            tell(f"registered the key of site {name}")
+        folder.register(tell)
         supervisor.add(_program(folder, "superexec", folder.superexec()))
         yield supervisor
+
+
+def require_free(port: int) -> None:
+    """ConfigError if another program listens on this port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the SuperLink does
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} cannot be served ({error.strerror}): is another program, or another "
+                "federation, on it? rolora federation keys --port gives a new federation another"
+            ) from None
 
 
 def site_program(folder: FederationFolder, site: Path) -> Program:
@@ -48,17 +64,16 @@ def site_program(folder: FederationFolder, site: Path) -> Program:
 
 def keep(supervisor: Supervisor, folder: FederationFolder) -> None:
     """Watch until interrupted; keys that are added to the folder meanwhile are registered."""
-    seen = set(folder.public)
+    taken: set[str] = set()
+    due = 0.0
     while True:
         supervisor.look()
-        if set(folder.public) != seen:
-            try:
-                for name in folder.register():
-                    supervisor.tell(f"registered the key of site {name}")
-                seen = set(folder.public)
-            except RoloraError as error:
-                supervisor.tell(f"a key could not be registered, again in 10 s: {error}")
-                time.sleep(9)
+        public = set(folder.public)
+        if public != taken and time.monotonic() >= due:
+            if folder.register(supervisor.tell):
+                taken = public
+            else:
+                due = time.monotonic() + AGAIN
         time.sleep(1)
 
 

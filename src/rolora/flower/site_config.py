@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from rolora.config import read_toml
+from rolora.config import first_fault, read_toml
 from rolora.errors import ConfigError
 from rolora.schema import Section
 
@@ -51,11 +51,9 @@ class SiteConfig(Section):
 
 def read_site(path: str | Path) -> SiteConfig:
     """A site's configuration; paths in it start from its folder. ConfigError in one line."""
-    values = read_toml(path)
+    values = read_toml(path, "rolora federation keys")
     try:
         root = Path(path).expanduser().resolve().parent
         return SiteConfig.model_validate({**values, "root": root})
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "it"
-        raise ConfigError(f"{path}: {where}: {fault['msg']}") from None
+        raise ConfigError(f"{path}: {first_fault(error, SiteConfig)}") from None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from rolora.config import dump_config
+from rolora.config import dump_config, read_toml
 from rolora.durable import is_locked, locked, write_file
 from rolora.errors import ConfigError, DataError, NoQuorum, RoloraError
 from rolora.flower.folder import FederationFolder, flwr
@@ -33,6 +33,7 @@ APP = """\
 [project]
 name = "rolora-run"
 version = "1.0.0"
+description = "One run of rolora"
 license = { text = "Apache-2.0" }
 dependencies = ["flwr>=1.41"]
 [build-system]
@@ -155,9 +156,18 @@ def _connection(config: RunConfig) -> tuple[str, dict[str, str]]:
     on = str(config.federation.on)
     path = config.root / Path(on).expanduser()
     if (path / "federation.toml").is_file():
-        return "rolora", FederationFolder.open(path).environment
+        folder = FederationFolder.open(path)
+        folder.require_served()
+        return "rolora", folder.environment
     if path.is_dir() or os.sep in on:
         FederationFolder.open(path)  # says what is missing
+    named = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser() / "config.toml"
+    known = read_toml(named).get("superlink", {}) if named.is_file() else {}
+    if on not in known:
+        raise ConfigError(
+            f"{on} is no folder of rolora federation here, nor a SuperLink in {named}: "
+            "is --on, or federation.on, right?"
+        )
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return on, {**os.environ, "PATH": programs}
 
@@ -179,7 +189,8 @@ def _follow(job: JobFolder, out: Path, tell: Callable[[str], None]) -> None:
                     raise RoloraError(
                         f"the run was submitted but not started within {STARTS_WITHIN:.0f} s: is a "
                         "SuperExec running (rolora federation serve starts one), with the same "
-                        "Python as this?"
+                        f"Python as this, by a user who may write in {job.path.parent}? Its "
+                        "superexec.log says more"
                     )
                 time.sleep(0.3)
         except BaseException:

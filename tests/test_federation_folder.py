@@ -1,0 +1,110 @@
+"""Claims about the coordinator's folder and a site's file: one mistake is one line, and no more."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rolora.config import make_config
+from rolora.errors import ConfigError, RoloraError
+from rolora.flower import folder as folders
+from rolora.flower.fleet import fleet_client, node_keys
+from rolora.flower.folder import FederationFolder
+from rolora.flower.serve import require_free
+from rolora.flower.site_config import read_site
+from rolora.flower.submit import run_remotely
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> FederationFolder:
+    """Keys of a coordinator and of two sites; nothing serves it."""
+    made = FederationFolder.create(tmp_path / "federation", "localhost", 8000)
+    for name in ("ann", "bob"):
+        made.add_site(name)
+    (made.path / "state.db").touch()
+    return made
+
+
+def test_a_key_that_is_refused_is_named_and_keeps_no_other_site_out(
+    federation: FederationFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+        if "ann.pub" in arguments[2]:
+            raise RoloraError("no key")
+        return {"node-id": "7"}
+
+    monkeypatch.setattr(folders, "flwr", flwr)
+    told: list[str] = []
+    assert not federation.register(told.append)
+    assert len(told) == 2
+    assert "public/ann.pub" in told[0]
+    assert "bob" in told[1]
+    assert json.loads((federation.path / "nodes.json").read_text()) == {"bob": "7"}
+
+
+def test_what_needs_a_served_federation_says_so_and_how(
+    federation: FederationFolder, tmp_path: Path
+) -> None:
+    (federation.path / "nodes.json").write_text('{"ann": "7"}')
+    with pytest.raises(ConfigError, match="rolora federation serve --folder"):
+        federation.remove_site("ann")
+    assert "ann" in federation.public
+    with pytest.raises(ConfigError, match="rolora federation serve --folder"):
+        run_remotely(across(federation.path), tmp_path / "run", print)
+
+
+def test_a_federation_that_is_neither_a_folder_nor_known_to_flower_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^federaton is no folder of rolora federation"):
+        run_remotely(across("federaton"), tmp_path / "run", print)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_started() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} cannot be served"):
+            require_free(port)
+    require_free(port)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('colums = ["text"]', "unknown key 'colums': did you mean 'columns'?"),
+        ("threads = 0", "threads: Input should be greater than or equal to 1, got 0"),
+    ],
+)
+def test_a_mistake_in_a_site_s_file_is_told_as_in_a_run_s(
+    line: str, said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "site.toml"
+    file.write_text(f'name = "ann"\ndata = "rows.csv"\n{line}\n')
+    with pytest.raises(ConfigError) as found:
+        read_site(file)
+    assert str(found.value) == f"{file}: {said}"
+
+
+@pytest.mark.parametrize("wrong", ["nowhere.crt", "ann.key"])
+def test_a_site_whose_certificate_is_none_is_told_which(
+    wrong: str, federation: FederationFolder
+) -> None:
+    file = federation.path / "sites" / "ann" / "site.toml"
+    file.write_text(file.read_text().replace("ca.crt", wrong))
+    site = read_site(file)
+    with pytest.raises(ConfigError, match=wrong):
+        fleet_client(site, node_keys(site)[0])
+
+
+def across(on: Path | str) -> Any:
+    values = {"model": {"path": "m"}, "data": {"train": "x"}, "federation": {"on": str(on)}}
+    return make_config(values)
