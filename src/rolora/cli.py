@@ -75,7 +75,12 @@ def resume(
     from rolora.display import working
     from rolora.record import RunFolder
 
-    settings = load_config(RunFolder.open(path).config)
+    folder = RunFolder.open(path)
+    settings = load_config(folder.config)
+    if settings.federation.on and rounds is None and folder.report.is_file():
+        _nothing_left(json)
+        print_results(path, json)
+        return
     if settings.federation.on:
         across_sites(settings, path, json, rounds)
         return
@@ -195,12 +200,17 @@ def _where(on: str | None) -> list[str]:
     return [f"federation.on={Path(on).resolve() if Path(on).is_dir() else on}"]
 
 
+def _nothing_left(as_json: bool) -> None:
+    if not as_json:
+        out_console.print("nothing was left to do", markup=False)
+
+
 def _follow(started: Any, as_json: bool) -> None:
     from rolora.display import follow
 
     last = follow(started, started.setup.config.name)
-    if last is None and not as_json:
-        out_console.print("nothing was left to do", markup=False)
+    if last is None:
+        _nothing_left(as_json)
     print_results(started.folder.path, as_json)
 
 

@@ -71,7 +71,7 @@ def theory(
     from rolora.durable import write_file
     from rolora.linear_model import Setting, draw_problem
     from rolora.report.theory_figure import save_theory_picture
-    from rolora.report.theory_text import round_cells, sweep_cells, theory_verdicts
+    from rolora.report.theory_text import theory_verdicts
     from rolora.theory import simulate
     from rolora.theory_sweeps import VALUES, measure, plan_sweep
 
@@ -94,15 +94,23 @@ def theory(
     if json:
         print_json(found)
         return
+    _print(outcome, verdicts, sweeps)
+    out_console.print(f"\npicture   {picture}", markup=False)
+    if numbers:
+        out_console.print(f"numbers   {numbers}", markup=False)
+
+
+def _print(
+    outcome: Outcome, verdicts: Sequence[Verdict], sweeps: Mapping[str, Sequence[SweepRow]]
+) -> None:
+    from rolora.report.theory_text import round_cells, sweep_cells
+
     print_cells(round_cells(outcome))
     for verdict in verdicts:
         out_console.print(f"\n{MARKS[verdict.holds]}{verdict.text}", markup=False)
     for name, rows in sweeps.items():
         out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds", markup=False)
         print_cells(sweep_cells(name, rows))
-    out_console.print(f"\npicture   {picture}", markup=False)
-    if numbers:
-        out_console.print(f"numbers   {numbers}", markup=False)
 
 
 def _places(out: Path) -> tuple[Path, Path | None]:

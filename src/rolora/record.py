@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class RunFolder:
         if path.exists():
             raise ConfigError(
                 f"{path} exists and is never overwritten: name another folder with --out, "
-                f"or go on with: rolora resume {path}"
+                f"or go on with: rolora resume {shlex.quote(str(path))}"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(path) as part:

@@ -17,7 +17,7 @@ BODY = "body"
 ERRORS = {
     ErrorCode.MESSAGE_UNAVAILABLE: "no answer within the time that it had",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer within the time that it had",
-    ErrorCode.NODE_UNAVAILABLE: "it has gone: no sign of life for a minute",
+    ErrorCode.NODE_UNAVAILABLE: "it has gone: it signed off, or gave no sign of life for a minute",
 }
 LONGEST = 0.5  # seconds between looks for answers
 

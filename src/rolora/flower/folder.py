@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from rolora.config import read_toml
 from rolora.durable import is_locked, new_folder, write_file
 from rolora.errors import ConfigError, RoloraError
 from rolora.flower import keys
-from rolora.flower.site_config import NAME
+from rolora.flower.site_config import site_name
 
 PORT = 8000
 
@@ -106,8 +105,10 @@ class FederationFolder:
 
     def add_site(self, name: str) -> Path:
         """Keys for one more site; the folder to hand to it. ConfigError if it has some."""
-        if not re.fullmatch(NAME, name):
-            raise ConfigError(f"{name!r} is no name for a site: letters, digits, '-', '_', '.'")
+        try:
+            site_name(name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         public, site = self.path / "public" / f"{name}.pub", self.path / "sites" / name
         if public.exists() or site.exists():
             raise ConfigError(f"site {name!r} has a key already: {public}")

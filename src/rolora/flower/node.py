@@ -178,8 +178,7 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
     """
     key, public = node_keys(site)
     with fleet_client(site, key) as client:
-        known = site.folder / "node"  # where the process before this one left its node's id
-        last = int(known.read_text()) if known.exists() else None
+        last = _last_node(site.folder)
         try:
             id = activate(client, public, register=site.key is None, last=last)
         except NotConnected as error:
@@ -187,7 +186,7 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
                 f"{site.superlink}: {error}; what is wrong: rolora site --check"
             ) from None
         node = Node(node_id=id)
-        write_file(known, str(node.node_id))
+        write_file(site.folder / "node", f"{node.node_id} {site.folder.stat().st_ino}")
         heart = HeartbeatSender(lambda: beat(client, node.node_id))
         heart.start()
         try:
@@ -195,6 +194,19 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
         finally:
             heart.stop()
             leave(client, node.node_id)
+
+
+def _last_node(folder: Path) -> int | None:
+    """The id of the node that the process before this one was, if it was one of this very folder.
+
+    A copy of the folder has another inode: its process must not go on as the node of the original,
+    which may be alive, and is refused while that is.
+    """
+    try:
+        node, inode = (folder / "node").read_text().split()
+    except (FileNotFoundError, ValueError):
+        return None
+    return int(node) if int(inode) == folder.stat().st_ino else None
 
 
 def serve(

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from rolora.config import first_fault, read_toml
 from rolora.errors import ConfigError
@@ -15,10 +15,20 @@ from rolora.schema import Section
 NAME = re.compile(r"[\w-][\w.-]{0,63}")
 
 
+def site_name(name: str) -> str:
+    """The name, if a site may be called so, else ValueError: it is a file's name and a client's."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no name for a site: up to 64 letters, digits, '-', '_' and '.', which is "
+            "not the first"
+        )
+    return name
+
+
 class SiteConfig(Section):
     """``site.toml``: what one site brings; written and read at the site only."""
 
-    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] = Field(
+    name: Annotated[str, AfterValidator(site_name)] = Field(
         description="the client id, the same in every run"
     )
     data: str = Field(description="this site's rows: csv, jsonl, parquet or a datasets folder")

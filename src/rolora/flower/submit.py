@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -183,7 +184,7 @@ def _follow(job: JobFolder, out: Path, tell: Callable[[str], None]) -> None:
                     if not job.is_alive() and not job.outcome.exists():
                         raise RoloraError(
                             "the coordinator's app was killed; finished rounds are saved, go on "
-                            f"with: rolora resume {out}"
+                            f"with: rolora resume {shlex.quote(str(out))}"
                         )
                 elif time.monotonic() > until:
                     raise RoloraError(
