@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,15 +68,15 @@ def evaluate_adapter(
     DataError for rows that do not fit.
     """
     ((_, metrics),) = evaluate_each(path, {source: source}, model, overrides)
-    return metrics
+    return dict(metrics)
 
 
 def evaluate_each(
     path: str | Path,
-    sources: dict[str, str],
+    sources: Mapping[str, str],
     model: str | None = None,
     overrides: Sequence[str] = (),
-) -> Iterator[tuple[str, dict[str, float]]]:
+) -> Iterator[tuple[str, Mapping[str, float]]]:
     """Name and metrics of each of these sets of rows, by name; see :func:`evaluate_adapter`.
 
     All sets are read before the model is loaded, and it is loaded once.

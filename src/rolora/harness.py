@@ -10,11 +10,14 @@ import contextlib
 import importlib.util
 import logging
 import os
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rolora.errors import ConfigError, DataError, NotHere, RoloraError, nearest, one_line
 from rolora.evaluation import Trained
@@ -22,6 +25,7 @@ from rolora.hub import hub_alone, told_offline
 from rolora.tasks.examples import tokenizer_limit
 
 BATCH = 8  # rows; a base of 7 billion weights takes so many of 2,048 tokens on one large GPU
+SEED = 1234  # the harness's own, of the examples that it puts before a question
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,18 @@ def run_tasks(
         raise ConfigError(
             f"{trained.folder} classifies: the harness asks language models (causal_lm, choice)"
         )
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     alone = hub_alone(trained.config.offline)
-    with _quiet(), _programs(allow_code), told_offline(alone):
-        manager = _manager(names, folder)
-        _refuse_programs(manager.task_index, names, allow_code)
-        tasks = [task for name in names for task in _load(manager, name, alone)]
+    with _quiet(), _seeded(), told_offline(alone):
+        with _programs(allow_code):
+            manager = _manager(names, folder)
+            _refuse_programs(manager.task_index, names, allow_code)
+            tasks = [task for name in names for task in _load(manager, name, alone)]
         base, adapter = trained.load()
         room = tokenizer_limit(base.tokenizer, base.model.config, 1 << 30)
-        with base.holding(adapter), _one_line("the harness broke off"):
+        with _programs(allow_code), _one_line("the harness broke off"), base.holding(adapter):
             model = HFLM(
                 base.model,
                 tokenizer=base.tokenizer,
@@ -80,13 +85,18 @@ def run_tasks(
                 batch_size=BATCH,
                 max_length=room,
             )
-            found = simple_evaluate(
+            asked = manager.load(tasks)
+            for task in asked["tasks"].values():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config("num_fewshot", 0)
+                task.set_fewshot_seed(SEED)
+            found = evaluate(
                 model,
-                tasks=tasks,
-                task_manager=manager,
+                asked,
                 limit=limit,
                 bootstrap_iters=1000,
                 log_samples=False,
+                fewshot_as_multiturn=True,
                 confirm_run_unsafe_code=allow_code,
             )
     return list(_scores(found))
@@ -196,19 +206,34 @@ def _programs(allowed: bool) -> Iterator[None]:
         evaluate.load = refuse
     try:
         yield
-    except Exception as error:
+    except Exception:
         if not refused:
             raise
-        # the harness goes on without such a metric, until something else breaks
-        raise ConfigError(
-            f"the metric {refused[0]!r} is a program that is fetched from the hub and run here: "
-            "where you accept that, add --allow-code"
-        ) from error
     finally:
         evaluate.load = load
         os.environ.pop(switch, None)
         if before is not None:
             os.environ[switch] = before
+    if refused:  # the harness goes on without such a metric
+        raise ConfigError(
+            f"the metric {refused[0]!r} is a program that is fetched from the hub and run here: "
+            "where you accept that, add --allow-code"
+        )
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """The global generators as the harness's own program has them: some tasks draw from them."""
+    from lm_eval.utils import set_torch_seed
+
+    before = random.getstate()
+    random.setstate(random.Random(0).getstate())
+    try:
+        with torch.random.fork_rng():
+            set_torch_seed(SEED)
+            yield
+    finally:
+        random.setstate(before)
 
 
 @contextlib.contextmanager

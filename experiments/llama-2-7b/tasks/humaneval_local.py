@@ -49,9 +49,12 @@ def passes(program: str, seconds: float = SECONDS) -> bool:
     """
     end = secrets.token_hex()  # else a program that leaves early would pass
     with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "program.py")
+        text = f"{program}\nprint({end!r})\n"
+        file.write_text(text, encoding="utf-8", errors="replace", newline="")
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-c", f"{program}\nprint({end!r})"],
+                [sys.executable, "-I", str(file)],
                 cwd=folder,
                 env={},
                 stdin=subprocess.DEVNULL,
