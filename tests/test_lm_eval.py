@@ -122,7 +122,7 @@ def test_the_harness_finds_what_a_direct_computation_finds(
     [
         ("smal", 2, "the harness has no task 'smal': did you mean"),
         ("cais_rows", 3, "the rows of task 'cais_rows' are not on this machine, and the hub does"),
-        ("damaged", 3, "task 'damaged' cannot be loaded: "),
+        ("damaged", 3, "task 'damaged' cannot be loaded (the hub does not answer): "),
         ("remote_metric", 2, "'brier' is a program that is fetched from the hub and run here"),
     ],
 )

@@ -66,18 +66,24 @@ def run_tasks(
         raise ConfigError(
             f"{trained.folder} classifies: the harness asks language models (causal_lm, choice)"
         )
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"the folder {folder} does not exist (--task-folder)")
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     alone = hub_alone(trained.config.offline)
     with _quiet(), _seeded(), told_offline(alone):
-        with _programs(allow_code):
+        with _programs(allow_code, alone):
             manager = _manager(names, folder)
             _refuse_programs(manager.task_index, names, allow_code)
             tasks = [task for name in names for task in _load(manager, name, alone)]
         base, adapter = trained.load()
         room = tokenizer_limit(base.tokenizer, base.model.config, 1 << 30)
-        with _programs(allow_code), _one_line("the harness broke off"), base.holding(adapter):
+        with (
+            _programs(allow_code, alone),
+            _one_line("the harness failed"),
+            base.holding(adapter),
+        ):
             model = HFLM(
                 base.model,
                 tokenizer=base.tokenizer,
@@ -107,8 +113,6 @@ def _manager(names: Sequence[str], folder: Path | None) -> Any:
     so they are left alone where ``folder`` has all that is asked for."""
     from lm_eval.tasks import TaskManager
 
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"the folder {folder} does not exist (--task-folder)")
     if folder is not None:
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(manager.all_tasks):
@@ -170,7 +174,8 @@ def _load(manager: Any, name: str, alone: bool) -> list[Any]:
     except RoloraError:
         raise
     except Exception as error:  # a task is a program of its author: it raises anything
-        raise DataError(f"task {name!r} cannot be loaded: {one_line(error)}") from error
+        why = " (the hub does not answer)" if alone else ""
+        raise DataError(f"task {name!r} cannot be loaded{why}: {one_line(error)}") from error
     return [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
 
 
@@ -189,8 +194,8 @@ def _scores(found: Any) -> Iterator[Score]:
 
 
 @contextlib.contextmanager
-def _programs(allowed: bool) -> Iterator[None]:
-    """The environment in which the ``evaluate`` library runs programs, or fetches none."""
+def _programs(allowed: bool, alone: bool) -> Iterator[None]:
+    """The ``evaluate`` library as it runs programs, or fetches none; ``alone``: asks nobody."""
     import evaluate
 
     refused: list[str] = []
@@ -199,6 +204,8 @@ def _programs(allowed: bool) -> Iterator[None]:
         refused.append(path)
         raise ConfigError(f"{path!r} is a program that is fetched from the hub and run here")
 
+    offline = evaluate.config.HF_EVALUATE_OFFLINE
+    evaluate.config.HF_EVALUATE_OFFLINE = offline or alone
     switch, load, before = "HF_ALLOW_CODE_EVAL", evaluate.load, os.environ.get("HF_ALLOW_CODE_EVAL")
     if allowed:
         os.environ[switch] = "1"
@@ -211,6 +218,7 @@ def _programs(allowed: bool) -> Iterator[None]:
             raise
     finally:
         evaluate.load = load
+        evaluate.config.HF_EVALUATE_OFFLINE = offline
         os.environ.pop(switch, None)
         if before is not None:
             os.environ[switch] = before
