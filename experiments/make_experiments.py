@@ -78,8 +78,9 @@ target_modules = ["q_proj", "v_proj"]
 train = "../../data/{data}/train.jsonl"
 test = {test}
 prompt = "prompt"
-completion = "completion"
+completion = "completion"{choice}
 max_length = 512
+made_by = "{made_by}"
 
 [partition]
 clients = 50
@@ -91,9 +92,29 @@ batch_size = 2
 lr = 5e-4
 
 [eval]
-every = 10
-generate = {generate}
+every = 10{answers}
 """
+PREPARE = "python experiments/llama-2-7b/prepare.py"
+CLONE = "git clone https://github.com/{repository} (or bring that folder over), then: " + PREPARE
+COMMONSENSE_FILES = {
+    "data": "commonsense",
+    "made_by": CLONE.format(repository="AGI-Edgerunners/LLM-Adapters")
+    + " LLM-Adapters data/commonsense",
+    "choice": """
+choices = "choices"  # with model.task=choice
+answer = "answer\"""",
+    "answers": """
+generate = 500
+answer = "true|false|(solution|answer|ending|option)[1-5]\"""",
+}
+INSTRUCTIONS = {
+    "alpaca": ("Alpaca", "tatsu-lab/stanford_alpaca", "stanford_alpaca/alpaca_data.json"),
+    "code-alpaca": (
+        "Code Alpaca",
+        "sahil280114/codealpaca",
+        "codealpaca/data/code_alpaca_20k.json",
+    ),
+}
 
 # 50 clients, rank 4, accuracy in percent
 PUBLISHED = {
@@ -202,34 +223,46 @@ def llama_files() -> Iterator[tuple[str, str]]:
     """Name and content of every file in ``llama-2-7b``."""
     known = "Beside clients and rank the setting was not found; it is ours"
     for task, results in COMMONSENSE.items():
-        test = json.dumps(f"../../data/commonsense/{task}.jsonl")
+        test = json.dumps(f"../../data/commonsense/test/{task}.jsonl")
         title = f"Commonsense questions, answers written out: {task}"
-        yield (
-            f"{task}.toml",
-            LLAMA.format(title=title, more=known, data="commonsense", test=test, generate=500),
-        )
+        yield f"{task}.toml", LLAMA.format(title=title, more=known, test=test, **COMMONSENSE_FILES)
         yield (
             f"{task}.published.json",
             published(
-                f"{task}, Llama-2-7B, 50 clients, rank 8, answers generated and matched", results
+                f"{task}, Llama-2-7B, 50 clients, rank 8, answers generated and matched",
+                results,
+                "answer_accuracy",
             ),
         )
-    for name, title in (("alpaca", "Alpaca"), ("code-alpaca", "Code Alpaca")):
-        more = f"{known}. No numbers were found"
+    title = "Commonsense questions: train once, then rolora eval on all eight sets"
+    share = "0.005  # of the rows to train on"
+    yield (
+        "commonsense.toml",
+        LLAMA.format(title=title, more=known, test=share, **COMMONSENSE_FILES),
+    )
+    for name, (title, repository, file) in INSTRUCTIONS.items():
         yield (
             f"{name}.toml",
             LLAMA.format(
-                title=f"{title}, an instruction set", more=more, data=name, test=0.02, generate=0
+                title=f"{title}, an instruction set",
+                more=f"{known}. No numbers were found",
+                data=name,
+                test=0.02,
+                choice="",
+                answers="",
+                made_by=f"{CLONE.format(repository=repository)} {file} data/{name}/train.jsonl",
             ),
         )
 
 
-def published(setting: str, results: Mapping[str, float], **more: object) -> str:
-    """Numbers from the paper as a file."""
+def published(
+    setting: str, results: Mapping[str, float], metric: str = "accuracy", **more: object
+) -> str:
+    """Numbers from the paper as a file; ``metric`` is ours."""
     values = {
         "source": SECOND_HAND,
         "setting": setting,
-        "metric": "accuracy",
+        "metric": metric,
         "unit": "percent",
         "results": dict(results),
         **more,

@@ -23,7 +23,7 @@ from rolora.tasks.causal_lm import TokenLoss, require_plain_logits, score
 from rolora.tasks.causal_lm import causal_lm as build
 from rolora.tasks.choice import choice
 from rolora.tasks.choice import score as score_choices
-from rolora.tasks.generation import exact_match, generate
+from rolora.tasks.generation import answer_accuracy, answered, exact_match, generate
 from rolora.tasks.spans import encode_marked, joined, masks
 
 PAIRS = pa.table(
@@ -332,8 +332,17 @@ def test_exact_match_compares_the_last_completion_but_not_white_space(base: Base
         special=True,
         end=False,
     )
-    assert exact_match(base, examples, [0], max_new_tokens=4) == 1.0
-    assert exact_match(base, examples, [0, 1], max_new_tokens=4) == 0.5
+    assert exact_match(answered(base, examples, [0], max_new_tokens=4)) == 1.0
+    assert exact_match(answered(base, examples, [0, 1], max_new_tokens=4)) == 0.5
+
+
+def test_an_answer_is_what_the_pattern_finds_first_in_the_text() -> None:
+    pattern = "true|false|answer[1-5]"
+    right = "the correct answer is answer2"
+    written = ["answer2", "It is answer2, not answer1.", "answer1 or answer2", "I cannot say", ""]
+    assert answer_accuracy([(text, right) for text in written], pattern) == 2 / 5
+    with pytest.raises(DataError, match=r"eval\.answer = .* finds nothing in .* 'solution1'"):
+        answer_accuracy([("answer1", "solution1")], pattern)
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused_and_a_long_one_cut(base: Base) -> None:

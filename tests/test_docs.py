@@ -33,7 +33,8 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
 )
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv", "validation": 0.1}}
+COLUMNS = {name: name for name in ("prompt", "completion", "choices", "answer")}
+LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv", "validation": 0.1, **COLUMNS}}
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

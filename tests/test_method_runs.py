@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from rolora import runs
 from rolora.config import load_config
 from rolora.errors import ConfigError
+from rolora.evaluation import evaluate_adapter
 from rolora.lora import read_adapter
 from rolora.method import get_method, method_names
 from rolora.rounds import RoundResult
@@ -183,7 +184,7 @@ def test_the_adapter_of_any_method_is_evaluated_by_itself_as_in_its_run(
     name: str, site: Path, finished: Callable[[str], Finished]
 ) -> None:
     done = finished(name)
-    metrics = runs.evaluate_adapter(done.folder, str(site.parent / "test.csv"))
+    metrics = evaluate_adapter(done.folder, str(site.parent / "test.csv"))
     if get_method(name).personal(1):  # the run's metrics are of each client's own adapter
         wanted = done.run.setup.federation.test
         assert wanted is not None

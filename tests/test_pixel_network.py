@@ -22,6 +22,7 @@ from rolora.base import Base
 from rolora.config import make_config
 from rolora.configured import first_adapter, load_base_for, make_method, make_task
 from rolora.errors import DataError
+from rolora.evaluation import evaluate_adapter
 from rolora.pixel_network import PixelNetworkConfig, write_pixel_network
 from rolora.schema import RunConfig
 from rolora.tasks import Batch, collate
@@ -193,5 +194,5 @@ def test_peft_loads_a_run_s_adapter_with_the_same_logits_merged_or_not(
 def test_a_finished_run_is_measured_on_other_rows(place: Path, tmp_path: Path) -> None:
     run = runs.start(configuration(place), tmp_path / "run")
     last = [result.metrics for result in run.rounds()][-1]
-    again = runs.evaluate_adapter(tmp_path / "run", str(place / "test.csv"))
+    again = evaluate_adapter(tmp_path / "run", str(place / "test.csv"))
     assert again == pytest.approx(last, rel=1e-6)

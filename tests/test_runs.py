@@ -23,6 +23,7 @@ from tiny_site import make_site, write_rows
 from rolora import runs
 from rolora.config import load_config
 from rolora.errors import ConfigError
+from rolora.evaluation import evaluate_adapter
 from rolora.lora import read_adapter
 
 
@@ -198,7 +199,7 @@ def test_an_adapter_whose_notes_are_damaged_is_refused(
     folder = Path(shutil.copytree(whole / "adapter", tmp_path / "adapter"))
     (folder / "rolora.json").write_text(damaged)
     with pytest.raises(ConfigError, match=r"rolora\.json is damaged"):
-        runs.evaluate_adapter(folder, "rows.csv")
+        evaluate_adapter(folder, "rows.csv")
 
 
 def test_peft_loads_the_adapter_and_gives_the_same_logits(site: Path, whole: Path) -> None:
@@ -219,9 +220,9 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(site: Path, whole: Pat
 
 
 def test_an_adapter_is_evaluated_by_itself_as_in_its_run(site: Path, whole: Path) -> None:
-    metrics = runs.evaluate_adapter(whole, str(site.parent / "test.csv"))
+    metrics = evaluate_adapter(whole, str(site.parent / "test.csv"))
     assert metrics == lines(whole)[-1]["metrics"]
-    assert runs.evaluate_adapter(whole / "adapter", str(site.parent / "test.csv")) == metrics
+    assert evaluate_adapter(whole / "adapter", str(site.parent / "test.csv")) == metrics
 
 
 def test_a_warm_start_begins_where_the_other_run_ended(

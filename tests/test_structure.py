@@ -90,11 +90,11 @@ LEVELS = (
     ("config", "configured", "record", "rows"),
     ("federation", "sketch", "plan"),
     ("build",),
-    ("runs",),
-    ("budget", "comparison", "comparison_folder", "queue"),
+    ("runs", "evaluation"),
+    ("budget", "comparison", "comparison_folder", "harness", "queue"),
     ("flower", "flower.*", "demo", "display", "queue_display", "compare_table"),
     ("printing",),
-    ("cli_compare", "cli_demo", "cli_plan", "cli_sites", "cli_theory"),
+    ("cli_compare", "cli_demo", "cli_eval", "cli_plan", "cli_sites", "cli_theory"),
     ("cli", "__main__", "__init__"),
 )
 
@@ -129,10 +129,20 @@ FENCES: dict[str, set[str]] = {
     "uvicorn": {"flower.superlink"},
     "pydantic": {"config", "schema", "flower.site_config", "tuning", "report.published"},
     "tomli_w": {"config", "report.page", "flower.folder", "flower.rehearsal"},
-    "typer": {"cli", "cli_compare", "cli_demo", "cli_plan", "cli_sites", "cli_theory"},
+    "typer": {
+        "cli",
+        "cli_compare",
+        "cli_demo",
+        "cli_eval",
+        "cli_plan",
+        "cli_sites",
+        "cli_theory",
+    },
     "rich": {"printing", "display", "compare_table"},
     "matplotlib": {"report.figures", "report.svg", "report.forest", "report.theory_figure"},
     "jinja2": {"report.page"},
+    "lm_eval": {"harness"},
+    "evaluate": {"harness"},
 }
 TORCH_ALONE = (
     "adapter",
@@ -150,8 +160,8 @@ TORCH_ALONE = (
     "theory",
     "theory_sweeps",
 )
-# gguf is for transformers, which imports it when it reads such a file
-INDIRECT = {"gguf"}
+# gguf is for transformers, which imports it when it reads such a file; accelerate is for lm_eval
+INDIRECT = {"gguf", "accelerate"}
 
 FORBIDDEN = {"util", "utils", "helper", "helpers", "manager", "common", "misc", "stuff", "core"}
 PUBLIC = [
@@ -248,7 +258,8 @@ def test_a_fence_is_no_wider_than_its_library_needs(library: str) -> None:
 
 def test_the_dependencies_are_the_libraries_that_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = project["dependencies"] + project["optional-dependencies"]["flower"]
+    extras = project["optional-dependencies"]
+    declared = project["dependencies"] + extras["flower"] + extras["harness"]
     names = {text.partition(">=")[0].replace("-", "_") for text in declared}
     used = {"scikit_learn" if library == "sklearn" else library for library in FENCES}
     assert names == used | INDIRECT

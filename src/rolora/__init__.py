@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rolora.config import load_config as load_config
     from rolora.config import make_config as make_config
     from rolora.errors import RoloraError as RoloraError
+    from rolora.evaluation import evaluate_adapter as evaluate_adapter
     from rolora.method import Method as Method
     from rolora.method import ServerState as ServerState
     from rolora.method import get_method as get_method
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from rolora.report import write_report as write_report
     from rolora.rounds import RoundResult as RoundResult
     from rolora.rounds import federate as federate
-    from rolora.runs import evaluate_adapter as evaluate_adapter
     from rolora.runs import resume as resume
     from rolora.runs import start as start
     from rolora.schema import RunConfig as RunConfig
@@ -46,7 +46,7 @@ _HOMES = {
     "ServerState": "method",
     "Update": "adapter",
     "compare": "queue",
-    "evaluate_adapter": "runs",
+    "evaluate_adapter": "evaluation",
     "federate": "rounds",
     "get_method": "method",
     "load_config": "config",

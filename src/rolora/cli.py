@@ -17,6 +17,7 @@ import typer
 
 from rolora.cli_compare import compare
 from rolora.cli_demo import demo, fetch
+from rolora.cli_eval import evaluate
 from rolora.cli_plan import plan
 from rolora.cli_sites import across_sites, doctor, federation, site
 from rolora.cli_theory import theory
@@ -107,24 +108,7 @@ def report(
         out_console.print(f"\nreport   {out}", markup=False)
 
 
-@app.command("eval")
-def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER")],
-    data: Annotated[str, typer.Option(help="rows with the columns that the run was trained on")],
-    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    json: Json = False,
-) -> None:
-    """Measure a finished run, or an adapter folder, on other rows."""
-    from rolora.display import working
-    from rolora.runs import evaluate_adapter
-
-    with working("loading and evaluating"):
-        metrics = evaluate_adapter(path, data, model)
-    if json:
-        print_json(metrics)
-    else:
-        for name, value in metrics.items():
-            out_console.print(f"{name:20} {value:.4f}", markup=False)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -77,14 +77,8 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
     Every table has the same columns in the same order. Raises DataError if nothing matches, a file
     cannot be read or is empty, two files share a stem, or one has other columns.
     """
-    matches = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True))
-    files = [name for name in matches if (root / name).is_file()]
-    if not files:
-        raise NotHere(f"{pattern}: no file matches (looked in {root.resolve()})", pattern)
-    stems = {name: Path(name).stem for name in files}
-    stem, times = Counter(stems.values()).most_common(1)[0]
-    if times > 1:
-        raise DataError(f"{pattern}: {times} files are called {stem!r}: each client needs its own")
+    stems = files_of(pattern, root=root)
+    files = list(stems)
     ids = client_ids(stems.values())
     tables = {ids[stems[name]]: read_table(name, root=root) for name in files}
     usual = Counter(tuple(sorted(t.column_names)) for t in tables.values()).most_common(1)[0][0]
@@ -97,6 +91,21 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
             )
     order = tables[min(tables)].column_names
     return {client: tables[client].select(order) for client in sorted(tables)}
+
+
+def files_of(pattern: str, *, root: Path) -> dict[str, str]:
+    """The files that match ``pattern``, sorted, and the stem of each.
+
+    Raises NotHere if none does, DataError if two share a stem.
+    """
+    found = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True))
+    stems = {name: Path(name).stem for name in found if (root / name).is_file()}
+    if not stems:
+        raise NotHere(f"{pattern}: no file matches (looked in {root.resolve()})", pattern)
+    stem, times = Counter(stems.values()).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{pattern}: {times} files are called {stem!r}: each needs its own name")
+    return stems
 
 
 def is_glob(source: str, *, root: Path) -> bool:

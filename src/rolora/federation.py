@@ -14,17 +14,19 @@ from rolora.local import evaluate
 from rolora.method import Method
 from rolora.rounds import Federation, Metrics
 from rolora.schedule import learning_rate
-from rolora.schema import RunConfig
+from rolora.schema import EvalConfig, RunConfig
 from rolora.step import Aggregation
 from rolora.tasks import Examples, Task
-from rolora.tasks.generation import exact_match
+from rolora.tasks.generation import answer_accuracy, answered, exact_match
+
+ANSWER_TOKENS = 32  # as LLM-Adapters lets a model write before it looks for an answer
 
 
 def federation_of(
     config: RunConfig,
     method: Method,
     engine: Engine,
-    score: Callable[[Examples, int, AdapterState], Metrics],
+    score: Callable[[Examples, EvalConfig, AdapterState], Metrics],
     task: Task,
     test: Examples,
     validation: Examples | None,
@@ -34,11 +36,12 @@ def federation_of(
 ) -> Federation:
     """The run that a configuration describes, on this engine.
 
-    ``score`` (examples, rows to answer, adapter) gives the metrics of an adapter. ``validation``
+    ``score`` (examples, how, adapter) gives the metrics of an adapter. ``validation``
     may be the very same examples as ``test``; they are then measured once.
     """
-    tested = partial(score, test, config.eval.generate)
-    validated = None if validation is None else partial(score, validation, 0)
+    tested = partial(score, test, config.eval)
+    unanswered = config.eval.model_copy(update={"generate": 0})
+    validated = None if validation is None else partial(score, validation, unanswered)
     return Federation(
         method=method,
         engine=engine,
@@ -61,13 +64,18 @@ def federation_of(
 
 
 def score(
-    base: Base, task: Task, examples: Examples, generate: int, adapter: AdapterState
+    base: Base, task: Task, examples: Examples, how: EvalConfig, adapter: AdapterState
 ) -> Metrics:
-    """The task's metrics of an adapter; with ``generate``, exact_match on that many rows too."""
+    """The task's metrics of an adapter; with ``how.generate``, those of that many answers too."""
     metrics = evaluate(base, task, examples, adapter)
-    if generate and task.name == "causal_lm":
+    if how.generate and task.name == "causal_lm":
+        rows = range(len(examples))[: how.generate]
         with base.holding(adapter):
-            metrics["exact_match"] = exact_match(base, examples, range(generate)[: len(examples)])
+            if how.answer is None:
+                metrics["exact_match"] = exact_match(answered(base, examples, rows))
+            else:
+                answers = answered(base, examples, rows, ANSWER_TOKENS)
+                metrics["answer_accuracy"] = answer_accuracy(answers, how.answer)
     return metrics
 
 

@@ -42,10 +42,9 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
     if not name:
         looked = f"{source}: no such file or folder (looked in {root.resolve()})"
         raise NotHere(looked, source)
-    config = datasets.config
-    alone = offline or config.HF_HUB_OFFLINE or not answers(config.HF_ENDPOINT)
+    alone = hub_alone(offline)
     try:
-        with _told_offline(alone):
+        with told_offline(alone):
             found = datasets.load_dataset(name["name"], name["config"], split=split)
     except Exception as error:  # the hub's client raises errors of several libraries
         if alone:
@@ -57,8 +56,14 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
     return _with_label_names(found)
 
 
+def hub_alone(offline: bool) -> bool:
+    """Whether there is nobody to ask: told so, here or by the environment, or the hub is silent."""
+    config = datasets.config
+    return bool(offline or config.HF_HUB_OFFLINE or not answers(config.HF_ENDPOINT))
+
+
 @contextlib.contextmanager
-def _told_offline(alone: bool) -> Iterator[None]:
+def told_offline(alone: bool) -> Iterator[None]:
     """``datasets`` told that it is ``alone``: else it asks again and again, for half a minute."""
     config, logs = datasets.config, datasets.utils.logging
     before, verbosity = config.HF_HUB_OFFLINE, logs.get_verbosity()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from rolora.catalogue import MethodRow
+    from rolora.harness import Score
     from rolora.plan import MethodPlan, Plan
     from rolora.sources import Source
 
@@ -110,6 +111,23 @@ def print_cells(cells: Sequence[Sequence[str]]) -> None:
     for line in cells[1:]:
         table.add_row(*line)
     out_console.print(table)
+
+
+def print_sets(found: Mapping[str, Mapping[str, float]]) -> None:
+    """The metrics of several sets of rows, a line each, and their plain mean."""
+    names = list(next(iter(found.values())))
+    lines = [[name, *(f"{metrics[key]:.4f}" for key in names)] for name, metrics in found.items()]
+    means = [sum(metrics[key] for metrics in found.values()) / len(found) for key in names]
+    print_cells([["rows", *names], *lines, ["mean", *(f"{mean:.4f}" for mean in means)]])
+
+
+def print_scores(scores: Sequence[Score]) -> None:
+    """What the harness measured, a line for each task and metric."""
+    cells = [["task", "metric", "value", "± stderr", "rows"]]
+    for score in scores:
+        spread = "" if score.stderr is None else f"{score.stderr:.4f}"
+        cells.append([score.task, score.metric, f"{score.value:.4f}", spread, str(score.rows)])
+    print_cells(cells)
 
 
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:

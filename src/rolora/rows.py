@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rolora import data, partition
 from rolora.draws import generator
-from rolora.errors import ConfigError, DataError
+from rolora.errors import ConfigError, DataError, NotHere
 from rolora.partition import Partition
 from rolora.schema import RunConfig
 
@@ -56,6 +56,16 @@ def load_rows(config: RunConfig) -> Rows:
     Test and validation shares are cut off first and do not depend on the seed, so that runs with
     other seeds are measured on the same rows. Raises DataError or ConfigError in one line.
     """
+    try:
+        return _read_rows(config)
+    except NotHere as missing:
+        if config.data.made_by is None:
+            raise
+        said = f"{missing}; how to make them: {config.data.made_by}"
+        raise NotHere(said, missing.source) from None
+
+
+def _read_rows(config: RunConfig) -> Rows:
     where = config.data
     read = partial(data.read_table, root=config.root, offline=config.offline)
     per_file = data.is_glob(where.train, root=config.root)

@@ -1,4 +1,4 @@
-"""Start, resume and evaluate runs: the library behind the commands.
+"""Start and resume runs: the library behind the commands.
 
 >>> import rolora
 >>> config = rolora.load_config("questions.toml")           # doctest: +SKIP
@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Callable, Generator, Mapping
@@ -19,14 +18,13 @@ from typing import Any
 
 import torch
 
-from rolora import data
 from rolora.build import Setup, prepare
-from rolora.config import config_hash, dump_config, load_config, make_config, read_toml
+from rolora.config import config_hash, dump_config, load_config, read_toml
 from rolora.configured import load_base_for, make_task
 from rolora.engine import Engine
 from rolora.errors import ConfigError
-from rolora.local import NonFiniteLoss, evaluate
-from rolora.lora import read_adapter, save_adapter
+from rolora.local import NonFiniteLoss
+from rolora.lora import save_adapter
 from rolora.record import RunFolder
 from rolora.report import write_report
 from rolora.rounds import RoundResult, RunState, federate
@@ -136,34 +134,6 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = prepare) 
         if now[key] != origin[key]:
             notes.append(f"the {what} differs from the start of the run, so the last bits may too")
     return Run(setup, folder, state, (*setup.notes, *notes))
-
-
-def evaluate_adapter(path: str | Path, source: str, model: str | None = None) -> dict[str, float]:
-    """Metrics of a finished run, or of an adapter folder that a run left, on other rows.
-
-    ``model`` names the base model where it is no longer at its old place. Raises ConfigError for a
-    folder that is neither, DataError for rows that do not fit.
-    """
-    folder = Path(path)
-    folder = folder / "adapter" if (folder / "config.toml").is_file() else folder
-    file = folder / "rolora.json"
-    if not file.is_file():
-        raise ConfigError(
-            f"{folder} is no adapter that rolora wrote (no rolora.json); "
-            "if its run is unfinished, go on with: rolora resume"
-        )
-    try:
-        notes = json.loads(file.read_text())
-        settings, root, labels = notes["config"], Path(notes["root"]), list(notes["labels"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is damaged: {error!r}") from None
-    overrides = [] if model is None else [f"model.path={Path(model).resolve()}"]
-    config = make_config(settings, overrides, root=root)
-    table = data.read_table(source, root=Path(), split=config.data.test_split)
-    base = load_base_for(config, labels)
-    task = make_task(config, base, labels)
-    adapter = read_adapter(folder, base.specs, any_rank=True)
-    return evaluate(base, task, task.encode_test(table, source), adapter)
 
 
 def training_masks(config: RunConfig, rows: int) -> list[list[tuple[str, bool]]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rolora.errors import ConfigError
 from rolora.schedule import Schedule
@@ -106,6 +107,9 @@ class DataConfig(Section):
     choices: str | None = Field(None, description="choice: lists of possible answers")
     answer: str | None = Field(None, description="choice: the right one (index, letter or text)")
     max_length: int = Field(128, ge=2, description="tokens; longer rows are truncated and counted")
+    made_by: str | None = Field(
+        None, description="how to make the rows, for the error where they are not there"
+    )
 
 
 class PartitionConfig(Section):
@@ -199,11 +203,25 @@ class EvalConfig(Section):
 
     every: int = Field(5, ge=1, description="rounds; the first and last are always evaluated")
     generate: int = Field(0, ge=0, description="causal_lm: test rows answered for exact_match")
+    answer: str | None = Field(
+        None,
+        description="causal_lm: a regular expression; what it finds first in 32 tokens written and "
+        "in the completion is compared, as answer_accuracy in place of exact_match",
+    )
     metric: str | None = Field(None, description="of the best round; left out: the task's own")
     rows: Literal["test", "validation"] = Field(
         "test", description="measured as metrics; validation: test rows are not looked at"
     )
     patience: int | None = Field(None, ge=1, description="evaluations without gain before a stop")
+
+    @field_validator("answer")
+    @classmethod
+    def _is_an_expression(cls, answer: str | None) -> str | None:
+        try:
+            re.compile(answer or "")
+        except re.error as error:
+            raise ValueError(f"{answer!r} is no regular expression: {error}") from None
+        return answer
 
 
 class WireConfig(Section):

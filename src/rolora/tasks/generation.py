@@ -1,7 +1,8 @@
-"""Greedy generation through the bank, and exact match of generated completions."""
+"""Greedy generation through the bank, and what generated completions are worth."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,7 +10,7 @@ import transformers
 
 from rolora.base import Base
 from rolora.checkpoint import quiet
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, DataError
 from rolora.tasks import Examples
 from rolora.tasks.examples import tokenizer_limit
 from rolora.tasks.spans import last_span
@@ -62,23 +63,41 @@ def _end_tokens(base: Base) -> list[int] | None:
     return sorted({*stated, base.tokenizer.eos_token_id} - {None}) or None
 
 
-def exact_match(
+def answered(
     base: Base,
     examples: Examples,
     rows: Iterable[int],
     max_new_tokens: int | None = None,
     batch_size: int = 16,
-) -> float:
-    """The share of these rows whose last completion is generated word for word.
+) -> list[tuple[str, str]]:
+    """What is written for the last completion of each of these rows, and that completion.
 
-    White space is not compared. ``max_new_tokens`` left out is the longest completion's length,
-    which is as much as any match can need.
+    ``max_new_tokens`` left out is the longest completion's length, which is as much as any exact
+    match can need.
     """
     pairs = [last_span(examples, row) for row in rows]
     most = max_new_tokens or max(len(completion) for _, completion in pairs)
     written = generate(base, [prompt for prompt, _ in pairs], most, batch_size)
-    matches = [
-        text.split() == base.tokenizer.decode(completion, skip_special_tokens=True).split()
-        for text, (_, completion) in zip(written, pairs, strict=True)
-    ]
-    return matches.count(True) / len(pairs)
+    right = [base.tokenizer.decode(tokens, skip_special_tokens=True) for _, tokens in pairs]
+    return list(zip(written, right, strict=True))
+
+
+def exact_match(answers: Sequence[tuple[str, str]]) -> float:
+    """The share of answers that are word for word what was asked for; white space is free."""
+    return sum(text.split() == right.split() for text, right in answers) / len(answers)
+
+
+def answer_accuracy(answers: Sequence[tuple[str, str]], pattern: str) -> float:
+    """The share of answers in which ``pattern`` first finds what it first finds in the right one.
+
+    As LLM-Adapters (arXiv 2304.01933) measures commonsense questions. Raises DataError for a right
+    answer in which it finds nothing.
+    """
+    hits = 0
+    for text, right in answers:
+        expected = re.search(pattern, right)
+        if expected is None:
+            raise DataError(f"eval.answer = {pattern!r} finds nothing in the completion {right!r}")
+        found = re.search(pattern, text)
+        hits += found is not None and found[0] == expected[0]
+    return hits / len(answers)
