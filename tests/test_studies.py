@@ -83,17 +83,21 @@ def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_
         "cell": {},
         "reference": "rolora",
         "methods": methods,
+        "curves": {
+            "rolora": {"0": [[5, 1.0, 0.1], [10, 2.0, 0.8], [15, 3.0, 0.842]]},
+            "fedit": {"0": [[k, k, 0.3] for k in range(9)], "1": [[k, k, 0.5] for k in range(9)]},
+        },
         "pairs": {"fedit": [{"equal": "rounds", "places": places}]},
         "tuning": {"methods": tuned, "seeds": [100]},
         "made": {"cpu": "a processor"},
     }
     record = {"config": "none.toml", "seeds": [0, 1], "rates_of": None, "core_hours": 0.26}
     lines = results.compared({**record, "cells": [cell]})
-    assert lines[2] == "| `rolora` | 0.1 | 82.1 |  |  | 31.5 |"
-    assert lines[3] == "| `fedit` | 0.5* | 80.0 ± 1.0 | −2.1 [−3.0, −1.2] |  | 63.0 |"
+    assert lines[2] == "| `rolora` | 0.1 | 82.1 | 58.1 |  |  | 31.5 |"
+    assert lines[3] == "| `fedit` | 0.5* | 80.0 ± 1.0 | 40.0 | −2.1 [−3.0, −1.2] |  | 63.0 |"
     assert lines[-1] == (
-        "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen on seeds 100 by "
-        "validation rows; 0.3 core-hours (a processor)."
+        "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen by validation "
+        "rows on seed 100; 0.3 core-hours (a processor)."
     )
 
 
