@@ -212,6 +212,7 @@ def changed(study: str, key: str, unchanged: str) -> Table:
 # table -> the studies that it needs, and how it is made of them
 TABLES: Mapping[str, Table] = {
     "mnist": (("mnist",), lambda records: compared(records["mnist"])),
+    "mnist-decay": (("mnist-decay",), lambda records: compared(records["mnist-decay"])),
     "mnist-epochs": (("mnist-epochs",), lambda records: broken_map(records["mnist-epochs"])),
     "mnist-rank": (("mnist-rank",), lambda records: broken_map(records["mnist-rank"])),
     "mnist-clients": (("mnist-clients",), lambda records: broken_map(records["mnist-clients"])),
