@@ -128,7 +128,9 @@ def _keys(path: list[str]) -> list[str]:
 def _check_method(method: MethodConfig) -> None:
     factory = method_factory(method.name)
     try:
-        validate_call(config=ConfigDict(strict=True))(factory)(**method.options)
+        validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(factory)(
+            **method.options
+        )
     except ValidationError as error:
         fault = error.errors()[0]
         key = str(fault["loc"][-1]) if fault["loc"] else ""

@@ -22,7 +22,9 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
