@@ -71,7 +71,7 @@ def theory(
     from rolora.durable import write_file
     from rolora.linear_model import Setting, draw_problem
     from rolora.report.theory_figure import save_theory_picture
-    from rolora.report.theory_text import round_cells, sweep_cells, theory_verdicts
+    from rolora.report.theory_text import theory_verdicts
     from rolora.theory import simulate
     from rolora.theory_sweeps import VALUES, measure, plan_sweep
 
@@ -94,12 +94,7 @@ def theory(
     if json:
         print_json(found)
         return
-    print_cells(round_cells(outcome))
-    for verdict in verdicts:
-        out_console.print(f"\n{MARKS[verdict.holds]}{verdict.text}", markup=False)
-    for name, rows in sweeps.items():
-        out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds", markup=False)
-        print_cells(sweep_cells(name, rows))
+    _print(outcome, verdicts, sweeps)
     out_console.print(f"\npicture   {picture}", markup=False)
     if numbers:
         out_console.print(f"numbers   {numbers}", markup=False)
@@ -112,6 +107,19 @@ def _places(out: Path) -> tuple[Path, Path | None]:
     if out.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"--out {out}: a picture ending in .png or .svg, or a folder")
     return out, None
+
+
+def _print(
+    outcome: Outcome, verdicts: Sequence[Verdict], sweeps: Mapping[str, Sequence[SweepRow]]
+) -> None:
+    from rolora.report.theory_text import round_cells, sweep_cells
+
+    print_cells(round_cells(outcome))
+    for verdict in verdicts:
+        out_console.print(f"\n{MARKS[verdict.holds]}{verdict.text}", markup=False)
+    for name, rows in sweeps.items():
+        out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds", markup=False)
+        print_cells(sweep_cells(name, rows))
 
 
 def _for_programs(
