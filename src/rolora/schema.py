@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rolora.errors import ConfigError
 from rolora.schedule import Schedule
@@ -108,6 +108,13 @@ class DataConfig(Section):
     choices: str | None = Field(None, description="choice: lists of possible answers")
     answer: str | None = Field(None, description="choice: the right one (index, letter or text)")
     max_length: int = Field(128, ge=2, description="tokens; longer rows are truncated and counted")
+
+    @field_validator("test", "validation", mode="before")
+    @classmethod
+    def _number_is_share(cls, value: object) -> object:
+        if isinstance(value, int | float) and not 0 < value < 1:
+            raise ValueError(f"a share is above 0 and below 1, not {value}")
+        return value
 
 
 class PartitionConfig(Section):
