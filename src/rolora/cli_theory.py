@@ -94,10 +94,7 @@ def theory(
     if json:
         print_json(found)
         return
-    _print(outcome, verdicts, sweeps)
-    out_console.print(f"\npicture   {picture}", markup=False)
-    if numbers:
-        out_console.print(f"numbers   {numbers}", markup=False)
+    _print(outcome, verdicts, sweeps, {"picture": picture, "numbers": numbers})
 
 
 def _places(out: Path) -> tuple[Path, Path | None]:
@@ -110,7 +107,10 @@ def _places(out: Path) -> tuple[Path, Path | None]:
 
 
 def _print(
-    outcome: Outcome, verdicts: Sequence[Verdict], sweeps: Mapping[str, Sequence[SweepRow]]
+    outcome: Outcome,
+    verdicts: Sequence[Verdict],
+    sweeps: Mapping[str, Sequence[SweepRow]],
+    files: Mapping[str, Path | None],
 ) -> None:
     from rolora.report.theory_text import round_cells, sweep_cells
 
@@ -120,6 +120,10 @@ def _print(
     for name, rows in sweeps.items():
         out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds", markup=False)
         print_cells(sweep_cells(name, rows))
+    out_console.print()
+    for what, file in files.items():
+        if file:
+            out_console.print(f"{what}   {file}", markup=False)
 
 
 def _for_programs(
