@@ -66,7 +66,7 @@ class Pretended:
             found = {"accuracy": client.num_examples + server.round / 100}
             personal = bool(method.personal(1))
             held_out = found if client.id != "ann" else {}  # ann is too small for held-out rows
-            yield ClientMetrics(client.id, held_out, found if personal else {})
+            yield ClientMetrics(client.id, held_out, found if personal else {}, {})
 
 
 def federation(method: str | Method = "rolora", **changes: Any) -> Federation:

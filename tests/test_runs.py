@@ -247,6 +247,20 @@ def test_the_best_validated_round_is_exported_and_patience_ends_the_run(
     assert all(torch.equal(exported[name], best.adapter[name]) for name in exported)
 
 
+@pytest.mark.parametrize("method", ["local", "fedsa_lora"])
+def test_personal_adapters_are_validated_and_not_the_servers_which_stays_as_it_is(
+    method: str, site: Path, tmp_path: Path
+) -> None:
+    changes = ["data.validation=0.2", "eval.every=1", "train.rounds=2", f"method.name={method}"]
+    run = runs.start(load_config(site, changes), tmp_path / "run")
+    first, *later = [result.validation for result in run.rounds()]
+    assert len({found["loss"] for found in (first, *later)}) == 3
+    server = run.setup.federation.validation
+    assert server is not None
+    assert server(run.setup.start.server.adapter) == first
+    assert any("in clients/ of the run's folder" in note for note in run.notes)
+
+
 def test_clients_with_their_own_files_and_held_out_rows(site: Path, tmp_path: Path) -> None:
     for name, count in (("site-a", 20), ("site-b", 31)):
         write_rows(tmp_path / f"{name}.csv", count)

@@ -45,6 +45,8 @@ def test_a_method_may_have_a_grid_of_its_own() -> None:
         ("train.lr=1e-3,,1e-2", "is not of the form"),
         ("train.lr=1e-3", "one value leaves nothing to choose"),
         ("train.lr=1e-3,0.001", "a value is there twice"),
+        ("lora.rank=[4,2],[4,2]", "a value is there twice"),
+        ("lora.rank=[4,2]", "one value leaves nothing to choose"),
         ("data.test=a.csv,b.csv", "would change what is compared"),
         ("seed=1,2", "would change what is compared"),
         ("train.rounds=10,20", "would change what is compared"),

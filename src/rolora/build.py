@@ -123,6 +123,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         bank_size=bank.clients,
         held_out=HeldOut(task, rows, config.data.train),
         test=encoded.test,
+        validation=None if encoded.validation is encoded.test else encoded.validation,
         up=config.wire.up,
     )
     return Setup(
@@ -146,7 +147,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         data=data_hash(rows.shards, encoded.examples, encoded.test),
         bank=bank.clients,
         cached=encoded.examples.prefix is not None,
-        notes=(*encoded.notes, *notes, *said),
+        notes=(*encoded.notes, *notes, *said, *_kept_note(method)),
     )
 
 
@@ -198,6 +199,16 @@ def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
     elif rows.validation is not None:
         validation = task.encode_test(rows.validation, _source(config.data.validation, config))
     return Encoded(examples, test, validation, notes)
+
+
+def _kept_note(method: Method) -> tuple[str, ...]:
+    kept = "+".join(sorted(method.personal(1) | method.personal(2)))
+    if not kept:
+        return ()
+    return (
+        f"each client keeps its own {kept}, in clients/ of the run's folder: metrics are means "
+        "over clients, and adapter/ holds the server's part alone",
+    )
 
 
 def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:

@@ -16,7 +16,7 @@ from rolora.config import make_config
 from rolora.configured import make_method
 from rolora.errors import ConfigError
 from rolora.schema import RunConfig
-from rolora.tuning import Grid, Setting, Tuning, settings
+from rolora.tuning import Grid, Setting, Tuning, refuse_unfair, settings
 from rolora.variants import method_of, variant_overrides
 
 VALIDATION = 0.1  # of the training rows, where the configuration has no validation rows
@@ -162,6 +162,9 @@ def plan(
         data = config.data.model_copy(update={"validation": VALIDATION})
         config = config.model_copy(update={"data": data})
     own = {method: tuple(overrides) for method, overrides in methods.items()}
+    for method, text in ((method, text) for method, texts in own.items() for text in texts):
+        if (key := text.partition("=")[0].strip()) != "train.rounds":
+            refuse_unfair(key, f"{method}:{text}")
     made = Comparison(config, own, tuple(seeds), search, cut)
     finals = made.final_runs(Path(), None)
     made.tuning_runs(Path())

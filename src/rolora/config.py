@@ -106,20 +106,20 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"unknown key {'.'.join(where)!r}: {hint}{more}"
     if fault["type"] == "missing":
         return f"{'.'.join(where)} is missing{more}"
+    if fault["type"] == "model_type":
+        return f"{where[0]} is a table, not {fault['input']!r}: give {where[0]}.KEY=VALUE{more}"
     # a key of several types has a fault for each
     messages = [f["msg"].removeprefix("Value error, ") for f in faults if _key(f) == where]
     message = "; or ".join(messages)
     if fault["type"] == "value_error":
-        return ": ".join([*(["[" + ".".join(where) + "]"] if where else []), message]) + more
+        at = f"[{where[0]}]" if len(where) == 1 else ".".join(where)
+        return ": ".join([*([at] if at else []), message]) + more
     return f"{'.'.join(where)}: {message}, got {fault['input']!r}{more}"
 
 
 def _key(fault: Mapping[str, Any]) -> list[str]:
-    """Where a fault is; a union's members, which pydantic puts last, are no keys."""
-    parts = [str(part) for part in fault["loc"]]
-    while len(parts) > 2 and (parts[-1].endswith("]") or parts[-1] in ("int", "float", "str")):
-        parts.pop()
-    return parts
+    """Where a fault is: [section] and key. What pydantic puts after them is no key of ours."""
+    return [str(part) for part in fault["loc"][:2]]
 
 
 def _keys(section: Any, path: list[str]) -> list[str]:
@@ -131,7 +131,9 @@ def _keys(section: Any, path: list[str]) -> list[str]:
 def _check_method(method: MethodConfig) -> None:
     factory = method_factory(method.name)
     try:
-        validate_call(config=ConfigDict(strict=True))(factory)(**method.options)
+        validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(factory)(
+            **method.options
+        )
     except ValidationError as error:
         fault = error.errors()[0]
         key = str(fault["loc"][-1]) if fault["loc"] else ""

@@ -52,11 +52,12 @@ class Job:
 
 @dataclass(frozen=True)
 class ClientMetrics:
-    """One client's metrics on its own held-out rows and, for personal adapters, on the test set."""
+    """One client's metrics on its own held-out rows and, for personal adapters, on the server's."""
 
     client: str
     held_out: Mapping[str, float]
     test: Mapping[str, float]
+    validation: Mapping[str, float]
 
 
 class Engine(Protocol):
@@ -95,6 +96,7 @@ class InProcess:
     bank_size: int = 16
     held_out: Mapping[str, Examples] = field(default_factory=dict)
     test: Examples | None = None
+    validation: Examples | None = None
     up: Format = "fp32"
 
     def clients(self) -> Mapping[str, int]:
@@ -176,19 +178,18 @@ class InProcess:
     def evaluate(
         self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
     ) -> Iterator[ClientMetrics]:
-        """Held-out metrics of every client; test metrics too where adapters are personal."""
+        """Every client's metrics; on the server's rows only where adapters are personal."""
+
+        def measured(rows: Examples | None) -> Mapping[str, float]:
+            return {} if rows is None else evaluate(self.base, self.task, rows, adapter)
+
         personal = bool(method.personal(max(server.round, 1)))
+        test, validation = (self.test, self.validation) if personal else (None, None)
         for client in clients:
             kept = self.store.read(client.id, before=server.round + 1)
             adapter = method.download(server, client) | kept
-            held_out = self.held_out.get(client.id)
-            yield ClientMetrics(
-                client.id,
-                evaluate(self.base, self.task, held_out, adapter) if held_out is not None else {},
-                evaluate(self.base, self.task, self.test, adapter)
-                if personal and self.test is not None
-                else {},
-            )
+            own = self.held_out.get(client.id)
+            yield ClientMetrics(client.id, measured(own), measured(test), measured(validation))
 
 
 def group_size(clients: int, most: int) -> int:

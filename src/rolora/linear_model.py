@@ -18,6 +18,7 @@ from rolora.draws import generator
 from rolora.errors import ConfigError
 
 MOST_NUMBERS = 1 << 28  # in X and Y of all clients; 2 GiB
+LARGEST = 1e30  # norm and noise: their fourth powers are numbers, and so are the reciprocals
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,18 @@ class Setting:
                 raise ConfigError(f"{name} = {getattr(self, name)}: at least {low}")
         if not 0 < self.delta0 < 1:
             raise ConfigError(f"delta0 = {self.delta0:g}: a sine, above 0 and below 1")
-        for name in ("eta", "b_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} = {getattr(self, name):g}: must be above 0")
+        if not 0 < self.eta < math.inf:
+            raise ConfigError(f"eta = {self.eta:g}: must be above 0")
+        if not 1 / LARGEST <= self.b_norm <= LARGEST:
+            raise ConfigError(f"b_norm = {self.b_norm:g}: from {1 / LARGEST:g} to {LARGEST:g}")
         longest = 1 / ((1 - self.delta0**2) * self.b_norm**2)
         if self.eta > longest:
             raise ConfigError(
                 f"eta = {self.eta:g} is too long a step: the bound √(1 − η(1 − δ0²)‖b*‖²) is not "
                 f"real; take at most {longest:.3g}"
             )
-        if not 0 <= self.noise < math.inf:
-            raise ConfigError(f"noise = {self.noise:g}: a standard deviation, 0 or above")
+        if not 0 <= self.noise <= LARGEST:
+            raise ConfigError(f"noise = {self.noise:g}: a standard deviation, 0 to {LARGEST:g}")
         if not 0 <= self.heterogeneity < 1:
             raise ConfigError(f"heterogeneity = {self.heterogeneity:g}: a sine, from 0 to below 1")
         if self.heterogeneity and self.width < 2:

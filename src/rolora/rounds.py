@@ -220,6 +220,7 @@ def _evaluated(
         return result
     state, server = result.state, result.state.server
     metrics: Metrics = {}
+    validation: Metrics = {}
     client_metrics: dict[str, Metrics] = {}
     personal = bool(run.method.personal(max(server.round, 1)))
     if run.per_client or (personal and not first):
@@ -229,10 +230,10 @@ def _evaluated(
         found = list(run.engine.evaluate(run.method, server, infos))
         client_metrics = {one.client: one.held_out for one in found if one.held_out}
         metrics = _mean([one.test for one in found if one.test])
+        validation = _mean([one.validation for one in found if one.validation])
     if run.test is not None and not metrics:
         metrics = run.test(server.adapter)
-    validation: Metrics = {}
-    if run.validation is not None:
+    if run.validation is not None and not validation:
         same = run.validation is run.test  # the same rows are measured once
         validation = metrics if same else run.validation(server.adapter)
     if validation and run.metric not in validation:

@@ -23,7 +23,9 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 class Section(BaseModel):
     """A table of the TOML file: unknown keys are errors, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -110,6 +112,13 @@ class DataConfig(Section):
     made_by: str | None = Field(
         None, description="how to make the rows, for the error where they are not there"
     )
+
+    @field_validator("test", "validation", mode="before")
+    @classmethod
+    def _number_is_share(cls, value: object) -> object:
+        if isinstance(value, int | float) and not 0 < value < 1:
+            raise ValueError(f"a share is above 0 and below 1, not {value}")
+        return value
 
 
 class PartitionConfig(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -111,17 +112,23 @@ def grids(texts: Sequence[str], methods: Sequence[str]) -> dict[str, Grid]:
     return found
 
 
+def refuse_unfair(key: str, text: str) -> None:
+    """ConfigError if ``text``, a setting of ``key``, would change what methods are compared on."""
+    if key.partition(".")[0] not in SECTIONS or key in FIXED:
+        raise ConfigError(
+            f"{text}: that would change what is compared; what methods may differ in is in "
+            f"{', '.join(SECTIONS)}"
+        )
+
+
 def _axis(text: str) -> tuple[str, tuple[str, ...]]:
     """(key, values) of one ``--tune``."""
     left, equals, right = text.partition("=")
-    key, values = left.strip(), tuple(value.strip() for value in right.split(","))
+    # a comma in brackets is one of a list
+    key, values = left.strip(), tuple(one.strip() for one in re.split(r",(?![^\[]*\])", right))
     if not equals or not key or not all(values):
         raise ConfigError(f"--tune {text!r} is not of the form train.lr=1e-3,3e-3,1e-2")
-    if key.partition(".")[0] not in SECTIONS or key in FIXED:
-        raise ConfigError(
-            f"--tune {key}: that would change what is compared; what can be tuned is in "
-            f"{', '.join(SECTIONS)}"
-        )
+    refuse_unfair(key, f"--tune {key}")
     if len(values) == 1:
         raise ConfigError(f"--tune {text}: one value leaves nothing to choose; give two or more")
     if len({_number(value) for value in values}) < len(values):

@@ -102,7 +102,8 @@ class Remote:
         for info, reply in self._asked(clients, score):
             try:
                 metrics = json.loads(checked(reply).text("metrics"))
-                yield ClientMetrics(info.id, {str(k): float(v) for k, v in metrics.items()}, {})
+                held_out = {str(k): float(v) for k, v in metrics.items()}
+                yield ClientMetrics(info.id, held_out, {}, {})
             except (ParcelError, ValueError, TypeError, AttributeError) as error:
                 self.roster.tell(f"site {info.id} was not evaluated: {error}")
 
