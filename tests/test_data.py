@@ -340,7 +340,7 @@ def test_client_files_may_order_their_columns_differently(tmp_path: Path) -> Non
     [
         ("a.csv", "text,lable\nx,1\n", "a.csv has columns lable, text, but most clients have la"),
         ("a.csv", "", "a.csv is empty"),
-        ("sub/b.csv", "text,label\nx,1\n", "**/*.csv: 2 files are called 'b': each client needs"),
+        ("sub/b.csv", "text,label\nx,1\n", "**/*.csv: 2 files are called 'b': each needs its own"),
     ],
 )
 def test_the_client_file_that_does_not_fit_is_named(

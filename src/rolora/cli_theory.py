@@ -93,15 +93,15 @@ def theory(
         write_file(numbers, format_json.dumps(found, indent=2))
     if json:
         print_json(found)
-        return
-    _print(outcome, verdicts, sweeps)
-    out_console.print(f"\npicture   {picture}", markup=False)
-    if numbers:
-        out_console.print(f"numbers   {numbers}", markup=False)
+    else:
+        _print(outcome, verdicts, sweeps, {"picture": picture, "numbers": numbers})
 
 
 def _print(
-    outcome: Outcome, verdicts: Sequence[Verdict], sweeps: Mapping[str, Sequence[SweepRow]]
+    outcome: Outcome,
+    verdicts: Sequence[Verdict],
+    sweeps: Mapping[str, Sequence[SweepRow]],
+    written: Mapping[str, Path | None],
 ) -> None:
     from rolora.report.theory_text import round_cells, sweep_cells
 
@@ -111,6 +111,10 @@ def _print(
     for name, rows in sweeps.items():
         out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds", markup=False)
         print_cells(sweep_cells(name, rows))
+    out_console.print()
+    for what, place in written.items():
+        if place is not None:
+            out_console.print(f"{what}   {place}", markup=False)
 
 
 def _places(out: Path) -> tuple[Path, Path | None]:
