@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from rolora.errors import ConfigError, RoloraError
 from rolora.flower import folder as folders
 from rolora.flower.fleet import fleet_client, node_keys
 from rolora.flower.folder import FederationFolder
+from rolora.flower.node import last_node
 from rolora.flower.serve import require_free
 from rolora.flower.site_config import read_site
 from rolora.flower.submit import run_remotely
@@ -108,3 +111,24 @@ def test_a_site_whose_certificate_is_none_is_told_which(
 def across(on: Path | str) -> Any:
     values = {"model": {"path": "m"}, "data": {"train": "x"}, "federation": {"on": str(on)}}
     return make_config(values)
+
+
+def test_a_process_goes_on_as_the_node_of_its_own_folder_and_not_of_a_copy(tmp_path: Path) -> None:
+    own, copy = tmp_path / "own", tmp_path / "copy"
+    own.mkdir()
+    assert last_node(own) is None
+    (own / "node").write_text(f"123 {own.stat().st_ino}")
+    assert last_node(own) == 123
+    shutil.copytree(own, copy)
+    assert last_node(copy) is None
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", ".hidden", "", "x" * 65])
+def test_a_name_that_no_site_may_have_is_refused_alike_in_both_places(
+    name: str, federation: FederationFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(repr(name))} is no name for a site"):
+        federation.add_site(name)
+    (tmp_path / "site.toml").write_text(f'name = "{name}"\ndata = "rows.csv"\n')
+    with pytest.raises(ConfigError, match=f"{re.escape(repr(name))} is no name for a site"):
+        read_site(tmp_path / "site.toml")

@@ -259,6 +259,8 @@ def test_personal_adapters_are_validated_and_not_the_servers_which_stays_as_it_i
     assert server is not None
     assert server(run.setup.start.server.adapter) == first
     assert any("in clients/ of the run's folder" in note for note in run.notes)
+    with pytest.raises(ConfigError, match=f"is the server's part of {method} alone"):
+        evaluate_adapter(tmp_path / "run", str(site.parent / "test.csv"))
 
 
 def test_clients_with_their_own_files_and_held_out_rows(site: Path, tmp_path: Path) -> None:

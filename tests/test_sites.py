@@ -92,6 +92,14 @@ def test_what_sites_cannot_have_is_refused_in_one_line_before_anyone_is_waited_f
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_rows_of_the_coordinator_do_not_go_with_parts_that_stay_at_the_sites(
+    place: Path, tmp_path: Path
+) -> None:
+    config = configuration(place, "method.name=fedsa_lora", "data.validation=test.csv")
+    with pytest.raises(ConfigError, match="fedsa_lora leaves a part of each adapter at its site"):
+        remote(config, tmp_path / "run", calls(place, tmp_path))
+
+
 def test_a_site_that_the_table_of_ranks_leaves_out_is_refused_and_the_others_go_on(
     place: Path, tmp_path: Path
 ) -> None:

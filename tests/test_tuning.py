@@ -101,6 +101,7 @@ def test_where_everything_diverged_there_is_no_choice() -> None:
         ((0.9, 0.5, 0.1), {"train.lr": "smallest"}),
         ((0.1, 0.5, 0.1), {}),
         ((0.1, 0.5, 0.9), {"train.lr": "largest"}),
+        ((0.5, 0.5, 0.5), {}),
     ],
 )
 def test_a_best_value_at_the_edge_of_its_grid_is_said_to_be_there(

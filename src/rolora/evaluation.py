@@ -11,7 +11,7 @@ from rolora import data
 from rolora.adapter import AdapterState
 from rolora.base import Base
 from rolora.config import make_config
-from rolora.configured import load_base_for, make_task
+from rolora.configured import load_base_for, make_method, make_task
 from rolora.errors import ConfigError
 from rolora.federation import score
 from rolora.lora import read_adapter
@@ -40,7 +40,7 @@ def find_adapter(
 
     ``model`` names the base model where it is no longer at its old place; ``overrides`` change the
     configuration that the adapter was trained with. Raises ConfigError for a folder that is
-    neither, or damaged.
+    neither, or damaged, and for the server's part of adapters that each client keeps its own of.
     """
     folder = Path(path)
     folder = folder / "adapter" if (folder / "config.toml").is_file() else folder
@@ -56,7 +56,20 @@ def find_adapter(
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged: {error!r}") from None
     moved = [] if model is None else [f"model.path={Path(model).resolve()}"]
-    return Trained(folder, make_config(settings, [*moved, *overrides], root=root), labels)
+    config = make_config(settings, [*moved, *overrides], root=root)
+    _refuse_parts(config, folder)
+    return Trained(folder, config, labels)
+
+
+def _refuse_parts(config: RunConfig, folder: Path) -> None:
+    """ConfigError for a method whose adapter folder holds a model that no client has."""
+    method = make_method(config)
+    if kept := method.personal(1) | method.personal(2):
+        raise ConfigError(
+            f"{folder} is the server's part of {method.name} alone, and each client has a "
+            f"{'+'.join(sorted(kept))} of its own: the run's report has the mean over their "
+            "adapters; data.test, or data.client_test, says on which rows"
+        )
 
 
 def evaluate_adapter(

@@ -95,6 +95,8 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
         """A new run folder. ConfigError if anything stands at ``path``: nothing is overwritten."""
+        if path.is_file():
+            raise ConfigError(f"{path} is a file: name a new folder with --out")
         if path.exists():
             raise ConfigError(
                 f"{path} exists and is never overwritten: name another folder with --out, "

@@ -156,7 +156,8 @@ def choose(
     best = max(trials, key=lambda trial: better(metric, _or_nan(trial.mean)))
     if best.mean is None:
         raise RoloraError(f"{method} diverged with every value of its grid: give --tune others")
-    edges = {key: _edge(best.values[key], values) for key, values in grid.items()}
+    alike = all(trial.mean == best.mean for trial in trials)  # then no end is better than another
+    edges = {} if alike else {k: _edge(best.values[k], values) for k, values in grid.items()}
     at_edge = {key: edge for key, edge in edges.items() if edge is not None}
     return Tuned(method=method, trials=trials, best=best.values, at_edge=at_edge)
 

@@ -97,6 +97,12 @@ def _refuse(config: RunConfig, method: Method) -> None:
             f"{method.name} starts from a gradient over all clients' rows, which sites are not "
             "asked for: take ravan, whose cores are as small"
         )
+    if config.data.validation is not None and method.personal(1) | method.personal(2):
+        raise ConfigError(
+            f"{method.name} leaves a part of each adapter at its site, which has none of the "
+            "coordinator's validation rows: leave out data.validation; data.client_test measures "
+            "each site's adapter on rows of its own"
+        )
     if isinstance(config.lora.rank, list):
         raise ConfigError(
             'across sites lora.rank is one number or a table of names, such as "hospital-*" = 8: '

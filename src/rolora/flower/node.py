@@ -178,7 +178,7 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
     """
     key, public = node_keys(site)
     with fleet_client(site, key) as client:
-        last = _last_node(site.folder)
+        last = last_node(site.folder)
         try:
             id = activate(client, public, register=site.key is None, last=last)
         except NotConnected as error:
@@ -196,7 +196,7 @@ def connected(site: SiteConfig) -> Iterator[Connection]:
             leave(client, node.node_id)
 
 
-def _last_node(folder: Path) -> int | None:
+def last_node(folder: Path) -> int | None:
     """The id of the node that the process before this one was, if it was one of this very folder.
 
     A copy of the folder has another inode: its process must not go on as the node of the original,

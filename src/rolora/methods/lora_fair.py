@@ -29,7 +29,7 @@ def method(*, ridge: float = 0.01) -> Method:
             name, lora_a = f"{layer}.lora_delta.weight", adapter[f"{layer}.lora_A.weight"]
             missed = (mean[name] - products(adapter)[name]) / scaling
             gram = lora_a @ lora_a.mT + ridge * torch.eye(len(lora_a), dtype=lora_a.dtype)
-            correction = torch.linalg.solve(gram, lora_a @ missed.mT).mT
+            correction = (torch.linalg.pinv(gram, hermitian=True) @ lora_a @ missed.mT).mT
             up = f"{layer}.lora_B.weight"
             adapter = adapter | {up: adapter[up] + correction}
         return replace(server, adapter=adapter)
