@@ -73,11 +73,13 @@ def compared(record: Record) -> list[str]:
     apart = [f"minus `{first}`, {name}" for name in AXES.values()]
     head = ["method", "rate", "accuracy, %", f"mean of the last {LATE}", *apart, "MB up"]
     rows = []
+    often = all(len(run) > LATE for seeds in cell["curves"].values() for run in seeds.values())
     for row in sorted(cell["methods"], key=lambda row: row["method"] != first):
         method = row["method"]
         rate, result = rates.get(label(method), ""), percent(row["final_mean"], row["final_sd"])
         apart = [signed(at_equal(cell, method, axis)) for axis in AXES]
-        late = percent(fmean(lately(cell["curves"][method].values())))
+        late = percent(fmean(lately(cell["curves"][method].values()))) if often else ""
+        apart = apart if often else [apart[0], ""]  # nothing was measured on the way
         line = [f"`{label(method)}`", rate, result, late, *apart, f"{row['megabytes_up']:.1f}"]
         rows.append([*line, *([results.get(label(method), "")] if results else [])])
     lines = table([*head, *(["published"] if results else [])], rows)

@@ -11,6 +11,7 @@ uses as many threads as OMP_NUM_THREADS says; the records were made with one.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -27,6 +28,7 @@ from rich.console import Console
 import rolora
 from rolora.comparison_folder import ComparisonFolder
 from rolora.durable import write_file
+from rolora.errors import AllDiverged
 from rolora.local import NonFiniteLoss
 from rolora.report import load_run
 from rolora.report.outcome import outcome
@@ -103,16 +105,22 @@ def compared(
     config = rolora.load_config(HERE / study.config, overrides)
     own = {method: only.get(method, ()) for method in study.methods}
     asked = (study.tune, study.tune_seeds, study.tune_rounds)
-    for one in rolora.compare(config, study.methods, study.seeds, out, own, *asked):
-        started = time.monotonic()
-        try:
-            for result in one.rounds():
-                console.print(f"{study.name}: {one.folder.path}: round {result.round}", end="\r")
-            said = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
-        except NonFiniteLoss as error:
-            said = f"diverged: {error}"
-        console.print(f"{one.folder.path}: {said}   {time.monotonic() - started:.0f} s")
+    with contextlib.suppress(AllDiverged):  # there is no page about none, but a line in the map
+        for one in rolora.compare(config, study.methods, study.seeds, out, own, *asked):
+            console.print(f"{one.folder.path}: {followed(one, study.name, console)}")
     return found(out, study, cell)
+
+
+def followed(one: Any, name: str, console: Console) -> str:
+    """Run it to its end; what it came to, in a line."""
+    started = time.monotonic()
+    try:
+        for result in one.rounds():
+            console.print(f"{name}: {one.folder.path}: round {result.round}", end="\r")
+        said = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+    except NonFiniteLoss as error:
+        said = f"diverged: {error}"
+    return f"{said}   {time.monotonic() - started:.0f} s"
 
 
 def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:

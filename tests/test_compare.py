@@ -152,7 +152,8 @@ def test_the_table_uses_the_best_values_fresh_seeds_and_no_validation_row(whole:
     for one in tuning.methods:
         rates = {trial.values["train.lr"]: trial.mean for trial in one.trials}
         assert rates[one.best["train.lr"]] == max(rates.values())  # type: ignore[type-var]
-        assert one.at_edge.keys() == {"train.lr"}  # of two values every one is at an edge
+        differ = len(set(rates.values())) > 1
+        assert bool(one.at_edge) == differ  # of two values each is at an edge, if one is better
         for seed in (0, 1, 2):
             config = load_run(whole / f"{one.method}-seed{seed}").config
             assert config["train"]["lr"] == float(one.best["train.lr"])

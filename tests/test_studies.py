@@ -84,7 +84,7 @@ def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_
         "reference": "rolora",
         "methods": methods,
         "curves": {
-            "rolora": {"0": [[5, 1.0, 0.1], [10, 2.0, 0.8], [15, 3.0, 0.842]]},
+            "rolora": {"0": [[k, k, 0.9 if k < 5 else 0.581] for k in range(9)]},
             "fedit": {"0": [[k, k, 0.3] for k in range(9)], "1": [[k, k, 0.5] for k in range(9)]},
         },
         "pairs": {"fedit": [{"equal": "rounds", "places": places}]},

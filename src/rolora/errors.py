@@ -28,6 +28,10 @@ class DataError(RoloraError):
     exit_code = 3
 
 
+class AllDiverged(DataError):
+    """Training became NaN or infinite in every run, so there is nothing to compare."""
+
+
 class NotHere(DataError):
     """Data that is not on this machine; ``source`` is what it was asked for by."""
 

@@ -31,8 +31,10 @@ def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> Ser
 
 def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
     """``gamma`` in (0, 1]: the share of its rank that is never pruned, 1 prunes nothing."""
-    if not (0 < gamma <= 1 and decay >= 0):
-        raise ConfigError(f"hetlora: gamma in (0, 1], decay at least 0, not {gamma} and {decay}")
+    if not 0 < gamma <= 1:
+        raise ConfigError(f"hetlora: gamma lies in (0, 1], not {gamma}")
+    if decay < 0:
+        raise ConfigError(f"hetlora: decay is at least 0, not {decay}")
 
     def size(adapter: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([a.norm() * b.norm() for a, b in tails(adapter, gamma)]).sum()

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rolora.errors import ConfigError, DataError
+from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks import HIGHER_IS_BETTER
 
 METRICS = (
@@ -174,10 +174,10 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def sound(runs: Sequence[Run]) -> list[Run]:
-    """The runs that did not diverge. DataError if all of them did."""
+    """The runs that did not diverge. AllDiverged if all of them did."""
     found = [run for run in runs if run.diverged is None]
     if runs and not found:
-        raise DataError(f"every run diverged, {runs[0].path} like the others: {runs[0].diverged}")
+        raise AllDiverged(f"every run diverged, {runs[0].path} like the others: {runs[0].diverged}")
     return found
 
 
