@@ -29,6 +29,7 @@ PAGE = HERE / "results.md"
 EXPERIMENTS = HERE.parent / "experiments"
 AXES = {"rounds": "equal rounds", "megabytes": "equal bytes up"}
 LATE = 4  # evaluations, as many after each of RoLoRA's phases
+CHANCE = 0.20  # below this a network that tells ten digits apart has learned next to nothing
 BROKEN = 0.10  # a method that is so far behind the other, or diverged, is set in bold in a map
 
 Record = Mapping[str, Any]
@@ -172,7 +173,7 @@ def two(results: Mapping[str, float], method: str) -> str:
     """One method's accuracy in a map."""
     if method not in results:
         return "**diverged**"
-    behind = max(results.values()) - results[method] > BROKEN
+    behind = max(results.values()) - results[method] > BROKEN or results[method] < CHANCE
     return f"**{percent(results[method])}**" if behind else percent(results[method])
 
 
