@@ -1,9 +1,9 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
 # make test      the default tests            make test-all  with slow, browser and docs tests
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
-# make test-flower   federations of real processes and what befalls them, about 15 minutes
+# make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
-# make results   the studies of docs/results.md, about eight core-hours; it can be stopped
+# make results   the studies of docs/results.md, hours; it can be stopped and goes on
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
 VENV ?= .venv
 PYTHON ?= python3

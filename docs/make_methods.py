@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pages import put
+
 from rolora.catalogue import MethodRow, describe_methods, travels
 from rolora.durable import write_file
 from rolora.method import get_method
@@ -45,9 +47,7 @@ def line(row: MethodRow) -> str:
 
 def page(text: str) -> str:
     """The page with its table written anew."""
-    before, mark, rest = text.partition("<!-- methods -->\n")
-    assert mark, "no mark for the table"
-    return "\n".join([before + mark, *table(), "", rest[rest.index("<!-- end -->") :]])
+    return put(text, "methods", table())
 
 
 if __name__ == "__main__":

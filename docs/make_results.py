@@ -9,7 +9,6 @@ from the ``.published.json`` beside the experiment.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from pages import put, save_picture
 
 from rolora.durable import write_file
-from rolora.report.figures import DASHES, MARKERS, PALETTE, STYLE, rendered
+from rolora.report.figures import DASHES, MARKERS, PALETTE, STYLE
+from rolora.report.published import read_published
 
 HERE = Path(__file__).parent
 PAGE = HERE / "results.md"
@@ -72,24 +72,42 @@ def compared(record: Record) -> list[str]:
     first = cell["reference"]
     results, rates = published(record), chosen(record)
     apart = [f"minus `{first}`, {name}" for name in AXES.values()]
-    head = ["method", "rate", "accuracy, %", f"mean of the last {LATE}", *apart, "MB up"]
+    late = f"mean (lowest) of the last {LATE}"
+    head = ["method", "rate", "accuracy, %", late, *apart, "MB up"]
     rows = []
     often = all(len(run) > LATE for seeds in cell["curves"].values() for run in seeds.values())
     for row in sorted(cell["methods"], key=lambda row: row["method"] != first):
         method = row["method"]
         rate, result = rates.get(label(method), ""), percent(row["final_mean"], row["final_sd"])
         apart = [signed(at_equal(cell, method, axis)) for axis in AXES]
-        late = percent(fmean(lately(cell["curves"][method].values()))) if often else ""
+        late = lately(cell["curves"][method].values()) if often else ""
         apart = apart if often else [apart[0], ""]  # nothing was measured on the way
         line = [f"`{label(method)}`", rate, result, late, *apart, f"{row['megabytes_up']:.1f}"]
         rows.append([*line, *([results.get(label(method), "")] if results else [])])
     lines = table([*head, *(["published"] if results else [])], rows)
-    return [*lines, "", setting(record)]
+    validated = "The rates that were tried, by accuracy on validation rows of the tuning seed:"
+    return [*lines, "", setting(record), "", validated, "", *tried(record)]
 
 
-def lately(runs: Iterable[Sequence[Sequence[float]]]) -> list[float]:
+def lately(runs: Iterable[Sequence[Sequence[float]]]) -> str:
     """The metric at the last few evaluations of every run: a single one may be a lucky moment."""
-    return [point[2] for run in runs for point in run[-LATE:]]
+    values = [point[2] for run in runs for point in run[-LATE:]]
+    return f"{percent(fmean(values))} ({percent(min(values))})"
+
+
+def tried(record: Record) -> list[str]:
+    """What each method made of each rate, on the validation rows of the tuning seeds."""
+    methods = record["cells"][0]["tuning"]["methods"]
+    head = ["`train.lr`", *(trial["values"]["train.lr"] for trial in methods[0]["trials"])]
+    rows = [
+        [f"`{one['method']}`", *(said(trial["mean"]) for trial in one["trials"])] for one in methods
+    ]
+    return table(head, rows)
+
+
+def said(mean: float | None) -> str:
+    """An accuracy, if there is one."""
+    return "diverged" if mean is None else percent(mean)
 
 
 def label(method: str) -> str:
@@ -133,27 +151,22 @@ def setting(record: Record) -> str:
 
 def published(record: Record) -> dict[str, str]:
     """Method -> what the paper says, if there is anything beside the experiment."""
-    file = (EXPERIMENTS / record["config"]).with_suffix(".published.json")
-    if not file.is_file():
-        return {}
-    return {m: f"{value:.1f}" for m, value in json.loads(file.read_text())["results"].items()}
+    found = read_published(EXPERIMENTS / record["config"])
+    return {} if found is None else {m: f"{value:.1f}" for m, value in found.results.items()}
 
 
-def by_cell(records: Sequence[Record], key: str, also: Mapping[str, Record]) -> list[str]:
-    """One line a cell, one column a method; ``also`` are studies of one cell by its value."""
-    cells = [(str(cell["cell"][key]), cell) for record in records for cell in record["cells"]]
-    cells += [(value, record["cells"][0]) for value, record in also.items()]
-    methods = [*records[0]["methods"]]
+def by_value(key: str, cells: Mapping[str, Record], record: Record) -> list[str]:
+    """One line for each value of ``key``, one column a method of ``record``."""
+    first, *others = record["methods"]
     rows = []
-    for value, cell in sorted(cells, key=lambda one: float(one[0])):
+    for value, cell in sorted(cells.items(), key=lambda one: float(one[0])):
         results = {row["method"]: row for row in cell.get("methods", ())}
-        found = [results.get(method) for method in methods]
+        found = [results.get(method) for method in (first, *others)]
         shown = [percent(f["final_mean"], f["final_sd"]) if f else "diverged" for f in found]
-        apart = [signed(at_equal(cell, method, "rounds")) for method in methods[1:]]
-        rows.append([value, *shown, *apart])
-    against = [f"`{method}` − `{methods[0]}`" for method in methods[1:]]
-    head = [f"`{key}`", *(f"`{method}`" for method in methods), *against]
-    return [*table(head, rows), "", setting(records[0])]
+        rows.append([value, *shown, *(signed(at_equal(cell, m, "rounds")) for m in others)])
+    against = [f"`{method}` − `{first}`" for method in others]
+    head = [f"`{key}`", *(f"`{method}`" for method in (first, *others)), *against]
+    return [*table(head, rows), "", setting(record)]
 
 
 def broken_map(record: Record) -> list[str]:
@@ -188,7 +201,7 @@ def lost(records: Sequence[tuple[str, Record]]) -> list[str]:
 
 def aggregation(records: Records) -> list[str]:
     """Clients, then local steps."""
-    clients = [
+    by_clients = [
         (f"{cell['cell']['partition.clients']} clients, 3 local steps", cell)
         for cell in records["error-clients"]["cells"]
     ]
@@ -196,24 +209,46 @@ def aggregation(records: Records) -> list[str]:
         (f"20 clients, {cell['cell']['train.local_steps']} local steps", cell)
         for cell in records["local-steps"]["cells"]
     ]
-    return lost([*clients, *steps, ("20 clients, 3 local steps", records["trec-top"]["cells"][0])])
+    return lost(
+        [*by_clients, *steps, ("20 clients, 3 local steps", records["trec-top"]["cells"][0])]
+    )
 
 
-def clients_table(records: Records) -> list[str]:
+def clients(records: Records) -> list[str]:
     """Accuracy against the number of clients, as many samples in all."""
-    also = {str(n): records[f"snippets-{n}"] for n in (3, 20, 50)}
-    lines = by_cell([{**records["snippets-20"], "cells": []}], "partition.clients", also)
-    return [*lines[:-1], setting(records["snippets-20"])]
+    cells = {str(n): records[f"snippets-{n}"]["cells"][0] for n in (3, 20, 50)}
+    return by_value("partition.clients", cells, records["snippets-20"])
 
 
-def changed(study: str, key: str, unchanged: str) -> Table:
+def changed(study: str, key: str, usual: str) -> Table:
     """The table of one thing changed, with trec-top at its usual value."""
-    made = (study, "trec-top")
-    return made, lambda records: by_cell([records[study]], key, {unchanged: records["trec-top"]})
+
+    def lines(records: Records) -> list[str]:
+        cells = {str(cell["cell"][key]): cell for cell in records[study]["cells"]}
+        return by_value(key, {usual: records["trec-top"]["cells"][0], **cells}, records[study])
+
+    return (study, "trec-top"), lines
+
+
+def spent(records: Records) -> list[str]:
+    """How long all of it took, and how exact the exact methods were."""
+    hours = sum(record["core_hours"] for record in records.values())
+    errors = [
+        max(rounds, default=0.0)
+        for record in records.values()
+        for cell in record["cells"]
+        for method, rounds in cell.get("errors", {}).items()
+        if method != "fedit"
+    ]
+    return [
+        f"The {len(records)} studies so far took {hours:.1f} core-hours of training. The largest "
+        f"aggregation error of RoLoRA and FFA-LoRA in any round was {max(errors):.1e}."
+    ]
 
 
 # table -> the studies that it needs, and how it is made of them
 TABLES: Mapping[str, Table] = {
+    "spent": ((), spent),
     "mnist": (("mnist",), lambda records: compared(records["mnist"])),
     "mnist-decay": (("mnist-decay",), lambda records: compared(records["mnist-decay"])),
     "mnist-epochs": (("mnist-epochs",), lambda records: broken_map(records["mnist-epochs"])),
@@ -221,7 +256,7 @@ TABLES: Mapping[str, Table] = {
     "mnist-clients": (("mnist-clients",), lambda records: broken_map(records["mnist-clients"])),
     "trec": (("trec",), lambda records: compared(records["trec"])),
     "trec-top": (("trec-top",), lambda records: compared(records["trec-top"])),
-    "snippets": (("snippets-3", "snippets-20", "snippets-50"), clients_table),
+    "snippets": (("snippets-3", "snippets-20", "snippets-50"), clients),
     "rank": changed("rank", "lora.rank", "2"),
     "local-steps": changed("local-steps", "train.local_steps", "3"),
     "dirichlet": changed("dirichlet", "partition.alpha", "0.5"),
@@ -258,25 +293,14 @@ def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) ->
 def page(text: str, records: Records) -> str:
     """The page with every table between its marks written anew."""
     for name, (needed, lines) in TABLES.items():
-        before, mark, rest = text.partition(f"<!-- results:{name} -->\n")
-        assert mark, f"no mark for {name}"
-        after = rest[rest.index("<!-- end -->") :]
         missing = [study for study in needed if study not in records]
         shown = [f"*Not run yet: {', '.join(missing)}.*"] if missing else lines(records)
-        text = "\n".join([before + mark, *shown, "", after])
+        text = put(text, f"results:{name}", shown)
     return text
-
-
-def save_picture(record: Record, file: Path) -> None:
-    """As a small PNG."""
-    drawn = Image.open(io.BytesIO(rendered(draw(record), "png")))
-    small = io.BytesIO()
-    drawn.convert("RGB").quantize(64).save(small, "png", optimize=True)
-    write_file(file, small.getvalue())
 
 
 if __name__ == "__main__":
     found = read_records()
     write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
     for study in {"mnist", "trec"} & found.keys():
-        save_picture(found[study], HERE / f"results-{study}.png")
+        save_picture(draw(found[study]), HERE / f"results-{study}.png")

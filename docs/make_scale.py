@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pages import put
+
 from rolora.durable import write_file
 
 PAGE = Path(__file__).with_name("scale.md")
@@ -103,10 +105,7 @@ TABLES = {"measured": measured, "summing": summing, "waiting": waiting, "paper":
 def page(text: str, record: dict[str, Any]) -> str:
     """The page with every table between its marks written anew."""
     for name, table in TABLES.items():
-        before, mark, rest = text.partition(f"<!-- scale:{name} -->\n")
-        assert mark, f"no mark for {name}"
-        after = rest[rest.index("<!-- end -->") :]
-        text = "\n".join([before + mark, *table(record), "", after])
+        text = put(text, f"scale:{name}", table(record))
     return text
 
 

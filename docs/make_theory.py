@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from PIL import Image
+from pages import put, save_picture
 
 from rolora.durable import write_file
 from rolora.linear_model import Setting, draw_problem
-from rolora.report.figures import rendered
 from rolora.report.theory_figure import theory_figure
 from rolora.report.theory_text import GOAL, Cells, round_cells, sweep_cells
 from rolora.theory import simulate
@@ -52,30 +50,20 @@ def sweep(setting: Setting, name: str) -> list[SweepRow]:
     return [measure(name, settings) for settings in plan_sweep(setting, name)]
 
 
-def put(text: str, name: str, table: str) -> str:
-    """The page with what stands between this name's marks replaced."""
-    before, mark, rest = text.partition(f"<!-- theory:{name} -->\n")
-    assert mark, f"no mark for {name}"
-    return f"{before}{mark}\n{table}\n\n{rest[rest.index('<!-- end -->') :]}"
-
-
 def main() -> None:
     """Run everything, then write the page and the picture."""
     outcome = simulate(draw_problem(Setting()))
     sweeps = {name: sweep(Setting(), name) for name in VALUES}
     text = PAGE.read_text(encoding="utf-8")
-    text = put(text, "rounds", markdown(round_cells(outcome)))
-    text = put(text, "seeds", over_seeds())
+    text = put(text, "theory:rounds", [markdown(round_cells(outcome))])
+    text = put(text, "theory:seeds", [over_seeds()])
     for name, rows in sweeps.items():
-        text = put(text, name, markdown(sweep_cells(name, rows)))
-    text = put(text, "few", markdown(sweep_cells("noise", sweep(FEW, "noise"))))
+        text = put(text, f"theory:{name}", [markdown(sweep_cells(name, rows))])
+    text = put(text, "theory:few", [markdown(sweep_cells("noise", sweep(FEW, "noise")))])
     mixed = sweep(replace(FEW, noise=0.3), "heterogeneity")
-    text = put(text, "mixed", markdown(sweep_cells("heterogeneity", mixed)))
+    text = put(text, "theory:mixed", [markdown(sweep_cells("heterogeneity", mixed))])
     write_file(PAGE, text)
-    drawn = Image.open(io.BytesIO(rendered(theory_figure(outcome, sweeps), "png")))
-    small = io.BytesIO()
-    drawn.convert("RGB").quantize(64).save(small, "png", optimize=True)
-    write_file(PICTURE, small.getvalue())
+    save_picture(theory_figure(outcome, sweeps), PICTURE)
 
 
 if __name__ == "__main__":

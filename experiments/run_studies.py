@@ -55,7 +55,6 @@ class Study:
     cells: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     tune: Sequence[str] = ()
     tune_seeds: Sequence[int] = ()
-    tune_rounds: int | None = None
     rates_of: str | None = None
 
     def each(self) -> Iterator[dict[str, Any]]:
@@ -93,7 +92,14 @@ def run(study: Study, console: Console) -> None:
         "cells": cells,
     }
     RECORDS.mkdir(exist_ok=True)
-    write_file(RECORDS / f"{study.name}.json", json.dumps(record, indent=1) + "\n")
+    write_file(RECORDS / f"{study.name}.json", text_of(record))
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """A record as JSON, each cell on one line."""
+    *rest, last = json.dumps({**record, "cells": []}, indent=1).splitlines()
+    cells = ",\n".join(f"  {json.dumps(cell)}" for cell in record["cells"])
+    return "\n".join([*rest[:-1], ' "cells": [', cells, " ]", last]) + "\n"
 
 
 def compared(
@@ -104,9 +110,9 @@ def compared(
     out = FOLDER / study.name / ("-".join(map(str, cell.values())) or "whole")
     config = rolora.load_config(HERE / study.config, overrides)
     own = {method: only.get(method, ()) for method in study.methods}
-    asked = (study.tune, study.tune_seeds, study.tune_rounds)
+    tuning = (study.tune, study.tune_seeds)
     with contextlib.suppress(AllDiverged):  # there is no page about none, but a line in the map
-        for one in rolora.compare(config, study.methods, study.seeds, out, own, *asked):
+        for one in rolora.compare(config, study.methods, study.seeds, out, own, *tuning):
             console.print(f"{one.folder.path}: {followed(one, study.name, console)}")
     return found(out, study, cell)
 
@@ -139,6 +145,7 @@ def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
         for other in others
     }
     whole = outcome(finals, ComparisonFolder(out).tuning())
+    del whole["budgets"]  # of all methods together; those of pairs allow more
     return {**record, **whole, "pairs": pairs, "curves": curves(runs), "errors": errors(runs)}
 
 

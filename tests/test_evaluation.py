@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
+from scripts import script
 from test_cli import rolora
-from test_experiments import script
 from tiny import tiny_llama
 
 from rolora import runs
@@ -56,7 +56,7 @@ def objects(name: str, count: int) -> list[dict[str, str]]:
 def commonsense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, rows that prepare.py made of invented files, and a run."""
     place = tmp_path_factory.mktemp("commonsense")
-    prepare = script("llama-2-7b/prepare.py")
+    prepare = script("experiments/llama-2-7b/prepare.py")
     theirs = place / "LLM-Adapters"
     everything = []
     for name, folder in prepare.TESTS.items():

@@ -24,6 +24,9 @@ from rolora.method import Method, Reduce, ServerState, get_method, method_names
 # the properties
 
 
+FAIR = (get_method("lora_fair", ridge=0.0), get_method("fedit"))
+
+
 @st.composite
 def cases(draw: st.DrawFn, name: str) -> Case:
     side = st.integers(4, 8)
@@ -76,6 +79,12 @@ TYPICAL = Case(
     move=3.0,
     seed=11,
 )
+
+
+def test_lora_fair_without_a_ridge_is_exact_where_lora_a_has_more_rows_than_inputs() -> None:
+    case = Case(((4, 2, 3),), sizes=(3, 5), ranks=(3, 3), round=1, move=0.5, seed=0)
+    fair, fedit = (play(method, case).report.aggregation_error or 0.0 for method in FAIR)
+    assert fair < 1e-6 < 1e-3 < fedit
 
 
 def test_the_methods_that_say_they_are_exact_are_those_whose_error_is_rounding() -> None:

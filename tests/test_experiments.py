@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import tarfile
@@ -13,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
+from scripts import script
 
 from rolora.config import load_config
 from rolora.method import method_names
@@ -22,22 +22,12 @@ CONFIGS = sorted(path for path in PLACE.glob("*/*.toml") if path.parent.name != 
 PUBLISHED = sorted(PLACE.glob("*/*.published.json"))
 
 
-def script(path: str) -> Any:
-    """The module of a script among the experiments."""
-    spec = importlib.util.spec_from_file_location("script", PLACE / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def name_of(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
 def test_the_files_are_those_that_the_script_writes() -> None:
-    files = script("make_experiments.py").files()
+    files = script("experiments/make_experiments.py").files()
     for path, text in files.items():
         assert path.read_text() == text, f"run python experiments/make_experiments.py ({path})"
     for folder in ("glue-roberta-large", "llama-2-7b"):
@@ -97,7 +87,7 @@ def test_an_instruction_set_becomes_prompts_with_their_input_and_completions() -
         {"instruction": "Say hi.", "input": "", "output": "hi"},
         {"instruction": "Say nothing.", "input": "", "output": " "},
     ]
-    first, second = script("llama-2-7b/prepare.py").rows(objects)
+    first, second = script("experiments/llama-2-7b/prepare.py").rows(objects)
     assert first["prompt"].endswith(
         "### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n"
     )
@@ -106,7 +96,7 @@ def test_an_instruction_set_becomes_prompts_with_their_input_and_completions() -
 
 
 def test_questions_become_choices_and_lines_replies_of_their_speaker() -> None:
-    prepare = script("stand-ins/prepare.py")
+    prepare = script("experiments/stand-ins/prepare.py")
     (row,) = prepare.choices([{"text": "Who was it?", "label": "HUM"}])
     assert row["choices"][3] == row["answer"] == "person"
     lines = ["Season\tEpisode\tSeason & Episode\tTitle\tAuthor\tQuote", "d\td\td\td\td\tstring"]
@@ -166,7 +156,7 @@ def test_claims_come_once_each_with_their_sentence_and_all_of_an_article_on_one_
         for claim in ("It is not .", "It never was .", "It is not .")
     ]
     big_bench(tmp_path / "a.tar.gz", "vitaminc_fact_verification", examples)
-    prepare = script("stand-ins/prepare.py")
+    prepare = script("experiments/stand-ins/prepare.py")
     prepare.main("claims", tmp_path / "a.tar.gz", tmp_path / "claims")
     train = rows_of(tmp_path / "claims")
     assert {"sentence": "Article 7: So it is.", "claim": "It is not .", "label": "false"} in train
@@ -182,7 +172,8 @@ def test_lines_are_the_two_that_are_asked_about(tmp_path: Path) -> None:
         for n in range(20)
     ]
     big_bench(tmp_path / "a.tar.gz", "movie_dialog_same_or_different", examples)
-    script("stand-ins/prepare.py").main("lines", tmp_path / "a.tar.gz", tmp_path / "lines")
+    prepare = script("experiments/stand-ins/prepare.py")
+    prepare.main("lines", tmp_path / "a.tar.gz", tmp_path / "lines")
     found = rows_of(tmp_path / "lines")
     assert found
     assert all(

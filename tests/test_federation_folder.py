@@ -84,6 +84,10 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started() -> None:
     ("line", "said"),
     [
         ('colums = ["text"]', "unknown key 'colums': did you mean 'columns'?"),
+        (
+            "text = { a = 1 }",
+            "text: Input should be a valid string; or Input should be a valid list, got {'a': 1}",
+        ),
         ("threads = 0", "threads: Input should be greater than or equal to 1, got 0"),
     ],
 )

@@ -13,8 +13,8 @@ import peft
 import pytest
 import torch
 import transformers
+from scripts import script
 from test_cli import rolora
-from test_experiments import script
 from tiny import tiny_llama
 from tiny_site import make_site
 
@@ -224,6 +224,6 @@ def test_a_classifier_is_not_asked(
 def test_a_program_passes_where_it_runs_through_its_test_in_time(
     written: str, passed: bool
 ) -> None:
-    passes = script("llama-2-7b/tasks/humaneval_local.py").passes
+    passes = script("experiments/llama-2-7b/tasks/humaneval_local.py").passes
     test = "assert add(1, 2) == 3"
     assert passes(f"def add(a, b):\n{written}\n{test}", seconds=5.0) == passed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import script
 from states import cohort_of, dense, make_specs, random_state, sent, trained
 from tiny_site import write_rows
 
@@ -206,11 +206,6 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
 
 
 def test_the_tables_of_the_page_on_scale_are_those_of_the_record() -> None:
-    file = ROOT / "docs" / "make_scale.py"
-    spec = importlib.util.spec_from_file_location("make_scale", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = script("docs/make_scale.py")
     text = (ROOT / "docs" / "scale.md").read_text()
     assert text == module.page(text, json.loads(module.RECORD.read_text()))

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from scripts import script
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-def script(path: str) -> Any:
-    """The module of a script of the repository."""
-    spec = spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[Path(path).stem] = module  # a dataclass looks for its module there
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -74,10 +62,16 @@ def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_
         {"method": "fedit", "final_mean": 0.8, "final_sd": 0.01, "megabytes_up": 63.04},
         {"method": "rolora", "final_mean": 0.821, "final_sd": None, "megabytes_up": 31.5},
     ]
-    trials = [{"values": {"train.lr": rate}} for rate in ("0.1", "0.5")]
+    scores = {"0.1": 0.8, "0.5": None}
+    trials = [{"values": {"train.lr": rate}, "mean": mean} for rate, mean in scores.items()]
     tuned = [
         {"method": "rolora", "best": {"train.lr": "0.1"}, "at_edge": {}, "trials": trials},
-        {"method": "fedit", "best": {"train.lr": "0.5"}, "at_edge": {"train.lr": "largest"}},
+        {
+            "method": "fedit",
+            "best": {"train.lr": "0.5"},
+            "at_edge": {"train.lr": "largest"},
+            "trials": trials,
+        },
     ]
     cell = {
         "cell": {},
@@ -93,9 +87,13 @@ def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_
     }
     record = {"config": "none.toml", "seeds": [0, 1], "rates_of": None, "core_hours": 0.26}
     lines = results.compared({**record, "cells": [cell]})
-    assert lines[2] == "| `rolora` | 0.1 | 82.1 | 58.1 |  |  | 31.5 |"
-    assert lines[3] == "| `fedit` | 0.5* | 80.0 ± 1.0 | 40.0 | −2.1 [−3.0, −1.2] |  | 63.0 |"
-    assert lines[-1] == (
+    assert lines[2] == "| `rolora` | 0.1 | 82.1 | 58.1 (58.1) |  |  | 31.5 |"
+    assert lines[3] == "| `fedit` | 0.5* | 80.0 ± 1.0 | 40.0 (30.0) | −2.1 [−3.0, −1.2] |  | 63.0 |"
+    assert lines[-4:] == [
+        *("| `train.lr` | 0.1 | 0.5 |", "| --- | ---: | ---: |"),
+        *("| `rolora` | 80.0 | diverged |", "| `fedit` | 80.0 | diverged |"),
+    ]
+    assert lines[5] == (
         "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen by validation "
         "rows on seed 100; 0.3 core-hours (a processor)."
     )

@@ -202,9 +202,9 @@ def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
 
 
 def _kept_note(method: Method) -> tuple[str, ...]:
-    kept = "+".join(sorted(method.personal(1) | method.personal(2)))
-    if not kept:
+    if not method.kept:
         return ()
+    kept = "+".join(sorted(method.kept))
     return (
         f"each client keeps its own {kept}, in clients/ of the run's folder: metrics are means "
         "over clients, and adapter/ holds the server's part alone",

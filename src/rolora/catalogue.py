@@ -65,13 +65,13 @@ def _describe(name: str) -> MethodRow:
     paper = re.search(r"arXiv:[\d.]+\d", text)
     parameters = inspect.signature(method_factory(name)).parameters.values()
     first, second, third = travels(method, 8, 6, 2)
-    averages = not method.pooled and not method.personal(1)
+    averages = not method.pooled and not method.kept
     return MethodRow(
         name=name,
         trains=(_roles(method.trained(1)), _roles(method.trained(2))),
         up=(_roles(first.up), _roles(second.up)),
         down=(_roles(second.down), _roles(third.down)),
-        keeps=_roles(method.personal(1) | method.personal(2)),
+        keeps=_roles(method.kept),
         exact=method.exact if averages else None,
         ranks=method.ranks,
         secure=method.secure,

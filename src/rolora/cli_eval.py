@@ -43,9 +43,8 @@ def evaluate(
         return
     from rolora.display import working
     from rolora.evaluation import find_adapter
-    from rolora.harness import require_harness, run_tasks
+    from rolora.harness import run_tasks
 
-    require_harness()
     trained = find_adapter(path, model, overrides or [])
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     with working("loading tasks and model, then asking"):

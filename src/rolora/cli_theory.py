@@ -27,7 +27,8 @@ def _from_file(context: typer.Context, file: str | None) -> str | None:
     from rolora.config import read_toml
 
     if file is not None:
-        values, known = read_toml(file), {param.name for param in context.command.params}
+        values = read_toml(file, "experiments/linear has some")
+        known = {param.name for param in context.command.params}
         known -= {"config", "out", "json"}
         if unknown := sorted(values.keys() - known):
             hint = nearest(unknown[0], [name for name in known if name])

@@ -162,9 +162,10 @@ def plan(
         data = config.data.model_copy(update={"validation": VALIDATION})
         config = config.model_copy(update={"data": data})
     own = {method: tuple(overrides) for method, overrides in methods.items()}
-    for method, text in ((method, text) for method, texts in own.items() for text in texts):
-        if (key := text.partition("=")[0].strip()) != "train.rounds":
-            refuse_unfair(key, f"{method}:{text}")
+    for method, overrides in own.items():
+        for text in overrides:
+            if (key := text.partition("=")[0].strip()) != "train.rounds":
+                refuse_unfair(key, f"{method}:{text}")
     made = Comparison(config, own, tuple(seeds), search, cut)
     finals = made.final_runs(Path(), None)
     made.tuning_runs(Path())

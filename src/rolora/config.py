@@ -29,15 +29,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return make_config({"name": file.stem, **values}, overrides, root=Path(root))
 
 
-def read_toml(path: str | Path, writer: str = "rolora init") -> dict[str, Any]:
-    """The tables of a TOML file, which the command ``writer`` makes.
+def read_toml(path: str | Path, hint: str = "rolora init writes one") -> dict[str, Any]:
+    """The tables of a TOML file. ``hint`` says where one comes from.
 
     Raises ConfigError, one line, if it cannot be read.
     """
     try:
         return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config {path} does not exist ({writer} writes one)") from None
+        raise ConfigError(f"config {path} does not exist ({hint})") from None
     except IsADirectoryError:
         raise ConfigError(f"config {path} is a folder; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -98,8 +98,8 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
     faults = error.errors()
     # An unknown key usually explains the rest, a required key spelled wrong for example.
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    where = _key(fault)
-    others = [f for f in faults if _key(f) != where]
+    where = _key(fault, schema)
+    others = [f for f in faults if _key(f, schema) != where]
     more = f" (and {len(others)} more)" if others else ""
     if fault["type"] == "extra_forbidden":
         hint = nearest(where[-1], _keys(schema, where[:-1]))
@@ -109,17 +109,29 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
     if fault["type"] == "model_type":
         return f"{where[0]} is a table, not {fault['input']!r}: give {where[0]}.KEY=VALUE{more}"
     # a key of several types has a fault for each
-    messages = [f["msg"].removeprefix("Value error, ") for f in faults if _key(f) == where]
+    messages = [f["msg"].removeprefix("Value error, ") for f in faults if _key(f, schema) == where]
     message = "; or ".join(messages)
     if fault["type"] == "value_error":
-        at = f"[{where[0]}]" if len(where) == 1 else ".".join(where)
+        at = ".".join(where)
+        if at in schema.model_fields and _is_table(schema.model_fields[at].annotation):
+            at = f"[{at}]"
         return ": ".join([*([at] if at else []), message]) + more
     return f"{'.'.join(where)}: {message}, got {fault['input']!r}{more}"
 
 
-def _key(fault: Mapping[str, Any]) -> list[str]:
-    """Where a fault is: [section] and key. What pydantic puts after them is no key of ours."""
-    return [str(part) for part in fault["loc"][:2]]
+def _key(fault: Mapping[str, Any], section: Any) -> list[str]:
+    """Where a fault is, as far as tables go: what pydantic puts behind a key is none of ours."""
+    parts: list[str] = []
+    for part in map(str, fault["loc"]):
+        if not _is_table(section):
+            break
+        parts.append(part)
+        section = section.model_fields[part].annotation if part in section.model_fields else None
+    return parts
+
+
+def _is_table(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _keys(section: Any, path: list[str]) -> list[str]:

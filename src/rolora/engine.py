@@ -183,8 +183,7 @@ class InProcess:
         def measured(rows: Examples | None) -> Mapping[str, float]:
             return {} if rows is None else evaluate(self.base, self.task, rows, adapter)
 
-        personal = bool(method.personal(max(server.round, 1)))
-        test, validation = (self.test, self.validation) if personal else (None, None)
+        test, validation = (self.test, self.validation) if method.kept else (None, None)
         for client in clients:
             kept = self.store.read(client.id, before=server.round + 1)
             adapter = method.download(server, client) | kept

@@ -151,6 +151,11 @@ class Method:
         return self.trained(round) - self.shared(round)
 
     @property
+    def kept(self) -> Roles:
+        """Roles of which each client keeps its own, in whatever round they are trained."""
+        return self.personal(1) | self.personal(2)
+
+    @property
     def averaged(self) -> bool:
         """Whether the server's tensors are averages of what clients send, and nothing else.
 

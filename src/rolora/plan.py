@@ -268,7 +268,7 @@ def _checkpoints(config: RunConfig, state: RunState) -> int:
 
 def _personal(config: RunConfig, method: Method, drawn: Sketch, start: AdapterState) -> int:
     """Bytes of what clients keep on disk: personal tensors, and what uploads rounded away."""
-    personal = start.only(method.personal(1) | method.personal(2)).num_bytes()
+    personal = start.only(method.kept).num_bytes()
     if config.wire.up != "fp32" and not method.pooled:
         personal += start.only(method.shared(1) | method.shared(2)).num_bytes()
     return len(drawn.sizes) * KEPT_STATES * personal

@@ -222,7 +222,7 @@ def _evaluated(
     metrics: Metrics = {}
     validation: Metrics = {}
     client_metrics: dict[str, Metrics] = {}
-    personal = bool(run.method.personal(max(server.round, 1)))
+    personal = bool(run.method.kept)
     if run.per_client or (personal and not first):
         clients = run.engine.clients()
         ranks = run.ranks(clients)

@@ -97,7 +97,7 @@ def _refuse(config: RunConfig, method: Method) -> None:
             f"{method.name} starts from a gradient over all clients' rows, which sites are not "
             "asked for: take ravan, whose cores are as small"
         )
-    if config.data.validation is not None and method.personal(1) | method.personal(2):
+    if config.data.validation is not None and method.kept:
         raise ConfigError(
             f"{method.name} leaves a part of each adapter at its site, which has none of the "
             "coordinator's validation rows: leave out data.validation; data.client_test measures "

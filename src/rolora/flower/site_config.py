@@ -61,7 +61,7 @@ class SiteConfig(Section):
 
 def read_site(path: str | Path) -> SiteConfig:
     """A site's configuration; paths in it start from its folder. ConfigError in one line."""
-    values = read_toml(path, "rolora federation keys")
+    values = read_toml(path, "rolora federation keys writes one")
     try:
         root = Path(path).expanduser().resolve().parent
         return SiteConfig.model_validate({**values, "root": root})
