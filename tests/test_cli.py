@@ -14,7 +14,8 @@ import pytest
 from tiny_site import write_rows
 from typer.main import get_command
 
-from rolora import cli
+from rolora import cli, runs
+from rolora.config import load_config
 from rolora.errors import EXIT_CODES
 
 
@@ -290,3 +291,16 @@ def test_methods_lists_every_file_of_the_folder(
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert code == 0
     assert {row["name"] for row in json.loads(out)} == files
+
+
+def test_resuming_a_finished_run_across_sites_waits_for_nobody(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    list(runs.start(load_config(site, ["train.rounds=1"]), out).rounds())
+    text = (out / "config.toml").read_text()
+    assert "[federation]" in text
+    (out / "config.toml").write_text(text.replace("[federation]", '[federation]\non = "away"'))
+    monkeypatch.setattr("rolora.cli.across_sites", lambda *_: pytest.fail("asked for sites"))
+    code, said, _ = rolora(monkeypatch, capsys, "resume", out)
+    assert (code, said.splitlines()[0]) == (0, "nothing was left to do")
