@@ -24,11 +24,11 @@ import torch
 import transformers
 
 from benchmarks.place import ROOT
-from rolora.base import Base, with_bank
 from rolora.durable import write_file
 from rolora.local import LocalSettings, Work, train_group
-from rolora.lora import Kind, LoraSettings
 from rolora.method import get_method
+from rolora.model.base import Base, with_bank
+from rolora.model.lora import Kind, LoraSettings
 from rolora.tasks import Task
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Party
-from rolora.fetch import fetch
+from rolora.fetch.folders import fetch
 
 ROOT = Path(__file__).parent.parent
 

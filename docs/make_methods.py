@@ -7,9 +7,9 @@ from pathlib import Path
 from pages import put
 
 from rolora.catalogue import MethodRow, describe_methods, travels
+from rolora.cli.printing import turns, yes_or_no
 from rolora.durable import write_file
 from rolora.method import get_method
-from rolora.printing import turns, yes_or_no
 
 PAGE = Path(__file__).with_name("methods.md")
 OUT, WIDTH, RANK = 384, 384, 8  # a query layer of MiniLM

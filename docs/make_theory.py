@@ -10,11 +10,11 @@ from pathlib import Path
 from pages import put, save_picture
 
 from rolora.durable import write_file
-from rolora.linear_model import Setting, draw_problem
 from rolora.report.theory_figure import theory_figure
 from rolora.report.theory_text import GOAL, Cells, round_cells, sweep_cells
-from rolora.theory import simulate
-from rolora.theory_sweeps import VALUES, SweepRow, measure, plan_sweep
+from rolora.theory.curves import simulate
+from rolora.theory.linear_model import Setting, draw_problem
+from rolora.theory.sweeps import VALUES, SweepRow, measure, plan_sweep
 
 PAGE, PICTURE = (Path(__file__).with_name(name) for name in ("theory.md", "theory.png"))
 SEEDS = 20

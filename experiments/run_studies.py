@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 
 import rolora
-from rolora.comparison_folder import ComparisonFolder
+from rolora.comparison.folder import ComparisonFolder
 from rolora.durable import write_file
 from rolora.errors import AllDiverged
 from rolora.local import NonFiniteLoss

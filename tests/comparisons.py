@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rolora.comparison import Comparison, plan
+from rolora.comparison.comparison import Comparison, plan
+from rolora.comparison.queue import make_search, turns
 from rolora.config import load_config
-from rolora.queue import make_search, turns
 from rolora.report import load_run
 from rolora.report.outcome import outcome
 

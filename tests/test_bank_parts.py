@@ -14,9 +14,9 @@ from tiny_clients import SHARDS, Bench, classifier, language_model
 from torch import Tensor
 
 from rolora.adapter import AdapterState, ClientInfo, Roles, role_of
-from rolora.bank import PREFIX, Bank, linear_shape
 from rolora.local import LocalSettings, Trained, Work
 from rolora.method import Method, ServerState, get_method
+from rolora.model.bank import PREFIX, Bank, linear_shape
 from rolora.tasks import collate
 
 RANKS = dict(zip(SHARDS, (4, 1, 3, 2), strict=True))

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertForSequenceClassification
 
-from rolora import checkpoint
-from rolora.base import Base, load_base
 from rolora.errors import ConfigError
-from rolora.lora import LoraSettings
+from rolora.model import checkpoint
+from rolora.model.base import Base, load_base
+from rolora.model.lora import LoraSettings
 
 
 def config_of(base: Base) -> Any:
@@ -42,6 +42,7 @@ def refusal(folder: Path, **lora: Any) -> ConfigError:
         ("bert", {"target_modules": ("classifier",)}, "no layer is named classifier"),
         ("bert", {"layers": "top:3"}, "use 'all', 'top:1'..'top:2', or a list"),
         ("bert", {"layers": (0, 2)}, "the model's layers are 0..1"),
+        ("bert", {"rank": 33}, "it has 32 inputs and 32 outputs, so no change of it has a rank"),
     ],
 )
 def test_a_model_that_cannot_carry_the_adapters_is_refused_in_one_line(

@@ -12,9 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from rolora import catalogue, cli, printing
+from rolora import catalogue
 from rolora.adapter import Roles
 from rolora.catalogue import MethodRow, describe_methods, travels
+from rolora.cli import main as cli
+from rolora.cli import printing
 from rolora.method import Method, get_method, method_factory, method_names
 
 HEAD: Roles = frozenset({"head"})
@@ -164,7 +166,7 @@ def test_the_table_has_the_facts_of_a_row_in_its_line(monkeypatch: pytest.Monkey
 def test_json_has_every_field_of_every_method(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["rolora", "methods", "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

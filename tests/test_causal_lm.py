@@ -14,10 +14,10 @@ from torch.nn import functional
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from rolora.adapter import AdapterState
-from rolora.base import Base, load_base
 from rolora.draws import generator
 from rolora.errors import ConfigError, DataError
-from rolora.lora import LoraSettings
+from rolora.model.base import Base, load_base
+from rolora.model.lora import LoraSettings
 from rolora.tasks import Examples, Task, causal_lm, collate
 from rolora.tasks.causal_lm import TokenLoss, require_plain_logits, score
 from rolora.tasks.causal_lm import causal_lm as build

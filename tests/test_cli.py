@@ -14,14 +14,15 @@ import pytest
 from tiny_site import write_rows
 from typer.main import get_command
 
-from rolora import cli, runs
+from rolora import methods, runs
+from rolora.cli import main as cli
 from rolora.config import load_config
 from rolora.errors import EXIT_CODES
 
 
 @pytest.fixture(autouse=True)
 def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
 
 
 def rolora(
@@ -163,6 +164,21 @@ def test_rows_longer_than_the_model_takes_are_truncated_counted_and_said(
     assert "60 of 60 training rows are longer than 6 tokens" in err
 
 
+def test_rows_without_text_are_counted_and_said(
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = broken_site(tmp_path, site)
+    with (config.parent / "train.csv").open("a") as file:
+        file.write('"",good\n"  ",bad\n')
+    words = ("run", config, "train.rounds=1", "--out", tmp_path / "out")
+    code, _, err = rolora(monkeypatch, capsys, *words)
+    assert code == 0
+    assert "2 of 62 training rows have no text" in err
+
+
 def test_json_output_is_json_and_nothing_else(
     site: Path,
     tmp_path: Path,
@@ -287,7 +303,7 @@ def test_methods_lists_every_file_of_the_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = rolora(monkeypatch, capsys, "methods", "--json")
-    folder = Path(cli.__file__).parent / "methods"
+    folder = Path(methods.__file__).parent
     files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
     assert code == 0
     assert {row["name"] for row in json.loads(out)} == files
@@ -301,6 +317,6 @@ def test_resuming_a_finished_run_across_sites_waits_for_nobody(
     text = (out / "config.toml").read_text()
     assert "[federation]" in text
     (out / "config.toml").write_text(text.replace("[federation]", '[federation]\non = "away"'))
-    monkeypatch.setattr("rolora.cli.across_sites", lambda *_: pytest.fail("asked for sites"))
+    monkeypatch.setattr("rolora.cli.main.across_sites", lambda *_: pytest.fail("asked for sites"))
     code, said, _ = rolora(monkeypatch, capsys, "resume", out)
     assert (code, said.splitlines()[0]) == (0, "nothing was left to do")

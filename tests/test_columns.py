@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rolora.columns import Column, Guess, describe, guess_columns
+from rolora.data.columns import Column, Guess, describe, guess_columns
 from rolora.errors import DataError
 
 STORY = "a story that goes on for a while, number {}"

@@ -14,12 +14,12 @@ import pytest
 from comparisons import GRID, METHODS, SMALL, everything, finish, lines, planned
 from tiny_site import write_rows
 
-from rolora.comparison import Comparison, Search, plan
-from rolora.comparison_folder import ComparisonFolder
+from rolora.comparison.comparison import Comparison, Search, plan
+from rolora.comparison.folder import ComparisonFolder
+from rolora.comparison.queue import Turn, compare, turns
 from rolora.config import load_config, read_toml
 from rolora.errors import BudgetSpent, ConfigError, RoloraError
 from rolora.local import NonFiniteLoss
-from rolora.queue import Turn, compare, turns
 from rolora.report import load_run
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from rolora import hub
-from rolora.data import (
+from rolora.data import hub
+from rolora.data.tables import (
     is_glob,
     labels,
     read_clients,
@@ -102,7 +102,7 @@ def test_a_row_of_many_megabytes_is_read_whole(tmp_path: Path) -> None:
 def test_a_value_of_several_lines_may_stand_where_a_large_file_is_cut_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rolora.data.LARGEST_BLOCK", 64)
+    monkeypatch.setattr("rolora.data.tables.LARGEST_BLOCK", 64)
     values = [f"line one of {row}\nline, two" for row in range(50)]
     write(tmp_path / "a.csv", "text\n" + "".join(f'"{value}"\n' for value in values))
     assert texts(read_table("a.csv", root=tmp_path), "text", "") == values

@@ -21,8 +21,8 @@ from tiny import tiny_bert
 from tiny_site import write_rows
 from typer.main import get_command
 
-from rolora import cli
 from rolora.catalogue import describe_methods
+from rolora.cli import main as cli
 from rolora.config import make_config
 from rolora.method import method_names
 from rolora.schema import RunConfig

@@ -9,8 +9,8 @@ from tiny import tiny_bert
 from tiny_clients import Bench, classifier
 from torch import Tensor
 
-from rolora.bank import Noise, row_keys
 from rolora.local import LocalSettings, Work, evaluate
+from rolora.model.bank import Noise, row_keys
 from rolora.tasks import collate
 
 SEEDS = [11, 22, 2**63 - 1, 0]

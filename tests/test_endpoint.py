@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import transformers
 
-from rolora import checkpoint
 from rolora.endpoint import answers
 from rolora.errors import ConfigError
-from rolora.lora import LoraSettings
-from rolora.outline import outline
+from rolora.model import checkpoint
+from rolora.model.lora import LoraSettings
+from rolora.plan.outline import outline
 
 
 class NotFound(BaseHTTPRequestHandler):

@@ -15,11 +15,11 @@ from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.data.partition import client_ids
 from rolora.engine import POOL, Debug, Engine, InProcess, Job
 from rolora.errors import RoloraError
 from rolora.local import LocalSettings, Work, evaluate
 from rolora.method import Method, ServerState, freeze_head, get_method, method_names
-from rolora.partition import client_ids
 from rolora.store import ClientStore
 from rolora.tasks import Examples
 from rolora.wire import Format

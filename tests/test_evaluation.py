@@ -18,9 +18,9 @@ from tiny import tiny_llama
 
 from rolora import runs
 from rolora.config import load_config, make_config
+from rolora.data.shards import load_rows
 from rolora.errors import ConfigError, NotHere
 from rolora.evaluation import evaluate_adapter, evaluate_each
-from rolora.rows import load_rows
 
 PATTERN = "true|false|(solution|answer|ending|option)[1-5]"
 FORMATS = {
@@ -37,7 +37,7 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
 
 
 def objects(name: str, count: int) -> list[dict[str, str]]:

@@ -10,8 +10,8 @@ import torch
 from tiny import SENTENCES, tiny_bert
 from tiny_clients import LABELS
 
-from rolora.base import load_base
-from rolora.lora import LoraSettings
+from rolora.model.base import load_base
+from rolora.model.lora import LoraSettings
 from rolora.tasks import Examples, classification, collate
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from rolora import cli, sources
+from rolora.cli import main as cli
 from rolora.config import load_config
-from rolora.digits import IDX_FILES, idx_rows
 from rolora.errors import ConfigError, DataError, RoloraError
-from rolora.fetch import fetch, how_to_get
-from rolora.packages import Package, download
-from rolora.sources import SOURCES
+from rolora.fetch import sources
+from rolora.fetch.digits import IDX_FILES, idx_rows
+from rolora.fetch.folders import fetch, how_to_get
+from rolora.fetch.packages import Package, download
+from rolora.fetch.sources import SOURCES
 
 PIXELS = 28 * 28
 PLACE = Path(__file__).parent.parent / "experiments"
@@ -310,7 +311,7 @@ def rolora(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
 ) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of a command run in this process."""
-    monkeypatch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["rolora", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -20,14 +20,14 @@ from allocation import allocated
 from tiny import SENTENCES, chat_tokenizer, word_tokenizer
 
 from rolora.adapter import AdapterState, ClientInfo
-from rolora.base import Base, with_bank
 from rolora.config import make_config
 from rolora.engine import InProcess, Job
 from rolora.local import LocalSettings
-from rolora.lora import LoraSettings, above_encoder
 from rolora.method import ServerState, get_method
-from rolora.outline import SHAPES
-from rolora.plan import Plan, make_plan
+from rolora.model.base import Base, with_bank
+from rolora.model.lora import LoraSettings, above_encoder
+from rolora.plan.needs import Plan, make_plan
+from rolora.plan.outline import SHAPES
 from rolora.reduce import mean
 from rolora.rounds import Federation, RoundResult, RunState, federate
 from rolora.schema import RunConfig

@@ -52,7 +52,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.fixture(autouse=True)
 def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_what_cannot_be_asked_is_said_in_one_line(
         text = text.replace("metric: acc,", "metric: brier, hf_evaluate: true,")
     if tasks != "smal":
         (folder / f"{tasks}.yaml").write_text(text)
-    monkeypatch.setattr("rolora.hub.answers", lambda address: False)
+    monkeypatch.setattr("rolora.data.hub.answers", lambda address: False)
     words = ("eval", place / "run", "--tasks", tasks, "--task-folder", folder)
     found, out, err = rolora(monkeypatch, capsys, *words)
     assert (found, out) == (code, "")

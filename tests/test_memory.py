@@ -83,7 +83,7 @@ def test_recomputing_layers_keeps_less_and_changes_nothing(make: Any, tmp_path: 
 def test_recomputing_is_refused_where_the_layers_cannot_be_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rolora.base.take_over", lambda *_, **__: None)
+    monkeypatch.setattr("rolora.model.base.take_over", lambda *_, **__: None)
     config = load_config(make_site(tmp_path), ["train.recompute=true"])
     with pytest.raises(ConfigError, match=r"train\.recompute is not possible for this model"):
         runs.start(config, tmp_path / "run")

@@ -19,8 +19,8 @@ from rolora import runs
 from rolora.config import load_config
 from rolora.errors import ConfigError
 from rolora.evaluation import evaluate_adapter
-from rolora.lora import read_adapter
 from rolora.method import get_method, method_names
+from rolora.model.lora import read_adapter
 from rolora.rounds import RoundResult
 from rolora.schema import RunConfig
 

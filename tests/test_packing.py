@@ -14,10 +14,10 @@ from states import relative
 from tiny_clients import Bench, classifier, language_model
 from torch import Tensor
 
-from rolora.base import Base
 from rolora.local import LocalSettings, evaluate
-from rolora.packing import Collect, Spread, pack
-from rolora.stack import take_over
+from rolora.model.base import Base
+from rolora.model.packing import Collect, Spread, pack
+from rolora.model.stack import take_over
 from rolora.tasks import Batch
 
 MODELS = ("bert", "roberta", "distilbert", "llama", "gpt2")

@@ -10,9 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rolora.draws import generator
-from rolora.errors import ConfigError, DataError
-from rolora.partition import (
+from rolora.data.partition import (
     Partition,
     by_field,
     by_label,
@@ -21,6 +19,8 @@ from rolora.partition import (
     iid,
     symmetric_dirichlet,
 )
+from rolora.draws import generator
+from rolora.errors import ConfigError, DataError
 
 LABELS = [row % 5 for row in range(200)]
 SPEAKERS = ["Ross", "Monica", "Ross", "Gunther", "Monica", "Ross"]

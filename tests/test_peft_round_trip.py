@@ -19,7 +19,7 @@ from tiny_clients import LABELS, Bench, classifier, language_model
 
 from rolora.adapter import AdapterState
 from rolora.errors import ConfigError
-from rolora.lora import adapter_base, read_adapter, save_adapter
+from rolora.model.lora import adapter_base, read_adapter, save_adapter
 from rolora.tasks import collate
 
 

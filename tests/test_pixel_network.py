@@ -16,14 +16,15 @@ import transformers
 from states import relative, same
 from torch import Tensor
 
-from rolora import data, runs
+from rolora import runs
 from rolora.adapter import AdapterState
-from rolora.base import Base
 from rolora.config import make_config
 from rolora.configured import first_adapter, load_base_for, make_method, make_task
+from rolora.data import tables
 from rolora.errors import DataError
 from rolora.evaluation import evaluate_adapter
-from rolora.pixel_network import PixelNetworkConfig, write_pixel_network
+from rolora.model.base import Base
+from rolora.model.pixel_network import PixelNetworkConfig, write_pixel_network
 from rolora.schema import RunConfig
 from rolora.tasks import Batch, collate
 
@@ -85,7 +86,7 @@ def formula(texts: list[str], adapter: Mapping[str, Tensor], scaling: float) -> 
 
 def rows(base: Base, config: RunConfig, source: str = "test.csv") -> tuple[list[str], Batch]:
     """The texts of a file, and its rows as the model takes them."""
-    table = data.read_table(source, root=config.root)
+    table = tables.read_table(source, root=config.root)
     examples = make_task(config, base, LABELS).encode(table, source)
     batch = collate(examples, torch.arange(len(examples)), base.tokenizer.pad_token_id)
     return table["text"].to_pylist(), batch

@@ -17,19 +17,21 @@ from tiny_site import make_site, values
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rolora import cli, runs, sketch
+from rolora import runs
 from rolora.adapter import ClientInfo, Roles, role_of
-from rolora.bank import row_keys
+from rolora.cli import main as cli
 from rolora.config import load_config, make_config
 from rolora.configured import load_base_for
-from rolora.cost import StepCost, step_cost
 from rolora.demo import classification_demo
 from rolora.engine import Job, group_size
 from rolora.errors import ConfigError
-from rolora.lora import LoraSettings
 from rolora.method import method_names
-from rolora.outline import outline
-from rolora.plan import make_plan
+from rolora.model.bank import row_keys
+from rolora.model.lora import LoraSettings
+from rolora.plan import sketch
+from rolora.plan.cost import StepCost, step_cost
+from rolora.plan.needs import make_plan
+from rolora.plan.outline import outline
 from rolora.tasks import Batch, collate
 
 A, B, BOTH = (frozenset(roles) for roles in ({"A", "head"}, {"B"}, {"A", "B"}))
@@ -172,7 +174,7 @@ def test_roberta_large_sends_what_the_paper_s_setting_sends(tmp_path: Path) -> N
     }
     made = make_plan(make_config(tables, root=tmp_path), ["fedit", "rolora", "ffa_lora"])
     assert made.parameters == 355_361_794
-    assert made.source == "rolora/shapes"
+    assert made.source == "rolora/plan/shapes"
     sent = [[each.up for each in method.rounds] for method in made.methods]
     assert sent == [[1_572_864], [786_432, 786_432], [786_432]]
     assert made.weights == pytest.approx(4 * made.parameters, rel=0.01)

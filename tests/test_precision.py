@@ -12,10 +12,10 @@ from tiny_clients import Bench, classifier
 from tiny_site import make_site
 
 from rolora import precision, runs
-from rolora.base import Base
 from rolora.config import load_config
 from rolora.errors import ConfigError
 from rolora.local import LocalSettings
+from rolora.model.base import Base
 from rolora.precision import lowered
 
 

@@ -18,7 +18,7 @@ from tiny_site import make_site
 from rolora import runs
 from rolora.config import load_config
 from rolora.local import LocalSettings, evaluate
-from rolora.prefix import Prefix, below_adapters, with_prefix
+from rolora.model.prefix import Prefix, below_adapters, with_prefix
 
 SETTINGS = LocalSettings(steps=None, epochs=2, batch_size=4)
 MAKERS = {"bert": classifier, "llama": language_model, "gpt2": language_model}

@@ -24,7 +24,7 @@ from rolora import runs
 from rolora.config import load_config
 from rolora.errors import ConfigError
 from rolora.evaluation import evaluate_adapter
-from rolora.lora import read_adapter
+from rolora.model.lora import read_adapter
 
 
 def finish(run: runs.Run) -> Path:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from states import cohort_of, make_specs, random_state, relative, same, sent, trained
 from torch import Tensor
 
-from rolora import comparison, runs
+from rolora import runs
 from rolora.adapter import AdapterState, Update, role_of
+from rolora.comparison import comparison
 from rolora.config import load_config, make_config
 from rolora.configured import make_method, make_reducer
 from rolora.draws import generator

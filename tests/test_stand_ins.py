@@ -10,7 +10,7 @@ import pytest
 
 from rolora import runs
 from rolora.config import load_config
-from rolora.fetch import fetch
+from rolora.fetch.folders import fetch
 from rolora.method import method_names
 
 pytestmark = pytest.mark.slow

@@ -124,7 +124,7 @@ def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
     one = study(made, site, "again")
     made.run(one, Console(quiet=True))
     before = (made.RECORDS / "again.json").read_text()
-    monkeypatch.setattr("rolora.queue.start", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr("rolora.comparison.queue.start", lambda *_: pytest.fail("ran again"))
     made.run(one, Console(quiet=True))
     assert (made.RECORDS / "again.json").read_text() == before
 

@@ -15,14 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import rolora.theory
-from rolora import cli
+import rolora.theory.curves
+from rolora.cli import main as cli
 from rolora.draws import generator
 from rolora.errors import ConfigError
-from rolora.linear_model import Problem, Setting, draw_problem, sine, unit
 from rolora.report.theory_figure import save_theory_picture
 from rolora.report.theory_text import round_cells, sweep_cells, theory_verdicts
-from rolora.theory import (
+from rolora.theory.curves import (
     Outcome,
     best_b,
     expected,
@@ -33,7 +32,8 @@ from rolora.theory import (
     rolora_round,
     simulate,
 )
-from rolora.theory_sweeps import VALUES, measure, plan_sweep
+from rolora.theory.linear_model import Problem, Setting, draw_problem, sine, unit
+from rolora.theory.sweeps import VALUES, measure, plan_sweep
 
 ROUNDING = 1e-13
 SMALL = Setting(dimension=20, samples=60, clients=4, width=6, heterogeneity=0.7, noise=0.2)
@@ -335,7 +335,7 @@ def test_a_setting_that_cannot_be_run_says_what_is_wrong(
 
 
 def test_the_example_in_the_docstring_is_so() -> None:
-    assert doctest.testmod(rolora.theory) == (0, 3)
+    assert doctest.testmod(rolora.theory.curves) == (0, 3)
 
 
 def test_verdicts_fail_where_the_claims_do(outcome: Outcome) -> None:
@@ -366,7 +366,7 @@ def rolora_theory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object
 ) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the command."""
-    monkeypatch.setattr("rolora.cli.signal.signal", lambda number, handler: None)
+    monkeypatch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["rolora", "theory", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -456,7 +456,7 @@ def test_the_linear_experiments_run(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rolora.theory_sweeps.VALUES", {"noise": (0.0,)})
+    monkeypatch.setattr("rolora.theory.sweeps.VALUES", {"noise": (0.0,)})
     code, out, _ = rolora_theory(monkeypatch, capsys, path, "--rounds", 2)
     assert code == 0
     assert out.startswith("round")

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from rolora.budget import Length, Tally, core_seconds
+from rolora.comparison.budget import Length, Tally, core_seconds
+from rolora.comparison.tuning import Tuning, choose, grids, settings
+from rolora.comparison.variants import addressed, listed, variant_overrides
 from rolora.errors import ConfigError, RoloraError
-from rolora.tuning import Tuning, choose, grids, settings
-from rolora.variants import addressed, listed, variant_overrides
 
 RATES = {"train.lr": ("1e-3", "3e-3", "1e-2")}
 

@@ -14,10 +14,10 @@ from states import random_state, start_of
 from tiny import SENTENCES
 
 from rolora.adapter import AdapterState, Roles
-from rolora.base import Base, load_base
 from rolora.local import LocalSettings, Trained, Work, train_group
-from rolora.lora import LoraSettings
 from rolora.method import Method
+from rolora.model.base import Base, load_base
+from rolora.model.lora import LoraSettings
 from rolora.tasks import Examples, Task
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification

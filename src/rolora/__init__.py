@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rolora.adapter import AdapterState as AdapterState
     from rolora.adapter import ClientInfo as ClientInfo
     from rolora.adapter import Update as Update
+    from rolora.comparison.queue import compare as compare
     from rolora.config import load_config as load_config
     from rolora.config import make_config as make_config
     from rolora.errors import RoloraError as RoloraError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from rolora.method import ServerState as ServerState
     from rolora.method import get_method as get_method
     from rolora.method import method_names as method_names
-    from rolora.queue import compare as compare
     from rolora.reduce import Reducer as Reducer
     from rolora.report import write_report as write_report
     from rolora.rounds import RoundResult as RoundResult
@@ -45,7 +45,7 @@ _HOMES = {
     "RunConfig": "config",
     "ServerState": "method",
     "Update": "adapter",
-    "compare": "queue",
+    "compare": "comparison.queue",
     "evaluate_adapter": "evaluation",
     "federate": "rounds",
     "get_method": "method",

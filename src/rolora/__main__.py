@@ -1,5 +1,5 @@
 """``python -m rolora`` is the ``rolora`` command."""
 
-from rolora.cli import main
+from rolora.cli.main import main
 
 main()

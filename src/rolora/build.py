@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rolora import data
 from rolora.adapter import AdapterState
-from rolora.base import Base
 from rolora.configured import (
     first_adapter,
     load_base_for,
@@ -22,6 +20,8 @@ from rolora.configured import (
     make_task,
     revisits,
 )
+from rolora.data import tables
+from rolora.data.shards import Rows, load_rows
 from rolora.draws import generator
 from rolora.engine import Debug, InProcess
 from rolora.errors import ConfigError
@@ -29,10 +29,10 @@ from rolora.federation import federation_of, score
 from rolora.gradient import first_gradient
 from rolora.memory import BankPlan, phases, plan_bank
 from rolora.method import Method, ServerState, lora_init
+from rolora.model.base import Base
+from rolora.model.prefix import kept_below
 from rolora.precision import is_wide, lowered
-from rolora.prefix import kept_below
 from rolora.rounds import Federation, RunState, cohort_size
-from rolora.rows import Rows, load_rows
 from rolora.schema import RunConfig
 from rolora.store import ClientStore
 from rolora.tasks import Examples, Task
@@ -155,7 +155,7 @@ def _labels(config: RunConfig, rows: Rows) -> list[Label]:
     """The classes; none for a task without."""
     if config.model.task != "classification":
         return []
-    found = data.labels(rows.train, config.data.label, config.data.train)
+    found = tables.labels(rows.train, config.data.label, config.data.train)
     return class_labels(found, config.data.train)
 
 
@@ -259,6 +259,8 @@ def _notes(config: RunConfig, rows: Rows, examples: Examples, test: Examples) ->
     notes = [rows.split.note] if rows.split.note else []
     if rows.split.dropped:
         notes.append(f"{rows.split.dropped} training rows belong to no client and are left out")
+    if config.model.task == "classification" and (empty := _without_text(config, rows)):
+        notes.append(f"{empty} of {rows.train.num_rows} training rows have no text")
     for what, encoded in (("training", examples), (config.eval.rows, test)):
         if encoded.truncated:
             notes.append(
@@ -266,3 +268,11 @@ def _notes(config: RunConfig, rows: Rows, examples: Examples, test: Examples) ->
                 f"{config.data.max_length} tokens (data.max_length) and were truncated"
             )
     return tuple(notes)
+
+
+def _without_text(config: RunConfig, rows: Rows) -> int:
+    """How many training rows are blank in every column of text."""
+    columns = [
+        tables.texts(rows.train, name, config.data.train) for name in config.data.text_columns
+    ]
+    return sum(not "".join(row).strip() for row in zip(*columns, strict=True))

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rolora.adapter import AdapterState
-from rolora.base import Base, load_base
 from rolora.draws import generator
 from rolora.errors import ConfigError
 from rolora.local import LocalSettings
-from rolora.lora import LoraSettings, read_adapter
 from rolora.method import Method, freeze_head, get_method, method_names
+from rolora.model.base import Base, load_base
+from rolora.model.lora import LoraSettings, read_adapter
 from rolora.reduce import Reducer, clip, fedadam, fedavgm, mean, median, trimmed_mean
 from rolora.schema import RunConfig
 from rolora.tasks import Task
@@ -64,8 +64,7 @@ def make_task(config: RunConfig, base: Base, labels: Sequence[Label]) -> Task:
     """The configured task, with the columns it reads."""
     columns, limit = config.data, config.data.max_length
     if config.model.task == "classification":
-        text = [columns.text] if isinstance(columns.text, str) else columns.text
-        return classification(base, labels, text, columns.label, limit)
+        return classification(base, labels, columns.text_columns, columns.label, limit)
     if config.model.task == "choice":
         return choice(
             base,

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rolora.base import Base
+from rolora.comparison.queue import compare
 from rolora.config import load_config
 from rolora.durable import write_file
-from rolora.fetch import fetch
-from rolora.lora import read_adapter
-from rolora.queue import compare
+from rolora.fetch.folders import fetch
+from rolora.model.base import Base
+from rolora.model.lora import read_adapter
 from rolora.runs import Run
 from rolora.schema import RunConfig
 from rolora.tasks.generation import generate

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update, role_of
-from rolora.base import Base
 from rolora.errors import RoloraError
 from rolora.local import LocalSettings, Trained, Work, evaluate, train_group
 from rolora.method import Method, ServerState
+from rolora.model.base import Base
 from rolora.store import ClientStore
 from rolora.tasks import Examples, Task
 from rolora.traffic import Ledger

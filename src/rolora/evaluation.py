@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rolora import data
 from rolora.adapter import AdapterState
-from rolora.base import Base
 from rolora.config import make_config
 from rolora.configured import load_base_for, make_method, make_task
+from rolora.data import tables
 from rolora.errors import ConfigError
 from rolora.federation import score
-from rolora.lora import read_adapter
+from rolora.model.base import Base
+from rolora.model.lora import read_adapter
 from rolora.schema import RunConfig
 from rolora.tasks.classification import Label
 
@@ -98,7 +98,7 @@ def evaluate_each(
     config = trained.config
     split = config.data.test_split
     tables = {
-        name: data.read_table(source, root=Path(), split=split, offline=config.offline)
+        name: tables.read_table(source, root=Path(), split=split, offline=config.offline)
         for name, source in sources.items()
     }
     base, adapter = trained.load()

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 
 from rolora.adapter import AdapterState
-from rolora.base import Base
 from rolora.configured import make_reducer
 from rolora.engine import Engine
 from rolora.errors import ConfigError
 from rolora.local import evaluate
 from rolora.method import Method
+from rolora.model.base import Base
 from rolora.rounds import Federation, Metrics
 from rolora.schedule import learning_rate
 from rolora.schema import EvalConfig, RunConfig

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from rolora.adapter import layer_of
-from rolora.base import Base
 from rolora.draws import generator
 from rolora.factoring import zero_deltas
 from rolora.method import lora_init
+from rolora.model.base import Base
 from rolora.tasks import Examples, Task, collate
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from rolora.data.hub import hub_alone, told_offline
 from rolora.errors import ConfigError, DataError, NotHere, RoloraError, nearest, one_line
 from rolora.evaluation import Trained
-from rolora.hub import hub_alone, told_offline
 from rolora.tasks.examples import tokenizer_limit
 
 BATCH = 8  # rows; a base of 7 billion weights takes so many of 2,048 tokens on one large GPU

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rolora.adapter import AdapterState, Roles, role_of
-from rolora.bank import Bank, row_keys
-from rolora.base import Base
 from rolora.draws import derived_seed, generator
 from rolora.errors import RoloraError
+from rolora.model.bank import Bank, row_keys
+from rolora.model.base import Base
 from rolora.tasks import Batch, Examples, Task, collate
 
 

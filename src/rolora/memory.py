@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rolora.adapter import AdapterState, Roles, role_of
-from rolora.base import Base
 from rolora.method import Method
+from rolora.model.base import Base
 from rolora.tasks import Examples, Task, collate
 
 # Beyond this a pass gets hardly faster per token: benchmarks/benches/client_step.py

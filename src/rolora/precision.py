@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from rolora.adapter import AdapterState
-from rolora.base import Base
 from rolora.local import evaluate
+from rolora.model.base import Base
 from rolora.tasks import Examples, Task
 
 WORTH = 1.2  # times as fast, at least, for bfloat16 to be taken

@@ -21,14 +21,14 @@ import torch
 from rolora.build import Setup, prepare
 from rolora.config import config_hash, dump_config, load_config, read_toml
 from rolora.configured import load_base_for, make_task
+from rolora.data.shards import load_rows
 from rolora.engine import Engine
 from rolora.errors import ConfigError
 from rolora.local import NonFiniteLoss
-from rolora.lora import save_adapter
+from rolora.model.lora import save_adapter
 from rolora.record import RunFolder
 from rolora.report import write_report
 from rolora.rounds import RoundResult, RunState, federate
-from rolora.rows import load_rows
 from rolora.schema import RunConfig
 from rolora.tasks.spans import masks
 

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from rolora import data
-from rolora.columns import Column, Guess, describe, guess_columns
+from rolora.data import tables
+from rolora.data.columns import Column, Guess, describe, guess_columns
 from rolora.durable import write_file
 from rolora.errors import ConfigError
 
@@ -28,12 +28,12 @@ def write_starter(source: str, out: Path, model: str = "") -> None:
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
     here = Path()
-    pattern = data.is_glob(source, root=here)
+    pattern = tables.is_glob(source, root=here)
     if pattern:
-        tables = data.read_clients(source, root=here)
-        table, clients = next(iter(tables.values())), len(tables)
+        each = tables.read_clients(source, root=here)
+        table, clients = next(iter(each.values())), len(each)
     else:
-        table, clients = data.read_table(source, root=here), 0
+        table, clients = tables.read_table(source, root=here), 0
     local = pattern or Path(source).exists()
     place = os.path.relpath(source, out.parent) if local else source
     write_file(out, starter(place, guess_columns(table), describe(table), clients, model, out))

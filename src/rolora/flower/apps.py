@@ -12,8 +12,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from rolora import runs
+from rolora.cli.display import follow
 from rolora.config import load_config
-from rolora.display import follow
 from rolora.flower.carrier import GridCarrier, packed, unpacked
 from rolora.flower.coordinator import prepare_remote
 from rolora.flower.site import Site

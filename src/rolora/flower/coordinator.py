@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rolora import data
 from rolora.build import Setup, data_hash, load_in_dtype
 from rolora.configured import first_adapter, make_method, make_task
+from rolora.data import tables
 from rolora.errors import ConfigError
 from rolora.federation import federation_of, score
 from rolora.flower.engine import Remote, run_id
@@ -34,7 +34,7 @@ def prepare_remote(
         config = config.model_copy(
             update={"model": config.model.model_copy(update={"dtype": dtype})}
         )
-    read = partial(data.read_table, root=config.root, offline=config.offline)
+    read = partial(tables.read_table, root=config.root, offline=config.offline)
     test_rows = read(test_source, split=config.data.test_split)
     roster = Roster(carrier, config, run_id(config, folder), tell)
     labels = roster.gather()

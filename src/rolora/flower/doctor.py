@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rolora import data
 from rolora.configured import first_adapter, make_method
+from rolora.data import tables
 from rolora.durable import is_locked
 from rolora.errors import ConfigError, RoloraError
 from rolora.flower import keys
@@ -53,7 +53,7 @@ def examine_site(site: SiteConfig, config: RunConfig | None) -> Iterator[Finding
         columns = ", ".join(table.column_names)
         yield Finding("rows", True, f"{table.num_rows:,} in {site.data}: {columns}")
         wanted = [*([site.text] if isinstance(site.text, str) else site.text or []), site.label]
-        data.require_columns(table, [name for name in wanted if name], site.data)
+        tables.require_columns(table, [name for name in wanted if name], site.data)
     except RoloraError as error:
         yield Finding("rows", False, str(error))
         return

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from rolora.adapter import AdapterState, ClientInfo, Failure, Update
-from rolora.base import Base
 from rolora.config import config_hash
 from rolora.engine import ClientMetrics, Job
 from rolora.errors import NoQuorum
 from rolora.flower.parcel import Parcel, ParcelError, digest, named
 from rolora.flower.roster import Lost, Member, Roster, checked
 from rolora.method import Method, ServerState
+from rolora.model.base import Base
 from rolora.rounds import cohort_size
 from rolora.schema import RunConfig
 from rolora.traffic import lacking

@@ -8,13 +8,13 @@ from pathlib import Path
 import tomli_w
 import torch
 
-from rolora import data
 from rolora.config import load_config
+from rolora.data import tables
+from rolora.data.shards import load_rows
 from rolora.demo import classification_demo
 from rolora.durable import write_file
 from rolora.flower.folder import FederationFolder
 from rolora.flower.keys import LOOPBACK
-from rolora.rows import load_rows
 
 
 def questions(folder: Path = Path("demo")) -> Path:
@@ -39,7 +39,7 @@ def rehearse(path: Path, file: str, overrides: Sequence[str], sites: int, port: 
         site = folder.add_site(name)
         held = rows.held_out.get(name, torch.empty(0, dtype=torch.int64))
         chosen = torch.cat([shard, held]).sort().values
-        data.write_table(rows.train.take(chosen.tolist()), site / f"{name}.parquet")
+        tables.write_table(rows.train.take(chosen.tolist()), site / f"{name}.parquet")
         mine = {
             "name": name,
             "data": f"{name}.parquet",
@@ -51,12 +51,12 @@ def rehearse(path: Path, file: str, overrides: Sequence[str], sites: int, port: 
             "state": "state",
         }
         write_file(site / "site.toml", tomli_w.dumps(mine))
-    data.write_table(rows.test, folder.path / "test.parquet")
+    tables.write_table(rows.test, folder.path / "test.parquet")
     values = config.model_dump(mode="json", exclude_none=True)
     values["model"]["path"] = str(model) if model.exists() else config.model.path
     values["data"] |= {"train": "sites/*/*.parquet", "test": "test.parquet"}
     if rows.validation is not None:
-        data.write_table(rows.validation, folder.path / "validation.parquet")
+        tables.write_table(rows.validation, folder.path / "validation.parquet")
         values["data"]["validation"] = "validation.parquet"
     values["partition"] = {"scheme": "files"}
     values["federation"]["sites"] = len(rows.shards)

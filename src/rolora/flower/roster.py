@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from rolora.base import Base
 from rolora.errors import ConfigError, NoQuorum
 from rolora.flower.parcel import PROTOCOL, Parcel, ParcelError
 from rolora.flower.site_config import NAME
 from rolora.flower.site_run import layout, tokenizer_digest
+from rolora.model.base import Base
 from rolora.schema import RunConfig
 from rolora.tasks.classification import class_labels
 

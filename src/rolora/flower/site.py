@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora import data
 from rolora.adapter import AdapterState, ClientInfo, Failure
+from rolora.data import tables
 from rolora.durable import write_file
 from rolora.engine import Job, packed
 from rolora.errors import RoloraError
@@ -111,7 +111,7 @@ def _hello(site: Site, folder: Path, request: Parcel) -> Parcel:
     table = table_here(own)
     labels = []
     if config.model.task == "classification":
-        labels = in_order(data.labels(table, config.data.label, own.data))
+        labels = in_order(tables.labels(table, config.data.label, own.data))
     rows, _ = split_here(config, own, table.num_rows)
     return Parcel(
         {

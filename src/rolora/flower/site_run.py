@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora import data
 from rolora.adapter import AdapterState, ClientInfo
-from rolora.base import Base
 from rolora.config import make_config
 from rolora.configured import load_base_for, local_settings, make_method, make_task
+from rolora.data import tables
+from rolora.data.shards import hold_out
 from rolora.draws import generator
 from rolora.engine import InProcess
 from rolora.flower.parcel import ParcelError
 from rolora.flower.site_config import SiteConfig
 from rolora.method import Method, ServerState
-from rolora.prefix import kept_below
-from rolora.rows import hold_out
+from rolora.model.base import Base
+from rolora.model.prefix import kept_below
 from rolora.schema import RunConfig
 from rolora.store import ClientStore
 
@@ -112,10 +112,10 @@ def table_here(site: SiteConfig) -> Any:
 
     Raises DataError if the file, or one of these columns, is missing.
     """
-    table = data.read_table(site.data, root=site.root)
+    table = tables.read_table(site.data, root=site.root)
     if site.columns is None:
         return table
-    data.require_columns(table, site.columns, site.data)
+    tables.require_columns(table, site.columns, site.data)
     return table.select(site.columns)
 
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rolora.comparison.tuning import Tuning
 from rolora.report.paired import CONFIDENCE, Difference, differences
 from rolora.report.published import Published, beside
 from rolora.report.standing import Place, Standing, standings
 from rolora.report.summary import Run, by_method, primary_metric, sound, summarise
-from rolora.tuning import Tuning
 
 
 def outcome(

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import tomli_w
 
+from rolora.comparison.tuning import Tuning
 from rolora.durable import write_file
 from rolora.errors import ConfigError
 from rolora.report import figures, reading
@@ -25,7 +26,6 @@ from rolora.report.summary import (
     summarise,
 )
 from rolora.report.svg import inline_svg
-from rolora.tuning import Tuning
 
 
 def write_report(

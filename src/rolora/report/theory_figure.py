@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rolora.report.figures import GRID, INK, STYLE, SUPERSCRIPTS, look, save_picture
 from rolora.report.theory_text import ROUNDING
-from rolora.theory import Outcome
-from rolora.theory_sweeps import Spread, SweepRow
+from rolora.theory.curves import Outcome
+from rolora.theory.sweeps import Spread, SweepRow
 
 Sweeps = Mapping[str, Sequence[SweepRow]]
 

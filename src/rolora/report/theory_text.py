@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from rolora.theory import Outcome, Round
-from rolora.theory_sweeps import FOUND, SweepRow
+from rolora.theory.curves import Outcome, Round
+from rolora.theory.sweeps import FOUND, SweepRow
 
 GOAL = 1e-9  # sin θ
 ROUNDING = 1e-13  # a sine up to here is float64 arithmetic

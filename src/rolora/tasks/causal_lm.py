@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rolora import data
-from rolora.base import Base
+from rolora.data import tables
 from rolora.errors import ConfigError, DataError
+from rolora.model.base import Base
 from rolora.tasks import Batch, Examples, Task
 from rolora.tasks.examples import tokenizer_limit
 from rolora.tasks.spans import chats, encode_marked, joined, places, require_offsets
@@ -45,11 +45,11 @@ def causal_lm(
         if completion is None:
             rows = chats(base.tokenizer, table, str(messages), source)
         else:
-            ends = data.texts(table, completion, source)
+            ends = tables.texts(table, completion, source)
             for text, place in zip(ends, places(source), strict=False):
                 if not text.strip():
                     raise DataError(f"{place}: {completion!r} is empty: there is nothing to learn")
-            starts = data.texts(table, prompt, source) if prompt else [""] * len(ends)
+            starts = tables.texts(table, prompt, source) if prompt else [""] * len(ends)
             rows = [joined(*pair) for pair in zip(starts, ends, strict=True)]
         limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
         plain = completion is not None

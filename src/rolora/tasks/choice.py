@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora import data
-from rolora.base import Base
+from rolora.data import tables
 from rolora.errors import DataError
+from rolora.model.base import Base
 from rolora.tasks import Examples, Task
 from rolora.tasks.causal_lm import loss, outputs, require_plain_logits
 from rolora.tasks.causal_lm import score as score_completions
@@ -82,11 +82,11 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
 
 def questions(table: Any, prompt: str, choices: str, answer: str, source: str) -> list[Question]:
     """The table's rows as questions. Raises DataError naming the first row that is none."""
-    data.require_columns(table, [prompt, choices, answer], source)
+    tables.require_columns(table, [prompt, choices, answer], source)
     asked = zip(
-        data.texts(table, prompt, source),
+        tables.texts(table, prompt, source),
         table[choices].to_pylist(),
-        data.decoded(table[answer]).to_pylist(),
+        tables.decoded(table[answer]).to_pylist(),
         places(source),
         strict=False,
     )

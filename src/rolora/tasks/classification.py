@@ -11,9 +11,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 from torch.nn import functional
 
-from rolora import data
-from rolora.base import Base
+from rolora.data import tables
 from rolora.errors import DataError, nearest, one_line
+from rolora.model.base import Base
 from rolora.tasks import Batch, Examples, Task
 from rolora.tasks.examples import flatten, offsets_of, tokenizer_limit
 
@@ -47,9 +47,9 @@ def classification(
     index = {value: position for position, value in enumerate(labels)}
 
     def encode(table: Any, source: str) -> Examples:
-        data.require_columns(table, [*text, label], source)
+        tables.require_columns(table, [*text, label], source)
         targets = []
-        for row, value in enumerate(data.labels(table, label, source), start=1):
+        for row, value in enumerate(tables.labels(table, label, source), start=1):
             if value not in index:
                 known = nearest(str(value), map(str, labels))
                 raise DataError(
@@ -57,7 +57,7 @@ def classification(
                     f"{known}"
                 )
             targets.append(index[value])
-        columns = [data.texts(table, column, source) for column in text]
+        columns = [tables.texts(table, column, source) for column in text]
         limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
         return tokenised(base.tokenizer, columns, torch.tensor(targets), limit, source)
 

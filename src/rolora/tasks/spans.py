@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rolora import data
+from rolora.data import tables
 from rolora.errors import ConfigError, DataError
 from rolora.tasks.examples import Examples, flatten, offsets_of
 
@@ -40,7 +40,7 @@ def chats(tokenizer: Any, table: Any, column: str, source: str) -> list[Marked]:
     your turn" and the turn's end, end mark included. Raises DataError naming the first row that is
     no such chat, or whose earlier turns the template writes differently once later ones follow.
     """
-    data.require_columns(table, [column], source)
+    tables.require_columns(table, [column], source)
     return [
         _chat(tokenizer, _turns(value, place), place)
         for value, place in zip(table[column].to_pylist(), places(source), strict=False)

@@ -1,0 +1,74 @@
+"""Commands that need no rows of one's own: the demonstration, and real models and rows to fetch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rolora.cli.printing import out_console, print_json, print_sources
+
+
+def demo(
+    llm: Annotated[bool, typer.Option("--llm", help="a small chat model instead")] = False,
+    folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
+) -> None:
+    """Fetch a real model and texts, run three methods on a few seeds, and say what came out."""
+    from rolora import demo as demonstration
+    from rolora.cli.display import follow, results_table, working
+    from rolora.report import load_run, summarise, verdicts
+
+    with working("fetching the model and the data, once"):
+        fetch = demonstration.language_demo if llm else demonstration.classification_demo
+        ready = fetch(folder)
+    runs = []
+    for one in ready.runs():
+        follow(one, one.folder.path.name)
+        runs.append(one)
+    found = [load_run(one.folder.path) for one in runs]
+    if llm:
+        for prompt, plain, tuned in demonstration.before_and_after(runs[0]):
+            for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
+                out_console.print(f"{what:8}{' '.join(text.split())}", markup=False)
+            out_console.print()
+    out_console.print(results_table(summarise(found)))
+    for verdict in verdicts(found):
+        out_console.print(f"\n{verdict.budget}: {verdict.headline}. {verdict.text}", markup=False)
+    out_console.print(f"\n{demonstration.MEANING}", markup=False)
+    for what, path in (
+        ("report", ready.out / "report.html"),
+        ("adapter", runs[0].folder.adapter),
+        ("config", ready.file),
+    ):
+        out_console.print(f"{what:9}{path}", markup=False)
+
+
+def fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="left out: list what there is")
+    ] = None,
+    to: Annotated[Path, typer.Option(help="each name becomes a folder in it")] = Path("data"),
+    given: Annotated[
+        Path | None,
+        typer.Option("--from", help="a folder that has the files already: use no network"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+) -> None:
+    """Fetch real models and rows for the demonstrations and experiments."""
+    from rolora.cli.display import working
+    from rolora.fetch import folders as fetching
+    from rolora.fetch.sources import SOURCES
+
+    if not names:
+        print_sources(SOURCES, json)
+        return
+    made = {}
+    for name in names:
+        with working(fetching.doing(name, to)):
+            made[name] = str(fetching.fetch(name, to, given))
+    if json:
+        print_json(made)
+    else:
+        for name, path in made.items():
+            out_console.print(f"{name:14}{path}", markup=False)

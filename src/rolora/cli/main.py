@@ -1,0 +1,230 @@
+"""The command line. Every command calls one library function and prints what it returns.
+
+Results go to standard output, progress to standard error. Exit codes are in ``rolora.errors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rolora.cli.compare import compare
+from rolora.cli.demo import demo, fetch
+from rolora.cli.evaluate import evaluate
+from rolora.cli.plan import plan
+from rolora.cli.printing import out_console, print_json, print_methods, print_results, print_runs
+from rolora.cli.sites import across_sites, doctor, federation, site
+from rolora.cli.theory import theory
+from rolora.errors import EXIT_CODES, RoloraError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Federated LoRA fine-tuning with exact averages.",
+    epilog="Exit codes: " + " · ".join(f"{code} {what}" for code, what in EXIT_CODES.items()),
+)
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="the run's TOML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.lr=1e-3")
+]
+Out = Annotated[Path | None, typer.Option(help="the new folder; default: runs/NAME")]
+Json = Annotated[bool, typer.Option("--json", help="print what a program would read")]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Out = None,
+    on: Annotated[
+        str | None, typer.Option(help="run it across the sites of this federation folder")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune: train, checkpoint every round, write the adapter and the report."""
+    from rolora import runs
+    from rolora.cli.display import working
+    from rolora.config import load_config
+
+    settings = load_config(config, [*(overrides or []), *_where(on)])
+    if settings.federation.on:
+        across_sites(settings, runs.new_path(settings, out), json)
+        return
+    with working("loading the model and the data"):
+        started = runs.start(settings, out)
+    _follow(started, json)
+
+
+@app.command()
+def resume(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    rounds: Annotated[int | None, typer.Option(help="train until this many rounds")] = None,
+    json: Json = False,
+) -> None:
+    """Go on with a run from its last checkpoint, as if it had never stopped."""
+    from rolora import runs
+    from rolora.cli.display import working
+    from rolora.config import load_config
+    from rolora.record import RunFolder
+
+    folder = RunFolder.open(path)
+    settings = load_config(folder.config)
+    if settings.federation.on and rounds is None and folder.report.is_file():
+        _nothing_left(json)
+        print_results(path, json)
+        return
+    if settings.federation.on:
+        across_sites(settings, path, json, rounds)
+        return
+    with working("loading the model and the data"):
+        resumed = runs.resume(path, rounds)
+    _follow(resumed, json)
+
+
+app.command()(compare)
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    json: Json = False,
+) -> None:
+    """Write one page about one or more runs: curves, tables, the split, the configuration."""
+    from rolora.report import write_report
+
+    write_report(paths, out)
+    print_runs(paths, json)
+    if not json:
+        out_console.print(f"\nreport   {out}", markup=False)
+
+
+app.command("eval")(evaluate)
+
+
+@app.command()
+def partition(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option(help="png or svg")] = Path("partition.png"),
+    show_masks: Annotated[
+        bool, typer.Option("--show-masks", help="show which tokens of some rows are trained on")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show who holds which rows, and save a picture of it. Trains nothing."""
+    from rolora.cli.display import masked_text, split_table, working
+    from rolora.config import load_config
+    from rolora.data.shards import load_rows
+    from rolora.report import save_split_picture
+    from rolora.runs import training_masks
+
+    settings = load_config(config, overrides or [])
+    rows = load_rows(settings)
+    table = rows.table()
+    save_split_picture(table, picture)
+    if json:
+        print_json(table)
+    else:
+        out_console.print(split_table(table, rows.test.num_rows))
+        out_console.print(f"\npicture   {picture}", markup=False)
+    if show_masks:
+        with working("loading the tokenizer"):
+            masked = training_masks(settings, 3)
+        out_console.print(masked_text(masked))
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the methods: what each trains, sends, and where it comes from."""
+    from rolora.catalogue import describe_methods
+
+    rows = describe_methods()
+    if json:
+        print_json([dataclasses.asdict(row) for row in rows])
+        return
+    print_methods(rows)
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
+    out: Annotated[Path, typer.Option(help="the config to write")] = Path("rolora.toml"),
+    model: Annotated[str, typer.Option(help="a folder, hub name or .gguf file")] = "",
+) -> None:
+    """Look at the columns of your file and write a commented config for it."""
+    from rolora.starter import write_starter
+
+    write_starter(data, out, model)
+    out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
+
+
+app.command()(theory)
+app.command()(plan)
+app.command()(demo)
+app.command()(fetch)
+app.command()(site)
+app.add_typer(federation, name="federation")
+app.command()(doctor)
+
+
+def _where(on: str | None) -> list[str]:
+    """The override that ``--on`` stands for; a folder is named from here, not from the config."""
+    if on is None:
+        return []
+    return [f"federation.on={Path(on).resolve() if Path(on).is_dir() else on}"]
+
+
+def _nothing_left(as_json: bool) -> None:
+    if not as_json:
+        out_console.print("nothing was left to do", markup=False)
+
+
+def _follow(started: Any, as_json: bool) -> None:
+    from rolora.cli.display import follow
+
+    last = follow(started, started.setup.config.name)
+    if last is None:
+        _nothing_left(as_json)
+    print_results(started.folder.path, as_json)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or a request to end. No library mistakes it for an error of its own."""
+
+
+def main() -> None:
+    """The ``rolora`` command: one line and a documented exit code for whatever goes wrong."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        app()
+    except RoloraError as error:
+        _leave(str(error), error.exit_code)
+    except Interrupted:
+        again = sys.argv[1:2] in (["compare"], ["site"], ["federation"])
+        how = "the same command" if again else "rolora resume RUN"
+        _leave(f"interrupted; finished rounds are saved, go on with: {how}", 130)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        hint = "; free some, then: rolora resume RUN" if error.errno == errno.ENOSPC else ""
+        _leave(f"{os.strerror(error.errno) if error.errno else error}{where}{hint}", 1)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted
+
+
+def _leave(message: str, code: int) -> None:
+    one_line = " ".join(message.split())
+    print(f"rolora: {one_line}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,146 @@
+"""The command for the paper's linear model: a table, what it says, a picture, sweeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json as format_json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rolora.cli.printing import out_console, print_cells, print_json, tracked
+from rolora.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from rolora.report.theory_text import Verdict
+    from rolora.theory.curves import Outcome
+    from rolora.theory.sweeps import SweepRow
+
+MARKS = {True: "holds   ", False: "fails   ", None: "note    "}
+
+
+def _from_file(context: typer.Context, file: str | None) -> str | None:
+    """Make what the file says the defaults of all options."""
+    from rolora.config import read_toml
+
+    if file is not None:
+        values = read_toml(file, "experiments/linear has some")
+        known = {param.name for param in context.command.params}
+        known -= {"config", "out", "json"}
+        if unknown := sorted(values.keys() - known):
+            hint = nearest(unknown[0], [name for name in known if name])
+            raise ConfigError(f"{file}: unknown key {unknown[0]!r}: {hint}")
+        context.default_map = {**(context.default_map or {}), **values}
+    return file
+
+
+def theory(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG.toml]",
+            help="a file with values for these options; those given here win",
+            is_eager=True,
+            callback=_from_file,
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="clients, dimension, samples, noise, heterogeneity or all")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="the picture (.png or .svg), or a folder for it and the numbers")
+    ] = Path("theory.png"),
+    dimension: Annotated[int, typer.Option(help="length of a, which is A of LoRA")] = 50,
+    samples: Annotated[int, typer.Option(help="rows of each client")] = 200,
+    clients: Annotated[int, typer.Option(help="that hold rows of their own")] = 5,
+    width: Annotated[int, typer.Option(help="length of b, which is B of LoRA")] = 50,
+    eta: Annotated[float, typer.Option(help="step of a")] = 0.25,
+    delta0: Annotated[float, typer.Option(help="sine of the angle of a to a* at first")] = 0.9,
+    rounds: Annotated[int, typer.Option(help="iterations of the paper: b, then a")] = 60,
+    b_norm: Annotated[float, typer.Option(help="norm of every b_i*")] = 1.0,
+    noise: Annotated[float, typer.Option(help="sd of what is added to each element of Y")] = 0.0,
+    heterogeneity: Annotated[
+        float, typer.Option(help="sine of the angle of each client's b_i* to b*, below 1")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="of every draw")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+) -> None:
+    """Run the paper's linear model: RoLoRA's angle and its bound, FFA-LoRA's floor, FedAvg."""
+    from rolora.durable import write_file
+    from rolora.report.theory_figure import save_theory_picture
+    from rolora.report.theory_text import theory_verdicts
+    from rolora.theory.curves import simulate
+    from rolora.theory.linear_model import Setting, draw_problem
+    from rolora.theory.sweeps import VALUES, measure, plan_sweep
+
+    given = locals()
+    setting = Setting(**{field.name: given[field.name] for field in dataclasses.fields(Setting)})
+    picture, numbers = _places(out)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    chosen = list(VALUES) if sweep == "all" else [sweep] if sweep else []
+    plans = {name: plan_sweep(setting, name) for name in chosen}
+    outcome = simulate(draw_problem(setting), functools.partial(tracked, what=f"{rounds} rounds"))
+    sweeps = {
+        name: [measure(name, settings) for settings in tracked(plan, f"sweep over {name}")]
+        for name, plan in plans.items()
+    }
+    verdicts = theory_verdicts(outcome)
+    save_theory_picture(outcome, sweeps, picture)
+    found = _for_programs(outcome, verdicts, sweeps)
+    if numbers:
+        write_file(numbers, format_json.dumps(found, indent=2))
+    if json:
+        print_json(found)
+    else:
+        _print(outcome, verdicts, sweeps, {"picture": picture, "numbers": numbers})
+
+
+def _print(
+    outcome: Outcome,
+    verdicts: Sequence[Verdict],
+    sweeps: Mapping[str, Sequence[SweepRow]],
+    written: Mapping[str, Path | None],
+) -> None:
+    from rolora.report.theory_text import round_cells, sweep_cells
+
+    print_cells(round_cells(outcome))
+    for verdict in verdicts:
+        out_console.print(f"\n{MARKS[verdict.holds]}{verdict.text}", markup=False)
+    for name, rows in sweeps.items():
+        out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds", markup=False)
+        print_cells(sweep_cells(name, rows))
+    out_console.print()
+    for what, place in written.items():
+        if place is not None:
+            out_console.print(f"{what}   {place}", markup=False)
+
+
+def _places(out: Path) -> tuple[Path, Path | None]:
+    """The picture's file, and the numbers' if ``out`` is a folder (it has no suffix, or is one)."""
+    if not out.suffix or out.is_dir():
+        return out / "theory.png", out / "theory.json"
+    if out.suffix.lower() not in (".png", ".svg"):
+        raise ConfigError(f"--out {out}: a picture ending in .png or .svg, or a folder")
+    return out, None
+
+
+def _for_programs(
+    outcome: Outcome, verdicts: Sequence[Verdict], sweeps: Mapping[str, Sequence[SweepRow]]
+) -> dict[str, Any]:
+    """Settings, an object a round, what was to be expected, and the sweeps if there are any."""
+    found: dict[str, Any] = {
+        "settings": dataclasses.asdict(outcome.setting),
+        "rounds": [dataclasses.asdict(one) for one in outcome.rounds],
+        "bound_factor": outcome.factor,
+        "expected": dataclasses.asdict(outcome.expected),
+        "fedit": {"sin": outcome.fedit_sin, "aggregation_error": outcome.fedit_error},
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
+    }
+    if sweeps:
+        found["sweeps"] = {
+            name: [dataclasses.asdict(row) for row in rows] for name, rows in sweeps.items()
+        }
+    return found

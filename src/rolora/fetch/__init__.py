@@ -1,0 +1,1 @@
+"""Real models and rows out of the packages of registries."""

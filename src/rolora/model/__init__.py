@@ -1,0 +1,1 @@
+"""The frozen base model and the client bank on it."""

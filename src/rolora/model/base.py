@@ -1,0 +1,214 @@
+"""The base model: load it, freeze it, and put a client bank under its target modules."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rolora.adapter import AdapterState, Specs, tensor_hash
+from rolora.errors import ConfigError
+from rolora.model.bank import Bank, LoraLinear, Noise, attach
+from rolora.model.checkpoint import Quantised, read_checkpoint
+from rolora.model.lora import Kind, LoraSettings, above_encoder, peft_config, target_layers
+from rolora.model.stack import Stack, take_over
+from rolora.tasks.examples import Batch
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration.
+
+    ``outline`` says that it has shapes only (``rolora.plan.outline``): no value can be asked for.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    bank: Bank
+    peft_config: Any
+    head_layers: tuple[str, ...]
+    stack: Stack | None
+    outline: bool = False
+
+    @property
+    def specs(self) -> Specs:
+        """What an adapter of this model looks like."""
+        return self.bank.specs
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of every weight that stays as the checkpoint has it."""
+        weights = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith(tuple(f"{layer}." for layer in self.head_layers))
+        }
+        digest = hashlib.sha256()
+        for name, tensor in sorted({**weights, **self.specs.head}.items()):
+            digest.update(f"{name} {tensor_hash(tensor.cpu())}".encode())
+        return digest.hexdigest()[:32]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen weights are in."""
+        return next(self.model.parameters()).dtype
+
+    @contextlib.contextmanager
+    def running(
+        self, batch: Batch, sizes: Sequence[int] = (), keys: Tensor | None = None
+    ) -> Iterator[Batch]:
+        """The batch as the model takes it while this lasts: packed where the model can be.
+
+        ``sizes``: rows of each client in the bank (empty for one client); ``keys`` int64 (rows,)
+        seed LoRA's dropout, which is off without them.
+        """
+        bank, lengths = self.bank, batch.lengths
+        bank.rows, bank.tokens = tuple(sizes), ()
+        bank.noise = None if keys is None else Noise(keys.to(self.device))
+        if self.stack is None:
+            yield batch
+            return
+        with self.stack.packed(lengths, batch.prefix) as packing:
+            if packing is None:
+                yield batch
+                return
+            if sizes:
+                bank.tokens = tuple(int(part.sum()) for part in torch.split(lengths, list(sizes)))
+            if bank.noise is not None:
+                bank.noise = replace(bank.noise, row=packing.row, position=packing.position)
+            # right-padded rows need no mask where each attends to itself alone
+            inputs = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
+            yield replace(batch, inputs=inputs)
+
+    @contextlib.contextmanager
+    def holding(self, adapter: AdapterState) -> Iterator[None]:
+        """The model with this one adapter in its bank; the plain base again afterwards."""
+        self.bank.load([adapter], self.device)
+        try:
+            yield
+        finally:
+            self.bank.unload()
+
+
+def load_base(
+    source: str,
+    kind: Kind,
+    settings: LoraSettings,
+    *,
+    root: Path = Path(),
+    labels: Sequence[object] = (),
+    dtype: torch.dtype = torch.float32,
+    quantise: Quantised | None = None,
+    device: str = "cpu",
+    offline: bool = False,
+) -> Base:
+    """Load a model and tokenizer and put a bank under its target modules.
+
+    ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
+    safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
+    but the head's through bitsandbytes. Raises ConfigError, in one line, for anything unusable.
+    """
+    model, tokenizer, missing = read_checkpoint(
+        source, kind, root, labels, dtype, quantise, device, offline
+    )
+    if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    base = with_bank(model, tokenizer, kind, settings, source, missing)
+    if not quantise:
+        base.model.to(device)
+    return base
+
+
+def with_bank(
+    model: Any,
+    tokenizer: Any,
+    kind: Kind,
+    settings: LoraSettings,
+    source: str,
+    missing: Collection[str] = (),
+    outline: bool = False,
+) -> Base:
+    """The frozen base that ``model``, changed in place, becomes.
+
+    ``source`` names it; the weights named in ``missing`` are not from the checkpoint; of an
+    ``outline`` only shapes are checked. Raises ConfigError for a model that cannot carry
+    per-client adapters.
+    """
+    if model.config.is_encoder_decoder:
+        raise ConfigError(f"{source!r} is an encoder-decoder, which no task here can train")
+    head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
+    if kind == "causal_lm" and missing:
+        raise ConfigError(f"{source!r} lacks {min(missing)}: it is no causal language model")
+    config = peft_config(model, kind, settings, source, head_layers)
+    layers = target_layers(model, config, head_layers)
+    bank = attach(
+        model,
+        layers,
+        head_layers,
+        missing=missing,
+        head_std=float(getattr(model.config, "initializer_range", 0.02)),
+        b_std=float(getattr(model.config, "lora_b_std", 0.0)),
+        rank=settings.rank,
+        scaling=settings.scaling,
+        dropout=settings.dropout,
+    )
+    with torch.device(next(model.parameters()).device):  # where the probes make their rows
+        _refuse_unreachable_layers(model, bank)
+        stack = take_over(model, set(layers).__contains__, trusted=outline)
+    return Base(model, tokenizer, bank, config, tuple(head_layers), stack, outline)
+
+
+def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]:
+    """The linear layers above the pre-trained encoder, and those that the checkpoint lacks."""
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [p for p in linears if above_encoder(model, p) or f"{p}.weight" in missing]
+    covered = {f"{path}.{key}" for path in found for key in ("weight", "bias")}
+    if uncovered := set(missing) - covered:
+        raise ConfigError(
+            f"{source!r} lacks {min(uncovered)}, which is no part of a linear task head"
+        )
+    return found
+
+
+def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
+    """Run three one-row clients once and see that every adapted layer gets one row per example.
+
+    Relative-position embeddings (DeBERTa), token-flattening experts and layers read without being
+    called would silently train the wrong thing; they are refused by name.
+    """
+    rows, length = 3, 5
+    calls: dict[str, list[tuple[int, ...]]] = {}
+    adapted = {
+        path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)
+    }
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, path=path: calls.setdefault(path, []).append(tuple(inputs[0].shape))
+        )
+        for path, module in adapted.items()
+    ]
+    try:
+        with torch.no_grad():
+            ids = torch.ones(rows, length, dtype=torch.long)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path in adapted:
+        if [shape[:-1] for shape in calls.get(path, [])] not in ([(rows, length)], [(rows,)]):
+            raise ConfigError(
+                f"layer {path!r} is not called once with one row per example, so it cannot carry "
+                "per-client adapters: leave it out of lora.target_modules"
+            )

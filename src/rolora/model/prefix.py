@@ -1,0 +1,140 @@
+"""The layers below the adapters, computed once per token for a whole run and kept on disk.
+
+They are frozen and see no dropout, so what leaves them is the same in every round. It is kept in a
+memory-mapped safetensors file whose name is a hash of the base's weights, the layer and the rows'
+own tokens: other weights or other rows find another file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rolora.durable import TEMPORARY, sync
+from rolora.model.base import Base
+from rolora.tasks.examples import Examples, collate
+
+TOKENS_AT_ONCE = 4096
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Where the outputs of a base's frozen layers are for some rows, and how large they are."""
+
+    file: Path
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensor (tokens, hidden)."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def read(self) -> Tensor | None:
+        """The tensor, mapped from the file and not loaded; None if it is not there or damaged."""
+        try:
+            with safe_open(self.file, framework="pt") as stored:
+                hidden: Tensor = stored.get_tensor("hidden")
+        except (OSError, SafetensorError):
+            return None
+        fits = tuple(hidden.shape) == self.shape and hidden.dtype == self.dtype
+        return hidden if fits else None
+
+
+def below_adapters(base: Base, examples: Examples, folder: Path) -> Prefix | None:
+    """Where the prefix of these rows belongs; None where there is nothing to save.
+
+    That is so if the lowest layer carries an adapter, or the model cannot run packed.
+    """
+    stack = base.stack
+    if stack is None or stack.lowest == 0 or not stack.fits(examples.lengths):
+        return None
+    digest = hashlib.sha256(f"{base.digest} {stack.lowest}".encode())
+    for tensor in (examples.tokens, examples.offsets, examples.types):
+        digest.update(b"" if tensor is None else tensor.numpy().data)
+    width = int(base.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    shape = (examples.tokens.numel(), width)
+    return Prefix(folder / f"{digest.hexdigest()[:32]}.safetensors", shape, base.dtype)
+
+
+def kept_below(base: Base, examples: Examples, folder: Path) -> tuple[Examples, str]:
+    """The rows with their prefix, where there is one to keep; and one line on it for the user.
+
+    A folder that cannot be used is named there, and the rows come back without.
+    """
+    prefix = below_adapters(base, examples, folder)
+    if prefix is None or base.stack is None:
+        return examples, ""
+    try:
+        found = with_prefix(base, examples, prefix)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return examples, f"frozen layers run in every step: {folder} cannot be used ({reason})"
+    layers, size = base.stack.lowest, prefix.num_bytes / 1e6
+    return found, f"the {layers} layers below the adapters run once: {size:.1f} MB in {folder}"
+
+
+def with_prefix(base: Base, examples: Examples, prefix: Prefix) -> Examples:
+    """The rows with what enters the lowest adapted layer, read from disk or computed and kept.
+
+    Raises OSError where the folder cannot be written or is full; nothing is left behind then.
+    """
+    hidden = prefix.read()
+    if hidden is None:
+        _compute(base, examples, prefix)
+        hidden = prefix.read()
+    return replace(examples, prefix=hidden)
+
+
+def _compute(base: Base, examples: Examples, prefix: Prefix) -> None:
+    prefix.file.parent.mkdir(parents=True, exist_ok=True)
+    part = prefix.file.with_name(f"{TEMPORARY}{prefix.file.name}-{os.getpid()}")
+    entry = {"dtype": NAMES[prefix.dtype], "shape": prefix.shape}
+    header = json.dumps({"hidden": {**entry, "data_offsets": [0, prefix.num_bytes]}}).encode()
+    header += b" " * (-len(header) % 8)
+    begin = 8 + len(header)
+    try:
+        with part.open("w+b") as file:
+            # a full disk says so here, and not by a signal in the middle
+            os.posix_fallocate(file.fileno(), 0, begin + prefix.num_bytes)
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.flush()
+            with mmap.mmap(file.fileno(), 0) as memory:
+                into = torch.frombuffer(memory, dtype=prefix.dtype, offset=begin)
+                _fill(base, examples, into.view(prefix.shape))
+                del into
+                memory.flush()
+        sync(part)
+        part.replace(prefix.file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(prefix.file.parent)
+
+
+def _fill(base: Base, examples: Examples, into: Tensor) -> None:
+    """Run all rows, short ones first, some thousand tokens at a time."""
+    assert base.stack is not None
+    order = examples.lengths.argsort(stable=True)
+    turn = (examples.lengths[order].cumsum(0) - 1) // TOKENS_AT_ONCE
+    for rows in torch.split(order, torch.unique(turn, return_counts=True)[1].tolist()):
+        batch = collate(examples, rows, base.tokenizer.pad_token_id).to(base.device)
+        inputs = {name: x for name, x in batch.inputs.items() if name != "attention_mask"}
+        hidden = base.stack.below(base.model, inputs, batch.lengths).cpu()
+        parts = torch.split(hidden, batch.lengths.tolist())
+        for start, part in zip(examples.offsets[rows].tolist(), parts, strict=True):
+            into[start : start + len(part)] = part

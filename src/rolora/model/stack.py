@@ -1,0 +1,204 @@
+"""The model's layers on packed tokens: no work on padding, and none below the adapters.
+
+A batch enters the model as padded rows (rows, width) and leaves it so. Between its first and its
+last layer the real tokens lie end to end, (1, tokens, hidden), and only attention sees where rows
+begin and end. Layers under the lowest adapter are frozen, so their output per token can be computed
+once, kept, and put in at the layer where training starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+from rolora.model.packing import Packing, Place, pack, packed_attention
+
+ATTENTION = "rolora_packed"
+WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size")
+
+
+class _Reached(Exception):
+    """The layers below the adapters have run: the rest of the model is not wanted."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class Stack:
+    """A model's layers, taken over so that they can run on packed tokens.
+
+    ``lowest`` is the first layer with an adapter. ``checkpointing`` recomputes each layer in the
+    backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, layers: nn.ModuleList, lowest: int, window: int | None) -> None:
+        self.depth = len(layers)
+        self.lowest = lowest
+        self.window = window
+        self.checkpointing = False
+        self._packing: Packing | None = None
+        self._prefix: Tensor | None = None
+        self._first = 0
+        self._capture = False
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        for index, layer in enumerate(layers):
+            layer.forward = partial(self._layer, index, layer.forward)
+
+    def fits(self, lengths: Tensor) -> bool:
+        """Whether rows of these lengths lie within the model's attention window."""
+        return self.window is None or int(lengths.max()) <= self.window
+
+    @contextlib.contextmanager
+    def packed(self, lengths: Tensor, prefix: Tensor | None = None) -> Iterator[Packing | None]:
+        """Run what follows packed, for rows of these lengths; yields the packing.
+
+        None, and nothing changes, where a row is longer than the model's attention window.
+        ``prefix`` (tokens, hidden) replaces the layers below ``lowest``.
+        """
+        if not self.fits(lengths):
+            yield None
+            return
+        self._packing, self._prefix = pack(lengths), prefix
+        self._first = 0 if prefix is None else self.lowest
+        try:
+            yield self._packing
+        finally:
+            self._packing, self._prefix, self._first = None, None, 0
+            self._seen.clear()
+
+    def below(self, model: Any, inputs: Mapping[str, Tensor], lengths: Tensor) -> Tensor:
+        """What enters layer ``lowest`` for these rows: (tokens, hidden), packed."""
+        self._capture = True
+        try:
+            with torch.no_grad(), self.packed(lengths):
+                model.base_model(**inputs)
+        except _Reached as reached:
+            return reached.hidden.squeeze(0)
+        finally:
+            self._capture = False
+        raise RuntimeError("the model did not run its layers in order")
+
+    def _layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        packing = self._packing
+        if packing is None and not self.checkpointing:
+            return forward(*args, **kwargs)
+        hidden, *rest = args
+        if packing is not None:
+            if index < self._first:
+                return hidden
+            if index == self._first:
+                hidden = self._entering(hidden, packing)
+            if self._capture and index == self.lowest:
+                raise _Reached(hidden)
+            rest = [self._along(value, packing) for value in rest]
+            kwargs = {key: self._along(value, packing) for key, value in kwargs.items()}
+            kwargs["packing"] = packing
+        run = partial(forward, **kwargs)
+        if self.checkpointing and torch.is_grad_enabled():
+            out = checkpoint(run, hidden, *rest, use_reentrant=False)
+        else:
+            out = run(hidden, *rest)
+        if packing is not None and index == self.depth - 1:
+            return _unpacked(out.squeeze(0), packing)
+        return out
+
+    def _entering(self, hidden: Tensor, packing: Packing) -> Tensor:
+        if self._prefix is not None:
+            return self._prefix.unsqueeze(0)
+        return _packed(hidden, packing)
+
+    def _along(self, value: Any, packing: Packing) -> Any:
+        """A layer's other argument, packed where it has an entry per token; no mask is left."""
+        if isinstance(value, tuple):
+            return tuple(self._along(item, packing) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 4:
+            return None
+        rows = packing.rows
+        if value.dim() < 2 or value.shape[0] not in (1, rows) or value.shape[1] != packing.width:
+            return value
+        known = self._seen.get(id(value))
+        if known is None:
+            known = (value, _packed(value.expand(rows, *value.shape[1:]), packing))
+            self._seen[id(value)] = known
+        return known[1]
+
+
+def _packed(padded: Tensor, packing: Packing) -> Tensor:
+    """Padded rows (rows, width, ...) as tokens end to end (1, tokens, ...)."""
+    flat = padded.flatten(0, 1)
+    return (flat if packing.dense else flat.index_select(0, packing.places)).unsqueeze(0)
+
+
+def _unpacked(tokens: Tensor, packing: Packing) -> Tensor:
+    """Tokens end to end (tokens, ...) as padded rows (rows, width, ...), zero on padding."""
+    size = packing.rows * packing.width
+    if not packing.dense:
+        tokens = Place.apply(tokens, packing.places, size)  # type: ignore[no-untyped-call]
+    return tokens.view(packing.rows, packing.width, *tokens.shape[1:])
+
+
+def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = False) -> Stack | None:
+    """The model's layers as a :class:`Stack`, or None for a model that they do not suit.
+
+    ``adapted`` tells by its path whether a module carries an adapter. Three rows of unequal length
+    are run both ways: a model whose layers mix tokens other than by transformers' attention
+    interface gives other numbers when packed, and is left as it was. A ``trusted`` one is not run.
+    """
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+    ]
+    if len(found) != 1 or not getattr(model, "_supports_attention_backend", False):
+        return None
+    path, layers = found[0]
+    lowest = next(
+        i
+        for i, layer in enumerate([*layers, nn.Module()])
+        if i == len(layers)
+        or any(adapted(f"{path}.{i}.{name}") for name, _ in layer.named_modules())
+    )
+    windows = [size for name in WINDOWS if (size := getattr(model.config, name, None))]
+    originals = [layer.forward for layer in layers]
+    before = model.config._attn_implementation
+    transformers.AttentionInterface.register(ATTENTION, packed_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
+    stack = Stack(layers, min(lowest, len(layers) - 1), min(windows) // 2 if windows else None)
+    model.set_attn_implementation(ATTENTION)
+    if trusted or _agrees(model, stack):
+        return stack
+    model.set_attn_implementation(before)
+    for layer, forward in zip(layers, originals, strict=True):
+        layer.forward = forward
+    return None
+
+
+def _agrees(model: Any, stack: Stack) -> bool:
+    lengths = torch.tensor([7, 2, 4])
+    real = torch.arange(7) < lengths.unsqueeze(1)
+    ids = torch.arange(21).view(3, 7) % (model.config.vocab_size - 10)
+    ids = torch.where(real, ids + 10, model.config.pad_token_id or 0)
+    tolerance = 5e-2 if next(model.parameters()).dtype.itemsize < 4 else 1e-4
+    with torch.no_grad():
+        plain = model.base_model(input_ids=ids, attention_mask=real.long()).last_hidden_state[real]
+        try:
+            prefix = stack.below(model, {"input_ids": ids}, lengths)
+            for given in (None, prefix):
+                with stack.packed(lengths, given):
+                    packed = model.base_model(input_ids=ids).last_hidden_state[real]
+                if not (packed - plain).abs().max() <= tolerance * plain.abs().max():
+                    return False
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return False
+    return True
