@@ -22,6 +22,8 @@ from rolora.data.shards import load_rows
 from rolora.errors import ConfigError, NotHere
 from rolora.evaluation import evaluate_adapter, evaluate_each
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 PATTERN = "true|false|(solution|answer|ending|option)[1-5]"
 FORMATS = {
     "boolq": ["true", "false"],

@@ -21,6 +21,8 @@ from rolora.errors import ConfigError, RoloraError
 from rolora.local import LocalSettings, Trained, Work, train_group
 from rolora.memory import BankPlan, activation_bytes, plan_bank
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 PHASES: Mapping[str, Roles] = {"B": frozenset({"B"}), "A": frozenset({"A"})}
 
 

@@ -28,6 +28,8 @@ from rolora.model.pixel_network import PixelNetworkConfig, write_pixel_network
 from rolora.schema import RunConfig
 from rolora.tasks import Batch, collate
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 LABELS = (0, 1, 2, 3)
 PIXELS = 36
 LAYER = "base_model.model.hidden.linear"

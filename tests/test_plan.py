@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.needs import make_plan
 from rolora.plan.outline import outline
 from rolora.tasks import Batch, collate
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 A, B, BOTH = (frozenset(roles) for roles in ({"A", "head"}, {"B"}, {"A", "B"}))
 DEMO = Path(__file__).parent.parent / "demo"
@@ -255,6 +258,24 @@ def test_the_command_prints_the_same_numbers_for_people_and_for_programs(
     sends = next(row for row in text.splitlines() if row.startswith("one client sends"))
     assert sends.split("  ")[-1].strip() == f"{fedit['rounds'][0]['up'] / 1000:.3g} kB"
     assert f"{made['clients']} with 60 rows" in text
+
+
+def test_the_optimiser_s_state_stands_beside_a_step_from_the_second_step_on(
+    site: Path, tmp_path: Path
+) -> None:
+    planned, taken = [], []
+    for steps in (1, 2):
+        config = load_config(site, [f"train.local_steps={steps}", "lora.rank=32"])
+        plan, _ = make_plan(config).methods[0].rounds
+        setup = runs.start(config, tmp_path / str(steps)).setup
+        clients = islice(setup.federation.engine.clients(), 3)
+        cohort = tuple(ClientInfo(id, 9, 32, 1) for id in clients)
+        job = Job(setup.start.server, cohort, 0, 1e-2)
+        updates = setup.federation.engine.run(setup.federation.method, job)
+        planned.append(plan.peak or 0)
+        taken.append(allocated(partial(list, updates)))
+    assert planned[1] - planned[0] == plan.optimizer
+    assert taken[1] - taken[0] == pytest.approx(plan.optimizer, rel=0.25)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from rolora.local import LocalSettings
 from rolora.model.base import Base
 from rolora.precision import lowered
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:

@@ -20,6 +20,8 @@ from rolora.config import load_config
 from rolora.local import LocalSettings, evaluate
 from rolora.model.prefix import Prefix, below_adapters, with_prefix
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SETTINGS = LocalSettings(steps=None, epochs=2, batch_size=4)
 MAKERS = {"bert": classifier, "llama": language_model, "gpt2": language_model}
 

@@ -15,8 +15,11 @@ from rolora.adapter import AdapterState, Roles, role_of
 from rolora.config import load_config, make_config
 from rolora.draws import generator
 from rolora.errors import ConfigError
+from rolora.factoring import orthonormal
 from rolora.memory import phases
 from rolora.method import get_method
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 ROUNDS = 24
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}
@@ -63,6 +66,13 @@ def test_orthogonal_a_starts_from_orthonormal_rows_and_a_product_of_zero() -> No
             assert torch.allclose(gram, torch.eye(len(gram)), atol=1e-6)
         if role_of(name) == "B":
             assert not tensor.any()
+
+
+def test_more_orthonormal_rows_than_a_layer_is_wide_are_refused() -> None:
+    name = "base_model.model.q.lora_A.weight"
+    with pytest.raises(ConfigError, match="rank = 5 is more than the 4 orthonormal directions"):
+        orthonormal(name, 5, 4, generator(3, "init"))
+    assert orthonormal(name, 4, 4, generator(3, "init")).shape == (4, 4)
 
 
 def test_the_other_options_leave_the_start_as_it_is() -> None:

@@ -29,6 +29,8 @@ from rolora.rounds import Federation, RunState, federate
 from rolora.step import Aggregation, step
 from rolora.tasks import Task
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROOT = Path(__file__).parent.parent
 SPECS = make_specs()
 FEDIT = get_method("fedit")

@@ -26,6 +26,8 @@ from rolora.method import ServerState, get_method, method_names
 from rolora.reduce import Memory, Reducer, Value, clip, fedadam, fedavgm, mean, median
 from rolora.step import Aggregation, step
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SIZES = {"ann": 10, "bob": 7, "cy": 3}
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}
 AVERAGED = [

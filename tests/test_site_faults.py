@@ -19,6 +19,8 @@ from rolora.flower.parcel import Parcel, ParcelError, named, names_of
 from rolora.flower.roster import Lost
 from rolora.flower.site import Site
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

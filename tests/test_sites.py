@@ -17,6 +17,8 @@ from rolora.flower.parcel import Parcel
 from rolora.rounds import RoundResult
 from rolora.runs import Run
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FEW = "train.rounds=3"
 RANKS = 'lora.rank={"site-ann" = 2, "site-b*" = 1, "*" = 3}'
 

@@ -19,6 +19,7 @@ from rolora.configured import (
     make_method,
     make_task,
     revisits,
+    text_columns,
 )
 from rolora.data import tables
 from rolora.data.shards import Rows, load_rows
@@ -272,7 +273,5 @@ def _notes(config: RunConfig, rows: Rows, examples: Examples, test: Examples) ->
 
 def _without_text(config: RunConfig, rows: Rows) -> int:
     """How many training rows are blank in every column of text."""
-    columns = [
-        tables.texts(rows.train, name, config.data.train) for name in config.data.text_columns
-    ]
+    columns = [tables.texts(rows.train, name, config.data.train) for name in text_columns(config)]
     return sum(not "".join(row).strip() for row in zip(*columns, strict=True))

@@ -60,11 +60,17 @@ def lora_settings(config: RunConfig) -> LoraSettings:
     )
 
 
+def text_columns(config: RunConfig) -> list[str]:
+    """``data.text`` as a list."""
+    text = config.data.text
+    return [text] if isinstance(text, str) else list(text)
+
+
 def make_task(config: RunConfig, base: Base, labels: Sequence[Label]) -> Task:
     """The configured task, with the columns it reads."""
     columns, limit = config.data, config.data.max_length
     if config.model.task == "classification":
-        return classification(base, labels, columns.text_columns, columns.label, limit)
+        return classification(base, labels, text_columns(config), columns.label, limit)
     if config.model.task == "choice":
         return choice(
             base,

@@ -97,12 +97,12 @@ def evaluate_each(
     trained = find_adapter(path, model, overrides)
     config = trained.config
     split = config.data.test_split
-    tables = {
+    sets = {
         name: tables.read_table(source, root=Path(), split=split, offline=config.offline)
         for name, source in sources.items()
     }
     base, adapter = trained.load()
     task = make_task(config, base, trained.labels)
-    for name, table in tables.items():
+    for name, table in sets.items():
         examples = task.encode_test(table, sources[name])
         yield name, score(base, task, examples, config.eval, adapter)

@@ -120,11 +120,6 @@ class DataConfig(Section):
             raise ValueError(f"a share is above 0 and below 1, not {value}")
         return value
 
-    @property
-    def text_columns(self) -> list[str]:
-        """``text`` as a list."""
-        return [self.text] if isinstance(self.text, str) else list(self.text)
-
 
 class PartitionConfig(Section):
     """``[partition]``: who holds which rows."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rolora.adapter import AdapterState, Roles, Specs
-from rolora.errors import ConfigError
 from rolora.method import Method, lora_init
 
 
@@ -23,9 +22,7 @@ def _init(specs: Specs, rng: torch.Generator) -> AdapterState:
     for layer in adapter.layers():
         down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
         rank = len(adapter[down])
-        u, s, vt = torch.linalg.svd(specs.gradient[layer], full_matrices=False)
-        if rank > len(s):
-            raise ConfigError(f"fed_sb: {layer} has no {rank} directions: lower lora.rank")
+        u, _, vt = torch.linalg.svd(specs.gradient[layer], full_matrices=False)
         new |= {down: vt[:rank].contiguous(), up: u[:, :rank].contiguous()}
         new[f"{layer}.lora_core.weight"] = torch.zeros(1, rank, rank)
     return adapter | new

@@ -205,8 +205,11 @@ def _round_plan(
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
     states = {"adamw": 2, "sgd": 1 if config.train.momentum else 0}[config.train.optimizer]
-    optimizer = bank * states * 4 * trained
-    standing = drawn.weights + bank * start.num_bytes() + optimizer
+    gradients = bank * 4 * trained
+    optimizer = states * gradients
+    standing = drawn.weights + bank * start.num_bytes()
+    # the state is made once the first backward pass is over and what that had kept is gone
+    beside = 0 if drawn.steps == 1 else optimizer
     costs = [steps.cost(start, one, bank) for one in kind]
     known = [cost for cost in costs if cost is not None]
     flops = None
@@ -222,7 +225,10 @@ def _round_plan(
         flops=flops,
         activations=max((cost.activations for cost in known), default=None),
         optimizer=optimizer,
-        peak=max((standing + cost.peak for cost in known), default=None),
+        peak=max(
+            (standing + max(beside + cost.peak, optimizer + gradients) for cost in known),
+            default=None,
+        ),
     )
 
 
