@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,12 @@ def test_init_writes_a_config_that_runs_as_it_is(
     assert rolora(monkeypatch, capsys, *run)[0] == 0
     code, _, err = rolora(monkeypatch, capsys, "init", site.parent / "train.csv", "--out", config)
     assert (code, "never overwritten" in err) == (2, True)
+
+
+def test_the_version_is_printed_and_that_is_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rolora(monkeypatch, capsys, "--version") == (0, f"rolora {version('rolora')}\n", "")
 
 
 def test_methods_lists_every_file_of_the_folder(

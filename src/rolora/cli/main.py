@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+import rolora
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.evaluate import evaluate
@@ -38,6 +39,22 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="the new folder; default: runs/NAME")]
 Json = Annotated[bool, typer.Option("--json", help="print what a program would read")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"rolora {rolora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="print the version"),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
