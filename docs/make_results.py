@@ -85,8 +85,7 @@ def compared(record: Record) -> list[str]:
         line = [f"`{label(method)}`", rate, result, late, *apart, f"{row['megabytes_up']:.1f}"]
         rows.append([*line, *([results.get(label(method), "")] if results else [])])
     lines = table([*head, *(["published"] if results else [])], rows)
-    validated = "The rates that were tried, by accuracy on validation rows of the tuning seed:"
-    return [*lines, "", setting(record), "", validated, "", *tried(record)]
+    return [*lines, "", setting(record), "", *tried(record)]
 
 
 def lately(runs: Iterable[Sequence[Sequence[float]]]) -> str:
@@ -96,13 +95,14 @@ def lately(runs: Iterable[Sequence[Sequence[float]]]) -> str:
 
 
 def tried(record: Record) -> list[str]:
-    """What each method made of each rate, on the validation rows of the tuning seeds."""
+    """What each method made of each rate, on the validation rows of the tuning seed."""
+    validated = "The rates that were tried, by accuracy on validation rows of the tuning seed:"
     methods = record["cells"][0]["tuning"]["methods"]
     head = ["`train.lr`", *(trial["values"]["train.lr"] for trial in methods[0]["trials"])]
     rows = [
         [f"`{one['method']}`", *(said(trial["mean"]) for trial in one["trials"])] for one in methods
     ]
-    return table(head, rows)
+    return [validated, "", *table(head, rows)]
 
 
 def said(mean: float | None) -> str:
@@ -217,7 +217,8 @@ def aggregation(records: Records) -> list[str]:
 def clients(records: Records) -> list[str]:
     """Accuracy against the number of clients, as many samples in all."""
     cells = {str(n): records[f"snippets-{n}"]["cells"][0] for n in (3, 20, 50)}
-    return by_value("partition.clients", cells, records["snippets-20"])
+    usual = records["snippets-20"]
+    return [*by_value("partition.clients", cells, usual), "", *tried(usual)]
 
 
 def changed(study: str, key: str, usual: str) -> Table:
@@ -257,6 +258,10 @@ TABLES: Mapping[str, Table] = {
     "trec": (("trec",), lambda records: compared(records["trec"])),
     "trec-top": (("trec-top",), lambda records: compared(records["trec-top"])),
     "snippets": (("snippets-3", "snippets-20", "snippets-50"), clients),
+    "snippets-50-tuned": (
+        ("snippets-50-tuned",),
+        lambda records: compared(records["snippets-50-tuned"]),
+    ),
     "rank": changed("rank", "lora.rank", "2"),
     "local-steps": changed("local-steps", "train.local_steps", "3"),
     "dirichlet": changed("dirichlet", "partition.alpha", "0.5"),

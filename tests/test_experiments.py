@@ -161,8 +161,40 @@ def test_claims_come_once_each_with_their_sentence_and_all_of_an_article_on_one_
     train = rows_of(tmp_path / "claims")
     assert {"sentence": "Article 7: So it is.", "claim": "It is not .", "label": "false"} in train
     counts = Counter(row["sentence"].partition(":")[0] for row in train)
-    assert set(counts.values()) <= {1, 2}  # of the rows to test on, one in ten is kept
-    assert list(counts.values()).count(2) > 20
+    assert counts == dict.fromkeys(articles, 2)
+
+
+def test_about_a_thousand_rows_are_left_to_test_on(tmp_path: Path) -> None:
+    examples = [
+        {"input": f"{number}: So.\nClaim: So.", "target_scores": {"True": 1, "False": 0}}
+        for number in range(11_000)
+    ]
+    big_bench(tmp_path / "a.tar.gz", "vitaminc_fact_verification", examples)
+    prepare = script("experiments/stand-ins/prepare.py")
+    prepare.main("claims", tmp_path / "a.tar.gz", tmp_path / "claims")
+    assert 1000 <= len((tmp_path / "claims" / "test.csv").read_text().splitlines()) < 1300
+
+
+def test_premises_about_one_fact_are_on_one_side(tmp_path: Path) -> None:
+    examples = [
+        {
+            "input": f"Premise: Ann {verb} that it is {n}. Hypothesis: Bob hopes that it is {n}.",
+            "target_scores": {"entailment": 0, "non-entailment": 1},
+        }
+        for n in range(40)
+        for verb in ("knows", "thinks")
+    ]
+    big_bench(tmp_path / "a.tar.gz", "epistemic_reasoning", examples)
+    prepare = script("experiments/stand-ins/prepare.py")
+    prepare.main("premises", tmp_path / "a.tar.gz", tmp_path / "premises")
+    rows = rows_of(tmp_path / "premises")
+    first = {"premise": "Ann knows that it is 7.", "hypothesis": "Bob hopes that it is 7."}
+    assert {**first, "label": "non-entailment"} in rows
+    sides = [(tmp_path / "premises" / f"{part}.csv").read_text() for part in ("train", "test")]
+    for n in range(40):
+        assert [side.count(f"knows that it is {n}.") for side in sides] == [
+            side.count(f"thinks that it is {n}.") for side in sides
+        ]
 
 
 def test_lines_are_the_two_that_are_asked_about(tmp_path: Path) -> None:

@@ -7,13 +7,15 @@
     pip download --no-deps --no-binary=:all: bigbench==1.0.0
     python experiments/stand-ins/prepare.py claims bigbench-1.0.0.tar.gz data/claims
     python experiments/stand-ins/prepare.py lines bigbench-1.0.0.tar.gz data/lines
+    python experiments/stand-ins/prepare.py premises bigbench-1.0.0.tar.gz data/premises
 
 ``choice``: a question and the six kinds that its answer can be of. ``friends``: what was said and
 what one of six people says to it, so that people are natural clients; the tenth season is the test.
 ``claims`` (VitaminC, Schuster et al. 2021): a sentence of Wikipedia, and whether a claim follows
 from it, in place of MNLI. ``lines``: two lines of a film's dialogue, and whether one person says
-both, in place of QQP. These two are in BIG-bench, an archive of 358 MB; no licence is stated for
-them.
+both, in place of QQP. ``premises``: what somebody knows or thinks, and whether something follows,
+in place of RTE and as small. These three are in BIG-bench, an archive of 358 MB; no licence is
+stated for them.
 """
 
 from __future__ import annotations
@@ -81,6 +83,15 @@ def two_lines(example: Mapping[str, Any]) -> Pair | None:
     return conversation, {"first": found[1], "second": found[2], "label": answer(example)}
 
 
+def premise(example: Mapping[str, Any]) -> Pair | None:
+    """A row about a premise and a hypothesis; all about one fact are on one side."""
+    first, found, second = example["input"].removeprefix("Premise: ").partition(" Hypothesis: ")
+    if not found:
+        return None
+    row = {"premise": first, "hypothesis": second, "label": answer(example)}
+    return first.rpartition(" that ")[2], row
+
+
 def answer(example: Mapping[str, Any]) -> str:
     """The right one, in small letters."""
     scores = example["target_scores"]
@@ -90,6 +101,7 @@ def answer(example: Mapping[str, Any]) -> str:
 TASKS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Pair | None]]] = {
     "claims": ("vitaminc_fact_verification", claim),
     "lines": ("movie_dialog_same_or_different", two_lines),
+    "premises": ("epistemic_reasoning", premise),
 }
 
 
@@ -128,7 +140,8 @@ def main(what: str, source: Path, folder: Path) -> None:
         for part in ("train", "test"):
             chosen = [row for key, row in every if in_test(key) == (part == "test")]
             # about a thousand to test on; rows that follow one another are much alike
-            write_rows(folder / f"{part}.csv", chosen[:: 10 if part == "test" else 1])
+            every_nth = max(1, len(chosen) // 1000) if part == "test" else 1
+            write_rows(folder / f"{part}.csv", chosen[::every_nth])
         return
     with zipfile.ZipFile(source) as archive:
         lines = archive.read(TRANSCRIPTS).decode("utf-8", "replace").splitlines()
