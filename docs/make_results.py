@@ -221,6 +221,13 @@ def clients(records: Records) -> list[str]:
     return [*by_value("partition.clients", cells, usual), "", *tried(usual)]
 
 
+def fifty(records: Records) -> list[str]:
+    """50 clients, both methods at the rate that a search at 50 chose for them."""
+    record = records["snippets-50-rate"]
+    cells = {str(cell["cell"]["train.lr"]): cell for cell in record["cells"]}
+    return by_value("train.lr", cells, record)
+
+
 def changed(study: str, key: str, usual: str) -> Table:
     """The table of one thing changed, with trec-top at its usual value."""
 
@@ -258,10 +265,7 @@ TABLES: Mapping[str, Table] = {
     "trec": (("trec",), lambda records: compared(records["trec"])),
     "trec-top": (("trec-top",), lambda records: compared(records["trec-top"])),
     "snippets": (("snippets-3", "snippets-20", "snippets-50"), clients),
-    "snippets-50-tuned": (
-        ("snippets-50-tuned",),
-        lambda records: compared(records["snippets-50-tuned"]),
-    ),
+    "snippets-50-rate": (("snippets-50-rate",), fifty),
     "rank": changed("rank", "lora.rank", "2"),
     "local-steps": changed("local-steps", "train.local_steps", "3"),
     "dirichlet": changed("dirichlet", "partition.alpha", "0.5"),
