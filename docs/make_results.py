@@ -221,21 +221,25 @@ def clients(records: Records) -> list[str]:
     return [*by_value("partition.clients", cells, usual), "", *tried(usual)]
 
 
-def fifty(records: Records) -> list[str]:
-    """50 clients, both methods at the rate that a search at 50 chose for them."""
-    record = records["snippets-50-rate"]
-    cells = {str(cell["cell"]["train.lr"]): cell for cell in record["cells"]}
-    return by_value("train.lr", cells, record)
-
-
 def changed(study: str, key: str, usual: str) -> Table:
     """The table of one thing changed, with trec-top at its usual value."""
 
     def lines(records: Records) -> list[str]:
-        cells = {str(cell["cell"][key]): cell for cell in records[study]["cells"]}
-        return by_value(key, {usual: records["trec-top"]["cells"][0], **cells}, records[study])
+        cells = {usual: records["trec-top"]["cells"][0], **cells_of(records[study], key)}
+        return by_value(key, cells, records[study])
 
     return (study, "trec-top"), lines
+
+
+def cells_of(record: Record, key: str) -> dict[str, Record]:
+    """A study's cells by the value of the one key in which they differ."""
+    return {str(cell["cell"][key]): cell for cell in record["cells"]}
+
+
+def fifty(records: Records) -> list[str]:
+    """50 clients, both methods at the rate that a search at 50 chose for them."""
+    record = records["snippets-50-rate"]
+    return by_value("train.lr", cells_of(record, "train.lr"), record)
 
 
 def spent(records: Records) -> list[str]:

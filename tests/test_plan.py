@@ -278,6 +278,16 @@ def test_the_optimiser_s_state_stands_beside_a_step_from_the_second_step_on(
     assert taken[1] - taken[0] == pytest.approx(plan.optimizer, rel=0.25)
 
 
+def test_pooled_rows_are_planned_with_the_state_that_the_second_of_a_cohort_s_steps_finds(
+    site: Path,
+) -> None:
+    plans = [
+        make_plan(load_config(site, ["method.name=centralized", f"train.local_steps={steps}"]))
+        for steps in (1, 2)
+    ]
+    assert plans[0].methods[0].rounds[0].peak == plans[1].methods[0].rounds[0].peak
+
+
 @pytest.mark.slow
 def test_the_demo_takes_the_memory_that_is_planned_for_it(tmp_path: Path) -> None:
     file = classification_demo(DEMO).file  # fetched once

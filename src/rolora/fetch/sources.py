@@ -179,9 +179,8 @@ def _own_digits(given: Path, folder: Path) -> bool:
 
 
 def _pixel_network(folder: Path) -> None:
-    from rolora.model.pixel_network import (
-        write_pixel_network,  # importing transformers takes seconds
-    )
+    # not above: importing transformers takes seconds
+    from rolora.model.pixel_network import write_pixel_network
 
     (folder / "model").mkdir()
     write_pixel_network(folder / "model")

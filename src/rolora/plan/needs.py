@@ -151,7 +151,9 @@ def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
     bank = 1 if method.pooled else _bank(config, drawn, steps, start, trained)
     travelled, state = _dry_run(config, method, drawn, start)
     rounds = tuple(
-        _round_plan(config, drawn, steps, start, kind, bank, travelled[2 + parity :: 2])
+        _round_plan(
+            config, drawn, steps, start, kind, bank, method.pooled, travelled[2 + parity :: 2]
+        )
         for parity, kind in enumerate(kinds)
     )
     total = config.train.rounds
@@ -199,9 +201,13 @@ def _round_plan(
     start: AdapterState,
     kind: Sequence[Roles],
     bank: int,
+    pooled: bool,
     travelled: Sequence[Travelled],
 ) -> RoundPlan:
-    """Of rounds whose local steps take turns in training ``kind``."""
+    """Of rounds whose local steps take turns in training ``kind``.
+
+    A ``pooled`` client takes the steps of a whole cohort.
+    """
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
     states = {"adamw": 2, "sgd": 1 if config.train.momentum else 0}[config.train.optimizer]
@@ -209,7 +215,7 @@ def _round_plan(
     optimizer = states * gradients
     standing = drawn.weights + bank * start.num_bytes()
     # the state is made once the first backward pass is over and what that had kept is gone
-    beside = 0 if drawn.steps == 1 else optimizer
+    beside = optimizer if pooled or drawn.steps != 1 else 0
     costs = [steps.cost(start, one, bank) for one in kind]
     known = [cost for cost in costs if cost is not None]
     flops = None

@@ -106,9 +106,8 @@ def _config(place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]
         return transformers.AutoConfig.from_pretrained(**place), "the hub's cache"
     file = SHAPES / f"{name.removeprefix('FacebookAI/').replace('/', '--')}.json"
     if file.is_file():
-        return transformers.AutoConfig.for_model(
-            **json.loads(file.read_text())
-        ), "rolora/plan/shapes"
+        shape = json.loads(file.read_text())
+        return transformers.AutoConfig.for_model(**shape), "rolora/plan/shapes"
     place = locate(name, root, offline)
     require_here(place, offline)
     return transformers.AutoConfig.from_pretrained(**place), "the hub"
