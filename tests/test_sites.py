@@ -160,13 +160,15 @@ def test_a_site_lets_go_of_one_run_s_model_before_it_loads_another_s(
     gc.disable()  # so that nothing but the site's own care lets go
     try:
         before = mapped()
-        counts = []
+        counts, served = [], []
         for questions in asked:
             for question in questions:
                 assert "error" not in site.answer(question).head
             counts.append(mapped() - before)
+            served.append(site.opened and site.opened.config.seed)
     finally:
         gc.enable()
+    assert served == [0, 1]
     assert counts[0] > 0
     assert counts[1] == counts[0]
 

@@ -95,10 +95,10 @@ class Site:
         except FileNotFoundError:
             raise ParcelError("this site has not been told the labels of the run") from None
         run = SiteRun(self.config, config, labels, ClientStore(folder))
-        if self.opened is not None and self.opened != run:
-            self.opened = None
-            gc.collect()  # its weights hold themselves in circles, and would stay mapped
-        if self.opened is None:
+        if self.opened != run:
+            if self.opened is not None:
+                self.opened = None
+                gc.collect()  # its weights hold themselves in circles, and would stay mapped
             self.opened = run
         return self.opened
 
