@@ -288,6 +288,14 @@ def test_pooled_rows_are_planned_with_the_state_that_the_second_of_a_cohort_s_st
     assert plans[0].methods[0].rounds[0].peak == plans[1].methods[0].rounds[0].peak
 
 
+@pytest.mark.parametrize(("device", "width"), [("mps", 4), ("cuda", 2)])
+def test_auto_is_planned_in_the_dtype_that_a_run_on_that_device_takes(
+    device: str, width: int, site: Path
+) -> None:
+    made = make_plan(load_config(site, [f"device={device}", "model.dtype=auto"]))
+    assert made.weights == pytest.approx(width * made.parameters, rel=0.05)
+
+
 @pytest.mark.slow
 def test_the_demo_takes_the_memory_that_is_planned_for_it(tmp_path: Path) -> None:
     file = classification_demo(DEMO).file  # fetched once

@@ -14,7 +14,7 @@ from rolora.errors import ConfigError
 from rolora.local import LocalSettings
 from rolora.method import Method, freeze_head, get_method, method_names
 from rolora.model.base import Base, load_base
-from rolora.model.lora import LoraSettings, read_adapter
+from rolora.model.lora import Kind, LoraSettings, read_adapter
 from rolora.reduce import Reducer, clip, fedadam, fedavgm, mean, median, trimmed_mean
 from rolora.schema import RunConfig
 from rolora.tasks import Task
@@ -33,18 +33,28 @@ def load_base_for(config: RunConfig, labels: Sequence[object]) -> Base:
         raise ConfigError("device = 'mps', but torch sees no Apple GPU; use device = 'cpu'")
     if wanted == "bf16" and config.device == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("model.dtype = 'bf16', which this GPU does not have; use 'fp32'")
-    half = wanted == "bf16" or (wanted == "auto" and config.device == "cuda")
     return load_base(
         config.model.path,
-        "classification" if config.model.task == "classification" else "causal_lm",
+        model_kind(config),
         lora_settings(config),
         root=config.root,
         labels=labels,
-        dtype=torch.bfloat16 if half else torch.float32,
+        dtype=torch.bfloat16 if in_half(config) else torch.float32,
         quantise=wanted if wanted in ("int8", "nf4") else None,
         device=config.device,
         offline=config.offline,
     )
+
+
+def model_kind(config: RunConfig) -> Kind:
+    """What the task needs of a model: classes, or the next token."""
+    return "classification" if config.model.task == "classification" else "causal_lm"
+
+
+def in_half(config: RunConfig) -> bool:
+    """Whether the base is bfloat16 to begin with: if asked for, or by itself on a CUDA device."""
+    wanted = config.model.dtype
+    return wanted == "bf16" or (wanted == "auto" and config.device == "cuda")
 
 
 def lora_settings(config: RunConfig) -> LoraSettings:

@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from rolora.adapter import AdapterState, Roles
-from rolora.configured import local_settings, lora_settings, make_task, revisits
+from rolora.configured import (
+    in_half,
+    local_settings,
+    lora_settings,
+    make_task,
+    model_kind,
+    revisits,
+)
 from rolora.data import tables
 from rolora.data.shards import Rows, load_rows
 from rolora.draws import generator
@@ -179,7 +186,7 @@ def _outline(config: RunConfig, labels: list[Label], notes: list[str]) -> tuple[
     def of(dtype: torch.dtype) -> Outline:
         return outline(
             config.model.path,
-            "classification" if config.model.task == "classification" else "causal_lm",
+            model_kind(config),
             lora_settings(config),
             root=config.root,
             labels=labels,
@@ -187,7 +194,7 @@ def _outline(config: RunConfig, labels: list[Label], notes: list[str]) -> tuple[
             offline=config.offline,
         )
 
-    half = wanted == "bf16" or (wanted == "auto" and config.device != "cpu")
+    half = in_half(config)
     drawn = of(torch.bfloat16 if half else torch.float32)
     if wanted == "auto" and config.device == "cpu":
         half = is_wide(drawn.base) and bf16_speed() >= WORTH
