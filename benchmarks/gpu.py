@@ -24,15 +24,15 @@ import torch
 import transformers
 
 from benchmarks.place import ROOT
-from rolora.durable import write_file
-from rolora.local import LocalSettings, Work, train_group
-from rolora.method import get_method
+from rolora.algorithm.method import get_method
+from rolora.data.examples import Examples
+from rolora.files import write_file
 from rolora.model.base import Base, with_bank
-from rolora.model.lora import Kind, LoraSettings
-from rolora.tasks import Task
+from rolora.model.peft import Kind, LoraSettings
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
-from rolora.tasks.examples import Examples
+from rolora.tasks.registry import Task
+from rolora.training.local import LocalSettings, Work, train_group
 
 LABELS = ("no", "yes")
 LLAMA_1B = {

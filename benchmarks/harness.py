@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from benchmarks.processes import Watch
 from benchmarks.statistics import rotated
-from rolora.durable import write_file
+from rolora.files import write_file
 
 
 @dataclass(frozen=True)

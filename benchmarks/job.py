@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rolora.adapter import ClientInfo
-from rolora.build import Setup, prepare
-from rolora.config import make_config
-from rolora.durable import write_file
-from rolora.engine import InProcess
-from rolora.local import Work, batches
-from rolora.rounds import sample_cohort
-from rolora.schema import RunConfig
-from rolora.tasks.examples import Examples, collate
+from rolora.algorithm.adapter import ClientInfo
+from rolora.config.load import make_config
+from rolora.config.schema import RunConfig
+from rolora.data.examples import Examples, collate
+from rolora.files import write_file
+from rolora.run.build import Setup, prepare
+from rolora.training.engine import InProcess
+from rolora.training.local import Work, batches
+from rolora.training.rounds import sample_cohort
 
 LORA = {"rank": 4, "alpha": 8.0, "target_modules": ["query", "value"]}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Party
-from rolora.fetch.folders import fetch
+from rolora.demo.fetch import fetch
 
 ROOT = Path(__file__).parent.parent
 

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Specs, TensorSpec, Update
-from rolora.draws import generator
-from rolora.durable import write_file
-from rolora.engine import ClientMetrics, Job
-from rolora.method import Method, ServerState, get_method, lora_init
-from rolora.record import RunFolder
-from rolora.reduce import add_, mean, zeros_like
-from rolora.rounds import Federation, RoundResult, RunState, federate, sample_cohort
-from rolora.step import Aggregation
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Specs, TensorSpec, Update
+from rolora.algorithm.method import Method, ServerState, get_method, lora_init
+from rolora.algorithm.reduce import add_, mean, zeros_like
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation
+from rolora.files import write_file
+from rolora.run.folder import RunFolder
+from rolora.training.engine import ClientMetrics, Job
+from rolora.training.rounds import Federation, RoundResult, RunState, federate, sample_cohort
 
 RECORD = Path(__file__).parent / "records" / "server_constants.json"
 METHODS = ("rolora", "ffa_lora", "fedit")

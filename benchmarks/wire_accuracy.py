@@ -58,7 +58,7 @@ def measure(config: str, arm: str, seed: int, overrides: list[str]) -> dict[str,
     import torch
 
     from rolora import load_config, start
-    from rolora.config import read_toml
+    from rolora.config.load import read_toml
 
     torch.set_num_threads(1)
     up, *without = arm.split(maxsplit=1)

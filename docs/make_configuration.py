@@ -9,9 +9,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from rolora.config.schema import RunConfig
 from rolora.errors import EXIT_CODES
-from rolora.flower.site_config import SiteConfig
-from rolora.schema import RunConfig
+from rolora.sites.site_config import SiteConfig
 
 HEAD = """\
 # Configuration

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from rolora.durable import write_file
-from rolora.report import Run, load_run, primary_metric, summarise
+from rolora.files import write_file
 from rolora.report.figures import DASHES, MARKERS, PALETTE, rendered
-from rolora.report.reading import score
-from rolora.report.standing import standing
-from rolora.report.summary import by_method, mean_sd
+from rolora.report.narrative import score
+from rolora.results.ranking import standing
+from rolora.results.runs import Run, by_method, load_run, mean_sd, primary_metric, summarise
 
 PAGE, PICTURE = (Path(__file__).with_name(name) for name in ("demo.md", "demo.png"))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pages import put
 
-from rolora.catalogue import MethodRow, describe_methods, travels
+from rolora.algorithm.method import get_method
 from rolora.cli.printing import turns, yes_or_no
-from rolora.durable import write_file
-from rolora.method import get_method
+from rolora.files import write_file
+from rolora.plan.method_table import MethodRow, describe_methods, travels
 
 PAGE = Path(__file__).with_name("methods.md")
 OUT, WIDTH, RANK = 384, 384, 8  # a query layer of MiniLM

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import blocks  # noqa: E402
-from rolora.durable import write_file  # noqa: E402
+from rolora.files import write_file  # noqa: E402
 
 PAGE = Path(__file__).with_name("performance.md")
 

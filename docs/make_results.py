@@ -20,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pages import put, save_picture
 
-from rolora.durable import write_file
+from rolora.files import write_file
 from rolora.report.figures import DASHES, MARKERS, PALETTE, STYLE
-from rolora.report.published import read_published
+from rolora.results.published import read_published
 
 HERE = Path(__file__).parent
 PAGE = HERE / "results.md"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pages import put
 
-from rolora.durable import write_file
+from rolora.files import write_file
 
 PAGE = Path(__file__).with_name("scale.md")
 RECORD = Path(__file__).parent.parent / "benchmarks" / "records" / "server_constants.json"

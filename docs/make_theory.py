@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pages import put, save_picture
 
-from rolora.durable import write_file
+from rolora.files import write_file
 from rolora.report.theory_figure import theory_figure
 from rolora.report.theory_text import GOAL, Cells, round_cells, sweep_cells
 from rolora.theory.curves import simulate

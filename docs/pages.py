@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rolora.durable import write_file
+from rolora.files import write_file
 from rolora.report.figures import rendered
 
 

@@ -24,15 +24,14 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
+from rolora.comparison.folder import ComparisonFolder
 
 import rolora
-from rolora.comparison.folder import ComparisonFolder
-from rolora.durable import write_file
 from rolora.errors import AllDiverged
-from rolora.local import NonFiniteLoss
-from rolora.report import load_run
-from rolora.report.outcome import outcome
-from rolora.report.summary import Run, by_method, primary_metric, sound
+from rolora.files import write_file
+from rolora.results.export import outcome
+from rolora.results.runs import Run, by_method, load_run, primary_metric, sound
+from rolora.training.local import NonFiniteLoss
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"

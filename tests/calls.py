@@ -10,15 +10,15 @@ from pathlib import Path
 from tiny import tiny_bert
 from tiny_site import write_rows
 
-from rolora import runs
-from rolora.config import make_config
-from rolora.flower.coordinator import prepare_remote
-from rolora.flower.parcel import Parcel
-from rolora.flower.roster import Lost
-from rolora.flower.site import Site
-from rolora.flower.site_config import SiteConfig
-from rolora.runs import Run
-from rolora.schema import RunConfig
+from rolora.config.load import make_config
+from rolora.config.schema import RunConfig
+from rolora.flower.membership import Lost
+from rolora.flower.message import Parcel
+from rolora.run import runs
+from rolora.run.runs import Run
+from rolora.sites.coordinator import prepare_remote
+from rolora.sites.site import Site
+from rolora.sites.site_config import SiteConfig
 
 NAMES = ("ann", "bob", "cy")
 Spoil = Callable[[str, Parcel, Parcel], Parcel | Lost]  # site, question, its answer

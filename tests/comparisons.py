@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rolora.comparison.comparison import Comparison, plan
+from rolora.comparison.grid import Comparison, plan
 from rolora.comparison.queue import make_search, turns
-from rolora.config import load_config
-from rolora.report import load_run
-from rolora.report.outcome import outcome
+
+from rolora.config.load import load_config
+from rolora.results.export import outcome
+from rolora.results.runs import load_run
 
 METHODS = ("rolora", "fedit")
 GRID = "train.lr=1e-2,1e-1"

@@ -19,6 +19,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick() -> Iterator[None]:
     """No page for each single run, which is most of the time of a tiny one; signals left alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rolora.runs.write_report", lambda runs, out: out.write_text("a page\n"))
+        patch.setattr("rolora.run.runs.write_report", lambda runs, out: out.write_text("a page\n"))
         patch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
         yield

@@ -15,12 +15,12 @@ import torch
 from states import dense, make_specs, same, sent, start_of, trained
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Roles, Update, role_of
-from rolora.draws import generator
-from rolora.engine import POOL
-from rolora.method import Method, ServerState
-from rolora.reduce import mean
-from rolora.step import Aggregation, RoundReport, step
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Update, role_of
+from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.reduce import mean
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation, RoundReport, step
+from rolora.training.engine import POOL
 
 MEAN = Aggregation(mean())
 HEAD: Roles = frozenset({"head"})

@@ -20,9 +20,9 @@ import torch
 from tiny import tiny_bert
 from tiny_site import write_rows
 
-from rolora import runs
-from rolora.config import load_config
-from rolora.flower.rehearsal import rehearse
+from rolora.config.load import load_config
+from rolora.run import runs
+from rolora.sites.local_trial import rehearse
 
 NAMES = ("ann", "bob", "cy")
 ROLORA = ("-m", "rolora")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from rolora.flower.node import serve
-from rolora.flower.parcel import Parcel
-from rolora.flower.site import Site
-from rolora.flower.site_config import read_site
+from rolora.flower.message import Parcel
+from rolora.sites.node import serve
+from rolora.sites.site import Site
+from rolora.sites.site_config import read_site
 
 Lie = Callable[[Parcel], Parcel]
 before: dict[str, Parcel] = {}  # the last honest answer

@@ -8,9 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Roles, Specs, TensorSpec, Update, role_of
-from rolora.draws import generator
-from rolora.method import Method, ServerState
+from rolora.algorithm.adapter import (
+    AdapterState,
+    ClientInfo,
+    Roles,
+    Specs,
+    TensorSpec,
+    Update,
+    role_of,
+)
+from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.seeding import generator
 
 Shape = tuple[int, int, int]  # out, in, rank of one adapted layer
 LAYERS: tuple[Shape, ...] = ((4, 6, 2), (7, 5, 2))

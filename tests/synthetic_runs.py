@@ -179,9 +179,9 @@ PUBLISHED = {
 
 def gallery(folder: Path) -> list[Path]:
     """Run folders under ``folder`` and three pages about them; the pages' paths."""
-    from rolora.comparison.tuning import Tuning
-    from rolora.report import write_report
-    from rolora.report.published import Published
+    from rolora.report.page import write_report
+    from rolora.results.published import Published
+    from rolora.results.tuned import Tuning
 
     tuning, published = Tuning.model_validate(TUNING), Published.model_validate(PUBLISHED)
 

@@ -10,15 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from states import HEAD, LAYERS, dense, make_specs, random_state, same
 
-from rolora.adapter import (
-    AdapterState,
-    Roles,
-    layer_of,
-    role_of,
-    tensor_hash,
-)
-from rolora.draws import generator
-from rolora.low_rank import LowRank
+from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of, tensor_hash
+from rolora.algorithm.low_rank import LowRank
+from rolora.algorithm.seeding import generator
 
 QUERY = "base_model.model.layer.0.query"
 reproducible = settings(max_examples=50, deadline=None, derandomize=True)

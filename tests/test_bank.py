@@ -16,9 +16,9 @@ from states import relative, same
 from tiny_clients import EVERYTHING, SHARDS, Bench, classifier, language_model
 from torch.nn import functional
 
-from rolora.adapter import role_of
-from rolora.local import LocalSettings, batches
-from rolora.tasks import collate
+from rolora.algorithm.adapter import role_of
+from rolora.data.examples import collate
+from rolora.training.local import LocalSettings, batches
 
 LANGUAGE = ("llama", "gpt2")
 Make = Callable[..., Bench]

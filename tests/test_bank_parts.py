@@ -13,11 +13,11 @@ from states import relative, same
 from tiny_clients import SHARDS, Bench, classifier, language_model
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Roles, role_of
-from rolora.local import LocalSettings, Trained, Work
-from rolora.method import Method, ServerState, get_method
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, role_of
+from rolora.algorithm.method import Method, ServerState, get_method
+from rolora.data.examples import collate
 from rolora.model.bank import PREFIX, Bank, linear_shape
-from rolora.tasks import collate
+from rolora.training.local import LocalSettings, Trained, Work
 
 RANKS = dict(zip(SHARDS, (4, 1, 3, 2), strict=True))
 EPOCHS = LocalSettings(steps=None, epochs=1, batch_size=4)

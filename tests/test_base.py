@@ -15,7 +15,7 @@ from transformers import AutoConfig, BertForSequenceClassification
 from rolora.errors import ConfigError
 from rolora.model import checkpoint
 from rolora.model.base import Base, load_base
-from rolora.model.lora import LoraSettings
+from rolora.model.peft import LoraSettings
 
 
 def config_of(base: Base) -> Any:
@@ -62,7 +62,7 @@ def test_a_folder_without_weights_is_refused_in_one_line(tmp_path: Path) -> None
 def test_a_model_that_no_hub_can_be_asked_for_is_refused_with_a_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checkpoint, "answers", lambda _: False)
+    monkeypatch.setattr(checkpoint, "is_reachable", lambda _: False)
     message = str(refusal(Path("nobody/nothing")))
     assert message.startswith("model 'nobody/nothing' is not on this machine, and the hub does not")
     assert "run hf download nobody/nothing" in message

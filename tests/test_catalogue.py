@@ -12,12 +12,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from rolora import catalogue
-from rolora.adapter import Roles
-from rolora.catalogue import MethodRow, describe_methods, travels
+from rolora.algorithm.adapter import Roles
+from rolora.algorithm.method import Method, get_method, method_factory, method_names
 from rolora.cli import main as cli
 from rolora.cli import printing
-from rolora.method import Method, get_method, method_factory, method_names
+from rolora.plan import method_table
+from rolora.plan.method_table import MethodRow, describe_methods, travels
 
 HEAD: Roles = frozenset({"head"})
 PAPERS = {
@@ -187,7 +187,7 @@ def test_a_method_that_is_dropped_in_gets_a_row_of_what_it_does(
         return Method(name=name, trainable=lambda round, step: moving, shared=lambda round: moving)
 
     make: Callable[..., Method] = swapped
-    monkeypatch.setattr(catalogue, "get_method", make)
+    monkeypatch.setattr(method_table, "get_method", make)
     row = row_of("ffa_lora")
     assert (row.trains, row.up, row.down) == (A, A, A)
 

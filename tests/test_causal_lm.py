@@ -13,17 +13,19 @@ from tiny import tiny_llama
 from torch.nn import functional
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from rolora.adapter import AdapterState
-from rolora.draws import generator
+from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.seeding import generator
+from rolora.data.examples import Examples, collate
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base, load_base
-from rolora.model.lora import LoraSettings
-from rolora.tasks import Examples, Task, causal_lm, collate
+from rolora.model.peft import LoraSettings
+from rolora.tasks import causal_lm
 from rolora.tasks.causal_lm import TokenLoss, require_plain_logits, score
 from rolora.tasks.causal_lm import causal_lm as build
 from rolora.tasks.choice import choice
 from rolora.tasks.choice import score as score_choices
 from rolora.tasks.generation import answer_accuracy, answered, exact_match, generate
+from rolora.tasks.registry import Task
 from rolora.tasks.spans import encode_marked, joined, masks
 
 PAIRS = pa.table(

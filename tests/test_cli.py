@@ -15,10 +15,11 @@ import pytest
 from tiny_site import write_rows
 from typer.main import get_command
 
-from rolora import methods, runs
+from rolora import methods
 from rolora.cli import main as cli
-from rolora.config import load_config
+from rolora.config.load import load_config
 from rolora.errors import EXIT_CODES
+from rolora.run import runs
 
 
 @pytest.fixture(autouse=True)
@@ -212,9 +213,10 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from rolora import durable, record
+    from rolora import files
+    from rolora.run import folder
 
-    real, calls = durable.new_folder, []
+    real, calls = files.new_folder, []
 
     def full(path: Path) -> object:
         calls.append(path)
@@ -223,7 +225,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
         return real(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(record, "new_folder", full)
+        patched.setattr(folder, "new_folder", full)
         code, _, err = rolora(patched, capsys, "run", site, "--out", tmp_path / "run")
     assert code == 1
     assert "rolora: No space left on device" in err

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 from comparisons import GRID, METHODS, SMALL, everything, finish, lines, planned
+from rolora.comparison.folder import ComparisonFolder
+from rolora.comparison.grid import Comparison, Search, plan
+from rolora.comparison.queue import QueuedRun, compare, turns
 from tiny_site import write_rows
 
-from rolora.comparison.comparison import Comparison, Search, plan
-from rolora.comparison.folder import ComparisonFolder
-from rolora.comparison.queue import Turn, compare, turns
-from rolora.config import load_config, read_toml
+from rolora.config.load import load_config, read_toml
 from rolora.errors import BudgetSpent, ConfigError, RoloraError
-from rolora.local import NonFiniteLoss
-from rolora.report import load_run
+from rolora.results.runs import load_run
+from rolora.training.local import NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -122,7 +122,7 @@ def test_a_personal_method_is_tuned_by_the_adapters_of_its_clients(
     site: Path, tmp_path: Path
 ) -> None:
     config = load_config(site, [*SMALL, "method.name=local", "data.validation=0.2"])
-    from rolora import runs
+    from rolora.run import runs
 
     run = runs.start(
         config.model_copy(update={"eval": config.eval.model_copy(update={"rows": "validation"})}),
@@ -325,7 +325,7 @@ def test_a_budget_between_runs_is_spent_before_the_next_is_begun(
 
 
 def test_the_estimate_falls_as_rounds_are_done(site: Path, tmp_path: Path) -> None:
-    turn: Turn = next(turns(planned(site), tmp_path / "all"))
+    turn: QueuedRun = next(turns(planned(site), tmp_path / "all"))
     tally = turn.tally.plus(0, True, 1.0).plus(1, True, 3.0)
     # 1 round of 1 is done; 3 of the same, and 6 of 2 rounds with 3 evaluations each
     assert turn.seconds_left(tally, 1) == 3 * (2 + 2) + 6 * (2 * 2 + 3)

@@ -10,7 +10,7 @@ import pytest
 from comparisons import GRID, SMALL, everything, finish, lines, planned
 from test_cli import rolora
 
-from rolora.report.published import read_published
+from rolora.results.published import read_published
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rolora.config import dump_config, load_config, make_config
+from rolora.config.load import dump_config, load_config, make_config
 from rolora.errors import ConfigError
 
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}

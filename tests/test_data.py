@@ -15,14 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from rolora.data import hub
-from rolora.data.tables import (
-    is_glob,
-    labels,
-    read_clients,
-    read_table,
-    require_columns,
-    texts,
-)
+from rolora.data.tables import is_glob, labels, read_clients, read_table, require_columns, texts
 from rolora.errors import DataError
 
 REVIEWS = """text,label
@@ -250,7 +243,7 @@ def test_a_folder_that_datasets_did_not_write_is_refused_with_a_way_out(tmp_path
 def test_offline_refuses_hub_names(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "answers", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "is_reachable", lambda _: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     message = refusal(tmp_path, source, offline=True)
     assert message.startswith(f"{source} is no file or folder in {tmp_path}, nor in the hub's ")
@@ -260,7 +253,7 @@ def test_offline_refuses_hub_names(
 def test_a_hub_that_does_not_answer_is_told_at_once_with_a_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "answers", lambda _: False)
+    monkeypatch.setattr(hub, "is_reachable", lambda _: False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     started = time.monotonic()
     message = refusal(tmp_path, "nyu-mll/glue:sst2")
@@ -274,7 +267,7 @@ def test_what_the_hub_s_cache_holds_is_read_without_asking_anybody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    monkeypatch.setattr(hub, "answers", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "is_reachable", lambda _: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     place = cache / "nyu-mll___glue" / "sst2" / "0.0.0" / "abc"
     write(tmp_path / "rows.csv", "sentence,label\na film,1\n")
@@ -297,7 +290,7 @@ def test_a_hub_name_is_asked_for_with_its_configuration_and_split(
         return datasets.Dataset.from_dict({"asked": [f"{name} {config} {split}"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(hub, "answers", lambda _: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda _: True)
     table = read_table("nyu-mll/glue:sst2", root=tmp_path, split="validation")
     assert table["asked"].to_pylist() == ["nyu-mll/glue sst2 validation"]
     assert read_table("imdb", root=tmp_path)["asked"].to_pylist() == ["imdb None train"]
@@ -308,7 +301,7 @@ def test_a_failing_hub_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(hub, "answers", lambda _: True)
+    monkeypatch.setattr(hub, "is_reachable", lambda _: True)
     assert refusal(tmp_path, "imdb").endswith("and the hub did not give it: no route to host")
 
 

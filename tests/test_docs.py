@@ -21,12 +21,12 @@ from tiny import tiny_bert
 from tiny_site import write_rows
 from typer.main import get_command
 
-from rolora.catalogue import describe_methods
+from rolora.algorithm.codec import Format, encode
+from rolora.algorithm.method import method_names
 from rolora.cli import main as cli
-from rolora.config import make_config
-from rolora.method import method_names
-from rolora.schema import RunConfig
-from rolora.wire import Format, encode
+from rolora.config.load import make_config
+from rolora.config.schema import RunConfig
+from rolora.plan.method_table import describe_methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

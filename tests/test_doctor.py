@@ -18,12 +18,12 @@ from loopback import free_port
 from tiny import tiny_bert
 from tiny_site import write_rows
 
-from rolora.config import make_config
-from rolora.flower import keys
-from rolora.flower.doctor import examine_site
-from rolora.flower.parcel import PROTOCOL, versions
-from rolora.flower.site_config import SiteConfig
-from rolora.schema import RunConfig
+from rolora.config.load import make_config
+from rolora.config.schema import RunConfig
+from rolora.flower.message import PROTOCOL, versions
+from rolora.sites import keys
+from rolora.sites.doctor import examine_site
+from rolora.sites.site_config import SiteConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from tiny import tiny_bert
 from tiny_clients import Bench, classifier
 from torch import Tensor
 
-from rolora.local import LocalSettings, Work, evaluate
+from rolora.data.examples import collate
 from rolora.model.bank import Noise, row_keys
-from rolora.tasks import collate
+from rolora.training.local import LocalSettings, Work, evaluate
 
 SEEDS = [11, 22, 2**63 - 1, 0]
 

@@ -14,15 +14,15 @@ from states import relative, same
 from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.algorithm.codec import Format
+from rolora.algorithm.method import Method, ServerState, freeze_head, get_method, method_names
+from rolora.data.examples import Examples
 from rolora.data.partition import client_ids
-from rolora.engine import POOL, Debug, Engine, InProcess, Job
 from rolora.errors import RoloraError
-from rolora.local import LocalSettings, Work, evaluate
-from rolora.method import Method, ServerState, freeze_head, get_method, method_names
-from rolora.store import ClientStore
-from rolora.tasks import Examples
-from rolora.wire import Format
+from rolora.training.client_store import ClientStore
+from rolora.training.engine import POOL, Debug, Engine, InProcess, Job
+from rolora.training.local import LocalSettings, Work, evaluate
 
 SETTINGS = LocalSettings(steps=None, epochs=1, batch_size=4)
 COHORT = tuple(ClientInfo(name, len(rows), 2, 1) for name, rows in SHARDS.items())

@@ -16,11 +16,12 @@ from scripts import script
 from test_cli import rolora
 from tiny import tiny_llama
 
-from rolora import runs
-from rolora.config import load_config, make_config
+from rolora.config.load import load_config, make_config
 from rolora.data.shards import load_rows
+from rolora.demo.fetch import how_to_get
 from rolora.errors import ConfigError, NotHere
-from rolora.evaluation import evaluate_adapter, evaluate_each
+from rolora.run import runs
+from rolora.run.evaluation import evaluate_adapter, evaluate_each
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -201,7 +202,8 @@ def test_an_experiment_without_its_rows_says_which_command_makes_them(
     there.write_text(path.read_text())
     with pytest.raises(NotHere) as error:
         load_rows(load_config(there, ["offline=true"]))
-    said = str(error.value)
+    hint = how_to_get(error.value.path) if error.value.path else ""
+    said = f"{error.value}{hint}"
     assert "\n" not in said
     made = re.search(r"python (experiments/\S+/prepare\.py) (.+)", said)
     fetched = re.search(rf"rolora fetch \S+ --to {tmp_path / 'data'}$", said)

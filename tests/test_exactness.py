@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Roles, role_of
-from rolora.method import Method, Reduce, ServerState, get_method, method_names
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, role_of
+from rolora.algorithm.method import Method, Reduce, ServerState, get_method, method_names
 
 # the properties
 

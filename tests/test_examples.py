@@ -10,9 +10,10 @@ import torch
 from tiny import SENTENCES, tiny_bert
 from tiny_clients import LABELS
 
+from rolora.data.examples import Examples, collate
 from rolora.model.base import load_base
-from rolora.model.lora import LoraSettings
-from rolora.tasks import Examples, classification, collate
+from rolora.model.peft import LoraSettings
+from rolora.tasks import classification
 
 
 @pytest.mark.parametrize("text", [["text"], ["text", "other"]])

@@ -25,8 +25,8 @@ from lying_site import LIES
 from safetensors.torch import load_file
 from tiny import tiny_bert
 
-from rolora.flower import keys
-from rolora.flower.submit import JobFolder
+from rolora.sites import keys
+from rolora.sites.submit import JobFolder
 
 ALL = "aggregate.quorum=3"
 FILE = "adapter_model.safetensors"

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from rolora.config import make_config
+from rolora.config.load import make_config
 from rolora.errors import ConfigError, RoloraError
-from rolora.flower import folder as folders
-from rolora.flower.fleet import fleet_client, node_keys
-from rolora.flower.folder import FederationFolder
-from rolora.flower.node import last_node
-from rolora.flower.serve import require_free
-from rolora.flower.site_config import read_site
-from rolora.flower.submit import run_remotely
+from rolora.sites import folder as folders
+from rolora.sites.fleet import fleet_client, node_keys
+from rolora.sites.folder import FederationFolder
+from rolora.sites.node import last_node
+from rolora.sites.serve import require_free
+from rolora.sites.site_config import read_site
+from rolora.sites.submit import run_remotely
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 from rolora.cli import main as cli
-from rolora.config import load_config
+from rolora.config.load import load_config
+from rolora.demo import sources
+from rolora.demo.digits import IDX_FILES, idx_rows
+from rolora.demo.fetch import fetch, how_to_get
+from rolora.demo.packages import Package, download
+from rolora.demo.sources import SOURCES
 from rolora.errors import ConfigError, DataError, RoloraError
-from rolora.fetch import sources
-from rolora.fetch.digits import IDX_FILES, idx_rows
-from rolora.fetch.folders import fetch, how_to_get
-from rolora.fetch.packages import Package, download
-from rolora.fetch.sources import SOURCES
 
 PIXELS = 28 * 28
 PLACE = Path(__file__).parent.parent / "experiments"

@@ -19,23 +19,23 @@ import transformers
 from allocation import allocated
 from tiny import SENTENCES, chat_tokenizer, word_tokenizer
 
-from rolora.adapter import AdapterState, ClientInfo
-from rolora.config import make_config
-from rolora.engine import InProcess, Job
-from rolora.local import LocalSettings
-from rolora.method import ServerState, get_method
+from rolora.algorithm.adapter import AdapterState, ClientInfo
+from rolora.algorithm.method import ServerState, get_method
+from rolora.algorithm.reduce import mean
+from rolora.algorithm.step import Aggregation
+from rolora.config.load import make_config
+from rolora.config.schema import RunConfig
 from rolora.model.base import Base, with_bank
-from rolora.model.lora import LoraSettings, above_encoder
+from rolora.model.peft import LoraSettings, above_encoder
+from rolora.plan.meta_model import SHAPES
 from rolora.plan.needs import Plan, make_plan
-from rolora.plan.outline import SHAPES
-from rolora.reduce import mean
-from rolora.rounds import Federation, RoundResult, RunState, federate
-from rolora.schema import RunConfig
-from rolora.step import Aggregation
-from rolora.store import ClientStore
-from rolora.tasks import Task
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
+from rolora.tasks.registry import Task
+from rolora.training.client_store import ClientStore
+from rolora.training.engine import InProcess, Job
+from rolora.training.local import LocalSettings
+from rolora.training.rounds import Federation, RoundResult, RunState, federate
 
 CLIENTS, ROWS = 2, 2  # of each client, in one step
 TEXTS = [4 * f"{SENTENCES[number % len(SENTENCES)]} " for number in range(CLIENTS * ROWS)]

@@ -18,9 +18,9 @@ from test_cli import rolora
 from tiny import tiny_llama
 from tiny_site import make_site
 
-from rolora import runs
-from rolora.config import make_config
-from rolora.evaluation import evaluate_adapter
+from rolora.config.load import make_config
+from rolora.run import runs
+from rolora.run.evaluation import evaluate_adapter
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -188,7 +188,7 @@ def test_a_program_that_a_model_wrote_runs_only_where_that_is_allowed(
 def test_without_the_harness_the_line_says_what_to_install(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rolora.harness.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("rolora.run.harness.importlib.util.find_spec", lambda name: None)
     code, _, err = rolora(monkeypatch, capsys, "eval", place / "run", "--tasks", "mmlu")
     assert (code, err.splitlines()[-1]) == (
         2,
@@ -200,7 +200,7 @@ def test_without_the_harness_the_line_says_what_to_install(
 def test_a_classifier_is_not_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rolora.config import load_config
+    from rolora.config.load import load_config
 
     config = load_config(make_site(tmp_path), ["train.rounds=1"])
     for _ in runs.start(config, tmp_path / "run").rounds():

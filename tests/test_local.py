@@ -15,9 +15,9 @@ from tiny import tiny_bert, tiny_llama
 from tiny_clients import EVERYTHING, Bench, classifier, language_model
 from torch import Tensor, nn
 
-from rolora.adapter import AdapterState, Roles, role_of
-from rolora.local import LocalSettings, NonFiniteLoss, Work, batches, evaluate
-from rolora.tasks import Batch, Examples, collate
+from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.data.examples import Batch, Examples, collate
+from rolora.training.local import LocalSettings, NonFiniteLoss, Work, batches, evaluate
 
 NOTHING = AdapterState({}, {})
 

@@ -14,12 +14,13 @@ from states import relative
 from tiny_clients import Bench, classifier, language_model
 from tiny_site import make_site
 
-from rolora import engine, memory, runs
-from rolora.adapter import Roles
-from rolora.config import load_config
+from rolora.algorithm.adapter import Roles
+from rolora.config.load import load_config
 from rolora.errors import ConfigError, RoloraError
-from rolora.local import LocalSettings, Trained, Work, train_group
-from rolora.memory import BankPlan, activation_bytes, plan_bank
+from rolora.run import runs
+from rolora.training import engine, memory
+from rolora.training.local import LocalSettings, Trained, Work, train_group
+from rolora.training.memory import BankPlan, activation_bytes, plan_bank
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -15,14 +15,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from rolora import runs
-from rolora.config import load_config
+from rolora.algorithm.method import get_method, method_names
+from rolora.config.load import load_config
+from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
-from rolora.evaluation import evaluate_adapter
-from rolora.method import get_method, method_names
-from rolora.model.lora import read_adapter
-from rolora.rounds import RoundResult
-from rolora.schema import RunConfig
+from rolora.model.peft import read_adapter
+from rolora.run import runs
+from rolora.run.evaluation import evaluate_adapter
+from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
 every_method = pytest.mark.parametrize("name", method_names())

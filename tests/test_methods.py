@@ -18,13 +18,9 @@ from states import cohort_of, dense, effect, make_specs, relative, same, sent, s
 from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
-from rolora.adapter import ClientInfo, Roles, Update, role_of
-from rolora.catalogue import describe_methods
-from rolora.draws import generator
-from rolora.engine import POOL, InProcess, Job
-from rolora.errors import ConfigError
-from rolora.local import LocalSettings
-from rolora.method import (
+from rolora.algorithm.adapter import ClientInfo, Roles, Update, role_of
+from rolora.algorithm.codec import Format, num_bytes
+from rolora.algorithm.method import (
     Method,
     Reduce,
     ServerState,
@@ -33,11 +29,15 @@ from rolora.method import (
     method_factory,
     method_names,
 )
-from rolora.reduce import mean
-from rolora.rounds import Federation, RoundResult, RunState, federate
-from rolora.step import Aggregation, step
-from rolora.store import ClientStore
-from rolora.wire import Format, num_bytes
+from rolora.algorithm.reduce import mean
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation, step
+from rolora.errors import ConfigError
+from rolora.plan.method_table import describe_methods
+from rolora.training.client_store import ClientStore
+from rolora.training.engine import POOL, InProcess, Job
+from rolora.training.local import LocalSettings
+from rolora.training.rounds import Federation, RoundResult, RunState, federate
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
 MEAN = Aggregation(mean())

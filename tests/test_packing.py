@@ -14,11 +14,11 @@ from states import relative
 from tiny_clients import Bench, classifier, language_model
 from torch import Tensor
 
-from rolora.local import LocalSettings, evaluate
+from rolora.data.examples import Batch
 from rolora.model.base import Base
 from rolora.model.packing import Collect, Spread, pack
 from rolora.model.stack import take_over
-from rolora.tasks import Batch
+from rolora.training.local import LocalSettings, evaluate
 
 MODELS = ("bert", "roberta", "distilbert", "llama", "gpt2")
 SETTINGS = LocalSettings(steps=None, epochs=2, batch_size=4)

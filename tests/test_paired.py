@@ -12,12 +12,11 @@ import torch
 from scipy import stats
 from test_report_verdicts import write
 
-from rolora.local import Work, batches
-from rolora.report import load_run, verdicts
-from rolora.report.paired import CONFIDENCE, difference, differences, interval
-from rolora.report.reading import apart
-from rolora.report.standing import AXES, Place, standing, standings
-from rolora.report.summary import Point, Run, trained_rows
+from rolora.report.narrative import apart, verdicts
+from rolora.results.paired import CONFIDENCE, difference, differences, interval
+from rolora.results.ranking import AXES, Place, standing, standings
+from rolora.results.runs import Point, Run, load_run, trained_rows
+from rolora.training.local import Work, batches
 
 MEGABYTE = 1_000_000
 
@@ -226,9 +225,9 @@ def test_methods_with_other_seeds_are_compared_at_one_budget(tmp_path: Path) -> 
 
 
 def test_a_run_that_diverged_is_in_no_mean_and_is_named(tmp_path: Path) -> None:
-    from rolora.report.outcome import outcome
-    from rolora.report.reading import cautions
-    from rolora.report.summary import sound
+    from rolora.report.narrative import cautions
+    from rolora.results.export import outcome
+    from rolora.results.runs import sound
 
     runs = loaded(tmp_path, rolora={0: [0.1, 0.2], 1: [0.1, 0.4]}, fedit={0: [0.1, 0.5]})
     (tmp_path / "rolora-seed1" / "diverged.txt").write_text("the loss is not finite\n")

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rolora.algorithm.seeding import generator
 from rolora.data.partition import (
     Partition,
     by_field,
@@ -19,7 +20,6 @@ from rolora.data.partition import (
     iid,
     symmetric_dirichlet,
 )
-from rolora.draws import generator
 from rolora.errors import ConfigError, DataError
 
 LABELS = [row % 5 for row in range(200)]

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from states import same
 from tiny_clients import LABELS, Bench, classifier, language_model
 
-from rolora.adapter import AdapterState
+from rolora.algorithm.adapter import AdapterState
+from rolora.data.examples import collate
 from rolora.errors import ConfigError
-from rolora.model.lora import adapter_base, read_adapter, save_adapter
-from rolora.tasks import collate
+from rolora.model.peft import adapter_base, read_adapter, save_adapter
 
 
 def make(kind: str, folder: Path, **lora: Any) -> Bench:

@@ -16,17 +16,17 @@ import transformers
 from states import relative, same
 from torch import Tensor
 
-from rolora import runs
-from rolora.adapter import AdapterState
-from rolora.config import make_config
-from rolora.configured import first_adapter, load_base_for, make_method, make_task
+from rolora.algorithm.adapter import AdapterState
+from rolora.config.load import make_config
+from rolora.config.schema import RunConfig
 from rolora.data import tables
+from rolora.data.examples import Batch, collate
 from rolora.errors import DataError
-from rolora.evaluation import evaluate_adapter
 from rolora.model.base import Base
 from rolora.model.pixel_network import PixelNetworkConfig, write_pixel_network
-from rolora.schema import RunConfig
-from rolora.tasks import Batch, collate
+from rolora.run import runs
+from rolora.run.configured import first_adapter, load_base_for, make_method, make_task
+from rolora.run.evaluation import evaluate_adapter
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -18,22 +18,22 @@ from tiny_site import make_site, values
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rolora import runs
-from rolora.adapter import ClientInfo, Roles, role_of
+from rolora.algorithm.adapter import ClientInfo, Roles, role_of
+from rolora.algorithm.method import method_names
 from rolora.cli import main as cli
-from rolora.config import load_config, make_config
-from rolora.configured import load_base_for
-from rolora.demo import classification_demo
-from rolora.engine import Job, group_size
+from rolora.config.load import load_config, make_config
+from rolora.data.examples import Batch, collate
+from rolora.demo.side_by_side import classification_demo
 from rolora.errors import ConfigError
-from rolora.method import method_names
 from rolora.model.bank import row_keys
-from rolora.model.lora import LoraSettings
-from rolora.plan import sketch
+from rolora.model.peft import LoraSettings
+from rolora.plan import estimate
 from rolora.plan.cost import StepCost, step_cost
+from rolora.plan.meta_model import outline
 from rolora.plan.needs import make_plan
-from rolora.plan.outline import outline
-from rolora.tasks import Batch, collate
+from rolora.run import runs
+from rolora.run.configured import load_base_for
+from rolora.training.engine import Job, group_size
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -232,7 +232,7 @@ def test_a_model_that_looks_at_values_is_planned_but_for_its_steps(
     def refuse(*_: object) -> StepCost:
         raise RuntimeError("data dependent")
 
-    monkeypatch.setattr(sketch, "step_cost", refuse)
+    monkeypatch.setattr(estimate, "step_cost", refuse)
     made = make_plan(load_config(bare))
     (method,) = made.methods
     assert [(each.flops, each.peak) for each in method.rounds] == [(None, None)] * 2

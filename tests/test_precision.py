@@ -11,12 +11,13 @@ import torch
 from tiny_clients import Bench, classifier
 from tiny_site import make_site
 
-from rolora import precision, runs
-from rolora.config import load_config
+from rolora.config.load import load_config
 from rolora.errors import ConfigError
-from rolora.local import LocalSettings
 from rolora.model.base import Base
-from rolora.precision import lowered
+from rolora.run import runs
+from rolora.training import precision
+from rolora.training.local import LocalSettings
+from rolora.training.precision import lowered
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -15,10 +15,10 @@ from states import relative
 from tiny_clients import Bench, classifier, language_model
 from tiny_site import make_site
 
-from rolora import runs
-from rolora.config import load_config
-from rolora.local import LocalSettings, evaluate
+from rolora.config.load import load_config
 from rolora.model.prefix import Prefix, below_adapters, with_prefix
+from rolora.run import runs
+from rolora.training.local import LocalSettings, evaluate
 
 pytestmark = pytest.mark.usefixtures("quick")
 

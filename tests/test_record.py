@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rolora.adapter import AdapterState
-from rolora.durable import new_folder, write_file
+from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.ledger import Held, Ledger
+from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.method import ServerState
-from rolora.record import RunFolder, line
-from rolora.rounds import Best, RoundResult, RunState
-from rolora.traffic import Held, Ledger
+from rolora.files import new_folder, write_file
+from rolora.run.folder import RunFolder, line
+from rolora.training.rounds import Best, RoundResult, RunState
 
 
 def state(round: int, attempt: int = 0) -> RunState:
@@ -186,7 +186,7 @@ def test_a_file_that_cannot_be_written_whole_keeps_its_old_content(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rolora.durable.os.fsync", full)
+    monkeypatch.setattr("rolora.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_file(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

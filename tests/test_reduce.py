@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 from states import relative, same
 from torch import Tensor
 
-from rolora.draws import generator
-from rolora.reduce import Reducer, Value, add_, clip, mean, median, trimmed_mean, zeros_like
+from rolora.algorithm.reduce import (
+    Reducer,
+    Value,
+    add_,
+    clip,
+    mean,
+    median,
+    trimmed_mean,
+    zeros_like,
+)
+from rolora.algorithm.seeding import generator
 
 reproducible = settings(max_examples=40, deadline=None, derandomize=True)
 REDUCERS: dict[str, Callable[[], Reducer]] = {

@@ -17,9 +17,17 @@ import pytest
 from synthetic_runs import write_run
 
 from rolora.errors import ConfigError
-from rolora.report import load_run, save_split_picture, write_report
-from rolora.report.figures import ROUNDING, Series, aggregation_errors, elided, key
+from rolora.report.figures import (
+    ROUNDING,
+    Series,
+    aggregation_errors,
+    elided,
+    key,
+    save_split_picture,
+)
+from rolora.report.page import write_report
 from rolora.report.svg import inline_svg
+from rolora.results.runs import load_run
 
 HOSTILE = '"><img src=x onerror=alert(1)> </pre><script>alert(2)</script> & $x_1$ {{ 7 * 7 }}'
 
@@ -86,7 +94,7 @@ def test_the_same_folders_give_the_same_bytes_in_another_process_too(
     runs: list[Path], html: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "again.html"
-    code = "import sys, pathlib as p; from rolora.report import write_report as w\n"
+    code = "import sys, pathlib as p; from rolora.report.page import write_report as w\n"
     code += "w([p.Path(a) for a in sys.argv[2:]], p.Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(out), *map(str, runs)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "7"})

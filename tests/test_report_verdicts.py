@@ -12,9 +12,10 @@ import pytest
 import tomli_w
 
 from rolora.errors import ConfigError, DataError
-from rolora.report import load_run, summarise, verdicts, write_report
-from rolora.report.reading import Verdict, cautions
-from rolora.report.standing import standing
+from rolora.report.narrative import Verdict, cautions, verdicts
+from rolora.report.page import write_report
+from rolora.results.ranking import standing
+from rolora.results.runs import load_run, summarise
 
 MEGABYTE = 1_000_000
 

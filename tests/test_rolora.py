@@ -10,14 +10,14 @@ import pytest
 import torch
 from states import make_specs, same
 
-from rolora import runs
-from rolora.adapter import AdapterState, Roles, role_of
-from rolora.config import load_config, make_config
-from rolora.draws import generator
+from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.factors import orthonormal
+from rolora.algorithm.method import get_method
+from rolora.algorithm.seeding import generator
+from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
-from rolora.factoring import orthonormal
-from rolora.memory import phases
-from rolora.method import get_method
+from rolora.run import runs
+from rolora.training.memory import phases
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -13,14 +13,15 @@ import torch
 from states import make_specs, moved, relative, same, sent, start_of, trained
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, Roles, Update, role_of
-from rolora.draws import derived_seed
-from rolora.engine import POOL, ClientMetrics, Job
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Roles, Update, role_of
+from rolora.algorithm.method import Method, ServerState, freeze_head, get_method, method_names
+from rolora.algorithm.reduce import clip, mean
+from rolora.algorithm.seeding import derived_seed
+from rolora.algorithm.step import Aggregation
 from rolora.errors import ConfigError, NoQuorum
-from rolora.method import Method, ServerState, freeze_head, get_method, method_names
-from rolora.record import line
-from rolora.reduce import clip, mean
-from rolora.rounds import (
+from rolora.run.folder import line
+from rolora.training.engine import POOL, ClientMetrics, Job
+from rolora.training.rounds import (
     Federation,
     RoundResult,
     RunState,
@@ -28,8 +29,7 @@ from rolora.rounds import (
     federate,
     sample_cohort,
 )
-from rolora.schedule import learning_rate
-from rolora.step import Aggregation
+from rolora.training.schedule import learning_rate
 
 CLIENTS = {"ann": 5, "bob": 9, "cy": 9, "dee": 2, "eve": 4, "flo": 7}
 SPECS = make_specs(((4, 6, 2), (7, 9, 2)))

@@ -20,11 +20,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_site import make_site, write_rows
 
-from rolora import runs
-from rolora.config import load_config
+from rolora.config.load import load_config
 from rolora.errors import ConfigError
-from rolora.evaluation import evaluate_adapter
-from rolora.model.lora import read_adapter
+from rolora.model.peft import read_adapter
+from rolora.run import runs
+from rolora.run.evaluation import evaluate_adapter
 
 
 def finish(run: runs.Run) -> Path:

@@ -16,18 +16,18 @@ from scripts import script
 from states import cohort_of, dense, make_specs, random_state, sent, trained
 from tiny_site import write_rows
 
-from rolora import configured, runs
-from rolora.adapter import AdapterState, ClientInfo, Failure, Update
-from rolora.config import load_config
-from rolora.draws import generator
-from rolora.engine import ClientMetrics, Job
-from rolora.method import Method, ServerState, get_method
-from rolora.products import Products, norm
-from rolora.record import RunFolder
-from rolora.reduce import Memory, Reducer, Value, mean
-from rolora.rounds import Federation, RunState, federate
-from rolora.step import Aggregation, step
-from rolora.tasks import Task
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.algorithm.exactness import Products, norm
+from rolora.algorithm.method import Method, ServerState, get_method
+from rolora.algorithm.reduce import Memory, Reducer, Value, mean
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation, step
+from rolora.config.load import load_config
+from rolora.run import configured, runs
+from rolora.run.folder import RunFolder
+from rolora.tasks.registry import Task
+from rolora.training.engine import ClientMetrics, Job
+from rolora.training.rounds import Federation, RunState, federate
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -198,7 +198,7 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
 
         return replace(task, encode_test=encode_test)
 
-    monkeypatch.setattr("rolora.build.make_task", watched)
+    monkeypatch.setattr("rolora.run.build.make_task", watched)
     setup = runs.start(config, tmp_path / "run").setup
     held_out: Mapping[str, Any] = setup.federation.engine.held_out  # type: ignore[attr-defined]
     assert encoded == [12]  # the test file

@@ -13,10 +13,10 @@ from tiny_clients import Bench, classifier, language_model
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from rolora.adapter import Roles
-from rolora.local import LocalSettings, Work
+from rolora.algorithm.adapter import Roles
 from rolora.model import segments
 from rolora.model.segments import add_low_rank, segment_linear
+from rolora.training.local import LocalSettings, Work
 
 SIZES = (3, 1, 5)
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from states import cohort_of, make_specs, random_state, relative, same, sent, trained
 from torch import Tensor
 
-from rolora import runs
-from rolora.adapter import AdapterState, Update, role_of
-from rolora.comparison import comparison
-from rolora.config import load_config, make_config
-from rolora.configured import make_method, make_reducer
-from rolora.draws import generator
+from rolora.algorithm.adapter import AdapterState, Update, role_of
+from rolora.algorithm.method import ServerState, get_method, method_names
+from rolora.algorithm.reduce import Memory, Reducer, Value, clip, fedadam, fedavgm, mean, median
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation, step
+from rolora.comparison import grid
+from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
-from rolora.method import ServerState, get_method, method_names
-from rolora.reduce import Memory, Reducer, Value, clip, fedadam, fedavgm, mean, median
-from rolora.step import Aggregation, step
+from rolora.run import runs
+from rolora.run.configured import make_method, make_reducer
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -291,7 +291,7 @@ def test_compare_refuses_before_the_first_run_what_it_would_refuse_at_a_later_on
 ) -> None:
     config = load_config(site, ["aggregate.optimizer=fedavgm"])
     with pytest.raises(ConfigError, match="which centralized has not"):
-        comparison.plan(config, {"rolora": (), "centralized": ()}, [0])
+        grid.plan(config, {"rolora": (), "centralized": ()}, [0])
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from tiny_site import write_rows
 from transformers import AutoTokenizer
 
 from rolora.errors import NoQuorum
-from rolora.flower.carrier import replies_in_time
-from rolora.flower.parcel import Parcel, ParcelError, named, names_of
-from rolora.flower.roster import Lost
-from rolora.flower.site import Site
+from rolora.flower.membership import Lost
+from rolora.flower.message import Parcel, ParcelError, named, names_of
+from rolora.flower.transport import replies_in_time
+from rolora.sites.site import Site
 
 pytestmark = pytest.mark.usefixtures("quick")
 

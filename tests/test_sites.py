@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from calls import calls, configuration, make_place, remote
 
-from rolora import runs
-from rolora.adapter import tensor_hash
+from rolora.algorithm.adapter import tensor_hash
 from rolora.errors import ConfigError
-from rolora.flower.carrier import pause
-from rolora.flower.parcel import Parcel
-from rolora.rounds import RoundResult
-from rolora.runs import Run
+from rolora.flower.message import Parcel
+from rolora.flower.transport import pause
+from rolora.run import runs
+from rolora.run.runs import Run
+from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
 

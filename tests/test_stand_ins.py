@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rolora import runs
-from rolora.config import load_config
-from rolora.fetch.folders import fetch
-from rolora.method import method_names
+from rolora.algorithm.method import method_names
+from rolora.config.load import load_config
+from rolora.demo.fetch import fetch
+from rolora.run import runs
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent.parent

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from states import HEAD, cohort_of, dense, make_specs, random_state, same, sent, trained
 from torch import Tensor
 
-from rolora.adapter import AdapterState, Failure, Update
-from rolora.draws import generator
-from rolora.method import Method, Reduce, ServerState, freeze_head, get_method
-from rolora.reduce import clip, mean, median, trimmed_mean
-from rolora.step import Aggregation, RoundReport, step
+from rolora.algorithm.adapter import AdapterState, Failure, Update
+from rolora.algorithm.method import Method, Reduce, ServerState, freeze_head, get_method
+from rolora.algorithm.reduce import clip, mean, median, trimmed_mean
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation, RoundReport, step
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
 COHORT = cohort_of(SIZES)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import rolora.theory.curves
+from rolora.algorithm.seeding import generator
 from rolora.cli import main as cli
-from rolora.draws import generator
 from rolora.errors import ConfigError
 from rolora.report.theory_figure import save_theory_picture
 from rolora.report.theory_text import round_cells, sweep_cells, theory_verdicts

@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from states import make_specs, random_state, same
 from torch import Tensor
 
-from rolora.draws import generator
-from rolora.wire import Format, Tensors, WireError, body_bytes, decode, encode, num_bytes
+from rolora.algorithm.codec import Format, Tensors, WireError, body_bytes, decode, encode, num_bytes
+from rolora.algorithm.seeding import generator
 
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
 BLOCKS = {"int8": (128, 127), "int4": (32, 7)}

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.site_bytes import added_up
 from benchmarks.wiretap import Exchange, Tap
-from rolora.flower import keys
+from rolora.sites import keys
 
 
 class Echo(http.server.BaseHTTPRequestHandler):

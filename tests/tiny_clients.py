@@ -13,14 +13,15 @@ import torch
 from states import random_state, start_of
 from tiny import SENTENCES
 
-from rolora.adapter import AdapterState, Roles
-from rolora.local import LocalSettings, Trained, Work, train_group
-from rolora.method import Method
+from rolora.algorithm.adapter import AdapterState, Roles
+from rolora.algorithm.method import Method
+from rolora.data.examples import Examples
 from rolora.model.base import Base, load_base
-from rolora.model.lora import LoraSettings
-from rolora.tasks import Examples, Task
+from rolora.model.peft import LoraSettings
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
+from rolora.tasks.registry import Task
+from rolora.training.local import LocalSettings, Trained, Work, train_group
 
 ROWS = 32
 LABELS = ("bad", "good", "odd")

@@ -31,12 +31,12 @@ from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
 from benchmarks.site_bytes import added_up, parcels, sorted_out
 from benchmarks.wiretap import Exchange, Tap
-from rolora.config import load_config
-from rolora.durable import write_file
-from rolora.flower.folder import FederationFolder
-from rolora.flower.keys import LOOPBACK
-from rolora.flower.node import REST
-from rolora.flower.rehearsal import rehearse
+from rolora.config.load import load_config
+from rolora.files import write_file
+from rolora.sites.folder import FederationFolder
+from rolora.sites.keys import LOOPBACK
+from rolora.sites.local_trial import rehearse
+from rolora.sites.node import REST
 
 SITES = 3
 STEPS, TOKENS, BATCH = 20, 32, 4

@@ -6,11 +6,11 @@ import torch
 
 from benchmarks.job import configuration, write_job
 from benchmarks.place import Place
-from rolora.build import prepare
-from rolora.engine import InProcess
-from rolora.local import Work as ClientWork
-from rolora.local import batches
-from rolora.schema import RunConfig
+from rolora.config.schema import RunConfig
+from rolora.run.build import prepare
+from rolora.training.engine import InProcess
+from rolora.training.local import Work as ClientWork
+from rolora.training.local import batches
 
 CLIENTS, ROWS, STEPS = 16, 8, 2
 

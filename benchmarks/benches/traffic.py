@@ -18,11 +18,11 @@ import rolora
 from benchmarks import harness
 from benchmarks.job import configuration
 from benchmarks.place import Place
-from rolora.adapter import role_of
-from rolora.build import prepare
-from rolora.durable import write_file
-from rolora.method import get_method
-from rolora.runs import Run
+from rolora.algorithm.adapter import role_of
+from rolora.algorithm.method import get_method
+from rolora.files import write_file
+from rolora.run.build import prepare
+from rolora.run.runs import Run
 
 METHODS = ("rolora", "ffa_lora", "fedit")
 CLIENTS, ROUNDS = 4, 4

@@ -24,7 +24,7 @@ Way = Callable[[], object]
 
 def rolora_mean(updates: Updates, dtype: torch.dtype = torch.float64) -> Way:
     """rolora's reducer: streaming, summed in float64."""
-    from rolora.reduce import mean
+    from rolora.algorithm.reduce import mean
 
     reducer, rng = mean(dtype), torch.Generator()
 

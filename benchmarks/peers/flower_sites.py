@@ -9,7 +9,7 @@ ready to train (Python, libraries, the model), and to train.
 
     python -m benchmarks.peers.flower_sites JOB FEDERATION PORT ROUNDS ADAPTER_FILE AFTER_ROUND
 
-FEDERATION has the keys (rolora.flower.folder wrote them); SuperNodes connect to PORT, which is the
+FEDERATION has the keys (rolora.sites.folder wrote them); SuperNodes connect to PORT, which is the
 SuperLink's own or that of something between.
 """
 

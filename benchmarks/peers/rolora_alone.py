@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.party import Answer, serve
-from rolora.adapter import ClientInfo
-from rolora.build import prepare
-from rolora.config import load_config
-from rolora.engine import Job
+from rolora.algorithm.adapter import ClientInfo
+from rolora.config.load import load_config
+from rolora.run.build import prepare
+from rolora.training.engine import Job
 
 
 def trainer(file: Path, name: str, orders: Connection) -> None:

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 import rolora
 from benchmarks.party import Answer, serve
 from benchmarks.processes import anonymous_kib
-from rolora.build import prepare as prepare_run
-from rolora.config import make_config
+from rolora.config.load import make_config
+from rolora.run.build import prepare as prepare_run
 
 if __name__ == "__main__":
     folder, bank, *rest = sys.argv[1:]

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.party import Answer, serve
-from rolora.build import prepare
-from rolora.config import make_config
-from rolora.engine import InProcess
-from rolora.local import LocalSettings, Work, train_group
+from rolora.config.load import make_config
+from rolora.run.build import prepare
+from rolora.training.engine import InProcess
+from rolora.training.local import LocalSettings, Work, train_group
 
 if __name__ == "__main__":
     folder, way = Path(sys.argv[1]), sys.argv[2]

@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rolora.fetch.sources import KINDS, in_test, write_rows
+from rolora.demo.sources import KINDS, in_test, write_rows
 
 SPEAKERS = ("Chandler", "Joey", "Monica", "Phoebe", "Rachel", "Ross")
 TRANSCRIPTS = "orangecontrib/text/datasets/friends-transcripts.tab"

@@ -13,48 +13,48 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rolora.adapter import AdapterState as AdapterState
-    from rolora.adapter import ClientInfo as ClientInfo
-    from rolora.adapter import Update as Update
+    from rolora.algorithm.adapter import AdapterState as AdapterState
+    from rolora.algorithm.adapter import ClientInfo as ClientInfo
+    from rolora.algorithm.adapter import Update as Update
+    from rolora.algorithm.method import Method as Method
+    from rolora.algorithm.method import ServerState as ServerState
+    from rolora.algorithm.method import get_method as get_method
+    from rolora.algorithm.method import method_names as method_names
+    from rolora.algorithm.reduce import Reducer as Reducer
     from rolora.comparison.queue import compare as compare
-    from rolora.config import load_config as load_config
-    from rolora.config import make_config as make_config
+    from rolora.config.load import load_config as load_config
+    from rolora.config.load import make_config as make_config
+    from rolora.config.schema import RunConfig as RunConfig
     from rolora.errors import RoloraError as RoloraError
-    from rolora.evaluation import evaluate_adapter as evaluate_adapter
-    from rolora.method import Method as Method
-    from rolora.method import ServerState as ServerState
-    from rolora.method import get_method as get_method
-    from rolora.method import method_names as method_names
-    from rolora.reduce import Reducer as Reducer
-    from rolora.report import write_report as write_report
-    from rolora.rounds import RoundResult as RoundResult
-    from rolora.rounds import federate as federate
-    from rolora.runs import resume as resume
-    from rolora.runs import start as start
-    from rolora.schema import RunConfig as RunConfig
+    from rolora.report.page import write_report as write_report
+    from rolora.run.evaluation import evaluate_adapter as evaluate_adapter
+    from rolora.run.runs import resume as resume
+    from rolora.run.runs import start as start
+    from rolora.training.rounds import RoundResult as RoundResult
+    from rolora.training.rounds import federate as federate
 
 __version__ = version("rolora")
 
 _HOMES = {
-    "AdapterState": "adapter",
-    "ClientInfo": "adapter",
-    "Method": "method",
-    "Reducer": "reduce",
+    "AdapterState": "algorithm.adapter",
+    "ClientInfo": "algorithm.adapter",
+    "Method": "algorithm.method",
+    "Reducer": "algorithm.reduce",
     "RoloraError": "errors",
-    "RoundResult": "rounds",
-    "RunConfig": "config",
-    "ServerState": "method",
-    "Update": "adapter",
+    "RoundResult": "training.rounds",
+    "RunConfig": "config.schema",
+    "ServerState": "algorithm.method",
+    "Update": "algorithm.adapter",
     "compare": "comparison.queue",
-    "evaluate_adapter": "evaluation",
-    "federate": "rounds",
-    "get_method": "method",
-    "load_config": "config",
-    "make_config": "config",
-    "method_names": "method",
-    "resume": "runs",
-    "start": "runs",
-    "write_report": "report",
+    "evaluate_adapter": "run.evaluation",
+    "federate": "training.rounds",
+    "get_method": "algorithm.method",
+    "load_config": "config.load",
+    "make_config": "config.load",
+    "method_names": "algorithm.method",
+    "resume": "run.runs",
+    "start": "run.runs",
+    "write_report": "report.page",
 }
 __all__ = sorted(_HOMES)
 

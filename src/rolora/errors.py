@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RoloraError(Exception):
@@ -33,11 +34,20 @@ class AllDiverged(DataError):
 
 
 class NotHere(DataError):
-    """Data that is not on this machine; ``source`` is what it was asked for by."""
+    """Data that is not here: ``source`` as the user wrote it, ``path`` if it is a file."""
 
-    def __init__(self, message: str, source: str) -> None:
+    def __init__(self, message: str, source: str, path: Path | None = None) -> None:
         super().__init__(message)
         self.source = source
+        self.path = path
+
+
+class ModelNotHere(ConfigError):
+    """A model's file or folder, ``path``, that does not exist."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class NoQuorum(RoloraError):

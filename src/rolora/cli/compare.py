@@ -12,7 +12,7 @@ from rolora.cli.printing import err_console, out_console, print_json
 from rolora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rolora.report.published import Published
+    from rolora.results.published import Published
 
 
 def compare(
@@ -50,11 +50,11 @@ def compare(
     """
     from rolora.cli.queue_display import follow_all
     from rolora.comparison.budget import core_seconds
-    from rolora.comparison.comparison import plan
+    from rolora.comparison.grid import plan
     from rolora.comparison.queue import TUNE_SEEDS, make_search, turns
     from rolora.comparison.variants import addressed, listed
-    from rolora.config import load_config
-    from rolora.report.published import read_published
+    from rolora.config.load import load_config
+    from rolora.results.published import read_published
 
     labels = listed(methods)
     meant: dict[str, list[str]] = {label: [] for label in ("", *labels)}
@@ -87,8 +87,8 @@ def _seeds(option: str, text: str) -> tuple[int, ...]:
 def _print(path: Path, finals: list[Path], published: Published | None, as_json: bool) -> None:
     from rolora.cli.compare_table import comparison_text
     from rolora.comparison.folder import ComparisonFolder
-    from rolora.report import load_run
-    from rolora.report.outcome import outcome
+    from rolora.results.export import outcome
+    from rolora.results.runs import load_run
 
     folder = ComparisonFolder(path)
     runs, tuning = [load_run(run) for run in finals], folder.tuning()

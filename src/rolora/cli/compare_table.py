@@ -8,13 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rolora.comparison.tuning import Tuning
-from rolora.report import reading
-from rolora.report.paired import CONFIDENCE, differences
-from rolora.report.published import Published, beside
-from rolora.report.reading import TITLES, apart, budget, megabytes, score, tenths
-from rolora.report.standing import Standing, standings
-from rolora.report.summary import Run, by_method, primary_metric, sound
+from rolora.report import narrative
+from rolora.report.narrative import TITLES, apart, budget, megabytes, score, tenths
+from rolora.results.paired import CONFIDENCE, differences
+from rolora.results.published import Published, beside
+from rolora.results.ranking import Ranking, standings
+from rolora.results.runs import Run, by_method, primary_metric, sound
+from rolora.results.tuned import Tuning
 
 
 def comparison_text(
@@ -24,7 +24,7 @@ def comparison_text(
     runs = sound(every)
     metric, reference = primary_metric(runs), next(iter(by_method(runs)))
     parts: list[RenderableType] = [] if tuning is None else [*_tuning(tuning), ""]
-    for at, said in zip(standings(runs, metric), reading.verdicts(runs), strict=False):
+    for at, said in zip(standings(runs, metric), narrative.verdicts(runs), strict=False):
         parts += [Text(f"{TITLES[at.axis]}, {budget(at)}: {said.headline}", style="bold")]
         parts += [
             _block(at, metric, reference, max(map(len, by_method(runs)))),
@@ -34,12 +34,12 @@ def comparison_text(
     if published is not None:
         parts += [*_published(published, runs), ""]
     parts += [
-        Text(f"note: {note}") for note in reading.cautions(every, tuning.keys if tuning else ())
+        Text(f"note: {note}") for note in narrative.cautions(every, tuning.keys if tuning else ())
     ]
     return Group(*parts)
 
 
-def _block(at: Standing, metric: str, reference: str, width: int) -> Table:
+def _block(at: Ranking, metric: str, reference: str, width: int) -> Table:
     """Everybody's place at one budget, and how far from the reference."""
     table = _table()
     table.add_column("method", min_width=width)

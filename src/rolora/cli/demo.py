@@ -15,9 +15,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
 ) -> None:
     """Fetch a real model and texts, run three methods on a few seeds, and say what came out."""
-    from rolora import demo as demonstration
     from rolora.cli.display import follow, results_table, working
-    from rolora.report import load_run, summarise, verdicts
+    from rolora.demo import side_by_side as demonstration
+    from rolora.report.narrative import verdicts
+    from rolora.results.runs import load_run, summarise
 
     with working("fetching the model and the data, once"):
         fetch = demonstration.language_demo if llm else demonstration.classification_demo
@@ -57,8 +58,8 @@ def fetch(
 ) -> None:
     """Fetch real models and rows for the demonstrations and experiments."""
     from rolora.cli.display import working
-    from rolora.fetch import folders as fetching
-    from rolora.fetch.sources import SOURCES
+    from rolora.demo import fetch as fetching
+    from rolora.demo.sources import SOURCES
 
     if not names:
         print_sources(SOURCES, json)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from rolora.adapter import ClientInfo, Failure, Update
-from rolora.engine import ClientMetrics, Engine, Job
-from rolora.method import Method, ServerState
-from rolora.report import Row
-from rolora.rounds import RoundResult
-from rolora.runs import Run
+from rolora.algorithm.adapter import ClientInfo, Failure, Update
+from rolora.algorithm.method import Method, ServerState
+from rolora.results.runs import Row
+from rolora.run.progress import described
+from rolora.run.runs import Run
+from rolora.training.engine import ClientMetrics, Engine, Job
+from rolora.training.rounds import RoundResult
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -69,72 +69,14 @@ def follow(run: Run, title: str, overall: Overall | None = None) -> RoundResult 
         console.print(f"note: {note}", markup=False)
     federation = run.setup.federation
     left = federation.rounds - run.state.server.round
-    sent = Sent()
     last: RoundResult | None = None
     with contextlib.ExitStack() as stack:
         advance, tick = stack.enter_context(_bar(title, left, overall))
         rounds = run.rounds(lambda engine: Watched(engine, tick))
         stack.enter_context(contextlib.closing(rounds))
-        started = time.monotonic()
-        done = 0
-        for result in rounds:
-            last = result
-            sent = sent.plus(result)
-            done += result.advanced and result.round > 0
-            pace = (time.monotonic() - started) / done if done else 0.0
-            text = describe(result, federation.rounds, sent, pace * (left - done))
-            advance(text, overall.after(result) if overall else "")
+        for last, text in described(rounds, run):
+            advance(text, overall.after(last) if overall else "")
     return last
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Bytes that have travelled so far."""
-
-    up: int = 0
-    down: int = 0
-
-    def plus(self, result: RoundResult) -> Sent:
-        """With this round's."""
-        return Sent(self.up + result.bytes_up, self.down + result.bytes_down)
-
-
-def describe(result: RoundResult, rounds: int, sent: Sent, seconds_left: float) -> str:
-    """One line about a round: phase, cohort, loss, metrics, aggregation error, bytes, time left."""
-    if result.round == 0:
-        return f"before training   {_metrics(result)}"
-    phase = "+".join(role for role in result.factors if role != "head") or "head"
-    parts = [f"round {result.round}/{rounds}", f"train {phase}", f"{len(result.cohort)} clients"]
-    if not result.advanced:
-        parts.append(f"no quorum, attempt {result.attempt + 1}; trying again")
-    if result.loss is not None:
-        parts.append(f"loss {result.loss:.3f}")
-    if found := _metrics(result):
-        parts.append(found)
-    if result.aggregation_error is not None:
-        parts.append(f"aggregation error {result.aggregation_error:.1e}")
-    if result.rejected:
-        parts.append(f"rejected {len(result.rejected)}: {_first(result.rejected.items())}")
-    parts.append(f"sent {sent.up / 1e6:.2f} MB up, {sent.down / 1e6:.2f} MB down")
-    parts.append(f"{clock(seconds_left)} left")
-    return "   ".join(parts)
-
-
-def _metrics(result: RoundResult) -> str:
-    wanted = [name for name in result.metrics if name not in ("macro_f1", "matthews")]
-    return "  ".join(f"{name} {result.metrics[name]:.3f}" for name in wanted)
-
-
-def _first(items: Iterable[tuple[str, str]]) -> str:
-    client, reason = next(iter(items))
-    return f"{client} ({reason})"
-
-
-def clock(seconds: float) -> str:
-    """'12:05', or '1:12:05' where it is hours."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @contextlib.contextmanager

@@ -42,8 +42,8 @@ def evaluate(
         on_rows(path, overrides or [], data, model, json)
         return
     from rolora.cli.display import working
-    from rolora.evaluation import find_adapter
-    from rolora.harness import run_tasks
+    from rolora.run.evaluation import find_adapter
+    from rolora.run.harness import run_tasks
 
     trained = find_adapter(path, model, overrides or [])
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -59,7 +59,7 @@ def on_rows(path: Path, overrides: list[str], data: str, model: str | None, json
     """Metrics of one set of rows; of each file where ``data`` is a pattern."""
     from rolora.cli.display import working
     from rolora.data.tables import files_of, is_glob
-    from rolora.evaluation import evaluate_adapter, evaluate_each
+    from rolora.run.evaluation import evaluate_adapter, evaluate_each
 
     if is_glob(data, root=Path()):
         sets = {name: file for file, name in files_of(data, root=Path()).items()}

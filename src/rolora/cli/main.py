@@ -23,7 +23,7 @@ from rolora.cli.plan import plan
 from rolora.cli.printing import out_console, print_json, print_methods, print_results, print_runs
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
-from rolora.errors import EXIT_CODES, RoloraError
+from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,9 +68,9 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
-    from rolora import runs
     from rolora.cli.display import working
-    from rolora.config import load_config
+    from rolora.config.load import load_config
+    from rolora.run import runs
 
     settings = load_config(config, [*(overrides or []), *_where(on)])
     if settings.federation.on:
@@ -88,10 +88,10 @@ def resume(
     json: Json = False,
 ) -> None:
     """Go on with a run from its last checkpoint, as if it had never stopped."""
-    from rolora import runs
     from rolora.cli.display import working
-    from rolora.config import load_config
-    from rolora.record import RunFolder
+    from rolora.config.load import load_config
+    from rolora.run import runs
+    from rolora.run.folder import RunFolder
 
     folder = RunFolder.open(path)
     settings = load_config(folder.config)
@@ -117,7 +117,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Write one page about one or more runs: curves, tables, the split, the configuration."""
-    from rolora.report import write_report
+    from rolora.report.page import write_report
 
     write_report(paths, out)
     print_runs(paths, json)
@@ -140,10 +140,10 @@ def partition(
 ) -> None:
     """Show who holds which rows, and save a picture of it. Trains nothing."""
     from rolora.cli.display import masked_text, split_table, working
-    from rolora.config import load_config
+    from rolora.config.load import load_config
     from rolora.data.shards import load_rows
-    from rolora.report import save_split_picture
-    from rolora.runs import training_masks
+    from rolora.report.figures import save_split_picture
+    from rolora.run.runs import training_masks
 
     settings = load_config(config, overrides or [])
     rows = load_rows(settings)
@@ -163,7 +163,7 @@ def partition(
 @app.command()
 def methods(json: Json = False) -> None:
     """List the methods: what each trains, sends, and where it comes from."""
-    from rolora.catalogue import describe_methods
+    from rolora.plan.method_table import describe_methods
 
     rows = describe_methods()
     if json:
@@ -179,7 +179,7 @@ def init(
     model: Annotated[str, typer.Option(help="a folder, hub name or .gguf file")] = "",
 ) -> None:
     """Look at the columns of your file and write a commented config for it."""
-    from rolora.starter import write_starter
+    from rolora.run.config_template import write_starter
 
     write_starter(data, out, model)
     out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
@@ -225,6 +225,11 @@ def main() -> None:
         signal.signal(number, _interrupt)
     try:
         app()
+    except (NotHere, ModelNotHere) as error:
+        from rolora.demo.fetch import how_to_get
+
+        hint = "" if error.path is None else how_to_get(error.path)
+        _leave(f"{error}{hint}", error.exit_code)
     except RoloraError as error:
         _leave(str(error), error.exit_code)
     except Interrupted:

@@ -22,7 +22,7 @@ def plan(
 ) -> None:
     """Say what a run needs: memory, traffic, work and disk. Fetches no weights, trains nothing."""
     from rolora.cli.display import working
-    from rolora.config import load_config
+    from rolora.config.load import load_config
     from rolora.plan.needs import make_plan
 
     settings = load_config(config, overrides or [])

@@ -13,10 +13,10 @@ from rich.progress import track
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from rolora.catalogue import MethodRow
-    from rolora.fetch.sources import Source
-    from rolora.harness import Score
+    from rolora.demo.sources import Source
+    from rolora.plan.method_table import MethodRow
     from rolora.plan.needs import MethodPlan, Plan
+    from rolora.run.harness import Score
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -40,7 +40,7 @@ def print_json(value: object) -> None:
 def print_runs(paths: Sequence[Path], as_json: bool) -> None:
     """The summary of one or more run folders."""
     from rolora.cli.display import results_table
-    from rolora.report import load_run, summarise
+    from rolora.results.runs import load_run, summarise
 
     rows = summarise([load_run(path) for path in paths])
     if as_json:

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from rolora.cli.display import Overall, clock, console, follow
+from rolora.cli.display import Overall, console, follow
 from rolora.comparison.budget import Tally, core_hours
-from rolora.comparison.queue import Turn
-from rolora.local import NonFiniteLoss
-from rolora.rounds import RoundResult
+from rolora.comparison.queue import QueuedRun
+from rolora.run.progress import clock
+from rolora.training.local import NonFiniteLoss
+from rolora.training.rounds import RoundResult
 
 
-def follow_all(turns: Iterable[Turn]) -> None:
+def follow_all(turns: Iterable[QueuedRun]) -> None:
     """Run all of them, showing each round.
 
     A run that diverges is said to and left behind. Raises BudgetSpent when the budget is.
@@ -31,7 +32,7 @@ def follow_all(turns: Iterable[Turn]) -> None:
         if first is not None and not estimated:
             estimated = _tell(turn, so_far, first)
 
-        def after(result: RoundResult, turn: Turn = turn) -> str:
+        def after(result: RoundResult, turn: QueuedRun = turn) -> str:
             nonlocal so_far, estimated
             if result.advanced:
                 so_far = so_far.plus(result.round, bool(result.metrics), result.seconds)
@@ -49,7 +50,7 @@ def follow_all(turns: Iterable[Turn]) -> None:
             console.print(f"{name}: diverged, and goes no further: {error}", markup=False)
 
 
-def _tell(turn: Turn, so_far: Tally, left: float) -> bool:
+def _tell(turn: QueuedRun, so_far: Tally, left: float) -> bool:
     """Say once what all of it will take, and whether the budget is enough."""
     threads = torch.get_num_threads()
     whole = so_far.seconds + left

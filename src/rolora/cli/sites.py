@@ -37,9 +37,9 @@ def site(
     Rows never leave. What leaves is written to outgoing.log in the site's state folder.
     """
     _need_flower()
-    from rolora.flower.node import leave_with, serve
-    from rolora.flower.site import Site
-    from rolora.flower.site_config import read_site
+    from rolora.sites.node import leave_with, serve
+    from rolora.sites.site import Site
+    from rolora.sites.site_config import read_site
 
     settings = read_site(config)
     if check:
@@ -59,9 +59,9 @@ def doctor(
 ) -> None:
     """Say what is wrong with a setup, one line for each thing looked at."""
     _need_flower()
-    from rolora.flower.doctor import examine_federation
-    from rolora.flower.folder import FederationFolder
-    from rolora.flower.site_config import read_site
+    from rolora.sites.doctor import examine_federation
+    from rolora.sites.folder import FederationFolder
+    from rolora.sites.site_config import read_site
 
     if place.is_dir():
         _report(examine_federation(FederationFolder.open(place)), json)
@@ -80,7 +80,7 @@ def keys(
 ) -> None:
     """Make a CA, the server's certificate and a key for each site; add sites to a folder."""
     _need_flower()
-    from rolora.flower.folder import FederationFolder
+    from rolora.sites.folder import FederationFolder
 
     if not folder.exists():
         if host is None:
@@ -103,7 +103,7 @@ def remove(
 ) -> None:
     """Shut sites out: their keys are refused from now on. The federation must be served."""
     _need_flower()
-    from rolora.flower.folder import FederationFolder
+    from rolora.sites.folder import FederationFolder
 
     opened = FederationFolder.open(folder)
     for name in _listed(sites):
@@ -115,8 +115,8 @@ def remove(
 def serve(folder: Folder = Path("federation")) -> None:
     """Run the coordinator's programs, and start them again when they end, until interrupted."""
     _need_flower()
-    from rolora.flower.folder import FederationFolder
-    from rolora.flower.serve import keep, serving
+    from rolora.sites.folder import FederationFolder
+    from rolora.sites.serve import keep, serving
 
     opened = FederationFolder.open(folder)
     with serving(opened, _tell) as supervisor:
@@ -140,13 +140,16 @@ def up(
     there already is started again.
     """
     _need_flower()
-    from rolora.flower.folder import FederationFolder
-    from rolora.flower.rehearsal import questions, rehearse
-    from rolora.flower.serve import keep, serving, site_program
+    from rolora.sites.folder import FederationFolder
+    from rolora.sites.local_trial import rehearse
+    from rolora.sites.serve import keep, serving, site_program
 
     if not folder.exists():
-        file, given = (questions(), []) if config is None else (config, overrides or [])
-        rehearse(folder, str(file), given, sites, port)
+        if config is None:
+            from rolora.demo.side_by_side import classification_demo
+
+            config, overrides = str(classification_demo(Path("demo")).file), []
+        rehearse(folder, config, overrides or [], sites, port)
     opened = FederationFolder.open(folder)
     with serving(opened, _tell) as supervisor:
         for name in opened.public:
@@ -159,7 +162,7 @@ def up(
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
     """Run or resume on the sites of ``federation.on``, showing what the coordinator's app says."""
     from rolora.cli.display import working
-    from rolora.flower.submit import run_remotely
+    from rolora.sites.submit import run_remotely
 
     with working(f"running on {settings.federation.on}"):
         run_remotely(settings, out, _tell, rounds)
@@ -168,8 +171,8 @@ def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = N
 
 def _examine_site(settings: Any, run: str | None, as_json: bool) -> None:
     from rolora.cli.display import working
-    from rolora.config import load_config
-    from rolora.flower.doctor import examine_site
+    from rolora.config.load import load_config
+    from rolora.sites.doctor import examine_site
 
     config = load_config(run) if run else None
     with working("looking at rows, model and connection"):

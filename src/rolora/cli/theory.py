@@ -24,7 +24,7 @@ MARKS = {True: "holds   ", False: "fails   ", None: "note    "}
 
 def _from_file(context: typer.Context, file: str | None) -> str | None:
     """Make what the file says the defaults of all options."""
-    from rolora.config import read_toml
+    from rolora.config.load import read_toml
 
     if file is not None:
         values = read_toml(file, "experiments/linear has some")
@@ -69,7 +69,7 @@ def theory(
     json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
 ) -> None:
     """Run the paper's linear model: RoLoRA's angle and its bound, FFA-LoRA's floor, FedAvg."""
-    from rolora.durable import write_file
+    from rolora.files import write_file
     from rolora.report.theory_figure import save_theory_picture
     from rolora.report.theory_text import theory_verdicts
     from rolora.theory.curves import simulate

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rolora.errors import BudgetSpent, ConfigError
-from rolora.report.summary import Run
+from rolora.results.runs import Run
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from rolora.comparison.budget import Tally
-from rolora.comparison.comparison import Comparison, Planned
-from rolora.comparison.tuning import Tuning
+from rolora.comparison.grid import Comparison, PlannedRun
 from rolora.data.shards import digest, load_rows
-from rolora.durable import locked, new_folder, write_file
 from rolora.errors import ConfigError, DataError
-from rolora.record import RunFolder
-from rolora.report import load_run
-from rolora.report.summary import flat
+from rolora.files import locked, new_folder, write_file
+from rolora.results.runs import flat, load_run
+from rolora.results.tuned import Tuning
+from rolora.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,13 @@ class ComparisonFolder:
         """Put the choice on disk."""
         write_file(self.tuning_file, tuning.model_dump_json(indent=1) + "\n")
 
-    def ended(self, planned: Planned) -> bool:
+    def ended(self, planned: PlannedRun) -> bool:
         """Whether this run is done, or needed no more."""
         chosen = planned.stage == "tuning" and self.tuning_file.is_file()
         return chosen or RunFolder(planned.path).ended
 
 
-def tally(every: Sequence[Planned]) -> Tally:
+def tally(every: Sequence[PlannedRun]) -> Tally:
     """Of all rounds of these runs that are on disk."""
     total = Tally()
     for one in every:

@@ -10,33 +10,34 @@ from typing import Any
 
 import torch
 
-from rolora.build import Setup, prepare
 from rolora.comparison.budget import Length, Tally, refuse_spent
-from rolora.comparison.comparison import Comparison, Planned, Search, plan
 from rolora.comparison.folder import ComparisonFolder, tally
-from rolora.comparison.tuning import Tuning, choose, grids, settings
+from rolora.comparison.grid import Comparison, PlannedRun, Search, plan
+from rolora.comparison.tuning import choose, grids, settings
 from rolora.comparison.variants import listed
-from rolora.config import read_toml
+from rolora.config.load import read_toml
+from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, RoloraError
 from rolora.model.base import Base
-from rolora.report import load_run, write_report
-from rolora.report.published import Published
-from rolora.report.summary import primary_metric, sound
-from rolora.runs import Run, pinned, resume, start
-from rolora.schema import RunConfig
+from rolora.report.page import write_report
+from rolora.results.published import Published
+from rolora.results.runs import load_run, primary_metric, sound
+from rolora.results.tuned import Tuning
+from rolora.run.build import Setup, prepare
+from rolora.run.runs import Run, pinned, resume, start
 
 TUNE_SEEDS = (100, 101)
 
 
 @dataclass(frozen=True)
-class Turn:
+class QueuedRun:
     """A run whose turn it is, ``number`` of ``of``.
 
     ``tally`` is of all rounds before, ``ahead`` of all runs after; ``budget`` in core-seconds.
     """
 
     run: Run
-    planned: Planned
+    planned: PlannedRun
     number: int
     of: int
     tally: Tally
@@ -102,7 +103,7 @@ def turns(
     path: Path,
     published: Published | None = None,
     budget: float | None = None,
-) -> Generator[Turn]:
+) -> Generator[QueuedRun]:
     """The runs that are still to do, each begun or taken up; then ``path/report.html``.
 
     The caller runs each to its end before asking for the next, else RoloraError. BudgetSpent, when
@@ -123,14 +124,14 @@ def turns(
             refuse_spent(budget, so_far, number - 1, len(every), wanted)
             run = _begin(planned, every, loaded)
             loaded = (_needs(planned), run.setup.base)
-            yield Turn(run, planned, number, len(every), so_far, ahead, budget)
+            yield QueuedRun(run, planned, number, len(every), so_far, ahead, budget)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} was left before its end: start again to go on")
         finals = [one.path for one in comparison.final_runs(path, None)]
         write_report(finals, folder.report, folder.tuning(), published)
 
 
-def _pending(comparison: Comparison, folder: ComparisonFolder) -> Iterator[Planned]:
+def _pending(comparison: Comparison, folder: ComparisonFolder) -> Iterator[PlannedRun]:
     """Every run that is not ended. Between tuning and table the choice is written down."""
     yield from (one for one in comparison.tuning_runs(folder.path) if not folder.ended(one))
     if comparison.search is not None and not folder.tuning_file.is_file():
@@ -161,7 +162,7 @@ def _choose(comparison: Comparison, search: Search, path: Path) -> Tuning:
     )
 
 
-def _origin(every: Sequence[Planned]) -> dict[str, Any] | None:
+def _origin(every: Sequence[PlannedRun]) -> dict[str, Any] | None:
     """What the first of the runs was made with; None if none has been begun."""
     first = next((one for one in every if (one.path / "config.toml").is_file()), None)
     if first is None:
@@ -169,7 +170,9 @@ def _origin(every: Sequence[Planned]) -> dict[str, Any] | None:
     return {**read_toml(first.path / "config.toml")["provenance"], "needs": _needs(first)}
 
 
-def _begin(planned: Planned, every: Sequence[Planned], loaded: tuple[str, Base] | None) -> Run:
+def _begin(
+    planned: PlannedRun, every: Sequence[PlannedRun], loaded: tuple[str, Base] | None
+) -> Run:
     """Start the run, or take it up. All runs go with the bank and dtype of the first."""
     origin, needs = _origin(every), _needs(planned)
     base = loaded[1] if loaded is not None and loaded[0] == needs else None
@@ -188,7 +191,7 @@ def _begin(planned: Planned, every: Sequence[Planned], loaded: tuple[str, Base] 
     return start(planned.config, planned.path, lambda c, f: build(pinned(c, origin), f))
 
 
-def _needs(planned: Planned) -> str:
+def _needs(planned: PlannedRun) -> str:
     """What a loaded base model depends on: runs that agree in it can share one."""
     config = planned.config
     parts = config.model_dump_json(include={"model", "lora", "device"})

@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from rolora.endpoint import answers
 from rolora.errors import DataError, NotHere, nearest, one_line
+from rolora.network import is_reachable
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 
@@ -59,7 +59,7 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
 def hub_alone(offline: bool) -> bool:
     """Whether there is nobody to ask: told so, here or by the environment, or the hub is silent."""
     config = datasets.config
-    return bool(offline or config.HF_HUB_OFFLINE or not answers(config.HF_ENDPOINT))
+    return bool(offline or config.HF_HUB_OFFLINE or not is_reachable(config.HF_ENDPOINT))
 
 
 @contextlib.contextmanager

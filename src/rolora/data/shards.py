@@ -14,11 +14,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rolora.algorithm.seeding import generator
+from rolora.config.schema import RunConfig
 from rolora.data import partition, tables
 from rolora.data.partition import Partition
-from rolora.draws import generator
 from rolora.errors import ConfigError, DataError, NotHere
-from rolora.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_rows(config: RunConfig) -> Rows:
         if config.data.made_by is None:
             raise
         said = f"{missing}; how to make them: {config.data.made_by}"
-        raise NotHere(said, missing.source) from None
+        raise NotHere(said, missing.source, missing.path) from None
 
 
 def _read_rows(config: RunConfig) -> Rows:

@@ -21,9 +21,8 @@ import pyarrow.json
 import pyarrow.parquet
 
 from rolora.data.partition import client_ids
-from rolora.durable import write_file
 from rolora.errors import DataError, NotHere, nearest, one_line
-from rolora.fetch.folders import how_to_get
+from rolora.files import write_file
 
 # One block for most files: a row may not span two of Arrow's blocks, and row numbers in its
 # messages count from the start of a block.
@@ -274,7 +273,7 @@ READERS: Mapping[str, Callable[[Path], pa.Table]] = {
 def _read_file(path: Path, source: str) -> pa.Table:
     if not path.is_file():
         looked = f"{source}: no such file (looked in {path.parent.resolve()})"
-        raise NotHere(looked + how_to_get(path), source)
+        raise NotHere(looked, source, path)
     if path.stat().st_size == 0:
         raise DataError(f"{source} is empty")
     try:

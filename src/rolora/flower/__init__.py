@@ -13,11 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rolora.flower.plain_client import freeze as freeze
-    from rolora.flower.plain_client import moving as moving
-    from rolora.flower.plain_server import strategy as strategy
+    from rolora.flower.client import freeze as freeze
+    from rolora.flower.client import moving as moving
+    from rolora.flower.fedavg import strategy as strategy
 
-_HOMES = {"freeze": "plain_client", "moving": "plain_client", "strategy": "plain_server"}
+_HOMES = {"freeze": "client", "moving": "client", "strategy": "fedavg"}
 __all__ = sorted(_HOMES)
 
 

@@ -1,6 +1,6 @@
 """The second engine: the cohort trains at its sites, and what they answer is not believed.
 
-``Remote`` asks the questions of ``rolora.flower.site``. It sends a site what the run's ledger says
+``Remote`` asks the questions of ``rolora.sites.site``. It sends a site what the run's ledger says
 it lacks; a site that finds another adapter than the one meant says so and gets all of it.
 """
 
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rolora.adapter import AdapterState, ClientInfo, Failure, Update
-from rolora.config import config_hash
-from rolora.engine import ClientMetrics, Job
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.algorithm.codec import WireError, body_bytes, decode, encode
+from rolora.algorithm.ledger import lacking
+from rolora.algorithm.method import Method, ServerState
+from rolora.config.load import config_hash
+from rolora.config.schema import RunConfig
 from rolora.errors import NoQuorum
-from rolora.flower.parcel import Parcel, ParcelError, digest, named
-from rolora.flower.roster import Lost, Member, Roster, checked
-from rolora.method import Method, ServerState
+from rolora.flower.membership import Lost, Member, Roster, checked
+from rolora.flower.message import Parcel, ParcelError, digest, named
 from rolora.model.base import Base
-from rolora.rounds import cohort_size
-from rolora.schema import RunConfig
-from rolora.traffic import lacking
-from rolora.wire import WireError, body_bytes, decode, encode
+from rolora.training.engine import ClientMetrics, Job
+from rolora.training.rounds import cohort_size
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, Failure, Update, layer_of, role_of
+from rolora.algorithm.adapter import AdapterState, Failure, Update, layer_of, role_of
 from rolora.errors import ConfigError, one_line
 
 # a weight times a float32 value is exact in float64 below this; and no client has so many rows

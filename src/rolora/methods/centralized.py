@@ -6,8 +6,8 @@ on batches drawn from everybody's rows. Not a federation. arXiv:2106.09685.
 
 from __future__ import annotations
 
-from rolora.adapter import Roles
-from rolora.method import Method
+from rolora.algorithm.adapter import Roles
+from rolora.algorithm.method import Method
 
 
 def method() -> Method:

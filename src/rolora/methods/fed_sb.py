@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, Roles, Specs
-from rolora.method import Method, lora_init
+from rolora.algorithm.adapter import AdapterState, Roles, Specs
+from rolora.algorithm.method import Method, lora_init
 
 
 def _init(specs: Specs, rng: torch.Generator) -> AdapterState:

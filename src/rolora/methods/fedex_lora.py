@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from rolora.factoring import factors_and_products, init_with_delta, more_delta, products
-from rolora.method import BOTH, Method, Reduce, ServerState
+from rolora.algorithm.factors import factors_and_products, init_with_delta, more_delta, products
+from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:

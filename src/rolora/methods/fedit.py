@@ -6,8 +6,8 @@ average of what the clients learned; ``aggregation_error`` shows by how much. ar
 
 from __future__ import annotations
 
-from rolora.adapter import Roles
-from rolora.method import Method
+from rolora.algorithm.adapter import Roles
+from rolora.algorithm.method import Method
 
 
 def method() -> Method:

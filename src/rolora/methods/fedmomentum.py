@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rolora.adapter import layer_of, role_of
+from rolora.algorithm.adapter import layer_of, role_of
+from rolora.algorithm.factors import factors, init_with_delta, more_delta, products_and_head
+from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
-from rolora.factoring import factors, init_with_delta, more_delta, products_and_head
-from rolora.method import BOTH, Method, Reduce, ServerState
 
 
 def _beyond(matrix: Tensor, rank: int, energy: float) -> Tensor:

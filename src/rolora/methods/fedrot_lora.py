@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Roles
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles
+from rolora.algorithm.method import Method
 from rolora.errors import ConfigError
-from rolora.method import Method
 
 
 def _rotation(matrix: Tensor) -> Tensor:

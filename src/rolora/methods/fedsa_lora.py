@@ -6,8 +6,8 @@ adapter of its own, and is measured with it. arXiv:2410.01463, section 3.
 
 from __future__ import annotations
 
-from rolora.adapter import Roles
-from rolora.method import Method
+from rolora.algorithm.adapter import Roles
+from rolora.algorithm.method import Method
 
 
 def method() -> Method:

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, Roles
-from rolora.factoring import pair
-from rolora.method import Method, Reduce, ServerState, merge_shared
+from rolora.algorithm.adapter import AdapterState, Roles
+from rolora.algorithm.factors import pair
+from rolora.algorithm.method import Method, Reduce, ServerState, merge_shared
 
 
 def _turned(adapter: AdapterState) -> AdapterState:

@@ -7,8 +7,8 @@ arXiv:2403.12313, section 4.
 
 from __future__ import annotations
 
-from rolora.adapter import Roles
-from rolora.method import Method
+from rolora.algorithm.adapter import Roles
+from rolora.algorithm.method import Method
 
 
 def method() -> Method:

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from rolora.adapter import role_of
-from rolora.factoring import init_with_delta, more_delta, products_and_head, truncated
-from rolora.method import BOTH, Method, Reduce, ServerState, kaiming
+from rolora.algorithm.adapter import role_of
+from rolora.algorithm.factors import init_with_delta, more_delta, products_and_head, truncated
+from rolora.algorithm.method import BOTH, Method, Reduce, ServerState, kaiming
 
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:

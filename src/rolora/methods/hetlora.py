@@ -14,11 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Update
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Update
+from rolora.algorithm.exactness import norm
+from rolora.algorithm.factors import padded, tails, truncated
+from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
-from rolora.factoring import padded, tails, truncated
-from rolora.method import BOTH, Method, Reduce, ServerState
-from rolora.products import norm
 
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:

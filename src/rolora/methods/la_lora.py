@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora.adapter import Roles, role_of
-from rolora.method import Method
+from rolora.algorithm.adapter import Roles, role_of
+from rolora.algorithm.method import Method
 
 _KERNEL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 

@@ -6,8 +6,8 @@ training" baseline of McMahan et al. 2017 (arXiv:1602.05629); here on LoRA facto
 
 from __future__ import annotations
 
-from rolora.adapter import Roles
-from rolora.method import Method
+from rolora.algorithm.adapter import Roles
+from rolora.algorithm.method import Method
 
 
 def method() -> Method:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, layer_of, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, layer_of, role_of
+from rolora.algorithm.method import Method
 from rolora.errors import ConfigError
-from rolora.method import Method
 from rolora.methods import rolora
 
 

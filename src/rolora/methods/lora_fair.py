@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
+from rolora.algorithm.factors import factors_and_products, products
+from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
-from rolora.factoring import factors_and_products, products
-from rolora.method import BOTH, Method, Reduce, ServerState
 
 
 def method(*, ridge: float = 0.01) -> Method:

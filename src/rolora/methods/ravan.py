@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from rolora.adapter import AdapterState, ClientInfo, Roles, Specs
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Specs
+from rolora.algorithm.factors import orthonormal, orthonormal_rows
+from rolora.algorithm.method import Method
 from rolora.errors import ConfigError
-from rolora.factoring import orthonormal, orthonormal_rows
-from rolora.method import Method
 
 
 def _upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:

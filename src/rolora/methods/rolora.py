@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rolora.adapter import Roles
+from rolora.algorithm.adapter import Roles
+from rolora.algorithm.factors import orthonormal_rows
+from rolora.algorithm.method import Method, lora_init
 from rolora.errors import ConfigError
-from rolora.factoring import orthonormal_rows
-from rolora.method import Method, lora_init
 
 
 def method(

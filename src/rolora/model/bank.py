@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rolora.adapter import AdapterState, Specs, TensorSpec, through_core
+from rolora.algorithm.adapter import AdapterState, Specs, TensorSpec, through_core
 from rolora.errors import ConfigError
 from rolora.model.segments import add_low_rank, segment_linear
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rolora.adapter import AdapterState, Specs, tensor_hash
+from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
+from rolora.data.examples import Batch
 from rolora.errors import ConfigError
 from rolora.model.bank import Bank, LoraLinear, Noise, attach
 from rolora.model.checkpoint import Quantised, read_checkpoint
-from rolora.model.lora import Kind, LoraSettings, above_encoder, peft_config, target_layers
+from rolora.model.peft import Kind, LoraSettings, above_encoder, peft_config, target_layers
 from rolora.model.stack import Stack, take_over
-from rolora.tasks.examples import Batch
 
 
 @dataclass(frozen=True)
 class Base:
     """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration.
 
-    ``outline`` says that it has shapes only (``rolora.plan.outline``): no value can be asked for.
+    ``outline`` says that it has shapes and no values (``rolora.plan.meta_model``).
     """
 
     model: nn.Module
@@ -212,3 +213,16 @@ def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
                 f"layer {path!r} is not called once with one row per example, so it cannot carry "
                 "per-client adapters: leave it out of lora.target_modules"
             )
+
+
+def tokenizer_digest(base: Base) -> str:
+    """A hash of what the tokenizer makes of text: its vocabulary and its serialised rules."""
+    fast = getattr(base.tokenizer, "backend_tokenizer", None)
+    rules = fast.to_str() if fast is not None else json.dumps(base.tokenizer.get_vocab())
+    return hashlib.sha256(rules.encode()).hexdigest()[:32]
+
+
+def layout(base: Base) -> str:
+    """A hash of the names and shapes of the adapter's tensors."""
+    lines = (f"{spec.name} {spec.shape}\n" for spec in base.specs.tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]

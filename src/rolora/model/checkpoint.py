@@ -13,10 +13,9 @@ import torch
 import transformers
 
 import rolora.model.pixel_network  # noqa: F401  (so that transformers' Auto classes know it)
-from rolora.endpoint import answers
-from rolora.errors import ConfigError
-from rolora.fetch.folders import how_to_get
-from rolora.model.lora import Kind
+from rolora.errors import ConfigError, ModelNotHere
+from rolora.model.peft import Kind
+from rolora.network import is_reachable
 
 Quantised = Literal["int8", "nf4"]
 AUTO: Mapping[Kind, Any] = {
@@ -64,7 +63,7 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     if source.endswith(".gguf"):
         if not path.is_file():
             looked = f"model file {source!r} does not exist (looked in {path.parent})"
-            raise ConfigError(looked + how_to_get(path))
+            raise ModelNotHere(looked, path)
         return {
             "pretrained_model_name_or_path": str(path.parent),
             "gguf_file": path.name,
@@ -74,9 +73,9 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         looked = f"model folder {source!r} does not exist (looked for {path})"
-        raise ConfigError(looked + how_to_get(path))
+        raise ModelNotHere(looked, path)
     hub = transformers.utils.hub
-    alone = offline or hub.is_offline_mode() or not answers(hub.constants.ENDPOINT)
+    alone = offline or hub.is_offline_mode() or not is_reachable(hub.constants.ENDPOINT)
     return {"pretrained_model_name_or_path": source, "local_files_only": alone}
 
 

@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rolora.durable import TEMPORARY, sync
+from rolora.data.examples import Examples, collate
+from rolora.files import TEMPORARY, sync
 from rolora.model.base import Base
-from rolora.tasks.examples import Examples, collate
 
 TOKENS_AT_ONCE = 4096
 NAMES = {

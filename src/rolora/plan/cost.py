@@ -1,6 +1,6 @@
 """What one step of a bank costs: products, what is kept for the backward pass, memory at its peak.
 
-A step is run on a base that has shapes only (``rolora.plan.outline``), so its cost is counted
+A step is run on a base that has shapes only (``rolora.plan.meta_model``), so its cost is counted
 operation by operation as it will be, and takes neither the memory nor the time.
 """
 
@@ -21,10 +21,11 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from rolora.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.data.examples import Batch
 from rolora.model.bank import row_keys
-from rolora.plan.outline import Outline
-from rolora.tasks import Batch, Task
+from rolora.plan.meta_model import Outline
+from rolora.tasks.registry import Task
 
 
 @dataclass(frozen=True)

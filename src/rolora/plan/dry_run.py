@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rolora.adapter import AdapterState, ClientInfo, Update
-from rolora.draws import generator
-from rolora.engine import POOL, ClientMetrics, Job
-from rolora.method import Method, ServerState
-from rolora.rounds import Federation, RunState, federate
-from rolora.wire import Format, body_bytes, encode, num_bytes
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Update
+from rolora.algorithm.codec import Format, body_bytes, encode, num_bytes
+from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.seeding import generator
+from rolora.training.engine import POOL, ClientMetrics, Job
+from rolora.training.rounds import Federation, RunState, federate
 
 
 @dataclass(frozen=True)

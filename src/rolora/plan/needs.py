@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rolora.adapter import AdapterState, Roles, layer_of, role_of
-from rolora.configured import make_method, make_reducer
-from rolora.draws import generator
-from rolora.engine import group_size
-from rolora.factoring import portable, zero_deltas
-from rolora.memory import bank_size, free_bytes
-from rolora.method import Method
+from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
+from rolora.algorithm.factors import to_peft, zero_deltas
+from rolora.algorithm.method import Method
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation
+from rolora.config.schema import MethodConfig, RunConfig
 from rolora.plan.dry_run import Travelled, Untrained, dry_run
-from rolora.plan.sketch import Sketch, Steps, sketch
-from rolora.record import KEPT_CHECKPOINTS, contents
-from rolora.rounds import Best, Federation, RunState, cohort_size
-from rolora.schema import MethodConfig, RunConfig
-from rolora.step import Aggregation
-from rolora.store import KEPT_STATES
+from rolora.plan.estimate import Sketch, Steps, sketch
+from rolora.run.configured import make_method, make_reducer
+from rolora.run.folder import KEPT_CHECKPOINTS, contents
+from rolora.training.client_store import KEPT_STATES
+from rolora.training.engine import group_size
+from rolora.training.memory import bank_size, free_bytes
+from rolora.training.rounds import Best, Federation, RunState, cohort_size
 
 DRY_BYTES = 1 << 30  # that a dry run may move, unless four rounds are more
 ALIKE = 4  # clients that stand for all, where each does what every other does
@@ -275,7 +275,7 @@ def _checkpoints(config: RunConfig, state: RunState) -> int:
     if config.data.validation is not None:
         state = replace(state, best=Best(1, 0.0, adapter))
     each = sum(tensor.nbytes for tensor in contents(state).values())
-    return KEPT_CHECKPOINTS * each + portable(adapter).num_bytes()
+    return KEPT_CHECKPOINTS * each + to_peft(adapter).num_bytes()
 
 
 def _personal(config: RunConfig, method: Method, drawn: Sketch, start: AdapterState) -> int:

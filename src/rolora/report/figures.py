@@ -20,8 +20,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from rolora.durable import write_file
 from rolora.errors import ConfigError
+from rolora.files import write_file
 
 # Okabe & Ito 2008, "Color Universal Design"; markers and dashes tell methods apart in grey too.
 # Their black is #010101 here, because matplotlib leaves a black fill out of an SVG.

@@ -9,14 +9,14 @@ from typing import Any
 import jinja2
 import tomli_w
 
-from rolora.comparison.tuning import Tuning
-from rolora.durable import write_file
 from rolora.errors import ConfigError
-from rolora.report import figures, reading
+from rolora.files import write_file
+from rolora.report import figures, narrative
 from rolora.report.pictures import pictures
-from rolora.report.published import Published, beside
-from rolora.report.standing import standing
-from rolora.report.summary import (
+from rolora.report.svg import inline_svg
+from rolora.results.published import Published, beside
+from rolora.results.ranking import standing
+from rolora.results.runs import (
     Run,
     by_method,
     differing,
@@ -25,7 +25,7 @@ from rolora.report.summary import (
     sound,
     summarise,
 )
-from rolora.report.svg import inline_svg
+from rolora.results.tuned import Tuning
 
 
 def write_report(
@@ -57,7 +57,7 @@ def render(
     metric = primary_metric(runs)
     groups = by_method(runs)
     rows = summarise(runs)
-    verdicts = reading.verdicts(runs)
+    verdicts = narrative.verdicts(runs)
     names = {run.name for run in runs}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -67,22 +67,22 @@ def render(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "score": reading.score,
-        "megabytes": reading.megabytes,
-        "apart": reading.apart,
-        "spending": reading.spending,
+        "score": narrative.score,
+        "megabytes": narrative.megabytes,
+        "apart": narrative.apart,
+        "spending": narrative.spending,
     }
     return environment.get_template("page.html.j2").render(
         title=names.pop() if len(names) == 1 else f"{len(groups)} methods compared",
-        about=reading.about(runs),
+        about=narrative.about(runs),
         verdicts=verdicts,
         reference=next(iter(groups)),
-        cautions=reading.cautions(every, tuning.keys if tuning else ()),
+        cautions=narrative.cautions(every, tuning.keys if tuning else ()),
         tuning=tuning,
         published=published,
         beside=beside(published, runs) if published else [],
         metric=metric,
-        direction=reading.direction(metric),
+        direction=narrative.direction(metric),
         rows=rows,
         rounding=figures.ROUNDING,
         palette=list(enumerate(figures.PALETTE)),

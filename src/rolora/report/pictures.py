@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rolora.report import figures, reading
+from rolora.report import figures, narrative
 from rolora.report.figures import Series
-from rolora.report.forest import forest
-from rolora.report.paired import CONFIDENCE
-from rolora.report.reading import Verdict
-from rolora.report.standing import Standing
-from rolora.report.summary import Run, mean_sd
+from rolora.report.forest_plot import forest
+from rolora.report.narrative import Verdict
 from rolora.report.svg import inline_svg
-from rolora.tasks import HIGHER_IS_BETTER
+from rolora.results.paired import CONFIDENCE
+from rolora.results.ranking import Ranking
+from rolora.results.runs import Run, mean_sd
+from rolora.tasks.registry import HIGHER_IS_BETTER
 
 Groups = Mapping[str, Sequence[Run]]
 Points = dict[int, tuple[float, float]]
@@ -34,7 +34,7 @@ def pictures(
     runs: Sequence[Run],
     groups: Groups,
     metric: str,
-    equal_upload: Standing | None,
+    equal_upload: Ranking | None,
     verdicts: Sequence[Verdict],
 ) -> list[Picture]:
     """All figures that these runs have numbers for."""
@@ -83,12 +83,12 @@ def _metric_by_round(groups: Groups, metric: str) -> Picture:
         "rounds",
         f"{metric} against rounds for {', '.join(found)}",
     )
-    caption = f"{reading.direction(metric).capitalize()}.{_band(groups)}"
+    caption = f"{narrative.direction(metric).capitalize()}.{_band(groups)}"
     caption += _missing(groups, found, "its seeds share no evaluated round")
     return Picture(f"{metric} against rounds", svg, caption, tuple(found))
 
 
-def _metric_by_megabyte(groups: Groups, metric: str, equal: Standing | None) -> Picture | None:
+def _metric_by_megabyte(groups: Groups, metric: str, equal: Ranking | None) -> Picture | None:
     def points(run: Run) -> Points:
         curve = run.curve(metric)
         return {int(p.round): (p.up, p.value) for p in curve} if curve[-1].up else {}
@@ -104,7 +104,7 @@ def _metric_by_megabyte(groups: Groups, metric: str, equal: Standing | None) -> 
     )
     caption = "The fair axis where sending is what costs: all that clients have uploaded so far."
     if mark is not None:
-        caption += f" Dotted: {reading.megabytes(mark)} MB, the most that all methods have sent."
+        caption += f" Dotted: {narrative.megabytes(mark)} MB, the most that all methods have sent."
     caption += _missing(groups, found, "it sends nothing")
     return Picture(f"{metric} against megabytes sent", svg, caption, tuple(found))
 
@@ -126,7 +126,7 @@ def _differences(groups: Groups, metric: str, verdicts: Sequence[Verdict]) -> Pi
         caption += f"Bars: {CONFIDENCE:.0%} confidence intervals of the mean difference; one that "
         caption += "leaves out zero is a difference that these seeds show."
     else:
-        caption += f"{reading.NO_INTERVAL.capitalize()}."
+        caption += f"{narrative.NO_INTERVAL.capitalize()}."
     return Picture(f"Difference from {reference}", svg, caption)
 
 

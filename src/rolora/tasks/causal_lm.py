@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rolora.data import tables
+from rolora.data.examples import Batch, Examples, tokenizer_limit
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
-from rolora.tasks import Batch, Examples, Task
-from rolora.tasks.examples import tokenizer_limit
+from rolora.tasks.registry import Task
 from rolora.tasks.spans import chats, encode_marked, joined, places, require_offsets
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from rolora.data import tables
+from rolora.data.examples import Examples, tokenizer_limit
 from rolora.errors import DataError
 from rolora.model.base import Base
-from rolora.tasks import Examples, Task
 from rolora.tasks.causal_lm import loss, outputs, require_plain_logits
 from rolora.tasks.causal_lm import score as score_completions
-from rolora.tasks.examples import tokenizer_limit
+from rolora.tasks.registry import Task
 from rolora.tasks.spans import Marked, encode_marked, joined, places, require_offsets
 
 

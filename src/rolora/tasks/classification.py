@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rolora.data import tables
+from rolora.data.examples import Batch, Examples, flatten, offsets_of, tokenizer_limit
 from rolora.errors import DataError, nearest, one_line
 from rolora.model.base import Base
-from rolora.tasks import Batch, Examples, Task
-from rolora.tasks.examples import flatten, offsets_of, tokenizer_limit
+from rolora.tasks.registry import Task
 
 Label = str | int | bool
 ROWS_AT_ONCE = 1000  # through the tokenizer

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 import torch
 import transformers
 
+from rolora.data.examples import Examples, tokenizer_limit
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
 from rolora.model.checkpoint import quiet
-from rolora.tasks import Examples
-from rolora.tasks.examples import tokenizer_limit
 from rolora.tasks.spans import last_span
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from rolora.data import tables
+from rolora.data.examples import Examples, flatten, offsets_of
 from rolora.errors import ConfigError, DataError
-from rolora.tasks.examples import Examples, flatten, offsets_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rolora.draws import generator
+from rolora.algorithm.seeding import generator
 from rolora.errors import ConfigError
 
 MOST_NUMBERS = 1 << 28  # in X and Y of all clients; 2 GiB

@@ -1,0 +1,1 @@
+"""The algorithms: values and pure functions, on torch alone (and safetensors for bytes)."""

@@ -1,0 +1,202 @@
+"""Adapters as values: named tensors that are never changed in place, and their algebra.
+
+Names are PEFT's own (``base_model.model.<layer>.lora_A.weight``), so an adapter on disk and an
+adapter here are the same thing. The paper writes ``alpha * A * B`` with A down and B up; PEFT
+writes ``scaling * lora_B @ lora_A``. We follow PEFT: lora_A is (rank, in), lora_B is (out, rank).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rolora.algorithm.low_rank import LowRank
+
+Role = Literal["A", "B", "core", "delta", "head"]
+Roles = frozenset[Role]
+
+_SUFFIX: dict[str, Role] = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_core.weight": "core",
+    ".lora_gain.weight": "core",
+    ".lora_delta.weight": "delta",
+}
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def role_of(name: str) -> Role:
+    """What a tensor of this name is.
+
+    ``"A"`` (rank, in); ``"B"`` (out, rank); ``"core"``, between B and A: matrices (heads, r, r) and
+    their gains (heads,), where rank = heads · r; ``"delta"`` (out, in), a change of the base weight
+    that no longer fits into the factors; or ``"head"``.
+    """
+    return next((role for suffix, role in _SUFFIX.items() if name.endswith(suffix)), "head")
+
+
+def layer_of(name: str) -> str:
+    """The adapted layer that a LoRA factor belongs to: its name without the factor's suffix."""
+    return name.rsplit(".lora_", 1)[0]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, role and shape of one tensor of an adapter."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Specs:
+    """What an adapter of a model looks like, before it has values.
+
+    ``head`` holds the values of head tensors that the checkpoint has; the others are drawn with
+    standard deviation ``head_std``, and lora_B with ``b_std``. ``scaling`` maps each adapted layer
+    to alpha / rank, ``gradient`` to the loss's gradient (out, in) at the start, for methods that
+    ask for it.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    scaling: Mapping[str, float]
+    head: Mapping[str, Tensor]
+    head_std: float = 0.02
+    b_std: float = 0.0
+    gradient: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def through_core(lora_b: Tensor, core: Tensor, gain: Tensor | None = None) -> Tensor:
+    """lora_B · blockdiag(gain_h · core_h): (..., out, heads · r).
+
+    ``lora_b`` (..., out, heads · r), ``core`` (..., heads, r, r), ``gain`` (..., heads).
+    """
+    if gain is not None:
+        core = core * gain[..., None, None]
+    heads = lora_b.view(*lora_b.shape[:-1], *core.shape[-3:-1])
+    return torch.einsum("...ohr,...hrs->...ohs", heads, core).flatten(-2)
+
+
+class AdapterState(Mapping[str, Tensor]):
+    """An adapter's CPU tensors by PEFT name, in name order; a value, never changed in place.
+
+    A layer's change of the base weight is delta + scaling · lora_B · core · lora_A; core and delta
+    are there for methods that have them. ``scaling`` maps each adapted layer to its factor. Tensors
+    are float32 in a run; tests may build float64. Head tensors (classifier, ...) are in it too.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
+        self._tensors = {name: _constant(tensors[name]) for name in sorted(tensors)}
+        self.scaling = dict(scaling)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __or__(self, other: Mapping[str, Tensor]) -> AdapterState:
+        """This adapter with ``other``'s tensors in place of its own."""
+        if other.keys() <= self._tensors.keys():
+            own = (other if isinstance(other, AdapterState) else AdapterState(other, {}))._tensors
+            return self._with({**self._tensors, **own})
+        return AdapterState({**self._tensors, **other}, self.scaling)
+
+    def only(self, roles: Roles) -> AdapterState:
+        """The tensors of these roles."""
+        return self.select(lambda name: role_of(name) in roles)
+
+    def select(self, wanted: Callable[[str], bool]) -> AdapterState:
+        """The tensors whose name is wanted."""
+        return self._with({name: t for name, t in self._tensors.items() if wanted(name)})
+
+    def _with(self, tensors: dict[str, Tensor]) -> AdapterState:
+        """These tensors, in name order and without gradients already, with this scaling."""
+        state = AdapterState({}, self.scaling)
+        state._tensors = tensors
+        return state
+
+    def delta(self) -> dict[str, LowRank]:
+        """layer -> its change of the base weight; layers that lack a factor are left out."""
+        found = {}
+        for layer in self.layers():
+            terms = [(self.scaling[layer], self.up(layer), self[f"{layer}.lora_A.weight"])]
+            if (beside := self.get(f"{layer}.lora_delta.weight")) is not None:
+                terms.append((1.0, beside, torch.eye(beside.shape[1], dtype=beside.dtype)))
+            found[layer] = LowRank(terms)
+        return found
+
+    def up(self, layer: str) -> Tensor:
+        """(out, rank): the layer's lora_B, times its core if there is one."""
+        lora_b, core = self[f"{layer}.lora_B.weight"], self.get(f"{layer}.lora_core.weight")
+        if core is None:
+            return lora_b
+        return through_core(lora_b, core, self.get(f"{layer}.lora_gain.weight"))
+
+    def layers(self) -> list[str]:
+        """Adapted layers of which both factors are here, in name order."""
+        found = (layer_of(name) for name in self if role_of(name) == "A")
+        return [layer for layer in found if f"{layer}.lora_B.weight" in self._tensors]
+
+    def num_bytes(self) -> int:
+        """Payload bytes: elements × width, summed over tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    # a tensor that needs no gradient stays the same object, so that "is" tells who shares it
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client in a round: its rows, its LoRA rank, the round number."""
+
+    id: str
+    num_examples: int
+    rank: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends: absolute values of the shared tensors, never differences.
+
+    ``encoded_bytes`` is what travelled for them where that was an encoding
+    (``rolora.algorithm.codec``); the adapter is then what the server decoded.
+    """
+
+    client: str
+    adapter: AdapterState
+    num_examples: int
+    metrics: Mapping[str, float]
+    encoded_bytes: int | None = None
+
+    def num_bytes(self) -> int:
+        """Payload bytes that travelled: of the encoding, or else elements × width."""
+        return self.adapter.num_bytes() if self.encoded_bytes is None else self.encoded_bytes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client of the cohort that sent nothing usable, and why."""
+
+    client: str
+    reason: str
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """A short hash of dtype, shape and exact bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]

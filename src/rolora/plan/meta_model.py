@@ -1,0 +1,137 @@
+"""A model without its weights: its configuration alone, built of tensors that only have shapes.
+
+torch's fake tensors know shape, dtype and which storage they share; every module and every
+operation on them is the real one, but nothing has memory and nothing is computed. So what a model
+of any size needs can be counted on any machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rolora.model.base import Base, with_bank
+from rolora.model.checkpoint import (
+    AUTO,
+    label_names,
+    load_tokenizer,
+    locate,
+    one_line_errors,
+    quiet,
+    require_here,
+)
+from rolora.model.peft import Kind, LoraSettings, above_encoder
+
+SHAPES = Path(__file__).with_name("shapes")
+
+
+@dataclass(frozen=True)
+class NoTokenizer:
+    """What is asked of a tokenizer that is not here."""
+
+    pad_token_id: int
+    is_fast: bool = True
+    chat_template: str = "-"
+    model_max_length: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A base model that has shapes only. Whatever runs it does so under ``mode``.
+
+    ``tokenizer`` says whether the base has one; ``stored_bytes`` is the size of its weights' files;
+    ``source`` says where the configuration is from.
+    """
+
+    base: Base
+    mode: FakeTensorMode
+    tokenizer: bool
+    stored_bytes: int
+    source: str
+
+
+def outline(
+    source: str,
+    kind: Kind,
+    settings: LoraSettings,
+    *,
+    root: Path = Path(),
+    labels: Sequence[object] = (),
+    dtype: torch.dtype = torch.float32,
+    offline: bool = False,
+) -> Outline:
+    """The base that ``load_base`` would give, of shapes alone. No weights are read or fetched.
+
+    The configuration is that of a folder or GGUF file, of the hub's cache, of a file in
+    ``rolora/plan/shapes``, or else of the hub. The task's head is taken to be missing from the
+    checkpoint, as it is in one that was only pre-trained. Raises ConfigError as ``load_base``.
+    """
+    place = locate(source, root, offline=True)
+    with one_line_errors(source), quiet():
+        config, found = _config(place, root, offline)
+        width = (getattr(config, "dtype", None) or torch.float32).itemsize  # as it is stored
+        if kind == "classification" and labels:
+            config.update(label_names(labels))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            model = AUTO[kind].from_config(config, dtype=dtype)
+        tokenizer = _tokenizer(place)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
+    stored = _files(place) or width * sum(p.numel() for p in model.parameters())
+    missing = _head(model) if kind == "classification" else set()
+    stand_in = NoTokenizer(model.config.pad_token_id)
+    with mode:
+        base = with_bank(
+            model, tokenizer or stand_in, kind, settings, source, missing, outline=True
+        )
+    return Outline(base, mode, tokenizer is not None, stored, found)
+
+
+def _config(place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]:
+    """The model's configuration, and where it was found."""
+    name = place["pretrained_model_name_or_path"]
+    if Path(name).is_dir():
+        return transformers.AutoConfig.from_pretrained(**place), "its folder"
+    with contextlib.suppress(OSError):
+        return transformers.AutoConfig.from_pretrained(**place), "the hub's cache"
+    file = SHAPES / f"{name.removeprefix('FacebookAI/').replace('/', '--')}.json"
+    if file.is_file():
+        shape = json.loads(file.read_text())
+        return transformers.AutoConfig.for_model(**shape), "rolora/plan/shapes"
+    place = locate(name, root, offline)
+    require_here(place, offline)
+    return transformers.AutoConfig.from_pretrained(**place), "the hub"
+
+
+def _tokenizer(place: dict[str, Any]) -> Any:
+    """The tokenizer if it is on this machine, else None."""
+    with contextlib.suppress(OSError, ValueError):
+        return load_tokenizer(place)
+    return None
+
+
+def _head(model: Any) -> set[str]:
+    """The parameters of the linear layers above the encoder."""
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if above_encoder(model, name)
+        and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
+    }
+
+
+def _files(place: dict[str, Any]) -> int:
+    """Bytes of the weights' files that are here."""
+    folder = Path(place["pretrained_model_name_or_path"])
+    files = [folder / place["gguf_file"]] if "gguf_file" in place else folder.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,1 @@
+"""Finished runs as numbers: curves, rankings, paired differences, published values."""

@@ -1,0 +1,271 @@
+"""What run folders say: curves of each run, and one row a method."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rolora.errors import AllDiverged, ConfigError, DataError
+from rolora.tasks.registry import HIGHER_IS_BETTER
+
+METRICS = (
+    "accuracy",
+    "choice_accuracy",
+    "answer_accuracy",
+    "exact_match",
+    "perplexity",
+    "loss",
+)
+MEGABYTE = 1e6  # bytes
+
+_ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "round": int,
+    "metrics": dict,
+    "client_metrics": dict,
+    "loss": (int, float, type(None)),
+    "aggregation_error": (int, float, type(None)),
+    "bytes_up": int,
+    "bytes_down": int,
+    "seconds": (int, float),
+    "rejected": dict,
+}
+
+
+class Point(NamedTuple):
+    """A metric's ``value`` after a round, and what all clients had spent on it by then.
+
+    ``up`` and ``down`` are megabytes (10⁶ bytes); ``rows`` counts training rows through the model,
+    a row as often as it was trained on (0 where a run does not say).
+    """
+
+    round: float
+    up: float
+    down: float
+    rows: float
+    value: float
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one run folder holds.
+
+    ``method`` is the method's name with its options; ``config`` is nested as in the TOML;
+    ``rounds`` are the lines of ``rounds.jsonl`` in order; ``diverged`` says where training became
+    NaN or infinite, if it did.
+    """
+
+    path: Path
+    name: str
+    method: str
+    seed: int
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    rounds: tuple[dict[str, Any], ...]
+    partition: dict[str, Any]
+    diverged: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The last two parts of the path: short, and distinct in practice."""
+        return "/".join(self.path.parts[-2:])
+
+    def curve(self, metric: str) -> list[Point]:
+        """Every evaluated round."""
+        batch = self.config.get("train", {}).get("batch_size")
+        up = accumulate(line["bytes_up"] for line in self.rounds)
+        down = accumulate(line["bytes_down"] for line in self.rounds)
+        rows = accumulate(trained_rows(line.get("clients", {}), batch) for line in self.rounds)
+        spent = zip(self.rounds, up, down, rows, strict=True)
+        return [
+            Point(line["round"], u / MEGABYTE, d / MEGABYTE, n, line["metrics"][metric])
+            for line, u, d, n in spent
+            if metric in line["metrics"]
+        ]
+
+
+def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | None) -> int:
+    """Rows that the clients of a round trained on: whole passes over the shard, and a part of one.
+
+    Each pass ends with a short batch (see ``training.local.batches``). 0 if ``batch_size`` is None.
+    """
+    total = 0
+    if batch_size is None:
+        return total
+    for client in clients.values():
+        shard, steps = int(client["num_examples"]), int(client.get("steps", 0))
+        passes, left = divmod(steps, math.ceil(shard / batch_size))
+        total += passes * shard + min(left * batch_size, shard)
+    return total
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over its runs; every number is a mean over them.
+
+    ``final`` is the metric at the last evaluated round, ``best`` at its best round, ``final_sd``
+    the sample standard deviation (None for a single run). Megabytes are 10⁶ bytes over the whole
+    run and all clients; ``trained_rows`` as in ``Point``; ``aggregation_error`` is the mean over
+    rounds (None where unknown).
+    """
+
+    method: str
+    seeds: tuple[int, ...]
+    runs: int
+    metric: str
+    final_mean: float
+    final_sd: float | None
+    best_mean: float
+    rounds: int
+    megabytes_up: float
+    megabytes_down: float
+    trained_rows: float
+    aggregation_error: float | None
+    seconds: float
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run folder. ConfigError if ``path`` is none, DataError for a file that is broken."""
+    folder = Path(path).resolve()
+    files = [folder / name for name in ("config.toml", "rounds.jsonl", "partition.json")]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ConfigError(f"{path} is no run folder (no {' and no '.join(missing)} in it)")
+    try:
+        config = tomllib.loads(files[0].read_text(encoding="utf-8"))
+        partition = json.loads(files[2].read_text(encoding="utf-8"))
+        provenance = config.pop("provenance", {})
+        options = dict(config["method"])
+        method = str(options.pop("name"))
+        name, seed = str(config["name"]), int(config["seed"])
+        shards = [(int(c["num_examples"]), dict(c["labels"])) for c in partition["clients"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: config.toml or partition.json is damaged ({error!r})") from None
+    if not shards:
+        raise DataError(f"{path}: partition.json names no client")
+    if options:
+        method += f" ({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
+    rounds = tuple(_read_rounds(files[1]))
+    marker = folder / "diverged.txt"
+    diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
+    return Run(folder, name, method, seed, config, provenance, rounds, partition, diverged)
+
+
+def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
+    for number, text in enumerate(file.read_bytes().splitlines(), start=1):
+        where = f"{file}, line {number}"
+        try:
+            line = json.loads(text)
+        except ValueError:
+            raise DataError(
+                f"{where} is no JSON: rolora resume {file.parent} repairs a line cut off by a crash"
+            ) from None
+        for key, kind in _ROUND_FIELDS.items():
+            if not isinstance(line, dict) or not isinstance(line.get(key, ...), kind):
+                raise DataError(f"{where}: {key!r} is missing or not of its type")
+        if not all(isinstance(value, int | float) for value in line["metrics"].values()):
+            raise DataError(f"{where}: a metric is not a number")
+        yield line
+
+
+def sound(runs: Sequence[Run]) -> list[Run]:
+    """The runs that did not diverge. AllDiverged if all of them did."""
+    found = [run for run in runs if run.diverged is None]
+    if runs and not found:
+        raise AllDiverged(f"every run diverged, {runs[0].path} like the others: {runs[0].diverged}")
+    return found
+
+
+def primary_metric(runs: Sequence[Run]) -> str:
+    """The first of ``METRICS`` that every run has measured. DataError if there is none."""
+    measured = [{name for line in run.rounds for name in line["metrics"]} for run in runs]
+    for run, names in zip(runs, measured, strict=True):
+        if not names:
+            raise DataError(f"{run.path} has no evaluated round yet: train on, or leave it out")
+    for metric in METRICS:
+        if all(metric in names for names in measured):
+            return metric
+    found = "; ".join(sorted({", ".join(sorted(names)) for names in measured}))
+    raise DataError(f"these runs have no metric in common ({found}): report them apart")
+
+
+def better(metric: str, value: float) -> float:
+    """A number that is larger the better ``value`` is; what is not finite is worst."""
+    if not math.isfinite(value):
+        return -math.inf
+    return value if HIGHER_IS_BETTER[metric] else -value
+
+
+def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, in the order of their first run; a folder given twice counts once.
+
+    Only runs that differ in nothing but name and seed are averaged: where runs of one method differ
+    in another setting, each setting is a row of its own and its label says so.
+    """
+    methods: dict[str, list[Run]] = {}
+    for run in {run.path: run for run in runs}.values():
+        methods.setdefault(run.method, []).append(run)
+    groups: dict[str, list[Run]] = {}
+    for method, members in methods.items():
+        settings = [dict(flat(run.config)) for run in members]
+        for run, own in zip(members, settings, strict=True):
+            apart = (f"{key}={own.get(key, 'unset')}" for key in differing(settings))
+            groups.setdefault(", ".join((method, *apart)), []).append(run)
+    return groups
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all of ``settings``, but for name and seed."""
+    keys = sorted(set().union(*settings) - {"name", "seed", "offline"})
+    return [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every entry of a nested table."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def summarise(runs: Sequence[Run]) -> list[Row]:
+    """One row a method, best final metric first (see ``by_method`` for what counts as one)."""
+    metric = primary_metric(runs)
+    rows = [_row(method, members, metric) for method, members in by_method(runs).items()]
+    return sorted(rows, key=lambda row: better(metric, row.final_mean), reverse=True)
+
+
+def _row(method: str, runs: Sequence[Run], metric: str) -> Row:
+    curves = [run.curve(metric) for run in runs]
+    values = [[point.value for point in curve] for curve in curves]
+    final, sd = mean_sd([each[-1] for each in values])
+    best = [max(each, key=lambda value: better(metric, value)) for each in values]
+    lines = [line for run in runs for line in run.rounds]
+    errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
+    return Row(
+        method=method,
+        seeds=tuple(sorted(run.seed for run in runs)),
+        runs=len(runs),
+        metric=metric,
+        final_mean=final,
+        final_sd=sd,
+        best_mean=statistics.fmean(best),
+        rounds=max(line["round"] for line in lines),
+        megabytes_up=sum(line["bytes_up"] for line in lines) / MEGABYTE / len(runs),
+        megabytes_down=sum(line["bytes_down"] for line in lines) / MEGABYTE / len(runs),
+        trained_rows=statistics.fmean(curve[-1].rows for curve in curves),
+        aggregation_error=statistics.fmean(errors) if errors else None,
+        seconds=sum(line["seconds"] for line in lines) / len(runs),
+    )
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for one value, or where one is not finite."""
+    many = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.fmean(values), statistics.stdev(values) if many else None

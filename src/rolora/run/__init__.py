@@ -1,0 +1,1 @@
+"""One run: the experiment that a configuration describes, its folder, start, resume, evaluation."""

@@ -1,0 +1,251 @@
+"""The run folder: configuration, one JSON line a round, checkpoints; nothing is ever half-written.
+
+A round is committed by its checkpoint (written whole, then renamed into place); its line in
+``rounds.jsonl`` follows. A resume cuts the lines back to the checkpoint and, if the power went in
+between, takes the missing line from the checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.ledger import Held, Ledger
+from rolora.algorithm.method import ServerState
+from rolora.errors import ConfigError, RoloraError
+from rolora.files import locked, new_folder, sync, write_file
+from rolora.training.rounds import Best, RoundResult, RunState
+
+KEPT_CHECKPOINTS = 2
+
+
+def line(result: RoundResult) -> dict[str, Any]:
+    """What ``rounds.jsonl`` says of a round."""
+    return {
+        "round": result.round,
+        "attempt": result.attempt,
+        "factors": list(result.factors),
+        "cohort": list(result.cohort),
+        "loss": result.loss,
+        "lr": result.lr,
+        "clients": {client: dict(values) for client, values in result.clients.items()},
+        "metrics": dict(result.metrics),
+        "validation": dict(result.validation),
+        "client_metrics": {c: dict(values) for c, values in result.client_metrics.items()},
+        "aggregation_error": result.aggregation_error,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "seconds": round(result.seconds, 3),
+        "rejected": dict(result.rejected),
+    }
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder on disk."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def rounds(self) -> Path:
+        """One JSON line a round."""
+        return self.path / "rounds.jsonl"
+
+    @property
+    def clients(self) -> Path:
+        """Personal adapters, where the method has any."""
+        return self.path / "clients"
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT adapter folder that a finished run leaves."""
+        return self.path / "adapter"
+
+    @property
+    def report(self) -> Path:
+        """The page about a finished run: the last thing that a run writes."""
+        return self.path / "report.html"
+
+    @property
+    def diverged(self) -> Path:
+        """One line on where training became NaN or infinite; not there if it never did."""
+        return self.path / "diverged.txt"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to do: the run is finished, or it diverged."""
+        return self.report.is_file() or self.diverged.is_file()
+
+    @classmethod
+    def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
+        """A new run folder. ConfigError if anything stands at ``path``: nothing is overwritten."""
+        if path.is_file():
+            raise ConfigError(f"{path} is a file: name a new folder with --out")
+        if path.exists():
+            raise ConfigError(
+                f"{path} exists and is never overwritten: name another folder with --out, "
+                f"or go on with: rolora resume {shlex.quote(str(path))}"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(path) as part:
+            (part / "config.toml").write_text(config)
+            (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
+            (part / "rounds.jsonl").touch()
+            (part / "checkpoints").mkdir()
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """A run folder that exists. ConfigError if ``path`` is none."""
+        for name in ("config.toml", "rounds.jsonl", "partition.json"):
+            if not (path / name).is_file():
+                raise ConfigError(f"{path} is no run folder (no {name} in it)")
+        return cls(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. ConfigError if another process is writing to it."""
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.path / ".lock"))
+            except BlockingIOError:
+                raise ConfigError(f"{self.path} is in use by another process") from None
+            yield
+
+    def commit(self, result: RoundResult) -> None:
+        """Save the state after a round (or a failed attempt at one), then its line."""
+        state, values = result.state, line(result)
+        payload = save(contents(state))
+        manifest = {
+            "round": state.server.round,
+            "attempt": state.server.attempt,
+            "scaling": state.server.adapter.scaling,
+            "ledger": {"changed": state.ledger.changed, "held": state.ledger.held},
+            "stale": state.stale,
+            "best": state.best and {"round": state.best.round, "value": state.best.value},
+            "line": values if result.advanced else None,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+        }
+        retry = f"-attempt-{state.server.attempt:03d}" if state.server.attempt else ""
+        name = f"round-{state.server.round:06d}{retry}"
+        with new_folder(self.path / "checkpoints" / name) as part:
+            (part / "state.safetensors").write_bytes(payload)
+            (part / "manifest.json").write_text(json.dumps(manifest))
+        if result.advanced:
+            with self.rounds.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            sync(self.rounds)
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            _remove(old)
+
+    def mark_diverged(self, why: str) -> None:
+        """Say that training cannot go on, and why."""
+        write_file(self.diverged, f"{why}\n")
+
+    def rewrite_config(self, config: str) -> None:
+        """Replace the configuration, as when a run is given more rounds."""
+        write_file(self.config, config)
+
+    def restore(self, start: RunState) -> tuple[RunState, list[str]]:
+        """The newest state that is whole, and notes on any that was not.
+
+        ``start`` if nothing was committed yet. Cuts ``rounds.jsonl`` back to the state. Raises
+        RoloraError if there are checkpoints but none can be read.
+        """
+        if not self._checkpoints():
+            write_file(self.rounds, "")
+            return start, []
+        notes: list[str] = []
+        for folder in reversed(self._checkpoints()):
+            try:
+                state, last = _read_checkpoint(folder)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                notes.append(f"checkpoint {folder.name} is damaged ({error}); using the one before")
+                _remove(folder)
+                continue
+            self._cut_lines(state, last)
+            return state, notes
+        raise RoloraError(
+            f"{self.path} has no checkpoint that can be read, so it cannot be resumed; start anew "
+            f"with: rolora run {self.config} --out NEW_FOLDER"
+        )
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("round-*"))
+
+    def _cut_lines(self, state: RunState, last: Mapping[str, Any] | None) -> None:
+        if state.server.round == 0 and state.server.attempt == 0:
+            write_file(self.rounds, "")  # round 0 is evaluated, and written, again
+            return
+        kept, round = [], state.server.round
+        for text in self.rounds.read_text().splitlines():
+            try:
+                if json.loads(text)["round"] <= round:
+                    kept.append(text)
+            except json.JSONDecodeError:
+                break  # the line that was being written when the power went
+        if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
+            kept.append(json.dumps(last))
+        write_file(self.rounds, "".join(text + "\n" for text in kept))
+
+
+def contents(state: RunState) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of this state holds."""
+    memory = {n: t for n, t in state.server.memory.items() if isinstance(t, Tensor)}
+    parts: dict[str, Mapping[str, Tensor]] = {"adapter": state.server.adapter, "memory": memory}
+    if state.best is not None:
+        parts["best"] = state.best.adapter
+    return {
+        f"{part}/{name}": tensor.contiguous().clone()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    payload = (folder / "state.safetensors").read_bytes()
+    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
+        raise ValueError("its sha256 does not match")
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "memory": {}, "best": {}}
+    for name, tensor in load(payload).items():
+        part, _, rest = name.partition("/")
+        parts[part][rest] = tensor
+    scaling = manifest["scaling"]
+    server = ServerState(
+        adapter=AdapterState(parts["adapter"], scaling),
+        memory=parts["memory"],
+        round=manifest["round"],
+        attempt=manifest["attempt"],
+    )
+    best = manifest["best"]
+    if best is not None:
+        best = Best(best["round"], best["value"], AdapterState(parts["best"], scaling))
+    held = {client: Held(*held) for client, held in manifest["ledger"]["held"].items()}
+    ledger = Ledger(manifest["ledger"]["changed"], held)
+    return RunState(server, ledger, best, manifest["stale"]), manifest["line"]
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a crash in between leaves no half of it under its name."""
+    doomed = folder.with_name(f".old-{folder.name}")
+    folder.rename(doomed)
+    for file in doomed.iterdir():
+        file.unlink()
+    doomed.rmdir()

@@ -1,0 +1,196 @@
+"""Start and resume runs: the library behind the commands.
+
+>>> import rolora
+>>> config = rolora.load_config("questions.toml")           # doctest: +SKIP
+>>> for result in rolora.start(config, "runs/q").rounds():  # doctest: +SKIP
+...     print(result.round, dict(result.metrics))
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rolora.config.load import config_hash, dump_config, load_config, read_toml
+from rolora.config.schema import RunConfig
+from rolora.data.shards import load_rows
+from rolora.errors import ConfigError
+from rolora.model.peft import save_adapter
+from rolora.report.page import write_report
+from rolora.run.build import Setup, prepare
+from rolora.run.configured import load_base_for, make_task
+from rolora.run.folder import RunFolder
+from rolora.tasks.spans import masks
+from rolora.training.engine import Engine
+from rolora.training.local import NonFiniteLoss
+from rolora.training.rounds import RoundResult, RunState, federate
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has a folder and a state to go on from."""
+
+    setup: Setup
+    folder: RunFolder
+    state: RunState
+    notes: tuple[str, ...]
+
+    def rounds(
+        self, watch: Callable[[Engine], Engine] = lambda engine: engine
+    ) -> Generator[RoundResult]:
+        """Train; each round is on disk before it is yielded.
+
+        At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
+        updates as they arrive. A loss that is not finite ends the run, and its folder says so.
+        """
+        federation = replace(self.setup.federation, engine=watch(self.setup.federation.engine))
+        with self.folder.locked():
+            state = self.state
+            try:
+                for result in federate(federation, state):
+                    self.folder.commit(result)
+                    state = result.state
+                    yield result
+            except NonFiniteLoss as error:
+                self.folder.mark_diverged(str(error))
+                raise
+            self._finish(state)
+
+    def _finish(self, state: RunState) -> None:
+        """Write the adapter of the best validated round (of the last, without validation)."""
+        adapter = state.best.adapter if state.best else state.server.adapter
+        base = self.setup.base
+        config = pinned(self.setup.config, _chosen(self.setup))
+        notes = {
+            "rolora": version("rolora"),
+            "round": state.best.round if state.best else state.server.round,
+            "root": str(config.root),
+            "labels": list(self.setup.labels),
+            "config": config.model_dump(mode="json", exclude_none=True),
+        }
+        save_adapter(self.folder.adapter, adapter, base.peft_config, base.model.config, notes)
+        write_report([self.folder.path], self.folder.report)
+
+
+Build = Callable[[RunConfig, Path], Setup]
+
+
+def new_path(config: RunConfig, out: str | Path | None) -> Path:
+    """Where a run goes, ``runs/NAME`` if not said. ConfigError if something is there already."""
+    path = Path(out) if out is not None else Path("runs") / config.name
+    if path.exists():
+        RunFolder.create(path, "", {})  # refuses
+    return path
+
+
+def start(config: RunConfig, out: str | Path | None = None, build: Build = prepare) -> Run:
+    """A new run in folder ``out`` (``runs/NAME`` if left out), which must not exist yet.
+
+    ``build`` makes the run's parts from the configuration and the folder of clients' state.
+    Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
+    """
+    path = new_path(config, out)
+    setup = build(config, path / "clients")
+    text = dump_config(config, provenance(setup))
+    folder = RunFolder.create(path, text, setup.partition)
+    return Run(setup, folder, setup.start, setup.notes)
+
+
+def resume(path: str | Path, rounds: int | None = None, build: Build = prepare) -> Run:
+    """A run as its last whole checkpoint left it; ``rounds`` raises the number of rounds.
+
+    Threads, bank and dtype are those of the start, because the bits depend on them. Raises
+    ConfigError if the data, the base model or the configuration is no longer that of the start.
+    """
+    folder = RunFolder.open(Path(path))
+    with folder.locked():
+        origin = read_toml(folder.config).get("provenance", {})
+        if lost := {"root", "threads", "bank", "dtype", *_SAME, *_ALIKE} - origin.keys():
+            raise ConfigError(f"{folder.config} is damaged: provenance.{min(lost)} is missing")
+        overrides = [] if rounds is None else [f"train.rounds={rounds}"]
+        config = load_config(folder.config, overrides)
+        torch.set_num_threads(origin["threads"])
+        setup = build(pinned(config, origin), folder.clients)
+        now = provenance(setup)
+        for key, what in _SAME.items():
+            if now[key] != origin[key]:
+                raise ConfigError(
+                    f"{what} of {path} changed since the run started: change it back, or start "
+                    f"anew with: rolora run {folder.config} --out NEW_FOLDER"
+                )
+        state, notes = folder.restore(setup.start)
+        if rounds is not None:
+            if rounds < state.server.round:
+                raise ConfigError(f"{path} has already done {state.server.round} rounds")
+            folder.rewrite_config(dump_config(config, origin))
+    for key, what in _ALIKE.items():
+        if now[key] != origin[key]:
+            notes.append(f"the {what} differs from the start of the run, so the last bits may too")
+    return Run(setup, folder, state, (*setup.notes, *notes))
+
+
+def training_masks(config: RunConfig, rows: int) -> list[list[tuple[str, bool]]]:
+    """The first training rows in runs of tokens, each with whether the loss is taken on it.
+
+    ConfigError for a task whose loss is on the label alone.
+    """
+    if config.model.task == "classification":
+        raise ConfigError("masks belong to causal_lm and choice; classification learns the label")
+    table = load_rows(config).train.slice(0, rows)
+    base = load_base_for(config, [])
+    examples = make_task(config, base, []).encode(table, config.data.train)
+    return masks(examples, base.tokenizer, range(len(examples)))
+
+
+def provenance(setup: Setup) -> dict[str, Any]:
+    """Where and with what a run was made: versions, commit, processor, threads, data."""
+    packages = ("rolora", "torch", "transformers", "peft", "datasets", "numpy")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {
+        "versions": versions,
+        "git_commit": _git_commit(Path(__file__).parent),
+        "root": str(setup.config.root),
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        **_chosen(setup),
+        "prefix": setup.cached,
+        "data": setup.data,
+        "base": setup.base.digest,
+        "config": config_hash(setup.config),
+    }
+
+
+_SAME = {"data": "the data", "base": "the base model", "config": "the configuration"}
+_ALIKE = {"versions": "library versions", "cpu": "processor", "prefix": "use of the cache"}
+
+
+def _chosen(setup: Setup) -> dict[str, Any]:
+    """What "auto" came to on this machine."""
+    dtype = setup.config.model.dtype
+    if dtype == "auto":
+        dtype = "bf16" if setup.base.dtype == torch.bfloat16 else "fp32"
+    return {"bank": setup.bank, "dtype": dtype}
+
+
+def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
+    """The configuration with what ``origin``'s machine chose for bank and dtype written in."""
+    train = config.train.model_copy(update={"bank": origin["bank"]})
+    model = config.model.model_copy(update={"dtype": origin["dtype"]})
+    return config.model_copy(update={"train": train, "model": model})
+
+
+def _git_commit(folder: Path) -> str:
+    """The commit of the checkout that rolora runs from, or "" where it is installed."""
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return found.stdout.strip()

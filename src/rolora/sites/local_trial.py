@@ -1,0 +1,57 @@
+"""A configuration's rows dealt out to site folders, so that its run can be tried across sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+import torch
+
+from rolora.config.load import load_config
+from rolora.data import tables
+from rolora.data.shards import load_rows
+from rolora.files import write_file
+from rolora.sites.folder import FederationFolder
+from rolora.sites.keys import LOOPBACK
+
+
+def rehearse(path: Path, file: str, overrides: Sequence[str], sites: int, port: int) -> None:
+    """A federation on this machine, in a new folder: keys, each site's rows, and ``run.toml``.
+
+    The rows are split as the configuration says, among ``sites`` clients unless each has a file
+    of its own, and sites are called like clients. So ``run.toml`` gives the same adapter with and
+    without ``--on``.
+    """
+    config = load_config(file, overrides)
+    if config.partition.scheme in ("iid", "dirichlet", "by_label"):
+        config = load_config(file, [*overrides, f"partition.clients={sites}"])
+    rows = load_rows(config)
+    folder = FederationFolder.create(path, LOOPBACK[0], port)
+    model = (config.root / Path(config.model.path).expanduser()).resolve()
+    for name, shard in rows.shards.items():
+        site = folder.add_site(name)
+        held = rows.held_out.get(name, torch.empty(0, dtype=torch.int64))
+        chosen = torch.cat([shard, held]).sort().values
+        tables.write_table(rows.train.take(chosen.tolist()), site / f"{name}.parquet")
+        mine = {
+            "name": name,
+            "data": f"{name}.parquet",
+            "device": config.device,
+            "threads": 1,
+            "superlink": f"{folder.host}:{port}",
+            "certificates": "ca.crt",
+            "key": f"{name}.key",
+            "state": "state",
+        }
+        write_file(site / "site.toml", tomli_w.dumps(mine))
+    tables.write_table(rows.test, folder.path / "test.parquet")
+    values = config.model_dump(mode="json", exclude_none=True)
+    values["model"]["path"] = str(model) if model.exists() else config.model.path
+    values["data"] |= {"train": "sites/*/*.parquet", "test": "test.parquet"}
+    if rows.validation is not None:
+        tables.write_table(rows.validation, folder.path / "validation.parquet")
+        values["data"]["validation"] = "validation.parquet"
+    values["partition"] = {"scheme": "files"}
+    values["federation"]["sites"] = len(rows.shards)
+    write_file(folder.path / "run.toml", tomli_w.dumps(values))

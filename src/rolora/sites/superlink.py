@@ -1,0 +1,84 @@
+"""Flower's SuperLink behind a gate: from other machines it answers the sites' requests alone.
+
+Whoever asks for /rolora is told which versions the coordinator has.
+
+Flower serves three interfaces on one port. Who reaches the Control API may start runs and register
+keys, and the code of a run is executed where the coordinator is; Flower asks such a caller for
+nothing. So requests that do not come from this machine get the sites' interface and no other.
+
+Run as ``python -m rolora.sites.superlink`` with the arguments of ``flower-superlink``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from flwr.supercore.app_utils import start_parent_process_monitor
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
+from flwr.superlink.main import create_app
+
+from rolora.flower.message import VERSIONS, versions
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+FOR_SITES = "/v1/fleet/"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An ASGI application that lets other machines through to the sites' interface only."""
+
+    app: Callable[[Scope, Receive, Send], Awaitable[None]]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it: with the versions, or 403."""
+        if scope["type"] == "http" and scope["path"] == VERSIONS:
+            await _answer(send, 200, json.dumps(versions()).encode())
+        elif scope["type"] != "http" or allowed(scope["path"], scope.get("client")):
+            await self.app(scope, receive, send)
+        else:
+            await _answer(send, 403, b"not from another machine\n")
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def allowed(path: str, client: tuple[str, int] | None) -> bool:
+    """Whether a client at this address may ask for this path."""
+    if path.startswith(FOR_SITES):
+        return True
+    try:
+        address = ipaddress.ip_address(client[0] if client else "")
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def main() -> None:
+    """Serve until interrupted, or until the process that started this one is gone."""
+    start_parent_process_monitor(os.getppid())
+    config = _parse_superlink_lifespan_config()
+    uvicorn.run(
+        app=Gate(create_app(config, SuperLinkLifespan)),
+        host=config.host,
+        port=config.port,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        access_log=False,
+        log_level="warning",
+        workers=1,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Local training, the engines that run a cohort, and the round loop."""

@@ -1,0 +1,51 @@
+"""What clients keep between rounds, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rolora.files import write_file
+
+KEPT_STATES = 3  # of a client: what two checkpoints may need, and the one being written
+
+
+@dataclass(frozen=True)
+class ClientStore:
+    """What clients keep, on disk: one file per client and round, so that memory does not grow.
+
+    A client's state for round t is the newest file of an earlier round; so a retried or resumed
+    round starts from what the first try started from. ``kind`` begins the files' names: "round" for
+    personal adapters, "residual" for what an upload rounded away.
+    """
+
+    folder: Path
+    kind: str = "round"
+
+    def read(self, client: str, before: int) -> dict[str, Tensor]:
+        """The client's tensors as of the last round before this one; {} if none."""
+        earlier = [file for round, file in self._files(client) if round < before]
+        return load_file(earlier[-1]) if earlier else {}
+
+    def write(self, client: str, round: int, kept: Mapping[str, Tensor]) -> None:
+        """Keep the state after this round, and of the older ones what two checkpoints may need."""
+        (self.folder / client).mkdir(parents=True, exist_ok=True)
+        write_file(self.folder / client / f"{self.kind}-{round:06d}.safetensors", save(dict(kept)))
+        files = self._files(client)
+        past = [file for at, file in files if at <= round]
+        for file in [*past[:-KEPT_STATES], *(file for at, file in files if at > round)]:
+            file.unlink()
+
+    def forget(self, client: str, after: int) -> None:
+        """Drop what was kept after rounds later than this one: they were never finished."""
+        for round, file in self._files(client):
+            if round > after:
+                file.unlink()
+
+    def _files(self, client: str) -> list[tuple[int, Path]]:
+        found = sorted((self.folder / client).glob(f"{self.kind}-*.safetensors"))
+        return [(int(file.stem.removeprefix(f"{self.kind}-")), file) for file in found]

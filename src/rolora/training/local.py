@@ -1,0 +1,236 @@
+"""Local training: a group of clients, one round, in one pass through the bank; and evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.seeding import derived_seed, generator
+from rolora.data.examples import Batch, Examples, collate
+from rolora.errors import RoloraError
+from rolora.model.bank import Bank, row_keys
+from rolora.model.base import Base
+from rolora.tasks.registry import Task
+
+
+class NonFiniteLoss(RoloraError):
+    """A client's loss became NaN or infinite; the round stops."""
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How a client trains in a round: ``steps`` optimiser steps, or ``epochs`` over its shard.
+
+    The optimiser's state is fresh each round. ``max_grad_norm`` clips each client's own gradient.
+    lora_B learns at lr × ``b_lr_ratio`` (LoRA+, Hayou et al. 2024), all else at lr.
+    """
+
+    steps: int | None = 5
+    epochs: int | None = None
+    batch_size: int = 8
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    max_grad_norm: float | None = None
+    b_lr_ratio: float = 1.0
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps of a client with this many rows."""
+        if self.epochs is not None:
+            return self.epochs * math.ceil(num_examples / self.batch_size)
+        return self.steps or 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's part of a round: its rows (int64 indices), where it starts, how many steps."""
+
+    client: str
+    rows: Tensor
+    start: AdapterState
+    steps: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A client after its last step; ``loss`` is the mean over its steps."""
+
+    adapter: AdapterState
+    loss: float
+    steps: int
+
+
+def batches(work: Work, batch_size: int, seed: int, round: int) -> Iterator[Tensor]:
+    """Row indices of a client's batches: a fresh permutation per epoch, the last batch short."""
+    rng = generator(seed, "batches", round, work.client)
+    while True:
+        order = work.rows[torch.randperm(len(work.rows), generator=rng)]
+        yield from torch.split(order, batch_size)
+
+
+def train_group(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    work: Sequence[Work],
+    trainable: Callable[[int], Roles],
+    settings: LocalSettings,
+    *,
+    lr: float,
+    seed: int,
+    round: int,
+    gradient: Callable[[str, Tensor], Tensor] | None = None,
+    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+) -> list[Trained]:
+    """Train these clients side by side; the result is as if each had trained alone.
+
+    ``trainable``, ``gradient`` and ``penalty`` are the method's, for this round. Clients with fewer
+    steps leave the bank early and take their optimiser state with them. Raises NonFiniteLoss naming
+    client and step.
+    """
+    bank = base.bank
+    order = sorted(range(len(work)), key=lambda i: -work[i].steps)
+    active = [work[i] for i in order]
+    done: list[Trained] = []
+    prepared = _batches(base, examples, active, settings.batch_size, seed, round)
+    seeds = [derived_seed(seed, "dropout", round, w.client) for w in active]
+    bank.load([w.start for w in active], base.device)
+    optimizer = _optimizer(bank, settings, lr)
+    total = torch.zeros(len(active), dtype=torch.float64)
+    try:
+        sizes, batch = next(prepared)
+        for step in range(active[0].steps):
+            staying = len(sizes)
+            if staying < bank.clients:
+                done[:0] = [_leave(bank, k, active[k], total) for k in range(staying, bank.clients)]
+                optimizer = _shrink(bank, optimizer, staying, settings, lr)
+            for name, leaf in bank.leaves.items():
+                leaf.requires_grad_(role_of(name) in trainable(step))
+                leaf.grad = None
+            keys = row_keys(seeds[:staying], step, sizes)
+            losses = _losses(base, task, batch, sizes, keys)
+            total_loss = losses.sum()
+            if penalty is not None:
+                total_loss = total_loss + sum(penalty(bank.view(k)) for k in range(staying))
+            total_loss.backward()  # type: ignore[no-untyped-call]
+            if gradient is not None:
+                _change_gradients(bank, gradient)
+            if settings.max_grad_norm is not None:
+                _clip_gradients(bank, settings.max_grad_norm)
+            optimizer.step()
+            sizes, batch = next(prepared, (sizes, batch))  # while a GPU is still at this one
+            _refuse_nonfinite(losses, active, round, step)
+            total[:staying] += losses.detach().double().cpu()
+        done[:0] = [_leave(bank, k, active[k], total) for k in range(bank.clients)]
+    finally:
+        bank.unload()
+    results: list[Trained | None] = [None] * len(work)
+    for position, trained in zip(order, done, strict=True):
+        results[position] = trained
+    return [trained for trained in results if trained is not None]
+
+
+def _leave(bank: Bank, position: int, work: Work, total: Tensor) -> Trained:
+    return Trained(bank.take(position), float(total[position]) / max(work.steps, 1), work.steps)
+
+
+def _batches(
+    base: Base, examples: Examples, active: Sequence[Work], batch_size: int, seed: int, round: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Of every step: how many rows each client has, and all clients' rows one after another.
+
+    ``active`` is ordered by steps, most first; a client with no step left is not among the rows.
+    """
+    streams = [batches(work, batch_size, seed, round) for work in active]
+    for step in range(active[0].steps):
+        staying = sum(work.steps > step for work in active)
+        rows = [next(stream) for stream in streams[:staying]]
+        batch = collate(examples, torch.cat(rows), base.tokenizer.pad_token_id)
+        yield [len(chosen) for chosen in rows], batch.to(base.device)
+
+
+def _losses(base: Base, task: Task, batch: Batch, sizes: Sequence[int], keys: Tensor) -> Tensor:
+    """Each client's mean loss over its own rows, (K,); ``keys`` seed the dropout of every row."""
+    clients = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(base.device)
+    with base.running(batch, sizes, keys) as given:
+        each, count = task.loss(base.model, given)
+    summed = each.new_zeros(len(sizes)).index_add(0, clients, each)
+    return summed / count.new_zeros(len(sizes)).index_add(0, clients, count)
+
+
+def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: int) -> None:
+    finite = torch.isfinite(losses)
+    if not finite.all():
+        client = active[int((~finite).nonzero()[0])].client
+        raise NonFiniteLoss(
+            f"the loss of client {client!r} is not finite in round {round}, local step {step + 1}: "
+            "lower train.lr, set train.max_grad_norm, or use model.dtype = 'fp32'"
+        )
+
+
+def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Optimizer:
+    # by role, as a fused step wants leaves that all have a momentum already, or all have none
+    roles: dict[str, list[Tensor]] = {}
+    for name, leaf in bank.leaves.items():
+        roles.setdefault(role_of(name), []).append(leaf)
+    ratios = {"B": settings.b_lr_ratio}
+    groups: list[dict[str, Any]] = [
+        {"params": leaves, "lr": lr * ratios.get(role, 1.0)} for role, leaves in roles.items()
+    ]
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        momentum = settings.momentum
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
+
+
+def _shrink(
+    bank: Bank, optimizer: torch.optim.Optimizer, staying: int, settings: LocalSettings, lr: float
+) -> torch.optim.Optimizer:
+    """The optimiser of the clients that stay, with their state."""
+    old = dict(bank.leaves)
+    bank.keep(staying)
+    smaller = _optimizer(bank, settings, lr)
+    for name, leaf in old.items():
+        smaller.state[bank.leaves[name]] = {
+            key: value[:staying].clone() if value.shape == leaf.shape else value
+            for key, value in optimizer.state.get(leaf, {}).items()
+            if value is not None
+        }
+    return smaller
+
+
+def _change_gradients(bank: Bank, change: Callable[[str, Tensor], Tensor]) -> None:
+    for name, leaf in bank.leaves.items():
+        if leaf.grad is not None:
+            leaf.grad = change(name, leaf.grad)
+
+
+def _clip_gradients(bank: Bank, max_norm: float) -> None:
+    gradients = [leaf.grad for leaf in bank.leaves.values() if leaf.grad is not None]
+    square = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0)
+    scale = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def evaluate(
+    base: Base, task: Task, examples: Examples, adapter: AdapterState, batch_size: int = 64
+) -> dict[str, float]:
+    """The task's metrics of one adapter on these rows, batched by length."""
+    pad = base.tokenizer.pad_token_id
+    order = examples.lengths.argsort(stable=True)
+    found: list[Tensor] = []
+    with base.holding(adapter), torch.inference_mode():
+        for rows in torch.split(order, batch_size):
+            batch = collate(examples, rows, pad).to(base.device)
+            with base.running(batch) as given:
+                found.append(task.outputs(base.model, given).cpu())
+    outputs = torch.cat(found)
+    return task.score(outputs[order.argsort()], examples)

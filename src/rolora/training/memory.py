@@ -1,0 +1,128 @@
+"""How much memory a pass through the bank takes, and how many clients therefore go at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.method import Method
+from rolora.data.examples import Examples, collate
+from rolora.model.base import Base
+from rolora.tasks.registry import Task
+
+# Beyond this a pass gets hardly faster per token: benchmarks/benches/client_step.py
+TOKENS_IN_A_PASS = {"cpu": 1024, "cuda": 16384, "mps": 4096}
+SHARE = 0.5  # of the memory that is free may go to activations
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """How many clients train at once: about ``tokens`` in a pass.
+
+    ``activations`` maps what is trained at a time (see ``phases``) to the bytes that a pass keeps
+    for its backward part.
+    """
+
+    clients: int
+    tokens: int
+    activations: Mapping[str, int]
+
+    def __str__(self) -> str:
+        kept = " and ".join(f"{n / 1e6:,.0f} MB to train {w}" for w, n in self.activations.items())
+        return f"{self.clients} clients at once: {self.tokens:,} tokens a step, which keep {kept}"
+
+
+def phases(method: Method, rounds: int) -> dict[str, Roles]:
+    """What the method trains at a time in the course of so many rounds, by name, each kind once."""
+    found = {}
+    for round in range(1, rounds + 1):
+        for step in (0, 1):  # where a method takes turns within a round, it does so at every step
+            roles = method.trainable(round, step)
+            found["+".join(sorted(roles - {"head"})) or "the head"] = roles
+    return found
+
+
+def plan_bank(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    start: AdapterState,
+    phases: Mapping[str, Roles],
+    batch_size: int,
+    clients: int,
+    wanted: int | None = None,
+) -> BankPlan:
+    """``wanted`` clients, or as many as keep the processor busy, but no more than fit in memory.
+
+    ``phases``: what is trained at a time, by name. Measured on one batch of the rows nearest the
+    mean length.
+    """
+    tokens = max(1, round(float(examples.lengths.double().mean()) * batch_size))
+    each = {
+        name: activation_bytes(base, task, examples, start, roles, batch_size)
+        for name, roles in phases.items()
+    }
+    device = base.device.type
+    size = bank_size(device, tokens, max(each.values()), free_bytes(device), clients, wanted)
+    return BankPlan(size, size * tokens, {name: size * kept for name, kept in each.items()})
+
+
+def bank_size(
+    device: str, tokens: int, kept: int, free: int, clients: int, wanted: int | None = None
+) -> int:
+    """Clients in a pass, of whom each has ``tokens`` and keeps ``kept`` of the ``free`` bytes."""
+    busy = TOKENS_IN_A_PASS[device] // tokens if wanted is None else wanted
+    return max(1, min(busy, int(SHARE * free) // max(1, kept), clients))
+
+
+def activation_bytes(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    start: AdapterState,
+    roles: Roles,
+    batch_size: int,
+) -> int:
+    """Bytes that one client's step keeps for its backward pass, model and adapter apart."""
+    mean = examples.lengths.double().mean()
+    rows = (examples.lengths - mean).abs().argsort(stable=True)[:batch_size]
+    batch = collate(examples, rows, base.tokenizer.pad_token_id).to(base.device)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with base.holding(start):
+        for name, leaf in base.bank.leaves.items():
+            leaf.requires_grad_(role_of(name) in roles)
+        adapter = [*base.bank.leaves.values(), *base.bank.deltas.values()]
+        standing = [*base.model.parameters(), *base.model.buffers(), *adapter]
+        with base.running(batch) as given, saved_tensors_hooks(keep, lambda tensor: tensor):
+            task.loss(base.model, given)
+    for tensor in standing:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free now, in bytes: the GPU's, or this machine's or container's."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)

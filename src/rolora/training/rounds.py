@@ -1,0 +1,266 @@
+"""The round loop: sample a cohort, run it, step, evaluate; a generator of finished rounds.
+
+Nothing calls back. Whoever consumes the generator records, checkpoints and displays what it
+yields, and the state in each result is all that is needed to go on from there.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rolora.algorithm.adapter import AdapterState, ClientInfo
+from rolora.algorithm.ledger import Arrival, Ledger, after_round, record_arrivals
+from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation, step
+from rolora.errors import ConfigError, NoQuorum
+from rolora.tasks.registry import HIGHER_IS_BETTER
+from rolora.training.engine import POOL, Engine, Job
+
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validated round so far: its number, its value, its adapter."""
+
+    round: int
+    value: float
+    adapter: AdapterState
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run carries from round to round, and what a checkpoint holds.
+
+    ``ledger`` says what each client holds; ``stale`` counts validations since the best one.
+    """
+
+    server: ServerState
+    ledger: Ledger = field(default_factory=Ledger)
+    best: Best | None = None
+    stale: int = 0
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One finished round (``advanced``), or one attempt that found no quorum.
+
+    Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are the payload
+    of this round over all clients: elements × width of what has to travel, as it is encoded.
+    """
+
+    round: int
+    attempt: int
+    factors: tuple[str, ...]
+    cohort: tuple[str, ...]
+    lr: float
+    clients: Mapping[str, Metrics]
+    metrics: Metrics
+    validation: Metrics
+    client_metrics: Mapping[str, Metrics]
+    aggregation_error: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    rejected: Mapping[str, str]
+    advanced: bool
+    state: RunState
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss over the clients of the round, weighted by num_examples."""
+        weight = sum(client["num_examples"] for client in self.clients.values())
+        if not weight:
+            return None
+        return sum(c["loss"] * c["num_examples"] for c in self.clients.values()) / weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """Everything that defines a run; no part of it changes while it runs.
+
+    ``ranks`` maps clients to their LoRA ranks. ``test`` and ``validation`` score an adapter on the
+    server's held-out rows; ``metric`` is what early stopping and the best round go by, on the
+    validation rows only. ``patience`` counts evaluations without improvement; ``spare`` clients are
+    drawn beyond the cohort, for an engine that uses the first ones to answer.
+    """
+
+    method: Method
+    engine: Engine
+    aggregation: Aggregation
+    ranks: Callable[[Iterable[str]], Mapping[str, int]]
+    seed: int
+    rounds: int
+    lr: Callable[[int], float]
+    participation: float = 1.0
+    metric: str = "accuracy"
+    test: Callable[[AdapterState], Metrics] | None = None
+    validation: Callable[[AdapterState], Metrics] | None = None
+    per_client: bool = False
+    eval_every: int = 5
+    patience: int | None = None
+    spare: int = 0
+    max_attempts: int = 3
+
+
+def cohort_size(clients: int, participation: float) -> int:
+    """How many of the clients take part in a round: the nearest whole number, at least one."""
+    return min(clients, max(1, math.floor(participation * clients + 0.5)))
+
+
+def sample_cohort(
+    clients: Sequence[str],
+    participation: float,
+    seed: int,
+    round: int,
+    attempt: int,
+    spare: int = 0,
+) -> tuple[str, ...]:
+    """``participation`` of the clients (at least one) and ``spare`` more if there are, in id order.
+
+    Drawn without replacement; more spare clients do not change who else is drawn.
+    """
+    rng = generator(seed, "cohort", round, attempt)
+    size = cohort_size(len(clients), participation) + spare
+    chosen = torch.randperm(len(clients), generator=rng)[:size]
+    ids = sorted(clients)
+    return tuple(ids[i] for i in chosen.sort().values.tolist())
+
+
+def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
+    """Run rounds until ``run.rounds`` are done or validation has stopped improving.
+
+    An attempt below the quorum yields a result that has not ``advanced`` and is tried again with a
+    new cohort; after ``max_attempts`` NoQuorum is raised, and a resumed run may try as often again.
+    A consumer that saves every yielded ``state`` before it asks for the next can be killed at any
+    moment and go on. Raises ConfigError if validation does not measure ``run.metric``.
+    """
+    if state.server.round == 0 and state.server.attempt == 0:
+        started = time.perf_counter()
+        yield _evaluated(run, _blank(state), started, first=True)
+    failed = 0
+    while state.server.round < run.rounds and not _stopped(run, state):
+        if failed == run.max_attempts:
+            raise NoQuorum(
+                f"round {state.server.round + 1}: no quorum of {run.aggregation.quorum} after "
+                f"{run.max_attempts} attempts; the run is saved and can be resumed"
+            )
+        started = time.perf_counter()
+        result = _round(run, state)
+        failed = 0 if result.advanced else failed + 1
+        if result.advanced:
+            result = _evaluated(run, result, started)
+        state = result.state
+        yield replace(result, seconds=time.perf_counter() - started)
+
+
+def _stopped(run: Federation, state: RunState) -> bool:
+    return run.patience is not None and state.stale >= run.patience
+
+
+def _blank(state: RunState) -> RoundResult:
+    return RoundResult(0, 0, (), (), 0.0, {}, {}, {}, {}, None, 0, 0, 0.0, {}, True, state)
+
+
+def _round(run: Federation, state: RunState) -> RoundResult:
+    method, server = run.method, state.server
+    round, attempt = server.round + 1, server.attempt
+    clients = run.engine.clients()
+    ids = sample_cohort(list(clients), run.participation, run.seed, round, attempt, run.spare)
+    # largest shard first, then by id: clients with as many steps then share a bank, and their
+    # updates come in the order of use
+    order = sorted(ids, key=lambda id: (-clients[id], id))
+    ranks = run.ranks(clients)
+    members = {id: ClientInfo(id, clients[id], ranks[id], round) for id in order}
+    pool = ClientInfo(POOL, sum(clients.values()), max(ranks.values()), round)
+    cohort = {POOL: pool} if method.pooled else members
+    job = Job(server, tuple(members.values()), run.seed, run.lr(round), state.ledger)
+    arrived: list[Arrival] = []
+    replies = record_arrivals(run.engine.run(method, job), arrived, lone=len(members) == 1)
+    rng = generator(run.seed, "aggregate", round, attempt)
+    aggregation = replace(run.aggregation, quorum=1) if method.pooled else run.aggregation
+    after, report = step(method, aggregation, server, cohort, replies, rng)
+    ledger, bytes_down = after_round(method, server, after, members, state.ledger, arrived)
+    return RoundResult(
+        round=round,
+        attempt=attempt,
+        factors=tuple(sorted(method.trained(round))),
+        cohort=ids,
+        lr=job.lr,
+        clients={
+            one.client: {"num_examples": cohort[one.client].num_examples, **one.metrics}
+            for one in reversed(arrived)  # the first of several counts
+            if one.client in report.accepted
+        },
+        metrics={},
+        validation={},
+        client_metrics={},
+        aggregation_error=report.aggregation_error,
+        bytes_up=0 if method.pooled else sum(one.num_bytes for one in arrived),
+        bytes_down=0 if method.pooled else bytes_down,
+        seconds=0.0,
+        rejected=report.rejected,
+        advanced=report.quorum_met,
+        state=replace(state, server=after, ledger=ledger),
+    )
+
+
+def _evaluated(
+    run: Federation, result: RoundResult, started: float, first: bool = False
+) -> RoundResult:
+    """The result with metrics if its round is one to evaluate: every n-th, the first, the last."""
+    last = result.round == run.rounds
+    if not (first or last or result.round % run.eval_every == 0):
+        return result
+    state, server = result.state, result.state.server
+    metrics: Metrics = {}
+    validation: Metrics = {}
+    client_metrics: dict[str, Metrics] = {}
+    personal = bool(run.method.kept)
+    if run.per_client or (personal and not first):
+        clients = run.engine.clients()
+        ranks = run.ranks(clients)
+        infos = [ClientInfo(c, n, ranks[c], server.round) for c, n in sorted(clients.items())]
+        found = list(run.engine.evaluate(run.method, server, infos))
+        client_metrics = {one.client: one.held_out for one in found if one.held_out}
+        metrics = _mean([one.test for one in found if one.test])
+        validation = _mean([one.validation for one in found if one.validation])
+    if run.test is not None and not metrics:
+        metrics = run.test(server.adapter)
+    if run.validation is not None and not validation:
+        same = run.validation is run.test  # the same rows are measured once
+        validation = metrics if same else run.validation(server.adapter)
+    if validation and run.metric not in validation:
+        raise ConfigError(
+            f"metric {run.metric!r} is none of what validation measures: {', '.join(validation)}"
+        )
+    if validation and not first:
+        state = _track_best(run, state, validation)
+    return replace(
+        result,
+        metrics=metrics,
+        validation=validation,
+        client_metrics=client_metrics,
+        state=state,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
+    value = validation[run.metric]
+    sign = 1 if HIGHER_IS_BETTER[run.metric] else -1
+    if state.best is None or sign * value > sign * state.best.value:
+        return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
+    return replace(state, stale=state.stale + 1)
+
+
+def _mean(metrics: Sequence[Metrics]) -> Metrics:
+    if not metrics:
+        return {}
+    return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
