@@ -98,9 +98,18 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ("lora.rank=[2,4]", "rolora averages factors of one rank: give lora.rank as one number"),
-        ("method.name=flexlora aggregate.optimizer=fedavgm", "which flexlora has not: leave it"),
-        ("method.name=local aggregate.optimizer=fedadam", "which local has not: leave it out"),
+        (
+            "lora.rank=[2,4]",
+            "rolora does not support clients of different ranks: set lora.rank to one number",
+        ),
+        (
+            "method.name=flexlora aggregate.optimizer=fedavgm",
+            "flexlora does not support the server optimizer",
+        ),
+        (
+            "method.name=local aggregate.optimizer=fedadam",
+            "local does not support the server optimizer",
+        ),
         ("method.b_rounds=0", "b_rounds is at least 1, not 0"),
         ("method.alternate=0", "alternate is at least 1, not 0"),
         ("method.alternate=-4", "alternate is at least 1, not -4"),

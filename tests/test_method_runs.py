@@ -210,7 +210,10 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["method.name=fedit", "lora.rank=[2, 1]"], "fedit averages factors of one rank: .* flora"),
+        (
+            ["method.name=fedit", "lora.rank=[2, 1]"],
+            "fedit does not support clients of different ranks: .* flora",
+        ),
         (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"says nothing of client"),
         (["method.name=flora", "lora.rank={}"], "a table of ranks needs a line"),
         (["method.name=flora", "lora.rank=[]"], "lora.rank"),

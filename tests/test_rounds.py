@@ -229,7 +229,7 @@ def test_a_client_is_sent_every_tensor_that_it_does_not_hold_bit_for_bit_and_no_
 def test_a_lone_client_holds_the_average_of_its_own_update() -> None:
     _, *results = play(federation(clients={"ann": 5}, rounds=4))
     assert [result.bytes_down for result in results] == [A + B + HEAD, 0, 0, 0]
-    clipped = Aggregation(clip(mean(), 1e-3))
+    clipped = Aggregation(clip(mean(), norm=1e-3))
     _, *results = play(federation(clients={"ann": 5}, rounds=3, aggregation=clipped))
     assert [result.bytes_down for result in results] == [A + B + HEAD, B + HEAD, A + HEAD]
 

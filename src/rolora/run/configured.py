@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.method import Method, freeze_head
-from rolora.algorithm.reduce import Reducer, clip, fedadam, fedavgm, mean, median, trimmed_mean
+from rolora.algorithm.reduce import SERVER_OPTIMIZERS
 from rolora.algorithm.seeding import generator
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
@@ -108,15 +108,16 @@ def make_method(config: RunConfig) -> Method:
     if not isinstance(config.lora.rank, int) and not method.heterogeneous_ranks:
         able = [name for name in method_names() if get_method(name).heterogeneous_ranks]
         raise ConfigError(
-            f"{method.name} averages factors of one rank: give lora.rank as one number, or for "
-            f"clients of different ranks take one of {', '.join(able)}"
+            f"{method.name} does not support clients of different ranks: set lora.rank to one "
+            f"number, or use one of {', '.join(able)}"
         )
-    if config.aggregate.optimizer != "none" and not method.supports_server_optimizer:
+    optimizers = [name for name, _ in config.aggregate.rules if name in SERVER_OPTIMIZERS]
+    if optimizers and not method.supports_server_optimizer:
         able = [name for name in method_names() if get_method(name).supports_server_optimizer]
         raise ConfigError(
-            f"aggregate.optimizer = {config.aggregate.optimizer!r} needs a server that only "
-            f"averages what clients send, which {method.name} has not: leave it out, or take one "
-            f"of {', '.join(able)}"
+            f"{method.name} does not support the server optimizer {optimizers[0]!r}, since its "
+            "server does more than average what clients send: remove it, or use one of "
+            f"{', '.join(able)}"
         )
     if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
         raise ConfigError(
@@ -124,23 +125,6 @@ def make_method(config: RunConfig) -> Method:
             "train.local_steps is at least 2"
         )
     return freeze_head(method) if config.model.head == "freeze" else method
-
-
-def make_reducer(config: RunConfig) -> Reducer:
-    """The configured reducer, clipped if a norm is given, under the server's optimiser if any."""
-    how = config.aggregate
-    if how.reducer == "trimmed_mean":
-        reducer = trimmed_mean(how.trim)
-    else:
-        reducer = median() if how.reducer == "median" else mean()
-    if how.clip_norm is not None:
-        reducer = clip(reducer, how.clip_norm)
-    if how.optimizer == "fedavgm":
-        return fedavgm(reducer, how.server_lr or 1.0, how.server_momentum)
-    if how.optimizer == "fedadam":
-        lr, beta1, beta2 = how.server_lr or 0.01, how.server_momentum, how.server_beta2
-        return fedadam(reducer, lr, beta1, beta2, how.server_tau)
-    return reducer
 
 
 def local_settings(config: RunConfig) -> LocalSettings:

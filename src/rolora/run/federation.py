@@ -7,12 +7,12 @@ from functools import partial
 
 from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.method import Method
+from rolora.algorithm.reduce import compose
 from rolora.algorithm.step import Aggregation
 from rolora.config.schema import EvalConfig, RunConfig
 from rolora.data.examples import Examples
 from rolora.errors import ConfigError
 from rolora.model.base import Base
-from rolora.run.configured import make_reducer
 from rolora.tasks.generation import answer_accuracy, answered, exact_match
 from rolora.tasks.registry import Task
 from rolora.training.engine import Engine, Evaluation
@@ -38,7 +38,7 @@ def federation_of(
         method=method,
         engine=engine,
         aggregation=Aggregation(
-            make_reducer(config), config.aggregate.weights, config.aggregate.quorum
+            compose(config.aggregate.rules), config.aggregate.weights, config.aggregate.quorum
         ),
         ranks=config.lora.ranks,
         seed=config.seed,
