@@ -225,11 +225,11 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             ["method.name=la_lora", "train.local_steps=1"],
             "la_lora trains one .*local_steps is at least 2",
         ),
-        (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma lies in \(0, 1\], not 0"),
-        (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep lies in \(0, 1\], not 1.5"),
-        (["method.name=lora_fair", "method.ridge=-1"], "lora_fair: ridge is at least 0, not -1"),
-        (["method.name=fedrot_lora", "method.softness=2"], r"softness lies in \[0, 1\], not 2"),
-        (["method.name=fedmomentum", "method.energy=0"], r"energy lies in \(0, 1\], not 0"),
+        (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma must be in \(0, 1\], not 0"),
+        (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep must be in \(0, 1\], not 1.5"),
+        (["method.name=lora_fair", "method.ridge=-1"], "lora_fair: ridge must be at least 0, not -1"),
+        (["method.name=fedrot_lora", "method.softness=2"], r"softness must be in \[0, 1\], not 2"),
+        (["method.name=fedmomentum", "method.energy=0"], r"energy must be in \(0, 1\], not 0"),
     ],
 )
 def test_what_a_method_cannot_have_is_refused_in_one_line_before_the_run(

@@ -92,12 +92,6 @@ def test_a_method_file_cites_its_source_by_arxiv_number(method: Method) -> None:
 
 
 @every_method
-def test_a_method_file_has_at_most_60_lines(method: Method) -> None:
-    file = Path(inspect.getfile(METHODS.factory(method.name)))
-    assert len(file.read_text().splitlines()) <= 60
-
-
-@every_method
 def test_every_option_of_a_method_is_a_keyword_with_a_default(method: Method) -> None:
     for option in inspect.signature(METHODS.factory(method.name)).parameters.values():
         assert option.kind is inspect.Parameter.KEYWORD_ONLY
