@@ -296,6 +296,31 @@ def test_a_cohort_depends_on_seed_round_and_attempt_and_not_on_the_order_of_clie
         assert sample_cohort(ids[::-1], 0.3, *key) == cohort
 
 
+def test_what_clients_are_sent_does_not_say_whom_the_server_will_draw() -> None:
+    def played(**seeds: int) -> tuple[list[tuple[str, ...]], set[int]]:
+        run = federation(participation=0.5, **seeds)
+        cohorts = [result.cohort for result in play(run)]
+        return cohorts, {job.seed for job in run.engine.jobs}  # type: ignore[attr-defined]
+
+    (plain, sent), (same_seed, _), (other, still) = (
+        played(),
+        played(server_seed=3),
+        played(server_seed=4),
+    )
+    assert plain == same_seed
+    assert plain != other
+    assert sent == still == {3}
+
+
+def test_reducers_and_methods_draw_from_the_server_s_seed() -> None:
+    def drawn(**seeds: int) -> AdapterState:
+        return play(federation("flora", rounds=1, **seeds))[-1].state.server.adapter.only(
+            frozenset({"A"})
+        )
+
+    assert drawn() == drawn(server_seed=3) != drawn(server_seed=4)
+
+
 def test_every_client_is_drawn_equally_often() -> None:
     ids = list("abcdefgh")
     drawn = "".join("".join(sample_cohort(ids, 0.25, 0, round, 0)) for round in range(1, 1001))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_rows import ROWS
 from safetensors.torch import load_file
 from states import cohort_of, make_specs, random_state, relative, same, updates_from
 from torch import Tensor
@@ -41,17 +42,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3}
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}
-AVERAGED = [
-    "fed_sb",
-    "fedit",
-    "fedrot_lora",
-    "fedsa_lora",
-    "ffa_lora",
-    "la_lora",
-    "lora_a2",
-    "ravan",
-    "rolora",
-]
+AVERAGED = [name for name, row in ROWS.items() if row.averaged]
 OPTIMIZERS: dict[str, Callable[[Reducer], Reducer]] = {"fedavgm": fedavgm, "fedadam": fedadam}
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -288,6 +279,14 @@ def test_methods_whose_server_does_more_than_average_refuse_and_name_those_that_
     assert said.startswith(f"{method} does not support the server optimizer '{name}'")
     assert said.endswith(f"use one of {', '.join(AVERAGED)}")
     assert "\n" not in said
+
+
+def test_a_server_optimizer_in_a_list_of_reducers_is_the_same_and_refused_alike() -> None:
+    listed = configured('aggregate.reducer=["fedavgm", "median"]')
+    keyed = configured("aggregate.reducer=median", "aggregate.optimizer=fedavgm")
+    assert listed.aggregate.rules == keyed.aggregate.rules
+    with pytest.raises(ConfigError, match="flora does not support the server optimizer 'fedavgm'"):
+        make_method(configured("method.name=flora", 'aggregate.reducer=["fedavgm", "mean"]'))
 
 
 @pytest.mark.parametrize("method", AVERAGED)
