@@ -297,7 +297,7 @@ def test_a_cohort_depends_on_seed_round_and_attempt_and_not_on_the_order_of_clie
 
 
 def test_what_clients_are_sent_does_not_say_whom_the_server_will_draw() -> None:
-    def played(**seeds: int) -> tuple[list[tuple[str, ...]], set[int]]:
+    def played(**seeds: Any) -> tuple[list[tuple[str, ...]], set[int]]:
         run = federation(participation=0.5, **seeds)
         cohorts = [result.cohort for result in play(run)]
         return cohorts, {job.seed for job in run.engine.jobs}  # type: ignore[attr-defined]
@@ -313,7 +313,7 @@ def test_what_clients_are_sent_does_not_say_whom_the_server_will_draw() -> None:
 
 
 def test_reducers_and_methods_draw_from_the_server_s_seed() -> None:
-    def drawn(**seeds: int) -> AdapterState:
+    def drawn(**seeds: Any) -> AdapterState:
         return play(federation("flora", rounds=1, **seeds))[-1].state.server.adapter.only(
             frozenset({"A"})
         )
