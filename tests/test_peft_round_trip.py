@@ -34,7 +34,7 @@ def make(kind: str, folder: Path, **lora: Any) -> Bench:
 
 def save(bench: Bench, adapter: AdapterState, folder: Path) -> Path:
     base = bench.base
-    save_adapter(folder, adapter, base.peft_config, base.model.config, {"task": bench.task.name})
+    save_adapter(folder, adapter, base.peft_config, base.model.config, {})
     return folder
 
 

@@ -24,7 +24,7 @@ from rolora.comparison import grid
 from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
 from rolora.run import runs
-from rolora.run.configured import make_method, make_reducer
+from rolora.run.experiment import Experiment, make_reducer
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -243,7 +243,7 @@ def test_the_configured_optimizer_has_the_configured_settings_and_the_papers_def
         return play(reducer, 4)[-1].adapter
 
     def by(*overrides: str) -> AdapterState:
-        return ends(make_reducer(configured(*overrides)))
+        return ends(make_reducer(configured(*overrides).aggregate))
 
     assert same(by(), ends(mean()))
     assert same(by("aggregate.optimizer=fedavgm"), ends(fedavgm(mean(), 1.0, 0.9)))
@@ -264,14 +264,13 @@ def test_methods_whose_server_does_more_than_average_refuse_and_name_those_that_
 ) -> None:
     config = configured(f"aggregate.optimizer={name}", f"method.name={method}")
     if method in AVERAGED:
-        assert make_method(config).name == method
+        assert Experiment(config).method.name == method
         return
     with pytest.raises(ConfigError) as caught:
-        make_method(config)
+        _ = Experiment(config).method
     said = str(caught.value)
-    assert said.startswith(f"aggregate.optimizer = '{name}' needs a server that only averages")
-    assert f"which {method} has not" in said
-    assert said.endswith(f"take one of {', '.join(AVERAGED)}")
+    assert said.startswith(f"{method} does not support aggregate.optimizer = '{name}'")
+    assert said.endswith(f"use one of {', '.join(AVERAGED)}")
     assert "\n" not in said
 
 

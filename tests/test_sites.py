@@ -118,7 +118,7 @@ def test_a_site_that_the_table_of_ranks_leaves_out_is_refused_and_the_others_go_
     *_, last = remote(config, tmp_path / "run", carrier).rounds()
     assert last.cohort == ("site-ann", "site-bob")
     (said,) = (line for line in carrier.told if "refused" in line)
-    assert "lora.rank says nothing of client 'site-cy': add \"*\" = RANK" in said
+    assert "lora.rank has no rank for client 'site-cy': add \"*\" = RANK" in said
 
 
 def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_path: Path) -> None:

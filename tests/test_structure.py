@@ -24,13 +24,13 @@ TREES = {module: ast.parse(file.read_text()) for module, file in FILES.items()}
 # Folders (and files) of rolora from the bottom up: each imports from lines below its own alone, so
 # no two import each other.
 LEVELS = (
-    {"errors", "files", "network", "registry"},
-    {"algorithm"},
+    {"errors", "files", "network"},
+    {"algorithm", "registry"},
     {"methods", "theory"},
-    {"config"},
     {"data"},
     {"model"},
     {"tasks"},
+    {"config"},
     {"training"},
     {"results"},
     {"report"},

@@ -92,6 +92,12 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
     return {client: tables[client].select(order) for client in sorted(tables)}
 
 
+def joined(clients: Mapping[str, pa.Table]) -> tuple[pa.Table, list[str]]:
+    """The tables of :func:`read_clients` as one, and the client of each of its rows."""
+    owners = [client for client, table in clients.items() for _ in range(table.num_rows)]
+    return pa.concat_tables(clients.values(), promote_options="permissive"), owners
+
+
 def files_of(pattern: str, *, root: Path) -> dict[str, str]:
     """The files that match ``pattern``, sorted, and the stem of each.
 

@@ -12,7 +12,7 @@ from rolora.training.rounds import RoundResult
 
 def described(rounds: Iterable[RoundResult], run: Run) -> Iterator[tuple[RoundResult, str]]:
     """Each round of ``run`` as it finishes, with its line: see ``describe``."""
-    total = run.setup.federation.rounds
+    total = run.experiment.federation.rounds
     left = total - run.state.server.round
     sent, done, started = Sent(), 0, time.monotonic()
     for result in rounds:

@@ -56,8 +56,6 @@ def causal_lm(
         return encode_marked(base.tokenizer, rows, places(source), limit, special=plain, end=plain)
 
     return Task(
-        name="causal_lm",
-        metrics=("perplexity", "loss"),
         encode=encode,
         encode_test=encode,
         loss=loss,

@@ -70,8 +70,6 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
         )
 
     return Task(
-        name="choice",
-        metrics=("choice_accuracy", "choice_accuracy_norm", "perplexity", "loss"),
         encode=encode,
         encode_test=encode_test,
         loss=loss,

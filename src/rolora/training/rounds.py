@@ -19,7 +19,7 @@ from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
-from rolora.tasks.registry import HIGHER_IS_BETTER
+from rolora.tasks.registry import higher_is_better
 from rolora.training.engine import POOL, Engine, Job
 
 Metrics = Mapping[str, float]
@@ -254,7 +254,7 @@ def _evaluated(
 
 def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
     value = validation[run.metric]
-    sign = 1 if HIGHER_IS_BETTER[run.metric] else -1
+    sign = 1 if higher_is_better(run.metric) else -1
     if state.best is None or sign * value > sign * state.best.value:
         return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
     return replace(state, stale=state.stale + 1)
