@@ -216,10 +216,11 @@ def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
 
 
 def tokenizer_digest(base: Base) -> str:
-    """A hash of what the tokenizer makes of text: its vocabulary and its serialised rules."""
+    """A hash of the tokenizer's vocabulary and rules, whatever it was last used for."""
     fast = getattr(base.tokenizer, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else json.dumps(base.tokenizer.get_vocab())
-    return hashlib.sha256(rules.encode()).hexdigest()[:32]
+    rules = base.tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    rules |= {"truncation": None, "padding": None}  # settings of the last call
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:32]
 
 
 def layout(base: Base) -> str:
