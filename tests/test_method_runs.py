@@ -210,9 +210,12 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["method.name=fedit", "lora.rank=[2, 1]"], "fedit averages factors of one rank: .* flora"),
+        (
+            ["method.name=fedit", "lora.rank=[2, 1]"],
+            "fedit needs one rank .* flora",
+        ),
         (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"has no rank for client"),
-        (["method.name=flora", "lora.rank={}"], "a table of ranks needs a line"),
+        (["method.name=flora", "lora.rank={}"], "a table of ranks needs an entry"),
         (["method.name=flora", "lora.rank=[]"], "lora.rank"),
         (["method.name=flora", "lora.rank=[2, 0]"], "lora.rank"),
         (["method.name=ravan", "lora.rank=3"], "heads = 2 does not divide lora.rank = 3"),
@@ -243,7 +246,7 @@ def test_a_warm_start_is_refused_where_factors_are_of_the_method_s_own_making(
     name: str, site: Path, finished: Callable[[str], Finished], tmp_path: Path
 ) -> None:
     warm = f"lora.init_from={finished('fedit').folder / 'adapter'}"
-    with pytest.raises(ConfigError, match=f"{name} trains cores between factors of its own making"):
+    with pytest.raises(ConfigError, match=f"{name} trains cores, which no PEFT adapter has"):
         runs.start(configuration(site, name, warm), tmp_path / "run")
 
 

@@ -178,7 +178,7 @@ def test_the_configuration_of_a_run_folder_starts_the_same_run_anew(
     [
         ("config.toml", "seed = ", "config.toml is not valid TOML"),
         ("config.toml", "seed = 0", "config.toml is damaged: provenance.bank is missing"),
-        ("partition.json", None, "is no run folder (no partition.json in it)"),
+        ("partition.json", None, "is not a run folder: partition.json is missing"),
     ],
 )
 def test_a_damaged_run_folder_is_refused_before_any_training(

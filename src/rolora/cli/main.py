@@ -179,9 +179,9 @@ def init(
     model: Annotated[str, typer.Option(help="a folder, hub name or .gguf file")] = "",
 ) -> None:
     """Look at the columns of your file and write a commented config for it."""
-    from rolora.run.config_template import write_starter
+    from rolora.run.config_template import write_template
 
-    write_starter(data, out, model)
+    write_template(data, out, model)
     out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
 
 

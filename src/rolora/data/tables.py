@@ -49,7 +49,7 @@ def read_table(source: str, *, root: Path, split: str = "train", offline: bool =
     elif path.suffix.lower() in READERS:
         table = _read_file(path, source)
     elif path.is_file():
-        raise DataError(f"{source}: its suffix is not one of {', '.join(READERS)}")
+        raise DataError(f"{source}: unknown file type; use one of {', '.join(READERS)}")
     else:
         from rolora.data.hub import read_hub
 
@@ -116,7 +116,7 @@ def files_of(pattern: str, *, root: Path) -> dict[str, str]:
 def is_glob(source: str, *, root: Path) -> bool:
     """Whether ``source`` is a pattern of per-client files rather than one source.
 
-    A file or folder of that very name is no pattern, brackets or not.
+    A name of an existing file or folder is not a pattern, even with brackets.
     """
     return glob.has_magic(source) and not (root / Path(source).expanduser()).exists()
 
@@ -256,7 +256,7 @@ def _read_json(path: Path) -> pa.Table:
 
 
 def _json_fault(text: str) -> str:
-    """Which line is no JSON object, and why; empty if all are."""
+    """Which line is not a JSON object, and why; empty if all are."""
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             value = json.loads(line) if line.strip() else {}

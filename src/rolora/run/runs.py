@@ -33,7 +33,7 @@ from rolora.training.rounds import RoundResult, RunState, federate
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has a folder and a state to go on from."""
+    """A run with its folder and the state to continue from."""
 
     experiment: Experiment
     folder: RunFolder
@@ -46,7 +46,8 @@ class Run:
         """Train; each round is on disk before it is yielded.
 
         At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
-        updates as they arrive. A loss that is not finite ends the run, and its folder says so.
+        updates as they arrive. A loss that is not finite ends the run and is recorded in its
+        folder.
         """
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
@@ -82,7 +83,7 @@ Build = Callable[[RunConfig, Path], Experiment]
 
 
 def new_path(config: RunConfig, out: str | Path | None) -> Path:
-    """Where a run goes, ``runs/NAME`` if not said. ConfigError if something is there already."""
+    """The folder of a new run, by default ``runs/NAME``. ConfigError if it exists."""
     path = Path(out) if out is not None else Path("runs") / config.name
     if path.exists():
         RunFolder.create(path, "", {})  # refuses
@@ -92,7 +93,7 @@ def new_path(config: RunConfig, out: str | Path | None) -> Path:
 def start(config: RunConfig, out: str | Path | None = None, build: Build = Experiment) -> Run:
     """A new run in folder ``out`` (``runs/NAME`` if left out), which must not exist yet.
 
-    ``build`` makes the run's parts from the configuration and the folder of clients' state.
+    ``build`` makes the experiment from the configuration and the folder of clients' state.
     Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
     path = new_path(config, out)
@@ -105,10 +106,10 @@ def start(config: RunConfig, out: str | Path | None = None, build: Build = Exper
 
 
 def resume(path: str | Path, rounds: int | None = None, build: Build = Experiment) -> Run:
-    """A run as its last whole checkpoint left it; ``rounds`` raises the number of rounds.
+    """A run as of its last intact checkpoint; ``rounds`` raises the number of rounds.
 
-    Threads, bank and dtype are those of the start, because the bits depend on them. Raises
-    ConfigError if the data, the base model or the configuration is no longer that of the start.
+    Threads, bank and dtype stay as they were, because bits depend on them. Raises ConfigError if
+    the data, the base model or the configuration has changed since the start.
     """
     folder = RunFolder.open(Path(path))
     with folder.locked():
@@ -125,7 +126,7 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = Experimen
             if now[key] != origin[key]:
                 raise ConfigError(
                     f"{what} of {path} changed since the run started: change it back, or start "
-                    f"anew with: rolora run {folder.config} --out NEW_FOLDER"
+                    f"again with: rolora run {folder.config} --out NEW_FOLDER"
                 )
         state, notes = folder.restore(experiment.start)
         if rounds is not None:
@@ -134,7 +135,7 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = Experimen
             folder.rewrite_config(dump_config(config, origin))
     for key, what in _ALIKE.items():
         if now[key] != origin[key]:
-            notes.append(f"the {what} differs from the start of the run, so the last bits may too")
+            notes.append(f"the {what} changed since the run started, so the last bits may differ")
     return Run(experiment, folder, state, (*experiment.notes, *notes))
 
 
@@ -153,7 +154,7 @@ def training_masks(config: RunConfig, rows: int) -> list[list[tuple[str, bool]]]
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
-    """Where and with what a run was made: versions, commit, processor, threads, data."""
+    """What a run was made with: versions, commit, processor, threads, hashes of the data."""
     packages = ("rolora", "torch", "transformers", "peft", "datasets", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {
@@ -171,7 +172,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
 
 
 _SAME = {"data": "the data", "base": "the base model", "config": "the configuration"}
-_ALIKE = {"versions": "library versions", "cpu": "processor", "prefix": "use of the cache"}
+_ALIKE = {"versions": "set of library versions", "cpu": "processor", "prefix": "use of the cache"}
 
 
 def _chosen(experiment: Experiment) -> dict[str, Any]:
@@ -183,14 +184,14 @@ def _chosen(experiment: Experiment) -> dict[str, Any]:
 
 
 def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
-    """The configuration with what ``origin``'s machine chose for bank and dtype written in."""
+    """The configuration with the bank and dtype that ``origin`` recorded."""
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
 
 
 def _git_commit(folder: Path) -> str:
-    """The commit of the checkout that rolora runs from, or "" where it is installed."""
+    """The git commit that rolora runs from, or "" outside a checkout."""
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""One run as a site sees it: its configuration with the site's own places, its model, its rows."""
+"""One run as a site sees it: its configuration with the site's paths, its model, its rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rolora.training.engine import InProcess
 
 @dataclass(frozen=True)
 class SiteRun:
-    """One run at one site, as far as it has been told of it."""
+    """One run at one site."""
 
     site: SiteConfig
     config: RunConfig
@@ -73,11 +73,11 @@ class SiteRun:
 
 
 def config_here(site: SiteConfig, folder: Path) -> RunConfig:
-    """The run's configuration with this site's own places in it."""
+    """The run's configuration with this site's paths and columns."""
     try:
         values = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise ParcelError("this site has not been told of the run") from None
+        raise ParcelError("this site has not received the run's configuration") from None
     except ValueError:
         raise ParcelError("the run's configuration is not valid JSON") from None
     config = make_config(values, root=site.root)
@@ -111,5 +111,5 @@ def table_here(site: SiteConfig) -> Any:
 
 
 def split_here(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on, and those that are held out; the draws of a run on one machine."""
+    """Row numbers to train on, and held-out ones; drawn as in a run on one machine."""
     return hold_out(torch.arange(rows), config.data.client_test or 0, config.seed, site.name)
