@@ -130,12 +130,10 @@ def _round(experiment: Experiment, number: int, tensors: dict[str, Tensor]) -> M
 
 def _padded_tests(experiment: Experiment, rows: int = 64) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    engine = experiment.federation.engine
-    assert isinstance(engine, InProcess)
-    assert engine.test is not None
-    order = engine.test.lengths.argsort(stable=True)
+    test = experiment.test
+    order = test.lengths.argsort(stable=True)
     for index, chosen in enumerate(torch.split(order, rows)):
-        _add_batch(experiment, engine.test, chosen, str(index), tensors)
+        _add_batch(experiment, test, chosen, str(index), tensors)
     return tensors
 
 

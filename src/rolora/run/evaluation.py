@@ -63,11 +63,12 @@ def find_adapter(
 def _refuse_parts(config: RunConfig, folder: Path) -> None:
     """ConfigError for a method whose adapter folder holds a model that no client has."""
     method = Experiment(config).method
-    if method.kept:
+    if method.personal_roles:
+        kept = "+".join(sorted(method.personal_roles))
         raise ConfigError(
             f"{folder} holds only the server's part of {method.name}; each client keeps its own "
-            f"{'+'.join(sorted(method.kept))}. The run's report has the mean over the clients' "
-            "adapters, on the rows of data.test or data.client_test"
+            f"{kept}. The run's report has the mean over the clients' adapters, on the rows of "
+            "data.test or data.client_test"
         )
 
 

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState
-from rolora.algorithm.method import (
-    Method,
-    ServerState,
-    freeze_head,
-    get_method,
-    lora_init,
-    method_names,
-)
+from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
 from rolora.algorithm.reduce import Reducer, clip, fedadam, fedavgm, mean, median, trimmed_mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
@@ -28,6 +21,7 @@ from rolora.config.schema import AggregateConfig, LoraConfig, RunConfig, TrainCo
 from rolora.data import tables
 from rolora.data.examples import Examples
 from rolora.errors import ConfigError
+from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
@@ -35,7 +29,7 @@ from rolora.run.shards import Rows, load_rows
 from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Label, Task, TaskKind, task_kind
 from rolora.training.client_store import ClientStore
-from rolora.training.engine import Debug, Engine, InProcess
+from rolora.training.engine import Debug, Engine, Evaluation, InProcess
 from rolora.training.gradient import first_gradient
 from rolora.training.local import LocalSettings, evaluate
 from rolora.training.memory import BankPlan, phases, plan_bank
@@ -121,14 +115,14 @@ class Experiment:
         """
         config = self.config
         method = get_method(config.method.name, **config.method.options)
-        if not isinstance(config.lora.rank, int) and not method.ranks:
-            able = [name for name in method_names() if get_method(name).ranks]
+        if not isinstance(config.lora.rank, int) and not method.heterogeneous_ranks:
+            able = [name for name in method_names() if get_method(name).heterogeneous_ranks]
             raise ConfigError(
                 f"{method.name} needs one rank for all clients: set lora.rank to one number, or "
                 f"use one of {', '.join(able)}"
             )
-        if config.aggregate.optimizer != "none" and not method.averaged:
-            able = [name for name in method_names() if get_method(name).averaged]
+        if config.aggregate.optimizer != "none" and not method.supports_server_optimizer:
+            able = [name for name in method_names() if get_method(name).supports_server_optimizer]
             raise ConfigError(
                 f"{method.name} does not support aggregate.optimizer = "
                 f"{config.aggregate.optimizer!r}: remove it, or use one of {', '.join(able)}"
@@ -209,11 +203,9 @@ class Experiment:
 
     @cached_property
     def validation(self) -> Examples | None:
-        """The validation rows as tokens, if there are any; may be those of ``test``."""
-        if self.rows.validation is None:
+        """The validation rows as tokens, if there are any beside those of ``test``."""
+        if self.rows.validation is None or self.config.eval.rows == "validation":
             return None
-        if self.config.eval.rows == "validation":
-            return self.test
         return self.task.encode_test(self.rows.validation, self._source("validation"))
 
     @cached_property
@@ -258,7 +250,7 @@ class Experiment:
     def start(self) -> RunState:
         """The state before the first round: the method's own adapter, or that of lora.init_from."""
         config, specs = self.config, self.base.specs
-        if self.method.from_gradient:
+        if self.method.needs_gradient:
             size, shards = config.train.batch_size, self.rows.shards
             gradient = first_gradient(
                 self.base, self.task, self.examples, shards, size, config.seed
@@ -322,8 +314,7 @@ class Experiment:
             ClientStore(self.clients),
             bank_size=self.bank,
             held_out=self.held_out,
-            test=self.test,
-            validation=None if self.config.eval.rows == "validation" else self.validation,
+            evaluation=partial(self.evaluate, answers=0),
             up=self.config.wire.up,
         )
         return Debug(engine) if self.config.train.engine == "debug" else engine
@@ -337,11 +328,6 @@ class Experiment:
     def federation(self) -> Federation:
         """What ``federate`` runs."""
         config, train, engine = self.config, self.config.train, self.engine
-        tested = partial(self.score, self.test)
-        validated = None
-        if self.validation is not None:
-            validated = partial(self.score, self.validation, answers=0)
-            validated = tested if config.eval.rows == "validation" else validated
         return Federation(
             method=self.method,
             engine=engine,
@@ -360,13 +346,20 @@ class Experiment:
             ),
             participation=train.participation,
             metric=config.eval.metric or next(iter(self.kind.metrics)),
-            test=tested,
-            validation=validated,
+            evaluate=self.evaluate,
             per_client=config.data.client_test is not None,
             eval_every=config.eval.every,
             patience=config.eval.patience,
             spare=self.spare,
         )
+
+    def evaluate(self, adapter: AdapterState, answers: int | None = None) -> Evaluation:
+        """Metrics of an adapter on the test and the validation rows; see ``score``."""
+        metrics = self.score(self.test, adapter, answers)
+        if self.config.eval.rows == "validation":
+            return Evaluation(metrics, metrics)
+        rows = self.validation
+        return Evaluation(metrics, {} if rows is None else self.score(rows, adapter, answers=0))
 
     def score(
         self, examples: Examples, adapter: AdapterState, answers: int | None = None
@@ -383,7 +376,7 @@ class Experiment:
 
     def prepare(self) -> None:
         """Make all parts that a run needs. Refusals that take no model come first."""
-        for part in ("method", "labels", "federation", "start", "data"):
+        for part in ("method", "labels", "federation", "start", "test", "validation", "data"):
             getattr(self, part)
 
     @cached_property
@@ -410,8 +403,8 @@ class Experiment:
             )
         else:
             found.append(str(self.bank_plan))
-        if self.method.kept:
-            kept = "+".join(sorted(self.method.kept))
+        if self.method.personal_roles:
+            kept = "+".join(sorted(self.method.personal_roles))
             found.append(
                 f"each client keeps its own {kept}, in clients/ of the run's folder: metrics are "
                 "means over clients, and adapter/ holds only the server's part"

@@ -77,12 +77,12 @@ def _evaluation_sources(config: RunConfig) -> tuple[str, str | None]:
 def _refuse(config: RunConfig) -> None:
     """ConfigError for a method or ranks that do not work across sites."""
     method = Experiment(config).method
-    if method.from_gradient:
+    if method.needs_gradient:
         raise ConfigError(
             f"{method.name} starts from a gradient over all clients' rows, which sites do not "
             "send: use ravan, which sends as little"
         )
-    if config.data.validation is not None and method.kept:
+    if config.data.validation is not None and method.personal_roles:
         raise ConfigError(
             f"{method.name} leaves a part of each adapter at its site, which does not have the "
             "coordinator's validation rows: remove data.validation; data.client_test evaluates "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,14 @@ class SiteRun:
 
     @cached_property
     def method(self) -> Method:
-        """The run's method, on an adapter that the coordinator has made for this site already."""
-        method = self.experiment.method
-        return replace(method, download=lambda server, client: server.adapter)
+        """The run's method."""
+        return self.experiment.method
 
     def view_of_rank(self, rank: int) -> AdapterState:
         """Names and shapes of what a client of this rank is sent; the values are the start's."""
-        method, specs = self.experiment.method, self.experiment.base.specs
-        start = ServerState(method.init(specs, generator(self.config.seed, "init")))
-        return method.download(start, ClientInfo(self.site.name, 0, rank, 1))
+        specs, rng = self.experiment.base.specs, generator(self.config.seed, "init")
+        start = ServerState(self.method.init(specs, rng))
+        return self.method.download(start, ClientInfo(self.site.name, 0, rank, 1))
 
     @cached_property
     def engine(self) -> InProcess:
@@ -69,6 +68,7 @@ class SiteRun:
             self.store,
             bank_size=1,
             held_out=parts.held_out,
+            up=None,
         )
 
 
