@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -94,9 +93,9 @@ def test_the_row_of_a_method_says_what_the_method_does(name: str) -> None:
 
     for index, round in enumerate((1, 2)):
         assert roles(row.trains[index]) == method.trained(round) - HEAD
-        assert roles(row.up[index]) == (set() if method.pooled else method.shared(round) - HEAD)
+        assert roles(row.up[index]) == (method.shared(round) - HEAD if method.federated else set())
     assert roles(row.keeps) == method.personal(1) - HEAD
-    options = inspect.signature(METHODS.factory(name)).parameters
+    options = METHODS.options(name)
     assert row.options == tuple(f"{key}={one.default!r}" for key, one in options.items())
 
 
@@ -126,7 +125,7 @@ def test_the_bytes_that_travel_are_those_of_the_papers_where_they_state_them() -
 def test_a_client_that_comes_for_the_first_time_is_sent_all_that_there_is() -> None:
     for name in method_names():
         first, second, _ = travels(get_method(name), 6, 5, 2)
-        if not get_method(name).pooled:
+        if get_method(name).federated:
             assert first.down >= second.down | {"A", "B"}
 
 

@@ -34,7 +34,7 @@ LORA = RANK * (D + K)
 
 def configuration(site: Path, name: str, *more: str) -> RunConfig:
     """A few rounds of this method; clients have ranks of their own where they may."""
-    ranks = ["lora.rank=[2, 1]"] if get_method(name).ranks else []
+    ranks = ["lora.rank=[2, 1]"] if get_method(name).heterogeneous_ranks else []
     few = [f"train.rounds={ROUNDS}", "eval.every=9", 'train.cache=""']
     return load_config(site, [f"method.name={name}", *few, *ranks, *more])
 
@@ -53,7 +53,7 @@ class Finished:
     def rank(self, client: str) -> int:
         """Ranks are dealt out in the order of ids."""
         names = [entry["id"] for entry in self.run.experiment.partition["clients"]]
-        own = get_method(self.run.experiment.config.method.name).ranks
+        own = get_method(self.run.experiment.config.method.name).heterogeneous_ranks
         return (2, 1)[sorted(names).index(client) % 2] if own else 2
 
 

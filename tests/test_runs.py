@@ -255,9 +255,8 @@ def test_personal_adapters_are_validated_and_not_the_servers_which_stays_as_it_i
     run = runs.start(load_config(site, changes), tmp_path / "run")
     first, *later = [result.validation for result in run.rounds()]
     assert len({found["loss"] for found in (first, *later)}) == 3
-    server = run.experiment.federation.validation
-    assert server is not None
-    assert server(run.experiment.start.server.adapter) == first
+    server = run.experiment.federation.evaluate(run.experiment.start.server.adapter)
+    assert server.validation == first
     assert any("in clients/ of the run's folder" in note for note in run.notes)
     with pytest.raises(ConfigError, match=f"holds only the server's part of {method}"):
         evaluate_adapter(tmp_path / "run", str(site.parent / "test.csv"))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from states import cohort_of, make_specs, random_state, relative, same, sent, trained
+from states import cohort_of, make_specs, random_state, relative, same, updates_from
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Update, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Update, role_of
 from rolora.algorithm.method import ServerState
 from rolora.algorithm.reduce import Memory, Reducer, Value, clip, fedadam, fedavgm, mean, median
 from rolora.algorithm.seeding import generator
@@ -52,7 +52,7 @@ def play(reducer: Reducer, rounds: int, method: str = "rolora") -> list[ServerSt
     states = [ServerState(random_state(make_specs(), 1, torch.float64))]
     for round in range(1, rounds + 1):
         updates = updates_of(states[-1], method)
-        cohort = cohort_of(SIZES, round)
+        cohort = cohort_of(chosen, states[-1], SIZES)
         rng = generator(0, "aggregate", round)
         after, report = step(chosen, Aggregation(reducer), states[-1], cohort, updates, rng)
         assert report.accepted == tuple(SIZES)
@@ -62,11 +62,8 @@ def play(reducer: Reducer, rounds: int, method: str = "rolora") -> list[ServerSt
 
 def updates_of(server: ServerState, method: str = "rolora") -> list[Update]:
     """What three clients send that move from where the server is; no two rounds are alike."""
-    chosen, round = get_method(method), server.round + 1
-    return [
-        sent(chosen, server, info, trained(chosen, server, info, 100 * round + place))
-        for place, info in enumerate(cohort_of(SIZES, round).values())
-    ]
+    chosen = get_method(method)
+    return updates_from(chosen, cohort_of(chosen, server, SIZES), 100 * (server.round + 1))
 
 
 def pseudo_gradients(server: ServerState, method: str) -> dict[str, Tensor]:
@@ -170,7 +167,9 @@ def test_a_server_optimizer_sees_clipped_moves_where_a_clip_is_given(name: str) 
         clipped = {n: server.adapter[n] + move * norm / size for n, move in moves.items()}
         small.append(replace(one, adapter=AdapterState(clipped, {})))
     how = Aggregation(optimizer(mean()))
-    after, _ = step(get_method("rolora"), how, server, cohort_of(SIZES), small, generator(0))
+    method = get_method("rolora")
+    cohort = cohort_of(method, server, SIZES)
+    after, _ = step(method, how, server, cohort, small, generator(0))
     assert relative(states[1].adapter, after.adapter) <= 1e-12
     assert relative(play(optimizer(mean()), 1)[1].adapter, after.adapter) > 1e-3
 
@@ -179,8 +178,9 @@ def test_a_server_optimizer_sees_clipped_moves_where_a_clip_is_given(name: str) 
 def test_an_attempt_without_a_quorum_leaves_the_memory_as_it_was(name: str) -> None:
     server = play(OPTIMIZERS[name](mean()), 3)[-1]
     how = Aggregation(OPTIMIZERS[name](mean()), quorum=3)
-    few, cohort = updates_of(server)[:2], cohort_of(SIZES, server.round + 1)
-    stalled, report = step(get_method("rolora"), how, server, cohort, few, generator(0))
+    method = get_method("rolora")
+    few, cohort = updates_of(server)[:2], cohort_of(method, server, SIZES)
+    stalled, report = step(method, how, server, cohort, few, generator(0))
     assert not report.quorum_met
     assert same(stalled.memory, server.memory)
 
@@ -282,8 +282,7 @@ def test_all_clients_of_a_method_that_averages_start_from_the_server_s_own_tenso
     chosen = get_method(method)
     server = ServerState(random_state(make_specs(), 1, torch.float64))
     for rank in (1, 2):
-        info = replace(cohort_of(SIZES)["ann"], rank=rank)
-        assert chosen.download(server, info) is server.adapter
+        assert chosen.download(server, ClientInfo("ann", 10, rank, 1)) == server.adapter
 
 
 def test_compare_refuses_before_the_first_run_what_it_would_refuse_at_a_later_one(

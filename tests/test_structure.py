@@ -25,13 +25,13 @@ TREES = {module: ast.parse(file.read_text()) for module, file in FILES.items()}
 # no two import each other.
 LEVELS = (
     {"errors", "files", "network"},
-    {"algorithm", "registry"},
+    {"registry"},
+    {"algorithm"},
     {"methods", "theory"},
     {"data"},
     {"model"},
     {"tasks"},
-    {"config"},
-    {"training"},
+    {"config", "training"},
     {"results"},
     {"report"},
     {"run"},
