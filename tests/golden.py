@@ -188,8 +188,7 @@ def _across_sites(case: Case, out: Path) -> Path:
 
     out.mkdir()
     place = calls.make_place(out)
-    overrides = [f"train.rounds={ROUNDS}", "train.participation=1.0", "server_seed=0"]
-    overrides += case.overrides
+    overrides = (f"train.rounds={ROUNDS}", "train.participation=1.0", *case.overrides)
     config = calls.configuration(place, *overrides)
     for _ in calls.remote(config, out / "run", calls.calls(place, out / "state")).rounds():
         continue

@@ -140,6 +140,7 @@ def load_run(path: str | Path) -> Run:
         config = tomllib.loads(files[0].read_text(encoding="utf-8"))
         partition = json.loads(files[2].read_text(encoding="utf-8"))
         provenance = config.pop("provenance", {})
+        config.pop("server_seed", None)  # is shown nowhere
         options = dict(config["method"])
         method = str(options.pop("name"))
         name, seed = str(config["name"]), int(config["seed"])

@@ -336,6 +336,7 @@ class Experiment:
             ),
             ranks=config.lora.ranks,
             seed=config.seed,
+            server_seed=config.server_seed,
             rounds=train.rounds,
             lr=partial(
                 learning_rate,

@@ -86,10 +86,11 @@ class Federation:
     """Everything that defines a run; nothing in it changes while it runs.
 
     ``ranks`` maps clients to their LoRA ranks. ``seed`` is known to the clients, whose batches and
-    dropout follow from it. ``evaluate`` measures an adapter on the server's rows; ``metric`` is the
-    validation metric that early stopping and the best round go by. ``patience`` counts evaluations
-    without improvement. ``spare`` clients are drawn beyond the cohort, for an engine that uses the
-    first ones to answer.
+    dropout follow from it; ``server_seed`` (left out: ``seed``) draws what clients must not
+    predict, such as cohorts. ``evaluate`` measures an adapter on the server's rows; ``metric`` is
+    the validation metric that early stopping and the best round go by. ``patience`` counts
+    evaluations without improvement. ``spare`` clients are drawn beyond the cohort, for an engine
+    that uses the first ones to answer.
     """
 
     method: Method
@@ -102,6 +103,7 @@ class Federation:
     participation: float = 1.0
     metric: str = "accuracy"
     evaluate: Callable[[AdapterState], Evaluation] = no_evaluation
+    server_seed: int | None = None
     per_client: bool = False
     eval_every: int = 5
     patience: int | None = None
@@ -173,7 +175,8 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     method, server = run.method, state.server
     round, attempt = server.round + 1, server.attempt
     clients = run.engine.clients()
-    ids = sample_cohort(list(clients), run.participation, run.seed, round, attempt, run.spare)
+    secret = run.seed if run.server_seed is None else run.server_seed
+    ids = sample_cohort(list(clients), run.participation, secret, round, attempt, run.spare)
     # largest shard first, then by id: clients with as many steps then share a bank, and their
     # updates come in the order of use
     order = sorted(ids, key=lambda id: (-clients[id], id))
@@ -186,7 +189,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     job = Job(server, tuple(cohort.values()), run.seed, run.lr(round), state.ledger)
     arrived: list[Arrival] = []
     replies = record_arrivals(run.engine.run(method, job), arrived, lone=len(cohort) == 1)
-    rng = generator(run.seed, "aggregate", round, attempt)
+    rng = generator(secret, "aggregate", round, attempt)
     aggregation = run.aggregation if method.federated else replace(run.aggregation, quorum=1)
     after, report = step(method, aggregation, server, cohort, replies, rng)
     ledger, bytes_up, bytes_down = state.ledger, 0, 0
