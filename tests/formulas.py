@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from method_rows import ROWS
 from states import assign, dense, make_specs, same, sent, start_of, trained
 from torch import Tensor
 
@@ -399,22 +400,5 @@ def kept_up_to_energy(game: Played) -> None:
 
 
 CHECKS: dict[str, Callable[[Played], None]] = {
-    "centralized": averaged,
-    "fed_sb": core_averaged,
-    "fedex_lora": averaged_with_residual,
-    "fedit": averaged,
-    "fedmomentum": kept_up_to_energy,
-    "fedrot_lora": turned_to_server,
-    "fedsa_lora": shares_a,
-    "fedsvd": turned_to_rows,
-    "ffa_lora": factor_b,
-    "flexlora": best_factors,
-    "flora": stacked,
-    "hetlora": padded_and_weighted,
-    "la_lora": smoothed,
-    "local": nothing_sent,
-    "lora_a2": largest_pieces,
-    "lora_fair": corrected,
-    "ravan": folded_cores,
-    "rolora": by_turns,
+    name: globals()[row.check] for name, row in ROWS.items()
 }

@@ -206,7 +206,7 @@ def test_the_frozen_factor_stays_bit_for_bit_and_the_other_is_the_float64_mean()
 
 @pytest.mark.parametrize("weights", ["num_examples", "uniform"])
 @pytest.mark.parametrize(
-    "reducer", [mean(), median(), clip(mean(), 0.1)], ids=["mean", "median", "clip"]
+    "reducer", [mean(), median(), clip(mean(), norm=0.1)], ids=["mean", "median", "clip"]
 )
 @pytest.mark.parametrize("name", ["rolora", "ffa_lora", "fedit"])
 def test_rounds_are_rolora_s_own_steps(name: str, reducer: Reducer, weights: Any) -> None:

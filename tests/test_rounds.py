@@ -229,7 +229,7 @@ def test_a_client_is_sent_every_tensor_that_it_does_not_hold_bit_for_bit_and_no_
 def test_a_lone_client_holds_the_average_of_its_own_update() -> None:
     _, *results = play(federation(clients={"ann": 5}, rounds=4))
     assert [result.bytes_down for result in results] == [A + B + HEAD, 0, 0, 0]
-    clipped = Aggregation(clip(mean(), 1e-3))
+    clipped = Aggregation(clip(mean(), norm=1e-3))
     _, *results = play(federation(clients={"ann": 5}, rounds=3, aggregation=clipped))
     assert [result.bytes_down for result in results] == [A + B + HEAD, B + HEAD, A + HEAD]
 
@@ -294,6 +294,31 @@ def test_a_cohort_depends_on_seed_round_and_attempt_and_not_on_the_order_of_clie
     assert len(set(drawn.values())) == len(drawn)
     for key, cohort in drawn.items():
         assert sample_cohort(ids[::-1], 0.3, *key) == cohort
+
+
+def test_what_clients_are_sent_does_not_say_whom_the_server_will_draw() -> None:
+    def played(**seeds: Any) -> tuple[list[tuple[str, ...]], set[int]]:
+        run = federation(participation=0.5, **seeds)
+        cohorts = [result.cohort for result in play(run)]
+        return cohorts, {job.seed for job in run.engine.jobs}  # type: ignore[attr-defined]
+
+    (plain, sent), (same_seed, _), (other, still) = (
+        played(),
+        played(server_seed=3),
+        played(server_seed=4),
+    )
+    assert plain == same_seed
+    assert plain != other
+    assert sent == still == {3}
+
+
+def test_reducers_and_methods_draw_from_the_server_s_seed() -> None:
+    def drawn(**seeds: int) -> AdapterState:
+        return play(federation("flora", rounds=1, **seeds))[-1].state.server.adapter.only(
+            frozenset({"A"})
+        )
+
+    assert drawn() == drawn(server_seed=3) != drawn(server_seed=4)
 
 
 def test_every_client_is_drawn_equally_often() -> None:
@@ -472,7 +497,11 @@ def test_of_a_metric_where_lower_is_better_the_lowest_is_best() -> None:
     values = {0: 0.1, 1: 0.9, 2: 0.4, 3: 0.6, 4: 0.5, 5: 0.1, 6: 0.1}
     validation = scores(values, "loss")
     run = federation(
-        eval_every=1, patience=2, metric="loss", evaluate=measured(validation=validation)
+        eval_every=1,
+        patience=2,
+        metric="loss",
+        higher_is_better=False,
+        evaluate=measured(validation=validation),
     )
     results = play(run)
     assert results[-1].round == 4

@@ -83,7 +83,7 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     [
         (("method.name=fed_sb",), "fed_sb starts from a gradient .* use ravan"),
         (("method.name=flora", "lora.rank=[2, 4]"), "lora.rank is one number or a table of names"),
-        ((RANKS,), "rolora needs one rank for all clients"),
+        ((RANKS,), "rolora does not support clients of different ranks"),
     ],
 )
 def test_what_sites_cannot_have_is_refused_in_one_line_before_anyone_is_waited_for(

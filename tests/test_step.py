@@ -160,7 +160,9 @@ def test_updates_that_come_in_turn_are_dropped_once_used() -> None:
     assert len(report.accepted) == 4
 
 
-@pytest.mark.parametrize("aggregation", [MEAN, Aggregation(median()), Aggregation(clip(mean(), 1))])
+@pytest.mark.parametrize(
+    "aggregation", [MEAN, Aggregation(median()), Aggregation(clip(mean(), norm=1))]
+)
 def test_order_of_arrival_changes_no_bit(aggregation: Aggregation) -> None:
     updates = updates_of(ROLORA, server_state())
     first, report = take(updates, aggregation=aggregation)
@@ -218,7 +220,9 @@ def test_clipping_measures_a_client_s_move_from_what_it_received() -> None:
     updates = updates_of(ROLORA, server, size=10.0)
     (_, bob, _, _) = updates
     cohort = cohort_of(ROLORA, server, {"bob": SIZES["bob"]})
-    after, _ = step(ROLORA, Aggregation(clip(mean(), 0.5)), server, cohort, [bob], generator(0))
+    after, _ = step(
+        ROLORA, Aggregation(clip(mean(), norm=0.5)), server, cohort, [bob], generator(0)
+    )
     change = [(after.adapter[n] - server.adapter[n]).flatten() for n in bob.adapter]
     assert float(torch.cat(change).norm()) == pytest.approx(0.5)
 
@@ -304,7 +308,7 @@ def test_the_aggregation_error_is_the_one_computed_densely(
 ) -> None:
     server, sizes, size = case
     method = get_method(name)
-    rules = {"mean": mean(), "median": median(), "trimmed_mean": trimmed_mean(0.3)}
+    rules = {"mean": mean(), "median": median(), "trimmed_mean": trimmed_mean(trim=0.3)}
     cohort = cohort_of(method, server, sizes)
     updates = updates_from(method, cohort, size=size)
     after, report = step(method, Aggregation(rules[rule]), server, cohort, updates, generator(0))

@@ -11,9 +11,11 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
-from rolora.config.schema import MethodConfig, RunConfig
+from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
+from rolora.config.schema import AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
 from rolora.methods import METHODS
+from rolora.registry import Registry
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -56,7 +58,8 @@ def make_config(
         config = RunConfig.model_validate({**values, "root": root.resolve()})
     except ValidationError as error:
         raise ConfigError(first_fault(error, RunConfig)) from None
-    _check_method(config.method)
+    check_options(METHODS, config.method.name, config.method.options, "method")
+    _check_reducers(config.aggregate)
     return config
 
 
@@ -76,7 +79,12 @@ def config_hash(config: RunConfig) -> str:
     rounds, which a resumed run may raise.
     """
     values = config.model_dump_json(
-        exclude={"train": {"rounds", "bank"}, "model": {"dtype"}, "federation": True}
+        exclude={
+            "train": {"rounds", "bank"},
+            "model": {"dtype"},
+            "federation": True,
+            "aggregate": set() if config.aggregate.options else {"options"},
+        }
     )
     return hashlib.sha256(values.encode()).hexdigest()[:32]
 
@@ -146,17 +154,36 @@ def _keys(section: Any, path: list[str]) -> list[str]:
     return [key for key in section.model_fields if key != "root"]
 
 
-def _check_method(method: MethodConfig) -> None:
-    factory = METHODS.factory(method.name)
+def _check_reducers(how: AggregateConfig) -> None:
+    """ConfigError for reducers that do not go together, or for an option of the wrong type."""
+    for name in how.options.keys() - dict(how.rules):
+        hint = nearest(name, dict(how.rules))
+        raise ConfigError(f"[aggregate.options.{name}] is for a reducer that is not used: {hint}")
+    for name, options in how.rules:
+        inner = [mean()] if is_wrapper(name) else []
+        check_options(REDUCERS, name, options, f"aggregate.options.{name}", *inner)
+    compose(how.rules)
+
+
+def check_options(
+    registry: Registry, name: str, options: Mapping[str, Any], where: str, *given: Any
+) -> None:
+    """Make what ``registry`` has under this name, to check its options' names, types and ranges.
+
+    ``where`` is the table that the options stand in, ``given`` the factory's positional arguments.
+    Raises ConfigError for an unknown name, an unknown, missing or wrong option.
+    """
+    strict = validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))
     try:
-        validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(factory)(
-            **method.options
-        )
+        strict(registry.factory(name))(*given, **options)
     except ValidationError as error:
         fault = error.errors()[0]
-        key = str(fault["loc"][-1]) if fault["loc"] else ""
+        key = f"{where}.{fault['loc'][-1]}" if fault["loc"] else where
         if fault["type"] == "unexpected_keyword_argument":
-            known = factory.__kwdefaults__ or {}
-            hint = nearest(key, known) if known else f"method {method.name!r} has no options"
-            raise ConfigError(f"unknown key 'method.{key}': {hint}") from None
-        raise ConfigError(f"method.{key}: {fault['msg']}, got {fault['input']!r}") from None
+            known = registry.options(name)
+            none = f"{registry.kind} {name!r} has no options"
+            hint = nearest(str(fault["loc"][-1]), known) if known else none
+            raise ConfigError(f"unknown key {key!r}: {hint}") from None
+        if fault["type"] == "missing_keyword_only_argument":
+            raise ConfigError(f"{key} is missing: {registry.kind} {name!r} needs it") from None
+        raise ConfigError(f"{key}: {fault['msg']}, got {fault['input']!r}") from None

@@ -177,8 +177,10 @@ class MethodConfig(BaseModel):
 class AggregateConfig(Section):
     """``[aggregate]``: how the server combines updates."""
 
-    reducer: Literal["mean", "median", "trimmed_mean"] = Field(
-        "mean", description="median and trimmed_mean are coordinate-wise and ignore weights"
+    reducer: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "mean",
+        description="mean, median, trimmed_mean (the last two are coordinate-wise and ignore "
+        "weights), one that an installed package adds, or a list: what wraps first, the rule last",
     )
     trim: float = Field(0.1, ge=0, lt=0.5, description="for trimmed_mean: share cut at each end")
     weights: Literal["num_examples", "uniform"] = Field(
@@ -199,6 +201,32 @@ class AggregateConfig(Section):
     server_beta2: float = Field(0.99, ge=0, lt=1, description="beta_2 of fedadam")
     server_tau: float = Field(1e-3, gt=0, description="for fedadam: added to the root of v")
     quorum: int = Field(1, ge=1, description="fewest valid updates for a round to count")
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description="[aggregate.options.NAME]: further options of the reducer of that name"
+    )
+
+    @property
+    def rules(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and options of each reducer for ``rolora.algorithm.reduce.compose``."""
+        listed = [self.reducer] if isinstance(self.reducer, str) else self.reducer
+        clip = ["clip"] if self.clip_norm is not None and "clip" not in listed else []
+        optimizer = [] if self.optimizer == "none" else [self.optimizer]
+        keys: dict[str, dict[str, Any]] = {
+            "trimmed_mean": {"trim": self.trim},
+            "clip": {"norm": self.clip_norm},
+            "fedavgm": {"lr": self.server_lr, "momentum": self.server_momentum},
+            "fedadam": {
+                "lr": self.server_lr,
+                "beta1": self.server_momentum,
+                "beta2": self.server_beta2,
+                "tau": self.server_tau,
+            },
+        }
+        found = []
+        for name in (*optimizer, *clip, *listed):
+            given = {key: value for key, value in keys.get(name, {}).items() if value is not None}
+            found.append((name, {**given, **self.options.get(name, {})}))
+        return found
 
 
 class TrainConfig(Section):

@@ -15,12 +15,13 @@ import torch
 from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
 from rolora.algorithm.factors import to_peft, zero_deltas
 from rolora.algorithm.method import Method
+from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig, RunConfig
 from rolora.plan.dry_run import Travelled, Untrained, dry_run
 from rolora.plan.estimate import Sketch, Steps, sketch
-from rolora.run.experiment import Experiment, make_reducer
+from rolora.run.experiment import Experiment
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
@@ -246,7 +247,7 @@ def _dry_run(
         method=method,
         engine=Untrained(sizes, config.wire.up),
         aggregation=Aggregation(
-            make_reducer(config.aggregate), config.aggregate.weights, exactness=False
+            compose(config.aggregate.rules), config.aggregate.weights, exactness=False
         ),
         ranks=config.lora.ranks,
         seed=config.seed,

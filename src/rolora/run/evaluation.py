@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.method import Method
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
@@ -56,13 +57,12 @@ def find_adapter(
         raise ConfigError(f"{file} is damaged: {error!r}") from None
     moved = [] if model is None else [f"model.path={Path(model).resolve()}"]
     config = make_config(settings, [*moved, *overrides], root=root)
-    _refuse_parts(config, folder)
+    _refuse_parts(Experiment(config).method, folder)
     return TrainedAdapter(folder, config, labels)
 
 
-def _refuse_parts(config: RunConfig, folder: Path) -> None:
+def _refuse_parts(method: Method, folder: Path) -> None:
     """ConfigError for a method whose adapter folder holds a model that no client has."""
-    method = Experiment(config).method
     if method.personal_roles:
         kept = "+".join(sorted(method.personal_roles))
         raise ConfigError(

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
-from rolora.algorithm.reduce import Reducer, clip, fedadam, fedavgm, mean, median, trimmed_mean
+from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
-from rolora.config.schema import AggregateConfig, LoraConfig, RunConfig, TrainConfig
+from rolora.config.schema import LoraConfig, RunConfig, TrainConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
 from rolora.errors import ConfigError
@@ -118,14 +118,16 @@ class Experiment:
         if not isinstance(config.lora.rank, int) and not method.heterogeneous_ranks:
             able = [name for name in method_names() if get_method(name).heterogeneous_ranks]
             raise ConfigError(
-                f"{method.name} needs one rank for all clients: set lora.rank to one number, or "
-                f"use one of {', '.join(able)}"
+                f"{method.name} does not support clients of different ranks: set lora.rank to one "
+                f"number, or use one of {', '.join(able)}"
             )
-        if config.aggregate.optimizer != "none" and not method.supports_server_optimizer:
+        optimizers = [name for name, _ in config.aggregate.rules if name in SERVER_OPTIMIZERS]
+        if optimizers and not method.supports_server_optimizer:
             able = [name for name in method_names() if get_method(name).supports_server_optimizer]
             raise ConfigError(
-                f"{method.name} does not support aggregate.optimizer = "
-                f"{config.aggregate.optimizer!r}: remove it, or use one of {', '.join(able)}"
+                f"{method.name} does not support the server optimizer {optimizers[0]!r}, since its "
+                "server does more than average what clients send: remove it, or use one of "
+                f"{', '.join(able)}"
             )
         if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
             raise ConfigError(
@@ -328,11 +330,12 @@ class Experiment:
     def federation(self) -> Federation:
         """What ``federate`` runs."""
         config, train, engine = self.config, self.config.train, self.engine
+        metric = config.eval.metric or next(iter(self.kind.metrics))
         return Federation(
             method=self.method,
             engine=engine,
             aggregation=Aggregation(
-                make_reducer(config.aggregate), config.aggregate.weights, config.aggregate.quorum
+                compose(config.aggregate.rules), config.aggregate.weights, config.aggregate.quorum
             ),
             ranks=config.lora.ranks,
             seed=config.seed,
@@ -346,7 +349,8 @@ class Experiment:
                 warmup_rounds=train.warmup_rounds,
             ),
             participation=train.participation,
-            metric=config.eval.metric or next(iter(self.kind.metrics)),
+            metric=metric,
+            higher_is_better=self.kind.metrics[metric],
             evaluate=self.evaluate,
             per_client=config.data.client_test is not None,
             eval_every=config.eval.every,
@@ -494,19 +498,3 @@ def revisits(train: TrainConfig, sizes: Sequence[int]) -> bool:
     settings = local_settings(train)
     visits = sum(settings.num_steps(size) * min(size, train.batch_size) for size in sizes)
     return train.rounds * train.participation * visits >= sum(sizes)
-
-
-def make_reducer(how: AggregateConfig) -> Reducer:
-    """The configured reducer, clipped if a norm is given, under the server's optimiser if any."""
-    if how.reducer == "trimmed_mean":
-        reducer = trimmed_mean(how.trim)
-    else:
-        reducer = median() if how.reducer == "median" else mean()
-    if how.clip_norm is not None:
-        reducer = clip(reducer, how.clip_norm)
-    if how.optimizer == "fedavgm":
-        return fedavgm(reducer, how.server_lr or 1.0, how.server_momentum)
-    if how.optimizer == "fedadam":
-        lr, beta1, beta2 = how.server_lr or 0.01, how.server_momentum, how.server_beta2
-        return fedadam(reducer, lr, beta1, beta2, how.server_tau)
-    return reducer

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rolora.config.schema import RunConfig
+from rolora.config.schema import DataConfig, RunConfig
 from rolora.data import tables
 from rolora.errors import ConfigError
 from rolora.flower.engine import Remote, run_id
@@ -25,7 +25,7 @@ def prepare_remote(
     unless it is set: sites know ``config.seed``, and must not be able to predict what is drawn from
     the other. Raises ConfigError for what is impossible across sites, NoQuorum if too few come.
     """
-    test_source, validation_source = _evaluation_sources(config)
+    test_source, validation_source = _evaluation_sources(config.data)
     _refuse(config)
     if config.server_seed is None:
         config = config.model_copy(update={"server_seed": secrets.randbits(63)})
@@ -62,12 +62,11 @@ def prepare_remote(
     )
 
 
-def _evaluation_sources(config: RunConfig) -> tuple[str, str | None]:
+def _evaluation_sources(data: DataConfig) -> tuple[str, str | None]:
     """Where the coordinator's test and validation rows are. ConfigError for a share of the sites'
     rows, which never leave them."""
-    where = config.data
-    if isinstance(where.test, str) and not isinstance(where.validation, float):
-        return where.test, where.validation
+    if isinstance(data.test, str) and not isinstance(data.validation, float):
+        return data.test, data.validation
     raise ConfigError(
         "across sites data.test and data.validation must name rows that the coordinator has, not a "
         "share: the sites' rows stay with them"

@@ -19,7 +19,6 @@ from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
-from rolora.tasks.registry import higher_is_better
 from rolora.training.engine import Engine, Evaluation, Job, no_evaluation
 
 Metrics = Mapping[str, float]
@@ -85,10 +84,10 @@ class RoundResult:
 class Federation:
     """Everything that defines a run; nothing in it changes while it runs.
 
-    ``ranks`` maps clients to their LoRA ranks. ``seed`` is known to the clients, whose batches and
-    dropout follow from it; ``server_seed`` (left out: ``seed``) draws what clients must not
-    predict, such as cohorts. ``evaluate`` measures an adapter on the server's rows; ``metric`` is
-    the validation metric that early stopping and the best round go by. ``patience`` counts
+    ``ranks`` maps clients to their LoRA ranks. ``seed`` is sent to the clients, whose batches and
+    dropout follow from it; cohorts and the server's random draws follow from ``server_seed``, which
+    is not (None: from ``seed``). ``evaluate`` measures an adapter on the server's rows; ``metric``
+    is the validation metric that early stopping and the best round go by. ``patience`` counts
     evaluations without improvement. ``spare`` clients are drawn beyond the cohort, for an engine
     that uses the first ones to answer.
     """
@@ -100,10 +99,11 @@ class Federation:
     seed: int
     rounds: int
     lr: Callable[[int], float]
+    server_seed: int | None = None
     participation: float = 1.0
     metric: str = "accuracy"
+    higher_is_better: bool = True
     evaluate: Callable[[AdapterState], Evaluation] = no_evaluation
-    server_seed: int | None = None
     per_client: bool = False
     eval_every: int = 5
     patience: int | None = None
@@ -265,7 +265,7 @@ def _all_clients(run: Federation, server: ServerState) -> Iterator[Assignment]:
 
 def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
     value = validation[run.metric]
-    sign = 1 if higher_is_better(run.metric) else -1
+    sign = 1 if run.higher_is_better else -1
     if state.best is None or sign * value > sign * state.best.value:
         return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
     return replace(state, stale=state.stale + 1)
