@@ -213,7 +213,7 @@ def test_a_run_folder_that_exists_is_refused_and_left_alone(
     (tmp_path / "mine").mkdir()
     code, _, err = rolora(monkeypatch, capsys, "run", site, "--out", tmp_path / "mine")
     assert (code, list((tmp_path / "mine").iterdir())) == (2, [])
-    assert "never overwritten" in err
+    assert "not overwritten" in err
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(
@@ -308,7 +308,7 @@ def test_init_writes_a_config_that_runs_as_it_is(
     run = ("run", config, "train.rounds=1", "partition.clients=3", "--out", tmp_path / "run")
     assert rolora(monkeypatch, capsys, *run)[0] == 0
     code, _, err = rolora(monkeypatch, capsys, "init", site.parent / "train.csv", "--out", config)
-    assert (code, "never overwritten" in err) == (2, True)
+    assert (code, "not overwritten" in err) == (2, True)
 
 
 def test_the_version_is_printed_and_that_is_all(

@@ -88,7 +88,7 @@ def test_recomputing_is_refused_where_the_layers_cannot_be_taken_over(
 ) -> None:
     monkeypatch.setattr("rolora.model.base.take_over", lambda *_, **__: None)
     config = load_config(make_site(tmp_path), ["train.recompute=true"])
-    with pytest.raises(ConfigError, match=r"train\.recompute is not possible for this model"):
+    with pytest.raises(ConfigError, match=r"this model does not support train\.recompute"):
         runs.start(config, tmp_path / "run")
 
 

@@ -52,8 +52,8 @@ class Finished:
 
     def rank(self, client: str) -> int:
         """Ranks are dealt out in the order of ids."""
-        names = [entry["id"] for entry in self.run.setup.partition["clients"]]
-        own = get_method(self.run.setup.config.method.name).heterogeneous_ranks
+        names = [entry["id"] for entry in self.run.experiment.partition["clients"]]
+        own = get_method(self.run.experiment.config.method.name).heterogeneous_ranks
         return (2, 1)[sorted(names).index(client) % 2] if own else 2
 
 
@@ -135,7 +135,7 @@ def test_peft_loads_the_adapter_of_any_method_and_computes_the_same_logits(
     name: str, site: Path, finished: Callable[[str], Finished]
 ) -> None:
     done = finished(name)
-    base, folder = done.run.setup.base, done.folder / "adapter"
+    base, folder = done.run.experiment.base, done.folder / "adapter"
     texts = ["a good film and a dog", "the cat", "a bad plot"]
     inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
     with base.holding(done.results[-1].state.server.adapter), torch.no_grad():
@@ -151,7 +151,7 @@ def test_peft_loads_the_adapter_of_any_method_and_computes_the_same_logits(
         assert torch.allclose(theirs(**inputs).logits, ours, rtol=0, atol=1e-5)
     assert torch.allclose(again, ours, rtol=0, atol=1e-5)
     if get_method(name).shared(1) - {"A"}:
-        with base.holding(done.run.setup.start.server.adapter), torch.no_grad():
+        with base.holding(done.run.experiment.start.server.adapter), torch.no_grad():
             assert not torch.allclose(base.model(**inputs).logits, ours, rtol=0, atol=1e-3)
 
 
@@ -190,8 +190,8 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             ["method.name=fedit", "lora.rank=[2, 1]"],
             "fedit does not support clients of different ranks: .* flora",
         ),
-        (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"says nothing of client"),
-        (["method.name=flora", "lora.rank={}"], "a table of ranks needs a line"),
+        (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"has no rank for client"),
+        (["method.name=flora", "lora.rank={}"], "a table of ranks needs an entry"),
         (["method.name=flora", "lora.rank=[]"], "lora.rank"),
         (["method.name=flora", "lora.rank=[2, 0]"], "lora.rank"),
         (["method.name=ravan", "lora.rank=3"], "heads = 2 does not divide lora.rank = 3"),
@@ -225,7 +225,7 @@ def test_a_warm_start_is_refused_where_factors_are_of_the_method_s_own_making(
     name: str, site: Path, finished: Callable[[str], Finished], tmp_path: Path
 ) -> None:
     warm = f"lora.init_from={finished('fedit').folder / 'adapter'}"
-    with pytest.raises(ConfigError, match=f"{name} trains cores between factors of its own making"):
+    with pytest.raises(ConfigError, match=f"{name} trains cores, which no PEFT adapter has"):
         runs.start(configuration(site, name, warm), tmp_path / "run")
 
 

@@ -497,7 +497,11 @@ def test_of_a_metric_where_lower_is_better_the_lowest_is_best() -> None:
     values = {0: 0.1, 1: 0.9, 2: 0.4, 3: 0.6, 4: 0.5, 5: 0.1, 6: 0.1}
     validation = scores(values, "loss")
     run = federation(
-        eval_every=1, patience=2, metric="loss", evaluate=measured(validation=validation)
+        eval_every=1,
+        patience=2,
+        metric="loss",
+        higher_is_better=False,
+        evaluate=measured(validation=validation),
     )
     results = play(run)
     assert results[-1].round == 4

@@ -24,8 +24,9 @@ from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.config.load import load_config
 from rolora.methods import get_method
-from rolora.run import configured, runs
+from rolora.run import runs
 from rolora.run.folder import RunFolder
+from rolora.tasks import classification
 from rolora.tasks.registry import Task
 from rolora.training.engine import ClientMetrics, Job
 from rolora.training.rounds import Federation, RunState, federate
@@ -186,10 +187,10 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
     changes = ["data.train=many.csv", "data.client_test=0.5", "partition.scheme=iid"]
     config = load_config(site, [*changes, "partition.clients=100"])
     encoded: list[int] = []
-    make_task = configured.make_task
+    made = classification.classification
 
     def watched(*given: Any) -> Task:
-        task = make_task(*given)
+        task = made(*given)
 
         def encode_test(table: Any, source: str) -> Any:
             encoded.append(table.num_rows)
@@ -197,8 +198,8 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
 
         return replace(task, encode_test=encode_test)
 
-    monkeypatch.setattr("rolora.run.build.make_task", watched)
-    setup = runs.start(config, tmp_path / "run").setup
+    monkeypatch.setattr("rolora.tasks.classification.classification", watched)
+    setup = runs.start(config, tmp_path / "run").experiment
     held_out: Mapping[str, Any] = setup.federation.engine.held_out  # type: ignore[attr-defined]
     assert encoded == [12]  # the test file
     assert len(held_out) == 100

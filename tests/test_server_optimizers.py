@@ -36,7 +36,7 @@ from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
 from rolora.methods import get_method, method_names
 from rolora.run import runs
-from rolora.run.configured import make_method
+from rolora.run.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -271,10 +271,10 @@ def test_methods_whose_server_does_more_than_average_refuse_and_name_those_that_
 ) -> None:
     config = configured(f"aggregate.optimizer={name}", f"method.name={method}")
     if method in AVERAGED:
-        assert make_method(config).name == method
+        assert Experiment(config).method.name == method
         return
     with pytest.raises(ConfigError) as caught:
-        make_method(config)
+        _ = Experiment(config).method
     said = str(caught.value)
     assert said.startswith(f"{method} does not support the server optimizer '{name}'")
     assert said.endswith(f"use one of {', '.join(AVERAGED)}")
@@ -286,7 +286,9 @@ def test_a_server_optimizer_in_a_list_of_reducers_is_the_same_and_refused_alike(
     keyed = configured("aggregate.reducer=median", "aggregate.optimizer=fedavgm")
     assert listed.aggregate.rules == keyed.aggregate.rules
     with pytest.raises(ConfigError, match="flora does not support the server optimizer 'fedavgm'"):
-        make_method(configured("method.name=flora", 'aggregate.reducer=["fedavgm", "mean"]'))
+        _ = Experiment(
+            configured("method.name=flora", 'aggregate.reducer=["fedavgm", "mean"]')
+        ).method
 
 
 @pytest.mark.parametrize("method", AVERAGED)

@@ -21,7 +21,7 @@ from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig, RunConfig
 from rolora.plan.dry_run import Travelled, Untrained, dry_run
 from rolora.plan.estimate import Sketch, Steps, sketch
-from rolora.run.configured import make_method
+from rolora.run.experiment import Experiment
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
@@ -138,7 +138,7 @@ def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
 
 
 def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
-    method = make_method(config)
+    method = Experiment(config).method
     specs = drawn.outline.base.specs
     if method.needs_gradient:  # any will do: what counts here is shapes
         any_gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}

@@ -19,7 +19,6 @@ from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
-from rolora.tasks.registry import HIGHER_IS_BETTER
 from rolora.training.engine import Engine, Evaluation, Job, no_evaluation
 
 Metrics = Mapping[str, float]
@@ -103,6 +102,7 @@ class Federation:
     server_seed: int | None = None
     participation: float = 1.0
     metric: str = "accuracy"
+    higher_is_better: bool = True
     evaluate: Callable[[AdapterState], Evaluation] = no_evaluation
     per_client: bool = False
     eval_every: int = 5
@@ -265,7 +265,7 @@ def _all_clients(run: Federation, server: ServerState) -> Iterator[Assignment]:
 
 def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
     value = validation[run.metric]
-    sign = 1 if HIGHER_IS_BETTER[run.metric] else -1
+    sign = 1 if run.higher_is_better else -1
     if state.best is None or sign * value > sign * state.best.value:
         return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
     return replace(state, stale=state.stale + 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
-from rolora.config.schema import Schedule
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 def learning_rate(
