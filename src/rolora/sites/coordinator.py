@@ -1,4 +1,4 @@
-"""The coordinator's side of a run across sites: what ``rolora.run.runs`` does, with other hands."""
+"""The coordinator's side of a run across sites, for ``rolora.run.runs``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.errors import ConfigError
 from rolora.flower.engine import Remote, run_id
-from rolora.flower.membership import Carrier, Roster
+from rolora.flower.membership import Membership, Transport
 from rolora.run.build import Setup, data_hash, load_in_dtype
 from rolora.run.configured import first_adapter, make_method, make_task
 from rolora.run.federation import federation_of, score
@@ -19,12 +19,12 @@ from rolora.training.rounds import RunState
 
 
 def prepare_remote(
-    config: RunConfig, folder: Path, carrier: Carrier, tell: Callable[[str], None]
+    config: RunConfig, folder: Path, transport: Transport, notify: Callable[[str], None]
 ) -> Setup:
     """Wait for the sites, agree with them on labels and model, and build the run.
 
-    ``tell`` gets a line for every site that joins or is refused.
-    Raises ConfigError for what cannot be done across sites, NoQuorum if too few of them come.
+    ``notify`` receives a line for each site that joins or is refused.
+    Raises ConfigError for what cannot be done across sites, NoQuorum if too few of them join.
     """
     test_source, validation_source = _evaluation_sources(config)
     method = make_method(config)
@@ -36,8 +36,8 @@ def prepare_remote(
         )
     read = partial(tables.read_table, root=config.root, offline=config.offline)
     test_rows = read(test_source, split=config.data.test_split)
-    roster = Roster(carrier, config, run_id(config, folder), tell)
-    labels = roster.gather()
+    membership = Membership(transport, config, run_id(config, folder), notify)
+    labels = membership.gather()
     base, notes = load_in_dtype(config, test_rows, labels)
     task = make_task(config, base, labels)
     test = task.encode_test(test_rows, test_source)
@@ -47,7 +47,7 @@ def prepare_remote(
         validation = task.encode_test(rows, validation_source)
     if config.eval.rows == "validation" and validation is not None:
         test = validation
-    engine = Remote(roster, config, base, tuple(labels))
+    engine = Remote(membership, config, base, tuple(labels))
     members = engine.clients()
     return Setup(
         config=config,
@@ -85,26 +85,26 @@ def _evaluation_sources(config: RunConfig) -> tuple[str, str | None]:
     if isinstance(where.test, str) and not isinstance(where.validation, float):
         return where.test, where.validation
     raise ConfigError(
-        "across sites data.test, and data.validation if there is one, must name rows that the "
-        "coordinator has: none can be cut off from those of the sites"
+        "across sites data.test, and data.validation if it is set, must name rows that the "
+        "coordinator has: it cannot split off rows of the sites"
     )
 
 
 def _refuse(config: RunConfig, method: Method) -> None:
-    """ConfigError for a method, or ranks, that sites cannot have."""
+    """ConfigError for a method, or ranks, that cannot run across sites."""
     if method.from_gradient:
         raise ConfigError(
-            f"{method.name} starts from a gradient over all clients' rows, which sites are not "
-            "asked for: take ravan, whose cores are as small"
+            f"{method.name} starts from a gradient over all clients' rows, which sites do not "
+            "send: use ravan, whose cores are as small"
         )
     if config.data.validation is not None and method.kept:
         raise ConfigError(
-            f"{method.name} leaves a part of each adapter at its site, which has none of the "
-            "coordinator's validation rows: leave out data.validation; data.client_test measures "
-            "each site's adapter on rows of its own"
+            f"{method.name} keeps a part of each adapter at its site, which does not have the "
+            "coordinator's validation rows: remove data.validation; data.client_test evaluates "
+            "each site's adapter on held-out rows there"
         )
     if isinstance(config.lora.rank, list):
         raise ConfigError(
             'across sites lora.rank is one number or a table of names, such as "hospital-*" = 8: '
-            "sites come and go, so a list has no order to be dealt out in"
+            "sites come and go, so the order of a list has no meaning"
         )

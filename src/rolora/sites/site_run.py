@@ -1,4 +1,4 @@
-"""One run as a site sees it: its configuration with the site's own places, its model, its rows."""
+"""One run at a site: its configuration with the site's paths, its model, its rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.data.shards import hold_out
-from rolora.flower.message import ParcelError
+from rolora.flower.message import MessageError
 from rolora.model.base import Base
 from rolora.model.prefix import kept_below
 from rolora.run.configured import load_base_for, local_settings, make_method, make_task
@@ -29,7 +29,7 @@ from rolora.training.engine import InProcess
 
 @dataclass(frozen=True)
 class SiteRun:
-    """One run at one site, as far as it has been told of it."""
+    """One run at one site, loaded when first used."""
 
     site: SiteConfig
     config: RunConfig
@@ -46,11 +46,11 @@ class SiteRun:
 
     @cached_property
     def method(self) -> Method:
-        """The run's method, on an adapter that the coordinator has made for this site already."""
+        """The run's method; the adapter received is already the one for this site."""
         return replace(make_method(self.config), download=lambda server, client: server.adapter)
 
     def view_of_rank(self, rank: int) -> AdapterState:
-        """Names and shapes of what a client of this rank is sent; the values are the start's."""
+        """An adapter with the names and shapes of what a client of this rank is sent."""
         method = make_method(self.config)
         start = ServerState(method.init(self.base.specs, generator(self.config.seed, "init")))
         return method.download(start, ClientInfo(self.site.name, 0, rank, 1))
@@ -83,13 +83,13 @@ class SiteRun:
 
 
 def config_here(site: SiteConfig, folder: Path) -> RunConfig:
-    """The run's configuration with this site's own places in it."""
+    """The run's configuration with this site's paths, columns and device."""
     try:
         values = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise ParcelError("this site has not been told of the run") from None
+        raise MessageError("this site does not know this run yet") from None
     except ValueError:
-        raise ParcelError("the run's configuration is not valid JSON") from None
+        raise MessageError("the run's configuration is not valid JSON") from None
     config = make_config(values, root=site.root)
     own: dict[str, Any] = {"train": site.data}
     if site.text is not None:
@@ -107,7 +107,7 @@ def config_here(site: SiteConfig, folder: Path) -> RunConfig:
 
 
 def table_here(site: SiteConfig) -> Any:
-    """The site's rows as a pyarrow table, with the columns that a run may read and no other.
+    """The site's rows as a pyarrow table with only the columns that a run may read.
 
     Raises DataError if the file, or one of these columns, is missing.
     """
@@ -119,5 +119,5 @@ def table_here(site: SiteConfig) -> Any:
 
 
 def split_here(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on, and those that are held out; the draws of a run on one machine."""
+    """Row numbers for training and held-out ones, drawn as in a run on one machine."""
     return hold_out(torch.arange(rows), config.data.client_test or 0, config.seed, site.name)
