@@ -135,7 +135,7 @@ class Loopback:
         log = self.folder / "serve.log"
         log.write_text("")
         self.served = command = Command.start(log, "federation", "serve", "--folder", self.folder)
-        until(lambda: "start runs on it" in command.output(), 60, "the SuperLink")
+        until(lambda: "start runs on it" in command.output(), 180, "the SuperLink")
 
     def join(self, *names: str, program: Sequence[str] = (*ROLORA, "site")) -> None:
         """Start these sites' processes, unless they run, and wait until they are connected."""
@@ -147,7 +147,7 @@ class Loopback:
                 file = self.folder / "sites" / name / "site.toml"
                 self.sites[name] = Command.start(log, "--config", file, program=program)
         commands = [self.sites[name] for name in names]
-        until(lambda: all("connected" in c.output() for c in commands), 60, f"{names} to connect")
+        until(lambda: all("connected" in c.output() for c in commands), 180, f"{names} to connect")
 
     def leave(self, *names: str, number: int = signal.SIGTERM) -> None:
         """End these sites' processes."""

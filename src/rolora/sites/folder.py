@@ -75,28 +75,19 @@ class FederationFolder:
             (part / "public").mkdir()
             write_file(part / "federation.toml", tomli_w.dumps({"host": host, "port": port}))
         folder = cls(path.resolve(), host, port)
-        folder.home.mkdir()
-        connection = {"address": folder.address, "root-certificates": str(folder.path / "ca.crt")}
-        write_file(
-            folder.home / "config.toml",
-            tomli_w.dumps({"superlink": {"default": "rolora", "rolora": connection}}),
-        )
+        (folder.path / "flwr").mkdir()
+        here = {
+            "address": f"127.0.0.1:{port}",
+            "root-certificates": str(folder.path / "ca.crt"),
+        }
+        settings = {"superlink": {"default": "rolora", "rolora": here}}
+        write_file(folder.path / "flwr" / "config.toml", tomli_w.dumps(settings))
         return folder
-
-    @property
-    def address(self) -> str:
-        """The SuperLink's address on this machine."""
-        return f"127.0.0.1:{self.port}"
 
     @property
     def lock(self) -> Path:
         """Held by the process that serves this federation."""
         return self.path / "serve.lock"
-
-    @property
-    def home(self) -> Path:
-        """Where Flower keeps its configuration and apps."""
-        return self.path / "flwr"
 
     @property
     def public(self) -> dict[str, Path]:
@@ -152,7 +143,7 @@ class FederationFolder:
         return {
             **os.environ,
             "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
-            "FLWR_HOME": str(self.home),
+            "FLWR_HOME": str(self.path / "flwr"),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
         }
@@ -175,7 +166,7 @@ class FederationFolder:
         """The command that starts the coordinator's app of each run."""
         return [
             str(Path(sys.executable).parent / "flower-superexec"),
-            *("--runtime-api-address", self.address),
+            *("--runtime-api-address", f"127.0.0.1:{self.port}"),
             *("--root-certificates", str(self.path / "ca.crt")),
             *("--superexec-auth-secret-file", str(self.secret)),
             *("--parent-pid", str(os.getpid())),

@@ -24,17 +24,26 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def make_authority(folder: Path, name: str) -> None:
     """Write ``ca.key`` and ``ca.crt``, a certificate authority."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = _name(f"{name} CA")
+    key, subject = ec.generate_private_key(ec.SECP384R1()), _name(f"{name} CA")
+    only_certificates = x509.KeyUsage(
+        key_cert_sign=True,
+        crl_sign=True,
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
     certificate = (
-        _certificate(subject, subject, key.public_key())
+        _certificate(subject, subject, key)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(_signs_certificates(), critical=True)
+        .add_extension(only_certificates, critical=True)
         .sign(key, hashes.SHA384())
     )
-    write_secret(folder / "ca.key", _private_pem(key))
-    write_file(folder / "ca.crt", certificate.public_bytes(Encoding.PEM))
+    _write_pair(folder / "ca", key, certificate)
 
 
 def make_server(folder: Path, hosts: Sequence[str]) -> None:
@@ -42,21 +51,19 @@ def make_server(folder: Path, hosts: Sequence[str]) -> None:
 
     The authority in the same folder signs them.
     """
-    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    signer = read_private_key(folder / "ca.key")
+    authority, signer = read_certificate(folder / "ca.crt"), read_private_key(folder / "ca.key")
     key = ec.generate_private_key(ec.SECP384R1())
     names = [_alternative(host) for host in dict.fromkeys((*hosts, *LOOPBACK))]
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     certificate = (
-        _certificate(_name(hosts[0]), authority.subject, key.public_key())
+        _certificate(_name(hosts[0]), authority.subject, key)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(issuer, critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(signer, hashes.SHA384())
     )
-    write_secret(folder / "server.key", _private_pem(key))
-    write_file(folder / "server.crt", certificate.public_bytes(Encoding.PEM))
+    _write_pair(folder / "server", key, certificate)
 
 
 def make_site(private: Path, public: Path) -> None:
@@ -114,18 +121,23 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # a site's clock may be behind
-        .not_valid_after(now + VALID_FOR)
+    return x509.CertificateBuilder(
+        issuer_name=issuer,
+        subject_name=subject,
+        public_key=key.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - datetime.timedelta(hours=1),  # a site's clock may be behind
+        not_valid_after=now + VALID_FOR,
     )
+
+
+def _write_pair(path: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+    """Write ``path`` with the suffixes .key and .crt."""
+    write_secret(path.with_suffix(".key"), _private_pem(key))
+    write_file(path.with_suffix(".crt"), certificate.public_bytes(Encoding.PEM))
 
 
 def _name(name: str) -> x509.Name:
@@ -137,20 +149,6 @@ def _alternative(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _signs_certificates() -> x509.KeyUsage:
-    return x509.KeyUsage(
-        key_cert_sign=True,
-        crl_sign=True,
-        digital_signature=False,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
