@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.codec import WireError, body_bytes, decode, encode
 from rolora.algorithm.ledger import lacking
-from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.method import Method
 from rolora.config.load import config_hash
 from rolora.config.schema import RunConfig
 from rolora.errors import NoQuorum
@@ -61,15 +61,15 @@ class Remote:
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """Ask the sites of the cohort to train; yield each checked answer as it comes."""
-        views = {info.id: method.download(job.server, info) for info in job.cohort}
 
-        def train(info: ClientInfo, whole: bool) -> SiteMessage:
+        def train(assigned: Assignment, whole: bool) -> SiteMessage:
+            info, received = assigned.info, assigned.received
             held = job.ledger.held.get(info.id)
             has = None if whole else held
             return self._with_view(
                 "train",
-                views[info.id],
-                lacking(method, job.server, views[info.id], job.ledger, has),
+                received,
+                lacking(method, job.server, received, job.ledger, has),
                 round=job.round,
                 num_examples=info.num_examples,
                 rank=info.rank,
@@ -79,47 +79,47 @@ class Remote:
             )
 
         wanted, used = max(len(job.cohort) - self.config.federation.spare, 1), 0
-        waiting = [info.id for info in job.cohort]
-        for info, reply in self._asked(job.cohort, train):
-            waiting.remove(info.id)
-            update = self._update(method, views[info.id], info, reply)
+        waiting = [assigned.info.id for assigned in job.cohort]
+        for assigned, reply in self._asked(job.cohort, train):
+            waiting.remove(assigned.info.id)
+            update = self._update(method, assigned, reply)
             yield update
-            used += isinstance(update, Update) and update.num_examples == info.num_examples
+            count = assigned.info.num_examples
+            used += isinstance(update, Update) and update.num_examples == count
             if used == wanted:
                 break
         for client in waiting:
             yield Failure(client, f"not needed: {wanted} others answered first (federation.spare)")
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterator[ClientMetrics]:
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
         """Each site's metrics on its held-out rows; sites do not have the server's test rows."""
 
-        def score(info: ClientInfo, whole: bool) -> SiteMessage:
-            view = method.download(server, info)
-            return self._with_view("score", view, view, round=server.round, rank=info.rank)
+        def score(assigned: Assignment, whole: bool) -> SiteMessage:
+            info, view = assigned.info, assigned.received
+            return self._with_view("score", view, view, round=info.round, rank=info.rank)
 
-        for info, reply in self._asked(clients, score):
+        for assigned, reply in self._asked(tuple(clients), score):
+            info = assigned.info
             try:
                 metrics = json.loads(checked(reply).text("metrics"))
                 held_out = {str(k): float(v) for k, v in metrics.items()}
-                yield ClientMetrics(info.id, held_out, {}, {})
+                yield ClientMetrics(info.id, held_out)
             except (MessageError, ValueError, TypeError, AttributeError) as error:
                 self.membership.notify(f"site {info.id} was not evaluated: {error}")
 
     def _asked(
-        self, cohort: Sequence[ClientInfo], question: Callable[[ClientInfo, bool], SiteMessage]
-    ) -> Iterator[tuple[ClientInfo, SiteMessage | NoReply]]:
+        self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], SiteMessage]
+    ) -> Iterator[tuple[Assignment, SiteMessage | NoReply]]:
         """The cohort's answers as they come. A site that ``lacks`` tensors is asked again."""
         until = time.monotonic() + self.config.federation.deadline
         present = self._present()
-        left = {present[info.id].node: info for info in cohort if info.id in present}
-        for info in cohort:
-            if info.id not in present:
-                yield info, NoReply("it is no longer connected")
+        left = {present[a.info.id].node: a for a in cohort if a.info.id in present}
+        for assigned in cohort:
+            if assigned.info.id not in present:
+                yield assigned, NoReply("it is no longer connected")
         for whole in (False, True):
             again = {}
-            questions = {node: question(info, whole) for node, info in left.items()}
+            questions = {node: question(assigned, whole) for node, assigned in left.items()}
             for node, reply in self.membership.transport.ask(questions, until - time.monotonic()):
                 if not whole and isinstance(reply, SiteMessage) and reply.head.get("lacks") is True:
                     again[node] = left[node]
@@ -135,8 +135,9 @@ class Remote:
         return self.membership.question(ask, payload, view=digest(view), names=names, **head)
 
     def _update(
-        self, method: Method, view: AdapterState, info: ClientInfo, reply: SiteMessage | NoReply
+        self, method: Method, assigned: Assignment, reply: SiteMessage | NoReply
     ) -> Update | Failure:
+        info, view = assigned.info, assigned.received
         up, like = self.config.wire.up, view.only(method.shared(info.round))
         try:
             answer = checked(reply)
@@ -144,7 +145,7 @@ class Remote:
                 raise MessageError(f"it now calls itself {name!r}")
             if (round := answer.integer("round")) != info.round:
                 raise MessageError(f"it is for round {round}, not {info.round}")
-            tensors = decode(up, answer.body, like, sparse=method.sparse)
+            tensors = decode(up, answer.body, like, sparse=method.sparse_upload)
             metrics = {key: answer.number(key) for key in ("loss", "steps")}
             count = answer.integer("num_examples")
         except (MessageError, WireError) as error:
