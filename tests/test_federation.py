@@ -164,24 +164,34 @@ def test_a_coordinator_that_is_killed_loses_no_finished_round(
 
 
 @pytest.mark.flower
-def test_a_superlink_that_is_killed_ends_the_federation_and_the_run_can_be_resumed(
+def test_a_superlink_that_is_killed_ends_the_federation_and_the_run_goes_on_with_the_next(
     fed: Loopback, undisturbed: str
 ) -> None:
     run = fed.run("superlink-killed", ALL)
-    fed.reached("superlink-killed", 2)
-    until(lambda: fed.answering("ann"), what="ann to train")
-    said = fed.kill_superlink()
-    assert "the SuperLink ended with status -9" in said.splitlines()[-1]
-    assert run.ended(120) == 1, run.output()
-    assert "continue with: rolora resume" in run.output().splitlines()[-1]
-    out = fed.place / "superlink-killed"
-    kept = rounds(out)
-    assert kept[-1]["round"] >= 2
+    for round in (1, 3):
+        fed.reached("superlink-killed", round)
+        until(lambda: fed.answering("ann"), what="ann to train")
+        fed.kill_superlink()
+        fed.serve()
+    assert run.ended() == 0, run.output()
+    assert adapter(fed.place / "superlink-killed") == undisturbed
+    assert attempts(fed.place / "superlink-killed") == [(round, 0) for round in range(7)]
+
+
+@pytest.mark.flower
+def test_a_federation_that_is_interrupted_ends_the_run_which_can_be_resumed(
+    fed: Loopback, undisturbed: str
+) -> None:
+    run = fed.run("stopped", ALL)
+    fed.reached("stopped", 2)
+    assert fed.served is not None
+    fed.served.end(signal.SIGTERM)
+    assert run.ended(60) == 1, run.output()
+    assert not job_folder(fed.place / "stopped").exists()
     fed.serve()
-    again = fed.run("superlink-killed", resume=True)
+    again = fed.run("stopped", resume=True)
     assert again.ended() == 0, again.output()
-    assert rounds(out)[: len(kept)] == kept
-    assert adapter(out) == undisturbed
+    assert adapter(fed.place / "stopped") == undisturbed
 
 
 @pytest.mark.flower

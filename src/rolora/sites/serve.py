@@ -1,11 +1,13 @@
 """The coordinator's programs: SuperLink, SuperExec, and in a trial also the sites.
 
-They run and end together. Nothing is started again here: that is for systemd (deploy/).
+They run and end together. Nothing is started again here: that is for systemd (deploy/). The app
+of a run under way outlives a failure, but not an interruption, and goes on with the next SuperLink.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -50,7 +52,11 @@ def serve(
             command += ["--parent-pid", str(os.getpid())]
             trial.append(start(f"site {name}", command, place / "site.log"))
         notify(f"serving {folder.host}:{folder.port}; start runs on it with: --on {folder.path}")
-        _watch(folder, [link, executor], trial, notify)
+        try:
+            _watch(folder, [link, executor], trial, notify)
+        except KeyboardInterrupt:
+            os.killpg(executor.process.pid, signal.SIGTERM)  # with the app of a run under way
+            raise
 
 
 def _watch(
