@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from rolora.errors import ConfigError, RoloraError
 from rolora.sites import folder as folders
 from rolora.sites.folder import FederationFolder
 from rolora.sites.node import last_node, open_fleet
+from rolora.sites.processes import running
 from rolora.sites.serve import require_free
 from rolora.sites.site_config import read_site
 from rolora.sites.submit import run_remotely
@@ -148,3 +152,20 @@ def test_another_machine_reaches_the_sites_interface_and_no_other(client: str) -
 @pytest.mark.parametrize("client", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
 def test_this_machine_reaches_every_interface(client: str) -> None:
     assert allowed("/v1/control/start-run", (client, 1))
+
+
+def test_a_program_that_ends_is_named_with_its_status_and_its_last_line(tmp_path: Path) -> None:
+    code = "print('\\033[91mERROR\\033[0m : out of luck\\n'); raise SystemExit(3)"
+    command = [sys.executable, "-c", code]
+    with running("the SuperLink", command, tmp_path / "log", os.environ) as program:
+        program.process.wait()
+        assert program.fault() == (
+            f"the SuperLink ended with status 3: ERROR : out of luck ({tmp_path / 'log'})"
+        )
+
+
+def test_a_program_ends_with_the_block_that_runs_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with running("a site", command, tmp_path / "log", os.environ) as program:
+        assert program.fault() is None
+    assert program.process.returncode == -signal.SIGTERM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 ENDS_WITHIN = 5.0  # seconds from SIGTERM to SIGKILL
 
 
@@ -27,8 +29,9 @@ class Program:
         """If it has ended: its exit status and the last line of its log."""
         if (status := self.process.poll()) is None:
             return None
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        last = f": {lines[-1].strip()[-200:]}" if lines else ""
+        text = COLOUR.sub("", self.log.read_text(errors="replace"))
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        last = f": {lines[-1][-200:]}" if lines else ""
         return f"{self.name} ended with status {status}{last} ({self.log})"
 
 
