@@ -48,4 +48,4 @@ def main(grid: Grid, context: Context) -> None:
         for note in run.notes:
             notify(f"note: {note}")
         for _, line in described(run.rounds(), run):
-            notify(f"{run.setup.config.name}: {line}")
+            notify(f"{run.experiment.config.name}: {line}")
