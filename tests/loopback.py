@@ -177,6 +177,19 @@ class Loopback:
         assert self.served.ended(60) == 1, self.served.output()
         assert "the SuperLink ended with status -9" in self.served.output().splitlines()[-1]
 
+    def serve_again(self, run: Command, out: str, round: int) -> Command:
+        """Serve after ``kill_superlink``, and wait for this round; the run that goes on.
+
+        Flower ends a run whose SuperLink was away for a minute: it is resumed.
+        """
+        self.serve()
+        done = lambda: any(r["round"] == round for r in rounds(self.place / out))  # noqa: E731
+        until(lambda: done() or run.process.poll() is not None, what=f"{round=}")
+        if run.process.poll() in (None, 0):
+            return run
+        assert "continue with: rolora resume" in run.output().splitlines()[-1]
+        return self.run(out, resume=True)
+
     def coordinator(self, out: str) -> int:
         """The process of a run's app."""
         return int((self.place / f".{out}.job" / "pid").read_text())
