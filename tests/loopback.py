@@ -167,7 +167,11 @@ class Loopback:
 
     def reached(self, out: str, round: int) -> None:
         """Wait until this round is committed."""
-        until(lambda: any(r["round"] == round for r in rounds(self.place / out)), what=f"{round=}")
+        until(lambda: self.at(out, round), what=f"{round=}")
+
+    def at(self, out: str, round: int) -> bool:
+        """Whether this round is committed."""
+        return any(line["round"] == round for line in rounds(self.place / out))
 
     def kill_superlink(self) -> None:
         """Kill the SuperLink's process; ``rolora federation serve`` ends and names it."""
@@ -183,8 +187,7 @@ class Loopback:
         Flower ends a run whose SuperLink was away for a minute: it is resumed.
         """
         self.serve()
-        done = lambda: any(r["round"] == round for r in rounds(self.place / out))  # noqa: E731
-        until(lambda: done() or run.process.poll() is not None, what=f"{round=}")
+        until(lambda: self.at(out, round) or run.process.poll() is not None, what=f"{round=}")
         if run.process.poll() in (None, 0):
             return run
         assert "continue with: rolora resume" in run.output().splitlines()[-1]
