@@ -23,7 +23,7 @@ def prepare_remote(
 
     ``notify`` receives a line for each site that joins or is refused. The server's seed is drawn
     here unless it is set: sites know ``config.seed``, and must not be able to predict what is drawn
-    from the other. Raises ConfigError for what is impossible across sites, NoQuorum if too few come.
+    from the other. Raises ConfigError for what is impossible across sites, NoQuorum for too few.
     """
     test_source, validation_source = _evaluation_sources(config.data)
     _refuse(config)
