@@ -167,7 +167,11 @@ class Loopback:
 
     def reached(self, out: str, round: int) -> None:
         """Wait until this round is committed."""
-        until(lambda: any(r["round"] == round for r in rounds(self.place / out)), what=f"{round=}")
+        until(lambda: self.at(out, round), what=f"{round=}")
+
+    def at(self, out: str, round: int) -> bool:
+        """Whether this round is committed."""
+        return any(line["round"] == round for line in rounds(self.place / out))
 
     def kill_superlink(self) -> None:
         """Kill the SuperLink's process; ``rolora federation serve`` ends and names it."""
@@ -176,6 +180,18 @@ class Loopback:
         assert self.served is not None
         assert self.served.ended(60) == 1, self.served.output()
         assert "the SuperLink ended with status -9" in self.served.output().splitlines()[-1]
+
+    def serve_again(self, run: Command, out: str, round: int) -> Command:
+        """Serve after ``kill_superlink``, and wait for this round; the run that goes on.
+
+        Flower ends a run whose SuperLink was away for a minute: it is resumed.
+        """
+        self.serve()
+        until(lambda: self.at(out, round) or run.process.poll() is not None, what=f"{round=}")
+        if run.process.poll() in (None, 0):
+            return run
+        assert "continue with: rolora resume" in run.output().splitlines()[-1]
+        return self.run(out, resume=True)
 
     def coordinator(self, out: str) -> int:
         """The process of a run's app."""

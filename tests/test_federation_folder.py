@@ -18,8 +18,9 @@ import pytest
 from rolora.config.load import make_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.sites import folder as folders
+from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
-from rolora.sites.node import last_node, open_fleet
+from rolora.sites.node import last_node
 from rolora.sites.processes import running
 from rolora.sites.serve import require_free
 from rolora.sites.site_config import read_site
@@ -112,8 +113,8 @@ def test_a_site_whose_certificate_is_none_is_told_which(
     file = federation.path / "sites" / "ann" / "site.toml"
     file.write_text(file.read_text().replace("ca.crt", wrong))
     site = read_site(file)
-    with pytest.raises(ConfigError, match=wrong):
-        open_fleet(site)
+    with pytest.raises(ConfigError, match=wrong), Fleet.open(site):
+        pass
 
 
 def across(on: Path | str) -> Any:

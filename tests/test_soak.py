@@ -31,10 +31,10 @@ def kill_site(fed: Loopback, round: int) -> None:
     fed.join(name)
 
 
-def kill_superlink(fed: Loopback, round: int) -> None:
+def kill_superlink(fed: Loopback, run: Command, round: int) -> Command:
     asked(fed, round, "ann")
     fed.kill_superlink()
-    fed.serve()
+    return fed.serve_again(run, RUN, round)
 
 
 def kill_coordinator(fed: Loopback, run: Command, round: int) -> Command:
@@ -58,7 +58,7 @@ def test_twenty_rounds_with_kills_lose_no_committed_round_and_end_with_the_undis
             if round in SITE_KILLED:
                 kill_site(fed, round)
             elif round in SUPERLINK_KILLED:
-                kill_superlink(fed, round)
+                run = kill_superlink(fed, run, round)
             elif round == COORDINATOR_KILLED:
                 run = kill_coordinator(fed, run, round)
             fed.reached(RUN, round)

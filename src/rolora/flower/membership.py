@@ -83,7 +83,7 @@ class Membership:
             self._greet()
         every = [label for hello in self.hellos.values() for label in _labels(hello)]
         if task_kind(self.config.model.task).labelled:
-            return class_labels(every, "what the sites have")
+            return class_labels(every, "the sites' rows")
         return every
 
     def present(self, base: Base, labels: Sequence[Any]) -> Mapping[str, Member]:

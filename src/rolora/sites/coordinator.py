@@ -21,9 +21,9 @@ def prepare_remote(
 ) -> Experiment:
     """Wait for the sites, agree with them on labels and model, and set up the run.
 
-    ``notify`` gets a line for every site that joins or is refused. The server's seed is drawn here
-    unless it is set: sites know ``config.seed``, and must not be able to predict what is drawn from
-    the other. Raises ConfigError for what is impossible across sites, NoQuorum if too few come.
+    ``notify`` receives a line for each site that joins or is refused. The server's seed is drawn
+    here unless it is set: sites know ``config.seed``, and must not be able to predict what is drawn
+    from the other. Raises ConfigError for what is impossible across sites, NoQuorum for too few.
     """
     test_source, validation_source = _evaluation_sources(config.data)
     _refuse(config)
@@ -63,8 +63,7 @@ def prepare_remote(
 
 
 def _evaluation_sources(data: DataConfig) -> tuple[str, str | None]:
-    """Where the coordinator's test and validation rows are. ConfigError for a share of the sites'
-    rows, which never leave them."""
+    """The sources of test and validation rows. ConfigError for a share of the sites' rows."""
     if isinstance(data.test, str) and not isinstance(data.validation, float):
         return data.test, data.validation
     raise ConfigError(

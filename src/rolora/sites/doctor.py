@@ -21,8 +21,8 @@ from rolora.errors import RoloraError
 from rolora.files import is_locked
 from rolora.flower.message import PROTOCOL, VERSIONS, Scalar, SiteMessage, versions
 from rolora.sites import keys
+from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
-from rolora.sites.node import open_fleet
 from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
 from rolora.sites.site_run import table_here
@@ -151,7 +151,7 @@ def _connection(site: SiteConfig) -> Iterator[Finding]:
     if lock.exists() and is_locked(lock):
         yield Finding("accepted", True, "the site is running and connected now")
         return
-    with open_fleet(site) as fleet:
+    with Fleet.open(site) as fleet:
         node = fleet.activate(register=site.key is None)
         fleet.deactivate(node)
     yield Finding("accepted", True, f"the SuperLink knows this site as node {node}")

@@ -9,11 +9,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
@@ -43,8 +42,9 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from rolora.sites.keys import public_pem
+from rolora.sites.keys import public_pem, read_certificate, read_private_key
 from rolora.sites.retry import NotConnected, meaning, retry
+from rolora.sites.site_config import SiteConfig
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +58,17 @@ class Fleet:
 
     @classmethod
     @contextmanager
-    def open(
-        cls, address: str, certificates: Path | None, key: EllipticCurvePrivateKey
-    ) -> Iterator[Fleet]:
-        """A client of the SuperLink at ``address`` ("host:port"); without certificates, no TLS."""
+    def open(cls, site: SiteConfig) -> Iterator[Fleet]:
+        """The client of a site. ConfigError if its key or certificate cannot be read.
+
+        A site without a key gets a new one, for a SuperLink that asks for none.
+        """
+        certificates, path = site.path(site.certificates), site.path(site.key)
+        if certificates is not None:
+            read_certificate(certificates)  # httpx would only say "Unknown error 136"
+        key = ec.generate_private_key(ec.SECP384R1()) if path is None else read_private_key(path)
         with FleetHttpClient.from_server_address(
-            address,
+            site.superlink,
             insecure=certificates is None,
             root_certificates=None if certificates is None else str(certificates),
             interceptors=[

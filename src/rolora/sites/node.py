@@ -10,18 +10,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
 from rolora.files import locked, write_file
 from rolora.flower.message import SiteMessage
 from rolora.flower.transport import from_record, poll_interval, to_record
 from rolora.sites.flower_internals import Fleet, from_bytes, to_bytes
-from rolora.sites.keys import read_certificate, read_private_key
 from rolora.sites.retry import Gone, NotConnected
 from rolora.sites.site_config import SiteConfig
 
@@ -29,19 +27,6 @@ LONGEST = 1.0  # seconds between polls
 IDLE_AFTER, IDLE_LONGEST = 600.0, 3.0  # after so many seconds without a question
 
 _log = logging.getLogger(__name__)
-
-
-def open_fleet(site: SiteConfig) -> AbstractContextManager[Fleet]:
-    """A client of this site's SuperLink. ConfigError if its key or certificate cannot be read.
-
-    A SuperLink that asks for no keys is given a new one.
-    """
-    certificates = site.path(site.certificates)
-    if certificates is not None:
-        read_certificate(certificates)  # httpx would only say "Unknown error 136"
-    key = site.path(site.key)
-    private = ec.generate_private_key(ec.SECP384R1()) if key is None else read_private_key(key)
-    return Fleet.open(site.superlink, certificates, private)
 
 
 def serve(
@@ -69,7 +54,7 @@ def serve(
 @contextmanager
 def connected(site: SiteConfig) -> Iterator[Connection]:
     """The site's node, online and sending heartbeats. Raises NotConnected if it is refused."""
-    with open_fleet(site) as fleet:
+    with Fleet.open(site) as fleet:
         try:
             node = fleet.activate(register=site.key is None, last=last_node(site.folder))
         except NotConnected as error:

@@ -1,4 +1,4 @@
-"""One run as a site sees it: its configuration with the site's paths, its model, its rows."""
+"""One run at a site: its configuration with the site's paths, its model, its rows."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SiteRun:
         return self.experiment.method
 
     def view_of_rank(self, rank: int) -> AdapterState:
-        """Names and shapes of what a client of this rank is sent; the values are the start's."""
+        """An adapter with the names and shapes of what a client of this rank is sent."""
         specs, rng = self.experiment.base.specs, generator(self.config.seed, "init")
         start = ServerState(self.method.init(specs, rng))
         return self.method.download(start, ClientInfo(self.site.name, 0, rank, 1))
