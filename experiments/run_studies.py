@@ -24,13 +24,13 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rolora.comparison.folder import ComparisonFolder
 
 import rolora
+from rolora.comparison.folder import ComparisonFolder
 from rolora.errors import AllDiverged
 from rolora.files import write_file
-from rolora.results.export import outcome
-from rolora.results.runs import Run, by_method, load_run, primary_metric, sound
+from rolora.results.export import export_results
+from rolora.results.runs import RunRecord, by_method, load_run, not_diverged, primary_metric
 from rolora.training.local import NonFiniteLoss
 
 HERE = Path(__file__).parent
@@ -135,20 +135,20 @@ def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
     seconds = sum(line["seconds"] for one in every for line in one.rounds)
     made = {key: finals[0].provenance[key] for key in ("versions", "cpu", "threads", "git_commit")}
     record = {"cell": dict(cell), "core_seconds": round(seconds * made["threads"]), "made": made}
-    runs = sound(finals) if any(one.diverged is None for one in finals) else []
+    runs = not_diverged(finals) if any(one.diverged is None for one in finals) else []
     if not runs:
         return {**record, "diverged": {one.path.name: one.diverged for one in finals}}
     first, *others = by_method(runs)
     pairs = {
-        other: outcome([*by_method(runs)[first], *by_method(runs)[other]])["budgets"]
+        other: export_results([*by_method(runs)[first], *by_method(runs)[other]])["budgets"]
         for other in others
     }
-    whole = outcome(finals, ComparisonFolder(out).tuning())
+    whole = export_results(finals, ComparisonFolder(out).tuning())
     del whole["budgets"]  # of all methods together; those of pairs allow more
     return {**record, **whole, "pairs": pairs, "curves": curves(runs), "errors": errors(runs)}
 
 
-def curves(runs: Sequence[Run]) -> dict[str, dict[int, list[list[float]]]]:
+def curves(runs: Sequence[RunRecord]) -> dict[str, dict[int, list[list[float]]]]:
     """Method -> seed -> [round, megabytes up, metric] of every evaluated round."""
     metric = primary_metric(runs)
     return {
@@ -160,7 +160,7 @@ def curves(runs: Sequence[Run]) -> dict[str, dict[int, list[list[float]]]]:
     }
 
 
-def errors(runs: Sequence[Run]) -> dict[str, list[float]]:
+def errors(runs: Sequence[RunRecord]) -> dict[str, list[float]]:
     """Method -> mean over seeds of the relative aggregation error, round by round."""
     lines = {
         method: [[line["aggregation_error"] for line in one.rounds] for one in own]

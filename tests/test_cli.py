@@ -328,4 +328,4 @@ def test_resuming_a_finished_run_across_sites_waits_for_nobody(
     (out / "config.toml").write_text(text.replace("[federation]", '[federation]\non = "away"'))
     monkeypatch.setattr("rolora.cli.main.across_sites", lambda *_: pytest.fail("asked for sites"))
     code, said, _ = rolora(monkeypatch, capsys, "resume", out)
-    assert (code, said.splitlines()[0]) == (0, "nothing was left to do")
+    assert (code, said.splitlines()[0]) == (0, "nothing left to do")

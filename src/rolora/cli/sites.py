@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rolora.cli.printing import err_console, out_console, print_json, print_results
+from rolora.cli.printing import err_console, out_console, print_json, working
 from rolora.errors import ConfigError, RoloraError
 
 federation = typer.Typer(
@@ -161,7 +161,7 @@ def up(
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
     """Run or resume on the sites of ``federation.on``, showing what the coordinator's app says."""
-    from rolora.cli.display import working
+    from rolora.cli.tables import print_results
     from rolora.sites.submit import run_remotely
 
     with working(f"running on {settings.federation.on}"):
@@ -170,7 +170,6 @@ def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = N
 
 
 def _examine_site(settings: Any, run: str | None, as_json: bool) -> None:
-    from rolora.cli.display import working
     from rolora.config.load import load_config
     from rolora.sites.doctor import examine_site
 

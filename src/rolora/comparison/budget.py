@@ -1,7 +1,7 @@
-"""Core-hours: what a comparison may take, has taken, and will take.
+"""Core-hours: how long a comparison has taken, will take, and may take.
 
-A core-second is a second of one of torch's threads, busy or not, as a scheduler bills it. Counted
-are the rounds on disk; loading a model is not.
+A core-second is one second of one of torch's threads, busy or not, as a scheduler bills it. Only
+the rounds on disk count; loading a model does not.
 """
 
 from __future__ import annotations
@@ -12,51 +12,49 @@ from dataclasses import dataclass, replace
 import torch
 
 from rolora.errors import BudgetSpent, ConfigError
-from rolora.results.runs import Run
+from rolora.results.runs import RunRecord
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def core_seconds(text: str) -> float:
-    """``8h``, ``30m`` or ``90s`` in seconds. ConfigError for anything else, and for nothing."""
+    """``8h``, ``30m`` or ``90s`` in seconds. ConfigError for anything else, and for zero."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)([smh])", text.strip())
     if found is None:
         raise ConfigError(f"--budget {text!r}: give core-hours such as 8h, or 30m, or 90s")
     seconds = float(found[1]) * SECONDS[found[2]]
     if seconds == 0:
-        raise ConfigError(f"--budget {text}: nothing can be done in no time")
+        raise ConfigError(f"--budget {text}: the budget must be more than zero")
     return seconds
 
 
 def core_hours(seconds: float) -> str:
-    """'8.2', of this many seconds of all threads: two digits."""
+    """'8.2': core-hours that all threads spend in so many seconds, to two digits."""
     return f"{seconds * torch.get_num_threads() / 3600:.2g}"
 
 
 @dataclass(frozen=True)
-class Length:
-    """What a run is made of: ``rounds`` of training, ``evaluations``, the one before included."""
+class Workload:
+    """The ``rounds`` of training and the ``evaluations`` that a run consists of."""
 
-    rounds: int
-    evaluations: int
+    rounds: int = 0
+    evaluations: int = 0
 
     @classmethod
-    def of(cls, rounds: int, every: int, done: int = -1) -> Length:
-        """Of a run evaluated every so many rounds, without the rounds up to ``done``."""
-        evaluated = [
-            r for r in range(max(done + 1, 0), rounds + 1) if r % every == 0 or r == rounds
-        ]
-        return cls(rounds - max(done, 0), len(evaluated))
+    def of(cls, rounds: int, every: int, done: int = -1) -> Workload:
+        """What is left of a run after round ``done``: 0 is the evaluation before training."""
+        left = range(max(done + 1, 0), rounds + 1)
+        evaluations = sum(round % every == 0 or round == rounds for round in left)
+        return cls(rounds - max(done, 0), evaluations)
 
-    def plus(self, other: Length) -> Length:
-        """Both, one after the other."""
-        return Length(self.rounds + other.rounds, self.evaluations + other.evaluations)
+    def __add__(self, other: Workload) -> Workload:
+        return Workload(self.rounds + other.rounds, self.evaluations + other.evaluations)
 
 
 @dataclass(frozen=True)
-class Tally:
-    """Seconds so far: of evaluations before training, and of ``rounds`` of training, of which
-    ``evaluated`` ended with an evaluation."""
+class TimeSpent:
+    """Seconds so far: of ``first`` evaluations before training, and of ``rounds`` of training, of
+    which ``evaluated`` ended with an evaluation."""
 
     first: int = 0
     first_seconds: float = 0.0
@@ -66,10 +64,10 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        """Of everything."""
+        """All of it."""
         return self.first_seconds + self.round_seconds
 
-    def plus(self, round: int, evaluated: bool, seconds: float) -> Tally:
+    def plus(self, round: int, evaluated: bool, seconds: float) -> TimeSpent:
         """With one more round; round 0 is the evaluation before training."""
         if round == 0:
             return replace(self, first=self.first + 1, first_seconds=self.first_seconds + seconds)
@@ -80,29 +78,29 @@ class Tally:
             evaluated=self.evaluated + evaluated,
         )
 
-    def with_run(self, run: Run) -> Tally:
-        """With the rounds of a run folder."""
-        tally = self
+    def plus_run(self, run: RunRecord) -> TimeSpent:
+        """With all rounds of a run."""
+        spent = self
         for line in run.rounds:
-            tally = tally.plus(line["round"], bool(line["metrics"]), line["seconds"])
-        return tally
+            spent = spent.plus(line["round"], bool(line["metrics"]), line["seconds"])
+        return spent
 
-    def estimate(self, length: Length) -> float | None:
-        """Seconds that this will take, by the means so far; None before a round of training."""
+    def estimate(self, work: Workload) -> float | None:
+        """The seconds that ``work`` will take at this pace; None before any round of training."""
         if not self.rounds:
             return None
         evaluation = self.first_seconds / self.first if self.first else 0.0
         training = max(self.round_seconds - self.evaluated * evaluation, 0.0) / self.rounds
-        return length.rounds * training + length.evaluations * evaluation
+        return work.rounds * training + work.evaluations * evaluation
 
 
 def refuse_spent(
-    budget: float | None, tally: Tally, done: int, of: int, left: float | None
+    budget: float | None, spent: TimeSpent, done: int, of: int, left: float | None
 ) -> None:
-    """Raise BudgetSpent if there is a budget in core-seconds and the tally has come to it."""
-    if budget is not None and tally.seconds * torch.get_num_threads() >= budget:
+    """Raise BudgetSpent if there is a budget, in core-seconds, and it is used up."""
+    if budget is not None and spent.seconds * torch.get_num_threads() >= budget:
         more = "" if left is None else f", about {core_hours(left)} core-hours are left"
         raise BudgetSpent(
-            f"the budget is spent ({core_hours(tally.seconds)} core-hours): {done} of {of} runs "
-            f"are done{more}; go on with the same command and a larger --budget, or none"
+            f"the budget is spent ({core_hours(spent.seconds)} core-hours): {done} of {of} runs "
+            f"are done{more}; continue with the same command and a larger --budget, or none"
         )
