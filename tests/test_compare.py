@@ -14,6 +14,7 @@ import pytest
 from comparisons import GRID, METHODS, SMALL, everything, finish, lines, planned
 from tiny_site import write_rows
 
+from rolora.comparison.budget import Timing
 from rolora.comparison.folder import ComparisonFolder
 from rolora.comparison.grid import Comparison, plan
 from rolora.comparison.queue import QueuedRun, compare, queued_runs
@@ -326,10 +327,10 @@ def test_a_budget_between_runs_is_spent_before_the_next_is_begun(
 
 def test_the_estimate_falls_as_rounds_are_done(site: Path, tmp_path: Path) -> None:
     queued: QueuedRun = next(queued_runs(planned(site), tmp_path / "all"))
-    spent = queued.spent.plus(0, True, 1.0).plus(1, True, 3.0)
+    done = [*queued.done, Timing(0, True, 1.0), Timing(1, True, 3.0)]
     # 1 round of 1 is done; 3 of the same, and 6 of 2 rounds with 3 evaluations each
-    assert queued.seconds_left(spent, 1) == 3 * (2 + 2) + 6 * (2 * 2 + 3)
-    assert queued.seconds_left(spent, 0) == 2 + 1 + 3 * (2 + 2) + 6 * (2 * 2 + 3)
+    assert queued.seconds_left(done, 1) == 3 * (2 + 2) + 6 * (2 * 2 + 3)
+    assert queued.seconds_left(done, 0) == 2 + 1 + 3 * (2 + 2) + 6 * (2 * 2 + 3)
 
 
 def test_variants_that_are_the_same_are_refused(site: Path) -> None:

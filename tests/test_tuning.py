@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from rolora.comparison.budget import TimeSpent, Workload, core_seconds
+from rolora.comparison.budget import Timing, core_seconds, estimate, rounds_left
 from rolora.comparison.tuning import choose, make_grids, settings
 from rolora.comparison.variants import addressee, checked_labels, variant_overrides
+from rolora.config.load import load_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.results.tuned import Tuning
 
@@ -167,17 +169,19 @@ def test_a_budget_of_nothing_or_in_another_unit_is_refused(text: str) -> None:
         core_seconds(text)
 
 
-def test_the_length_of_what_is_left_of_a_run_counts_its_evaluations() -> None:
-    assert Workload.of(7, every=3) == Workload(rounds=7, evaluations=4)  # rounds 0, 3, 6 and 7
-    assert Workload.of(7, every=3, done=0) == Workload(rounds=7, evaluations=3)
-    assert Workload.of(7, every=3, done=6) == Workload(rounds=1, evaluations=1)
-    assert Workload.of(7, every=3, done=7) == Workload(rounds=0, evaluations=0)
+def test_the_rounds_left_of_a_run_end_with_an_evaluation(site: Path) -> None:
+    config = load_config(site, ["train.rounds=7", "eval.every=3"])
+    evaluated = [0, 3, 6, 7]
+    assert rounds_left(config) == [Timing(n, n in evaluated) for n in range(8)]
+    assert rounds_left(config, done=0) == [Timing(n, n in evaluated) for n in range(1, 8)]
+    assert rounds_left(config, done=6) == [Timing(7, True)]
+    assert rounds_left(config, done=7) == []
 
 
 def test_an_estimate_tells_training_from_evaluation() -> None:
-    spent = TimeSpent().plus(0, True, 10.0).plus(1, False, 2.0)
-    assert spent.estimate(Workload(rounds=4, evaluations=2)) == 4 * 2.0 + 2 * 10.0
-    later = spent.plus(2, True, 12.0)
-    assert later.estimate(Workload(rounds=4, evaluations=2)) == 4 * 2.0 + 2 * 10.0
-    assert later.seconds == 24.0
-    assert TimeSpent().plus(0, True, 10.0).estimate(Workload(1, 1)) is None
+    first, left = Timing(0, True, 10.0), [Timing(n, n > 2) for n in range(1, 5)]
+    done = [first, Timing(1, False, 2.0)]
+    assert estimate(done, left) == 4 * 2.0 + 2 * 10.0
+    assert estimate([*done, Timing(2, True, 12.0)], left) == 4 * 2.0 + 2 * 10.0
+    assert estimate(done, [Timing(0, True), *left]) == 4 * 2.0 + 3 * 10.0
+    assert estimate([first], left) is None

@@ -49,7 +49,7 @@ def compare(
     options: rolora,rolora+first=A
     """
     from rolora.cli.progress import follow_all
-    from rolora.cli.tables import comparison_text
+    from rolora.cli.results import comparison_text
     from rolora.comparison.budget import core_seconds
     from rolora.comparison.folder import ComparisonFolder
     from rolora.comparison.grid import TUNE_SEEDS, plan

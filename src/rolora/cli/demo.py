@@ -16,7 +16,7 @@ def demo(
 ) -> None:
     """Fetch a real model and texts, run three methods on a few seeds, and say what came out."""
     from rolora.cli.progress import follow
-    from rolora.cli.tables import results_table
+    from rolora.cli.results import results_table
     from rolora.demo import side_by_side as demonstration
     from rolora.report.narrative import conclusions
     from rolora.results.runs import load_run, summarise

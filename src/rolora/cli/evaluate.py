@@ -45,7 +45,7 @@ def evaluate(
     if data is not None:
         on_rows(path, overrides or [], data, model, json)
         return
-    from rolora.cli.tables import print_scores
+    from rolora.cli.results import print_scores
     from rolora.run.evaluation import find_adapter
     from rolora.run.harness import run_tasks
 
@@ -60,7 +60,7 @@ def evaluate(
 
 def on_rows(path: Path, overrides: list[str], data: str, model: str | None, json: bool) -> None:
     """The metrics on one set of rows, or on each file if ``data`` is a pattern."""
-    from rolora.cli.tables import print_sets
+    from rolora.cli.results import print_sets
     from rolora.data.tables import files_of, is_glob
     from rolora.run.evaluation import evaluate_adapter, evaluate_each
 

@@ -85,7 +85,7 @@ def resume(
     json: Json = False,
 ) -> None:
     """Continue a run from its last checkpoint, as if it had never stopped."""
-    from rolora.cli.tables import print_results
+    from rolora.cli.results import print_results
     from rolora.config.load import load_config
     from rolora.run import runs
     from rolora.run.folder import RunFolder
@@ -113,7 +113,7 @@ def report(
     json: Json = False,
 ) -> None:
     """Write one page about one or more runs: curves, tables, the split, the configuration."""
-    from rolora.cli.tables import print_runs
+    from rolora.cli.results import print_runs
     from rolora.report.page import write_report
 
     write_report(paths, out)
@@ -210,7 +210,7 @@ def _nothing_left(as_json: bool) -> None:
 
 def _follow(run: Run, as_json: bool) -> None:
     from rolora.cli.progress import follow
-    from rolora.cli.tables import print_results
+    from rolora.cli.results import print_results
 
     if follow(run, run.setup.config.name) is None:
         _nothing_left(as_json)

@@ -13,7 +13,7 @@ from rich.text import Text
 from rolora.algorithm.adapter import ClientInfo, Failure, Update
 from rolora.algorithm.method import Method, ServerState
 from rolora.cli.printing import err_console
-from rolora.comparison.budget import TimeSpent, core_hours
+from rolora.comparison.budget import Timing, core_hours
 from rolora.comparison.queue import QueuedRun
 from rolora.run.progress import clock, described
 from rolora.run.runs import Run
@@ -129,24 +129,23 @@ def follow_all(queue: Iterable[QueuedRun]) -> None:
 
 def _follow_queued(queued: QueuedRun, estimated: bool) -> bool:
     """Run one of the queue. The whole is estimated once, as soon as possible; returns if it was."""
-    name, spent = queued.planned.path.name, queued.spent
+    name, done = queued.planned.path.name, list(queued.done)
 
     def left(round: int) -> str:
         nonlocal estimated
-        seconds = queued.seconds_left(spent, round)
+        seconds = queued.seconds_left(done, round)
         if seconds is None:
             return ""
         if not estimated:
-            err_console.print(_estimate(queued, spent, seconds))
+            err_console.print(_estimate(queued, done, seconds))
         estimated = True
         return f"{clock(seconds)} left in all"
 
     def after(result: RoundResult) -> str:
-        nonlocal spent
         if result.advanced:
-            spent = spent.plus(result.round, bool(result.metrics), result.seconds)
+            done.append(Timing(result.round, bool(result.metrics), result.seconds))
         text = left(result.round)
-        queued.refuse_spent(spent, result.round)
+        queued.refuse_spent(done, result.round)
         return text
 
     where = f"run {queued.number} of {queued.of}: {name}"
@@ -158,13 +157,13 @@ def _follow_queued(queued: QueuedRun, estimated: bool) -> bool:
     return estimated
 
 
-def _estimate(queued: QueuedRun, spent: TimeSpent, left: float) -> str:
+def _estimate(queued: QueuedRun, done: Sequence[Timing], left: float) -> str:
     """How long the whole comparison takes, and whether the budget is enough."""
     threads = torch.get_num_threads()
-    whole = spent.seconds + left
+    whole = sum(one.seconds for one in done) + left
     text = f"estimate: {queued.of} runs take about {clock(whole)} on {threads} "
     text += f"thread{'' if threads == 1 else 's'}, {core_hours(whole)} core-hours"
-    if spent.seconds:
+    if whole > left:
         text += f", of which {clock(left)} are left"
     if queued.budget is not None:
         share = queued.budget / (whole * threads)

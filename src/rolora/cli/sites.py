@@ -161,7 +161,7 @@ def up(
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
     """Run or resume on the sites of ``federation.on``, showing what the coordinator's app says."""
-    from rolora.cli.tables import print_results
+    from rolora.cli.results import print_results
     from rolora.sites.submit import run_remotely
 
     with working(f"running on {settings.federation.on}"):

@@ -7,12 +7,14 @@ the rounds on disk count; loading a model does not.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 
+from rolora.config.schema import RunConfig
 from rolora.errors import BudgetSpent, ConfigError
-from rolora.results.runs import RunRecord
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -33,74 +35,43 @@ def core_hours(seconds: float) -> str:
     return f"{seconds * torch.get_num_threads() / 3600:.2g}"
 
 
-@dataclass(frozen=True)
-class Workload:
-    """The ``rounds`` of training and the ``evaluations`` that a run consists of."""
+class Timing(NamedTuple):
+    """A round that is done, or still to do; round 0 is the evaluation before training."""
 
-    rounds: int = 0
-    evaluations: int = 0
-
-    @classmethod
-    def of(cls, rounds: int, every: int, done: int = -1) -> Workload:
-        """What is left of a run after round ``done``: 0 is the evaluation before training."""
-        left = range(max(done + 1, 0), rounds + 1)
-        evaluations = sum(round % every == 0 or round == rounds for round in left)
-        return cls(rounds - max(done, 0), evaluations)
-
-    def __add__(self, other: Workload) -> Workload:
-        return Workload(self.rounds + other.rounds, self.evaluations + other.evaluations)
+    round: int
+    evaluated: bool
+    seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class TimeSpent:
-    """Seconds so far: of ``first`` evaluations before training, and of ``rounds`` of training, of
-    which ``evaluated`` ended with an evaluation."""
+def rounds_left(config: RunConfig, done: int = -1) -> list[Timing]:
+    """The rounds of a run after round ``done``; all of them by default."""
+    last, every = config.train.rounds, config.eval.every
+    return [Timing(n, n % every == 0 or n == last) for n in range(done + 1, last + 1)]
 
-    first: int = 0
-    first_seconds: float = 0.0
-    rounds: int = 0
-    round_seconds: float = 0.0
-    evaluated: int = 0
 
-    @property
-    def seconds(self) -> float:
-        """All of it."""
-        return self.first_seconds + self.round_seconds
-
-    def plus(self, round: int, evaluated: bool, seconds: float) -> TimeSpent:
-        """With one more round; round 0 is the evaluation before training."""
-        if round == 0:
-            return replace(self, first=self.first + 1, first_seconds=self.first_seconds + seconds)
-        return replace(
-            self,
-            rounds=self.rounds + 1,
-            round_seconds=self.round_seconds + seconds,
-            evaluated=self.evaluated + evaluated,
-        )
-
-    def plus_run(self, run: RunRecord) -> TimeSpent:
-        """With all rounds of a run."""
-        spent = self
-        for line in run.rounds:
-            spent = spent.plus(line["round"], bool(line["metrics"]), line["seconds"])
-        return spent
-
-    def estimate(self, work: Workload) -> float | None:
-        """The seconds that ``work`` will take at this pace; None before any round of training."""
-        if not self.rounds:
-            return None
-        evaluation = self.first_seconds / self.first if self.first else 0.0
-        training = max(self.round_seconds - self.evaluated * evaluation, 0.0) / self.rounds
-        return work.rounds * training + work.evaluations * evaluation
+def estimate(done: Sequence[Timing], left: Iterable[Timing]) -> float | None:
+    """The seconds that the rounds ``left`` will take; None before any round of training."""
+    trained = [one for one in done if one.round > 0]
+    if not trained:
+        return None
+    before = [one.seconds for one in done if one.round == 0]
+    evaluation = fmean(before) if before else 0.0
+    seconds = sum(one.seconds - one.evaluated * evaluation for one in trained)
+    training = max(seconds, 0.0) / len(trained)
+    return sum((one.round > 0) * training + one.evaluated * evaluation for one in left)
 
 
 def refuse_spent(
-    budget: float | None, spent: TimeSpent, done: int, of: int, left: float | None
+    budget: float | None, done: Sequence[Timing], runs: str, left: float | None
 ) -> None:
-    """Raise BudgetSpent if there is a budget, in core-seconds, and it is used up."""
-    if budget is not None and spent.seconds * torch.get_num_threads() >= budget:
+    """Raise BudgetSpent if there is a budget, in core-seconds, and it is used up.
+
+    ``runs`` says how many are done ('3 of 9'); ``left`` is the estimate of the seconds left.
+    """
+    seconds = sum(one.seconds for one in done)
+    if budget is not None and seconds * torch.get_num_threads() >= budget:
         more = "" if left is None else f", about {core_hours(left)} core-hours are left"
         raise BudgetSpent(
-            f"the budget is spent ({core_hours(spent.seconds)} core-hours): {done} of {of} runs "
-            f"are done{more}; continue with the same command and a larger --budget, or none"
+            f"the budget is spent ({core_hours(seconds)} core-hours): {runs} runs are done{more}; "
+            "continue with the same command and a larger --budget, or none"
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rolora.comparison.budget import TimeSpent
+from rolora.comparison.budget import Timing
 from rolora.comparison.grid import Comparison, PlannedRun
 from rolora.data.shards import digest, load_rows
 from rolora.errors import ConfigError, DataError, one_line
@@ -99,14 +99,15 @@ class ComparisonFolder:
         return chosen or RunFolder(planned.path).ended
 
 
-def time_spent(runs: Iterable[PlannedRun]) -> TimeSpent:
-    """The time of all rounds of these runs that are on disk."""
-    spent = TimeSpent()
+def rounds_done(runs: Iterable[PlannedRun]) -> list[Timing]:
+    """All rounds of these runs that are on disk."""
+    done = []
     for planned in runs:
         # the last line of an unfinished run may be cut off; the run is then not counted
         with contextlib.suppress(DataError, ConfigError):
-            spent = spent.plus_run(load_run(planned.path))
-    return spent
+            lines = load_run(planned.path).rounds
+            done += [Timing(x["round"], bool(x["metrics"]), x["seconds"]) for x in lines]
+    return done
 
 
 def _read_json(file: Path) -> dict[str, Any]:

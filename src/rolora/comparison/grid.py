@@ -7,11 +7,10 @@ measured on test rows, and start only when the choice is on disk.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rolora.comparison.budget import Workload
 from rolora.comparison.tuning import Grid, Setting, make_grids, refuse_unfair, settings
 from rolora.comparison.variants import method_of, variant_overrides
 from rolora.config.load import make_config
@@ -27,42 +26,32 @@ Stage = Literal["tuning", "final"]
 
 
 @dataclass(frozen=True)
-class Search:
-    """How settings are tuned: a grid for each method, the seeds, and the rounds of a run."""
-
-    grids: Mapping[str, Grid]
-    seeds: tuple[int, ...]
-    rounds: int
-
-
-@dataclass(frozen=True)
 class PlannedRun:
-    """A run of the comparison, done or not, and its folder ``path``."""
+    """A run of the comparison, done or not, with the tuned values and its folder ``path``."""
 
     stage: Stage
     method: str
+    setting: Setting
     path: Path
     config: RunConfig
-
-    @property
-    def work(self) -> Workload:
-        """The whole run."""
-        return Workload.of(self.config.train.rounds, self.config.eval.every)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Methods, each with overrides of its own, on the same rows, cohorts and batches.
 
-    ``methods`` is in the order of the table; the first is the reference. With a ``search``,
-    ``config`` has validation rows; ``cut_validation`` tells whether they were cut from the
-    training rows because the configuration had none.
+    ``methods`` is in the order of the table; the first is the reference. Each method that has a
+    grid is tuned on ``tune_seeds`` in runs of ``tune_rounds`` rounds; ``config`` then has
+    validation rows, and ``cut_validation`` tells whether they were cut from the training rows
+    because the configuration had none.
     """
 
     config: RunConfig
     methods: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
-    search: Search | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    tune_seeds: tuple[int, ...] = ()
+    tune_rounds: int = 0
     cut_validation: bool = False
 
     def configured(self, method: str, seed: int, more: Sequence[str] = ()) -> RunConfig:
@@ -75,43 +64,37 @@ class Comparison:
         make_method(config)  # raises before the first run starts
         return config
 
-    def tuning_run(self, path: Path, method: str, setting: Setting, seed: int) -> PlannedRun:
-        """One tuning run. ValueError if nothing is tuned."""
-        if self.search is None:
-            raise ValueError("this comparison tunes nothing")
-        more = [*setting, "eval.rows=validation", f"train.rounds={self.search.rounds}"]
-        name = f"{method}-{'-'.join(setting)}-seed{seed}".replace("/", "_")
-        config = self.configured(method, seed, more)
-        return PlannedRun("tuning", method, path / "tuning" / name, config)
-
     def tuning_runs(self, path: Path) -> list[PlannedRun]:
-        """All tuning runs, seed by seed."""
-        if self.search is None:
-            return []
+        """The tuning runs, seed by seed."""
+        fixed = ("eval.rows=validation", f"train.rounds={self.tune_rounds}")
         return [
-            self.tuning_run(path, method, setting, seed)
-            for seed in self.search.seeds
-            for method, grid in self.search.grids.items()
+            PlannedRun(
+                "tuning",
+                method,
+                setting,
+                path / "tuning" / f"{method}-{'-'.join(setting)}-seed{seed}".replace("/", "_"),
+                self.configured(method, seed, (*setting, *fixed)),
+            )
+            for seed in self.tune_seeds
+            for method, grid in self.grids.items()
             for setting in settings(grid)
         ]
 
     def final_runs(self, path: Path, tuning: Tuning | None) -> list[PlannedRun]:
         """The final runs, seed by seed; before the choice, with the first setting of the grid."""
+        first = {method: settings(grid)[0] for method, grid in self.grids.items()}
+        chosen = {m: tuning.best(m) if tuning else first.get(m, ()) for m in self.methods}
         return [
             PlannedRun(
                 "final",
                 method,
+                setting,
                 path / f"{method}-seed{seed}",
-                self.configured(method, seed, self._setting(method, tuning)),
+                self.configured(method, seed, setting),
             )
             for seed in self.seeds
-            for method in self.methods
+            for method, setting in chosen.items()
         ]
-
-    def _setting(self, method: str, tuning: Tuning | None) -> Setting:
-        if tuning is not None:
-            return tuning.best(method)
-        return settings(self.search.grids[method])[0] if self.search else ()
 
     def tuned_on(self) -> str:
         """A description of the rows that settings are tuned on."""
@@ -124,10 +107,10 @@ class Comparison:
 
     def record(self) -> dict[str, Any]:
         """Everything that the results depend on, as JSON: only the same comparison is resumed."""
-        tuned = self.search and {
-            "tune": {method: dict(grid) for method, grid in self.search.grids.items()},
-            "tune seeds": list(self.search.seeds),
-            "tune rounds": self.search.rounds,
+        tuned = {
+            "tune": {method: dict(grid) for method, grid in self.grids.items()},
+            "tune seeds": list(self.tune_seeds),
+            "tune rounds": self.tune_rounds,
         }
         return {
             **self.config.model_dump(mode="json", exclude={"seed", "method", "federation"}),
@@ -135,7 +118,7 @@ class Comparison:
             "methods": list(self.methods),  # in the order of the table
             "alone": {method: list(own) for method, own in self.methods.items() if own},
             "seeds": list(self.seeds),
-            **(tuned or {}),
+            **(tuned if self.grids else {}),
         }
 
 
@@ -162,12 +145,11 @@ def plan(
     if not methods or not seeds:
         raise ConfigError("a comparison needs at least one method and one seed")
     _refuse_repeated("seed", seeds)
-    search = None
+    grids = make_grids(tune, list(methods)) if tune else {}
+    rounds = config.train.rounds if tune_rounds is None else tune_rounds
+    cut = bool(tune) and config.data.validation is None
     if tune:
-        rounds = config.train.rounds if tune_rounds is None else tune_rounds
-        search = Search(make_grids(tune, list(methods)), tuple(tune_seeds), rounds)
-        _check_search(search, methods, seeds)
-    cut = search is not None and config.data.validation is None
+        _check_tuning(grids, methods, seeds, tune_seeds, rounds)
     if cut:
         data = config.data.model_copy(update={"validation": VALIDATION})
         config = config.model_copy(update={"data": data})
@@ -176,7 +158,7 @@ def plan(
             if (key := _key(text)) != "train.rounds":
                 refuse_unfair(key, f"{method}:{text}")
     own = {method: tuple(overrides) for method, overrides in methods.items()}
-    comparison = Comparison(config, own, tuple(seeds), search, cut)
+    comparison = Comparison(config, own, tuple(seeds), grids, tuple(tune_seeds), rounds, cut)
     comparison.tuning_runs(Path())
     alike: dict[str, str] = {}
     for run in comparison.final_runs(Path(), None)[: len(own)]:
@@ -186,21 +168,25 @@ def plan(
     return comparison
 
 
-def _check_search(
-    search: Search, methods: Mapping[str, Sequence[str]], seeds: Sequence[int]
+def _check_tuning(
+    grids: Mapping[str, Grid],
+    methods: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    tune_seeds: Sequence[int],
+    tune_rounds: int,
 ) -> None:
-    _refuse_repeated("tuning seed", search.seeds)
-    if not search.seeds:
+    _refuse_repeated("tuning seed", tune_seeds)
+    if not tune_seeds:
         raise ConfigError("tuning needs at least one seed")
-    if search.rounds < 1:
-        raise ConfigError(f"--tune-rounds {search.rounds}: a run needs at least one round")
-    if both := sorted(set(search.seeds) & set(seeds)):
+    if tune_rounds < 1:
+        raise ConfigError(f"--tune-rounds {tune_rounds}: a run needs at least one round")
+    if both := sorted(set(tune_seeds) & set(seeds)):
         raise ConfigError(
             f"seed {both[0]} is in --seeds and --tune-seeds: the final runs need fresh seeds"
         )
     for method, overrides in methods.items():
-        fixed = {_key(text) for text in overrides}
-        if key := next((key for key in search.grids[method] if key in fixed), None):
+        if both_keys := grids[method].keys() & set(map(_key, overrides)):
+            key = min(both_keys)
             raise ConfigError(f"{method}:{key} is both fixed and in --tune: remove one of them")
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rolora.comparison.budget import TimeSpent, Workload, refuse_spent
-from rolora.comparison.folder import ComparisonFolder, time_spent
-from rolora.comparison.grid import TUNE_SEEDS, Comparison, PlannedRun, Search, plan
-from rolora.comparison.tuning import choose, settings
+from rolora.comparison.budget import Timing, estimate, refuse_spent, rounds_left
+from rolora.comparison.folder import ComparisonFolder, rounds_done
+from rolora.comparison.grid import TUNE_SEEDS, Comparison, PlannedRun, plan
+from rolora.comparison.tuning import Setting, choose
 from rolora.comparison.variants import checked_labels
 from rolora.config.load import read_toml
 from rolora.config.schema import RunConfig
@@ -30,7 +30,7 @@ from rolora.run.runs import Run, pinned, resume, start
 class QueuedRun:
     """A run that is ready to start, ``number`` of ``of``.
 
-    ``spent`` is the time of all rounds before it, ``ahead`` the work after it; ``budget`` is in
+    ``done`` are all rounds before it, ``after`` all rounds of the runs after it; ``budget`` is in
     core-seconds.
     """
 
@@ -38,21 +38,19 @@ class QueuedRun:
     planned: PlannedRun
     number: int
     of: int
-    spent: TimeSpent
-    ahead: Workload
+    done: Sequence[Timing]
+    after: Sequence[Timing]
     budget: float | None
 
-    def seconds_left(self, spent: TimeSpent, round: int) -> float | None:
+    def seconds_left(self, done: Sequence[Timing], round: int) -> float | None:
         """Estimated for the whole comparison after this ``round``; None if it cannot be told."""
-        config = self.planned.config
-        left = Workload.of(config.train.rounds, config.eval.every, round)
-        return spent.estimate(left + self.ahead)
+        return estimate(done, [*rounds_left(self.planned.config, round), *self.after])
 
-    def refuse_spent(self, spent: TimeSpent, round: int) -> None:
+    def refuse_spent(self, done: Sequence[Timing], round: int) -> None:
         """Raise BudgetSpent if the budget is used up and rounds of this run are left."""
         if round < self.planned.config.train.rounds:
-            left = self.seconds_left(spent, round)
-            refuse_spent(self.budget, spent, self.number - 1, self.of, left)
+            left = self.seconds_left(done, round)
+            refuse_spent(self.budget, done, f"{self.number - 1} of {self.of}", left)
 
 
 def compare(
@@ -106,14 +104,14 @@ def queued_runs(
         loaded: tuple[str, Base] | None = None
         for planned in _pending(comparison, folder):
             number = paths.index(planned.path) + 1
-            after = (one.work for one in every[number:] if not folder.ended(one))
-            ahead = sum(after, Workload())
-            spent = time_spent(every)
-            left = spent.estimate(planned.work + ahead)
-            refuse_spent(budget, spent, number - 1, len(every), left)
+            pending = [one.config for one in every[number:] if not folder.ended(one)]
+            after = [timing for config in pending for timing in rounds_left(config)]
+            done = rounds_done(every)
+            left = estimate(done, [*rounds_left(planned.config), *after])
+            refuse_spent(budget, done, f"{number - 1} of {len(every)}", left)
             run = _begin(planned, every, loaded)
             loaded = (_base_key(planned), run.setup.base)
-            yield QueuedRun(run, planned, number, len(every), spent, ahead, budget)
+            yield QueuedRun(run, planned, number, len(every), done, after, budget)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
         finals = [one.path for one in comparison.final_runs(path, None)]
@@ -123,31 +121,26 @@ def queued_runs(
 def _pending(comparison: Comparison, folder: ComparisonFolder) -> Iterator[PlannedRun]:
     """Every run that has not ended. The choice is saved after tuning, before the final runs."""
     yield from (one for one in comparison.tuning_runs(folder.path) if not folder.ended(one))
-    if comparison.search is not None and not folder.tuning_file.is_file():
-        folder.write_tuning(_choose(comparison, comparison.search, folder.path))
+    if comparison.grids and not folder.tuning_file.is_file():
+        folder.write_tuning(_choose(comparison, folder.path))
     finals = comparison.final_runs(folder.path, folder.tuning())
     yield from (one for one in finals if not folder.ended(one))
 
 
-def _choose(comparison: Comparison, search: Search, path: Path) -> Tuning:
-    found = {one.path: load_run(one.path) for one in comparison.tuning_runs(path)}
-    metric = comparison.config.eval.metric or primary_metric(not_diverged(list(found.values())))
-    tuned = []
-    for method, grid in search.grids.items():
-        scores = {
-            setting: [
-                None if (run := found[at.path]).diverged else run.curve(metric)[-1].value
-                for at in (comparison.tuning_run(path, method, setting, s) for s in search.seeds)
-            ]
-            for setting in settings(grid)
-        }
-        tuned.append(choose(method, grid, scores, metric))
+def _choose(comparison: Comparison, path: Path) -> Tuning:
+    planned = comparison.tuning_runs(path)
+    runs = [load_run(one.path) for one in planned]
+    metric = comparison.config.eval.metric or primary_metric(not_diverged(runs))
+    scores: dict[str, dict[Setting, list[float | None]]] = {}
+    for one, run in zip(planned, runs, strict=True):
+        score = None if run.diverged else run.curve(metric)[-1].value
+        scores.setdefault(one.method, {}).setdefault(one.setting, []).append(score)
     return Tuning(
         metric=metric,
         rows=comparison.tuned_on(),
-        seeds=list(search.seeds),
-        rounds=search.rounds,
-        methods=tuned,
+        seeds=list(comparison.tune_seeds),
+        rounds=comparison.tune_rounds,
+        methods=[choose(m, grid, scores[m], metric) for m, grid in comparison.grids.items()],
     )
 
 
