@@ -1,4 +1,4 @@
-"""Write the tables of docs/demo.md, and docs/demo.png, from the runs of the demonstrations.
+"""Writes the tables of docs/demo.md, and docs/demo.png, from the runs of the demo.
 
 python docs/make_demo.py questions demo/runs/questions-1/*-seed*
 python docs/make_demo.py prompts demo/runs/prompts-1/*-seed*
@@ -21,7 +21,7 @@ PAGE, PICTURE = (Path(__file__).with_name(name) for name in ("demo.md", "demo.pn
 
 
 def draw(runs: list[RunRecord]) -> Figure:
-    """Accuracy against rounds and against megabytes sent: means over seeds, bands of one sd."""
+    """Accuracy against rounds and megabytes sent: means over seeds, bands of one sd."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for style, (method, seeds) in enumerate(by_method(runs).items()):
@@ -45,7 +45,7 @@ def draw(runs: list[RunRecord]) -> Figure:
 
 
 def table(runs: list[RunRecord]) -> str:
-    """What each method reached at equal rounds and at equal megabytes, in Markdown."""
+    """The result of each method at equal rounds and at equal megabytes, in Markdown."""
     metric = primary_metric(runs)
     equal = rank_methods(runs, metric, "megabytes")
     assert equal is not None
@@ -74,7 +74,7 @@ def table(runs: list[RunRecord]) -> str:
 
 
 def main(demo: str, *paths: str) -> None:
-    """Put the table of these runs between the demo's marks, and draw the questions' curves."""
+    """Replace the table between the demo's marks; for the questions, draw the curves too."""
     runs = [load_run(path) for path in paths]
     text = PAGE.read_text(encoding="utf-8")
     before, mark, rest = text.partition(f"<!-- demo:{demo} -->\n")

@@ -1,12 +1,12 @@
-"""Runs the studies that docs/results.md is made of, and writes a record of each.
+"""Runs the studies behind docs/results.md and writes a record of each.
 
     python experiments/run_studies.py               # all of studies.toml, one after another
     python experiments/run_studies.py trec rank     # these
     python docs/make_results.py                     # the page, from the records
 
-A study is one comparison (``rolora compare``) for each combination of its ``cells``. Whatever is on
-disk in ``runs/studies`` is not run again, so a study goes on where it was stopped. Each process
-uses as many threads as OMP_NUM_THREADS says; the records were made with one.
+A study is one comparison (``rolora compare``) for each combination of its ``cells``. Runs that are
+already in ``runs/studies`` are not repeated, so a stopped study continues. A process uses
+OMP_NUM_THREADS threads; the records were made with one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ FOLDER = Path("runs") / "studies"
 class Study:
     """One or several comparisons of the same methods.
 
-    ``cells`` maps keys to values, each combination of which is a comparison; ``rates_of`` names the
-    study whose tuned values are used, where this one does not ``tune``.
+    ``cells`` maps keys to values; each combination of values is a comparison. ``rates_of`` names the
+    study whose tuned values are used if this one does not ``tune``.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Study:
     rates_of: str | None = None
 
     def each(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the cells' values; a single empty one if there are none."""
+        """Every combination of the values; one empty combination if there are no cells."""
         for values in itertools.product(*self.cells.values()):
             yield dict(zip(self.cells, values, strict=True))
 
@@ -69,16 +69,16 @@ def studies() -> dict[str, Study]:
 
 
 def tuned(name: str) -> dict[str, list[str]]:
-    """Method -> the values that another study chose, as overrides."""
+    """The values that another study chose for each method, as overrides."""
     record = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
     methods = record["cells"][0]["tuning"]["methods"]
     return {m["method"]: [f"{k}={v}" for k, v in m["best"].items()] for m in methods}
 
 
 def run(study: Study, console: Console) -> None:
-    """Run what is not on disk yet, then write the record."""
+    """Run what is missing on disk, then write the record."""
     only = {} if study.rates_of is None else tuned(study.rates_of)
-    cells = [compared(study, cell, only, console) for cell in study.each()]
+    cells = [run_cell(study, cell, only, console) for cell in study.each()]
     record = {
         "study": study.name,
         "config": study.config,
@@ -101,35 +101,35 @@ def text_of(record: Mapping[str, Any]) -> str:
     return "\n".join([*rest[:-1], ' "cells": [', cells, " ]", last]) + "\n"
 
 
-def compared(
+def run_cell(
     study: Study, cell: Mapping[str, Any], only: Mapping[str, Sequence[str]], console: Console
 ) -> dict[str, Any]:
-    """One comparison, run to its end; what it came to."""
+    """Run one comparison to its end and return its part of the record."""
     overrides = [*study.overrides, *(f"{key}={value}" for key, value in cell.items())]
     out = FOLDER / study.name / ("-".join(map(str, cell.values())) or "whole")
     config = rolora.load_config(HERE / study.config, overrides)
     own = {method: only.get(method, ()) for method in study.methods}
     tuning = (study.tune, study.tune_seeds)
-    with contextlib.suppress(AllDiverged):  # there is no page about none, but a line in the map
+    with contextlib.suppress(AllDiverged):  # there is no page then, but a line in the map
         for one in rolora.compare(config, study.methods, study.seeds, out, own, *tuning):
-            console.print(f"{one.folder.path}: {followed(one, study.name, console)}")
-    return found(out, study, cell)
+            console.print(f"{one.folder.path}: {train(one, study.name, console)}")
+    return read_cell(out, study, cell)
 
 
-def followed(one: Any, name: str, console: Console) -> str:
-    """Run it to its end; what it came to, in a line."""
+def train(one: Any, name: str, console: Console) -> str:
+    """Train one run to its end and return a line about its result."""
     started = time.monotonic()
     try:
         for result in one.rounds():
             console.print(f"{name}: {one.folder.path}: round {result.round}", end="\r")
-        said = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+        text = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
     except NonFiniteLoss as error:
-        said = f"diverged: {error}"
-    return f"{said}   {time.monotonic() - started:.0f} s"
+        text = f"diverged: {error}"
+    return f"{text}   {time.monotonic() - started:.0f} s"
 
 
-def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """What a comparison's folder says, with every curve."""
+def read_cell(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The results in a comparison's folder, with all curves."""
     finals = [load_run(out / f"{m}-seed{s}") for s in study.seeds for m in study.methods]
     every = finals + [load_run(path.parent) for path in out.glob("tuning/*/config.toml")]
     seconds = sum(line["seconds"] for one in every for line in one.rounds)
@@ -144,7 +144,7 @@ def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
         for other in others
     }
     whole = export_results(finals, ComparisonFolder(out).tuning())
-    del whole["budgets"]  # of all methods together; those of pairs allow more
+    del whole["budgets"]  # all methods share these; pairs of methods have larger ones
     return {**record, **whole, "pairs": pairs, "curves": curves(runs), "errors": errors(runs)}
 
 
@@ -173,10 +173,10 @@ def errors(runs: Sequence[RunRecord]) -> dict[str, list[float]]:
 
 
 def main(names: Sequence[str]) -> None:
-    """Run the studies of these names, or all."""
+    """Run the named studies, or all."""
     known = studies()
     if unknown := [name for name in names if name not in known]:
-        sys.exit(f"no study is called {unknown[0]!r}; there are {', '.join(known)}")
+        sys.exit(f"unknown study {unknown[0]!r}; known: {', '.join(known)}")
     console = Console(stderr=True)
     for name in names or known:
         run(known[name], console)
