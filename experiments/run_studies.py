@@ -42,8 +42,8 @@ FOLDER = Path("runs") / "studies"
 class Study:
     """One or several comparisons of the same methods.
 
-    ``cells`` maps keys to values; each combination of values is a comparison. ``rates_of`` names the
-    study whose tuned values are used if this one does not ``tune``.
+    ``cells`` maps keys to values; each combination is a comparison. ``rates_of`` names the study
+    whose tuned values are used if this one does not ``tune``.
     """
 
     name: str

@@ -10,8 +10,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from rolora.algorithm.adapter import ClientInfo, Failure, Update
-from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.adapter import Assignment, Failure, Update
+from rolora.algorithm.method import Method
 from rolora.cli.printing import err_console
 from rolora.comparison.budget import Timing, core_hours
 from rolora.comparison.queue import QueuedRun
@@ -39,11 +39,9 @@ class Watched:
             self.tick()
             yield reply
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterable[ClientMetrics]:
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterable[ClientMetrics]:
         """As the engine's."""
-        return self.engine.evaluate(method, server, clients)
+        return self.engine.evaluate(method, clients)
 
 
 @dataclass(frozen=True)
