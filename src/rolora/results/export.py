@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from rolora.results.paired import CONFIDENCE, differences
 from rolora.results.published import Published, beside_published
@@ -23,22 +25,18 @@ def export_results(
     """
     runs = not_diverged(every)
     metric, reference = primary_metric(runs), next(iter(by_method(runs)))
-    beside = published and {
-        **published.model_dump(mode="json"),
-        "beside": [dataclasses.asdict(row) for row in beside_published(published, runs)],
+    found = {
+        "metric": metric,
+        "reference": reference,
+        "confidence": CONFIDENCE,
+        "methods": summarise(runs),
+        "budgets": [_budget(ranking, reference) for ranking in rankings(runs, metric)],
+        "diverged": {run.path.name: run.diverged for run in every if run.diverged is not None},
+        "tuning": tuning,
+        "published": published
+        and {**published.model_dump(), "beside": beside_published(published, runs)},
     }
-    exported: dict[str, Any] = _finite(
-        {
-            "metric": metric,
-            "reference": reference,
-            "confidence": CONFIDENCE,
-            "methods": [dataclasses.asdict(row) for row in summarise(runs)],
-            "budgets": [_budget(ranking, reference) for ranking in rankings(runs, metric)],
-            "diverged": {run.path.name: run.diverged for run in every if run.diverged is not None},
-            "tuning": tuning and tuning.model_dump(mode="json"),
-            "published": beside,
-        }
-    )
+    exported: dict[str, Any] = json.loads(TypeAdapter(Any).dump_json(found))
     return exported
 
 
@@ -47,7 +45,7 @@ def _budget(ranking: Ranking, reference: str) -> dict[str, Any]:
     places = []
     for place in ranking.everyone:
         difference = paired.get(place.method)
-        fields = None if difference is None else dataclasses.asdict(difference)
+        fields = difference and dataclasses.asdict(difference)
         places.append(
             {
                 "method": place.method,
@@ -64,14 +62,3 @@ def _budget(ranking: Ranking, reference: str) -> dict[str, Any]:
             }
         )
     return {"equal": ranking.axis, "budget": ranking.budget, "places": places, "late": ranking.late}
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for each number that JSON cannot hold, and lists for tuples."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
