@@ -140,12 +140,12 @@ def partition(
     """Show which client holds which rows, and save a picture of it. Trains nothing."""
     from rolora.cli.tables import masked_text, split_table
     from rolora.config.load import load_config
-    from rolora.data.shards import load_rows
     from rolora.report.figures import save_picture, split_figure
+    from rolora.run.experiment import Experiment
     from rolora.run.runs import training_masks
 
     settings = load_config(config, overrides or [])
-    rows = load_rows(settings)
+    rows = Experiment(settings).rows
     table = rows.table()
     save_picture(split_figure(table), picture)
     if json:
@@ -181,9 +181,9 @@ def init(
     ] = "",
 ) -> None:
     """Look at the columns of your file and write a commented configuration for it."""
-    from rolora.run.config_template import write_starter
+    from rolora.run.config_template import write_template
 
-    write_starter(data, out, model)
+    write_template(data, out, model)
     out_console.print(f"wrote {out}; next: rolora partition {out}")
 
 
@@ -212,7 +212,7 @@ def _follow(run: Run, as_json: bool) -> None:
     from rolora.cli.progress import follow
     from rolora.cli.results import print_results
 
-    if follow(run, run.setup.config.name) is None:
+    if follow(run, run.experiment.config.name) is None:
         _nothing_left(as_json)
     print_results(run.folder.path, as_json)
 

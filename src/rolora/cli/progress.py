@@ -60,7 +60,7 @@ def follow(run: Run, title: str, overall: Overall | None = None) -> RoundResult 
     """Run to the end, showing each round; returns the last round (None if none was left)."""
     for note in run.notes:
         err_console.print(f"note: {note}")
-    left = run.setup.federation.rounds - run.state.server.round
+    left = run.experiment.federation.rounds - run.state.server.round
     last: RoundResult | None = None
     with contextlib.ExitStack() as stack:
         advance, tick = stack.enter_context(_bars(title, left, overall))

@@ -17,7 +17,7 @@ from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.results.tuned import Tuning
-from rolora.run.configured import make_method
+from rolora.run.experiment import Experiment
 
 TUNE_SEEDS = (100, 101)
 VALIDATION = 0.1  # of the training rows, if the configuration has no validation rows
@@ -61,7 +61,7 @@ class Comparison:
         overrides = [*variant_overrides(method), *self.methods[method], *more]
         values = {**values, "method": own, "seed": seed}
         config = make_config(values, overrides, root=self.config.root)
-        make_method(config)  # raises before the first run starts
+        _ = Experiment(config).method  # raises before the first run starts
         return config
 
     def tuning_runs(self, path: Path) -> list[PlannedRun]:

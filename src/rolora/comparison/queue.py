@@ -22,7 +22,7 @@ from rolora.report.page import write_report
 from rolora.results.published import Published
 from rolora.results.runs import load_run, not_diverged, primary_metric
 from rolora.results.tuned import Tuning
-from rolora.run.build import Setup, prepare
+from rolora.run.experiment import Experiment
 from rolora.run.runs import Run, pinned, resume, start
 
 
@@ -110,7 +110,7 @@ def queued_runs(
             left = estimate(done, [*rounds_left(planned.config), *after])
             refuse_spent(budget, done, f"{number - 1} of {len(every)}", left)
             run = _begin(planned, every, loaded)
-            loaded = (_base_key(planned), run.setup.base)
+            loaded = (_base_key(planned), run.experiment.base)
             yield QueuedRun(run, planned, number, len(every), done, after, budget)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
@@ -159,12 +159,12 @@ def _begin(
     origin, key = _origin(every), _base_key(planned)
     base = loaded[1] if loaded is not None and loaded[0] == key else None
 
-    def build(config: RunConfig, folder: Path) -> Setup:
-        setup = prepare(config, folder, base)
+    def build(config: RunConfig, folder: Path) -> Experiment:
+        experiment = Experiment(config, folder, base=base)
         known = origin is not None and origin["key"] == key
-        if origin is not None and known and setup.base.digest != origin["base"]:
+        if origin is not None and known and experiment.base.digest != origin["base"]:
             raise ConfigError("the base model changed since the comparison began: restore it")
-        return setup
+        return experiment
 
     if planned.path.exists():
         return resume(planned.path, build=build)

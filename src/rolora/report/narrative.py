@@ -18,7 +18,7 @@ from rolora.results.runs import (
     primary_metric,
     summarise,
 )
-from rolora.tasks.registry import HIGHER_IS_BETTER
+from rolora.tasks.registry import higher_is_better
 
 TITLES: Mapping[Axis, str] = {
     "rounds": "equal rounds",
@@ -245,7 +245,7 @@ def _single(row: Summary) -> Conclusion:
 
 def direction(metric: str) -> str:
     """'higher is better' or 'lower is better'."""
-    return "higher is better" if HIGHER_IS_BETTER[metric] else "lower is better"
+    return "higher is better" if higher_is_better(metric) else "lower is better"
 
 
 def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str]:

@@ -15,7 +15,7 @@ from rolora.report.svg import inline_svg
 from rolora.results.paired import CONFIDENCE
 from rolora.results.ranking import rank_methods
 from rolora.results.runs import RunRecord, mean_sd
-from rolora.tasks.registry import HIGHER_IS_BETTER
+from rolora.tasks.registry import higher_is_better
 
 Groups = Mapping[str, Sequence[RunRecord]]
 Points = dict[int, tuple[float, float]]  # round -> (x, y)
@@ -171,7 +171,7 @@ def _client_spread(groups: Groups, metric: str) -> Picture | None:
             clients[method] = values
     if not clients:
         return None
-    worst = min if HIGHER_IS_BETTER[metric] else max
+    worst = min if higher_is_better(metric) else max
     return Picture(
         "clients",
         f"{metric} of each client",
