@@ -34,12 +34,13 @@ def kill_site(fed: Loopback, round: int) -> None:
 def kill_superlink(fed: Loopback, round: int) -> None:
     asked(fed, round, "ann")
     fed.kill_superlink()
+    fed.serve()
 
 
 def kill_coordinator(fed: Loopback, run: Command, round: int) -> Command:
     asked(fed, round, "ann")
     os.kill(fed.coordinator(RUN), signal.SIGKILL)
-    assert run.ended() == 1, run.said()
+    assert run.ended() == 1, run.output()
     return fed.run(RUN, resume=True)
 
 
@@ -65,7 +66,7 @@ def test_twenty_rounds_with_kills_lose_no_committed_round_and_end_with_the_undis
             assert now[: len(kept)] == kept, f"a committed round was lost by round {round}"
             kept = now
             print(f"round {round}: {time.monotonic() - started:.0f} s", flush=True)
-        assert run.ended() == 0, run.said()
+        assert run.ended() == 0, run.output()
         undisturbed = here(fed.folder / "run.toml", tmp_path / "here")
     lines = rounds(out)
     assert [line["round"] for line in lines] == list(range(ROUNDS + 1))

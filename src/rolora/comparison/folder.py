@@ -55,11 +55,7 @@ class ComparisonFolder:
                 (part / file.name).write_text(text + "\n")
         elif not file.is_file():
             raise ConfigError(f"{self.path} exists and is not a comparison: choose another --out")
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.path / ".lock"))
-            except BlockingIOError:
-                raise ConfigError(f"{self.path} is in use by another process") from None
+        with locked(self.path / ".lock"):
             self._refuse_another(_read_json(file), json.loads(text))
             yield
 

@@ -17,7 +17,7 @@ from rolora.algorithm.seeding import generator
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
-from rolora.flower.message import ParcelError
+from rolora.flower.message import MessageError
 from rolora.run.experiment import Experiment, local_settings
 from rolora.run.shards import Rows, hold_out
 from rolora.sites.site_config import SiteConfig
@@ -77,9 +77,9 @@ def config_here(site: SiteConfig, folder: Path) -> RunConfig:
     try:
         values = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise ParcelError("this site has not received the run's configuration") from None
+        raise MessageError("this site has not received the run's configuration") from None
     except ValueError:
-        raise ParcelError("the run's configuration is not valid JSON") from None
+        raise MessageError("the run's configuration is not valid JSON") from None
     config = make_config(values, root=site.root)
     own: dict[str, Any] = {"train": site.data}
     if site.text is not None:
@@ -99,7 +99,7 @@ def config_here(site: SiteConfig, folder: Path) -> RunConfig:
 
 
 def table_here(site: SiteConfig) -> Any:
-    """The site's rows as a pyarrow table, with the columns that a run may read and no other.
+    """The site's rows as a pyarrow table with only the columns that a run may read.
 
     Raises DataError if the file, or one of these columns, is missing.
     """
