@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rolora.cli.printing import err_console, out_console, print_json, print_results
+from rolora.cli.options import Json, names
+from rolora.cli.printing import err_console, out_console, print_json, working
 from rolora.errors import ConfigError, RoloraError
 
 federation = typer.Typer(
@@ -28,7 +29,7 @@ def site(
         str | None,
         typer.Option(help="with --check: a run's TOML, to check rows and model for"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Json = False,
     parent_pid: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Connect this site to its coordinator, and train on its rows when asked.
@@ -55,7 +56,7 @@ def doctor(
     run: Annotated[
         str | None, typer.Option(help="for a site: a run's TOML, to check its rows and model for")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Json = False,
 ) -> None:
     """Check the setup of a site or a coordinator, one line for each check."""
     _need_flower()
@@ -86,14 +87,14 @@ def keys(
         if host is None:
             raise ConfigError("a new federation needs --host, by which sites reach this machine")
         made = FederationFolder.create(folder, host, port)
-        out_console.print(f"made {folder}: a CA, and a server certificate for {host}", markup=False)
+        out_console.print(f"made {folder}: a CA, and a server certificate for {host}")
     else:
         made = FederationFolder.open(folder)
         if host not in (None, made.host):
             raise ConfigError(f"{folder} is for {made.host}: make another folder for {host}")
     for name in _listed(sites):
         given = made.add_site(name)
-        out_console.print(f"site {name}: give it {given}, which contains its key", markup=False)
+        out_console.print(f"site {name}: give it {given}, which contains its key")
 
 
 @federation.command()
@@ -108,7 +109,7 @@ def remove(
     opened = FederationFolder.open(folder)
     for name in _listed(sites):
         opened.remove_site(name)
-        out_console.print(f"site {name}: its key is no longer accepted", markup=False)
+        out_console.print(f"site {name}: its key is no longer accepted")
 
 
 @federation.command()
@@ -155,7 +156,7 @@ def up(
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
     """Run or resume on the sites of ``federation.on``, showing the run's progress."""
-    from rolora.cli.display import working
+    from rolora.cli.results import print_results
     from rolora.sites.submit import run_remotely
 
     with working(f"running on {settings.federation.on}"):
@@ -164,7 +165,6 @@ def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = N
 
 
 def _examine_site(settings: Any, run: str | None, as_json: bool) -> None:
-    from rolora.cli.display import working
     from rolora.config.load import load_config
     from rolora.sites.doctor import examine_site
 
@@ -182,16 +182,16 @@ def _report(findings: Iterable[Any], as_json: bool) -> None:
     else:
         for one in found:
             mark = "ok  " if one.good else "BAD "
-            out_console.print(f"{mark} {one.what:14} {one.detail}", markup=False)
+            out_console.print(f"{mark} {one.what:14} {one.detail}")
     bad = [one.what for one in found if not one.good]
     if bad:
         raise RoloraError(f"{len(bad)} of {len(found)} checks failed: {', '.join(bad)}")
 
 
 def _listed(text: str) -> list[str]:
-    if not (names := [name.strip() for name in text.split(",") if name.strip()]):
+    if not (found := names(text)):
         raise ConfigError("--sites is empty: give comma-separated names, such as ann,bob")
-    return names
+    return found
 
 
 def _need_flower() -> None:
@@ -200,5 +200,5 @@ def _need_flower() -> None:
 
 
 def _notify(line: str) -> None:
-    err_console.print(line, markup=False)
+    err_console.print(line)
     sys.stderr.flush()
