@@ -50,6 +50,8 @@ FENCES: dict[str, set[str]] = {
     "safetensors": {"algorithm", "model", "training", "run"},
     "sklearn": {"tasks"},
     "scipy": {"results"},
+    "psutil": {"training"},
+    "pooch": {"demo"},
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},
     "httpx": {"sites"},
