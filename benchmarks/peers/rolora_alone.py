@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.party import Answer, serve
-from rolora.algorithm.adapter import ClientInfo
+from rolora.algorithm.adapter import Assignment, ClientInfo
 from rolora.config.load import load_config
-from rolora.run.build import prepare
+from rolora.run.experiment import Experiment
 from rolora.training.engine import Job
 
 
@@ -30,13 +30,14 @@ def trainer(file: Path, name: str, orders: Connection) -> None:
     """Train this site's share of the round whose number comes, for ever."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        setup = prepare(load_config(file), Path(folder))
-        run, server = setup.federation, setup.start.server
+        experiment = Experiment(load_config(file), Path(folder))
+        run, server = experiment.federation, experiment.start.server
         orders.send(None)
         while number := orders.recv():
             rank = run.ranks([name])[name]
             info = ClientInfo(name, run.engine.clients()[name], rank, number)
-            job = Job(replace(server, round=number - 1), (info,), run.seed, run.lr(number))
+            assigned = Assignment(info, server.adapter)
+            job = Job(replace(server, round=number - 1), (assigned,), run.seed, run.lr(number))
             orders.send([update.client for update in run.engine.run(run.method, job)])
 
 

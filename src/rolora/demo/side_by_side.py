@@ -12,7 +12,6 @@ from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.demo.fetch import fetch
 from rolora.files import write_file
-from rolora.model.base import Base
 from rolora.model.peft import read_adapter
 from rolora.run.runs import Run
 from rolora.tasks.generation import generate
@@ -131,8 +130,8 @@ def _demo(folder: Path, name: str, text: str, seeds: tuple[int, ...]) -> Demo:
 
 def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:
     """(prompt, completion by the base, completion with the run's adapter) for test prompts."""
-    base: Base = run.setup.base
-    prompts = run.setup.test_rows["prompt"].slice(0, rows).to_pylist()
+    base = run.experiment.base
+    prompts = run.experiment.rows.test["prompt"].slice(0, rows).to_pylist()
     tokens = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
     plain = generate(base, tokens, max_new_tokens=12)
     with base.holding(read_adapter(run.folder.adapter, base.specs, any_rank=True)):
