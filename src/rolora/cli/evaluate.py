@@ -1,62 +1,28 @@
-"""``rolora eval``: a finished run measured on other rows, or on tasks of lm-evaluation-harness."""
+"""``rolora eval``: a finished run measured on other rows."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rolora.cli.printing import out_console, print_json, print_scores, print_sets
-from rolora.errors import ConfigError
+from rolora.cli.printing import out_console, print_json, print_sets
 
 
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER")],
+    data: Annotated[
+        str,
+        typer.Option(help="rows with the columns of the run's data; a pattern: each matching file"),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as eval.generate=500")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="rows with the columns that the run was trained on; a pattern: each file"
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="of lm-evaluation-harness, comma-separated: mmlu,humaneval")
-    ] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="with task files of your own")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="of each task, its first rows")] = None,
-    allow_code: Annotated[
-        bool,
-        typer.Option("--allow-code", help="run programs that the model writes, on this machine"),
-    ] = False,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Measure a finished run, or an adapter folder, on other rows or on well-known tasks."""
-    if (data is None) == (tasks is None):
-        raise ConfigError("say what to measure on: --data ROWS, or --tasks NAMES of the harness")
-    if data is not None:
-        on_rows(path, overrides or [], data, model, json)
-        return
-    from rolora.cli.display import working
-    from rolora.run.evaluation import find_adapter
-    from rolora.run.harness import run_tasks
-
-    trained = find_adapter(path, model, overrides or [])
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    with working("loading tasks and model, then asking"):
-        scores = run_tasks(trained, names, task_folder, limit, allow_code)
-    if json:
-        print_json([dataclasses.asdict(score) for score in scores])
-    else:
-        print_scores(scores)
-
-
-def on_rows(path: Path, overrides: list[str], data: str, model: str | None, json: bool) -> None:
-    """Metrics of one set of rows; of each file where ``data`` is a pattern."""
+    """Measure a finished run, or an adapter folder, on other rows."""
     from rolora.cli.display import working
     from rolora.data.tables import files_of, is_glob
     from rolora.run.evaluation import evaluate_adapter, evaluate_each
@@ -64,14 +30,14 @@ def on_rows(path: Path, overrides: list[str], data: str, model: str | None, json
     if is_glob(data, root=Path()):
         sets = {name: file for file, name in files_of(data, root=Path()).items()}
         with working(f"loading and evaluating on {len(sets)} sets of rows"):
-            found = dict(evaluate_each(path, sets, model, overrides))
+            found = dict(evaluate_each(path, sets, model, overrides or []))
         if json:
             print_json(found)
         else:
             print_sets(found)
         return
     with working("loading and evaluating"):
-        metrics = evaluate_adapter(path, data, model, overrides)
+        metrics = evaluate_adapter(path, data, model, overrides or [])
     if json:
         print_json(metrics)
         return

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rolora.demo.sources import Source
     from rolora.plan.method_table import MethodRow
     from rolora.plan.needs import MethodPlan, Plan
-    from rolora.run.harness import Score
 
 out_console = Console(highlight=False, soft_wrap=True)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -119,15 +118,6 @@ def print_sets(found: Mapping[str, Mapping[str, float]]) -> None:
     lines = [[name, *(f"{metrics[key]:.4f}" for key in names)] for name, metrics in found.items()]
     means = [sum(metrics[key] for metrics in found.values()) / len(found) for key in names]
     print_cells([["rows", *names], *lines, ["mean", *(f"{mean:.4f}" for mean in means)]])
-
-
-def print_scores(scores: Sequence[Score]) -> None:
-    """What the harness measured, a line for each task and metric."""
-    cells = [["task", "metric", "value", "± stderr", "rows"]]
-    for score in scores:
-        spread = "" if score.stderr is None else f"{score.stderr:.4f}"
-        cells.append([score.task, score.metric, f"{score.value:.4f}", spread, str(score.rows)])
-    print_cells(cells)
 
 
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:
