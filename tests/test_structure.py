@@ -50,6 +50,8 @@ FENCES: dict[str, set[str]] = {
     "safetensors": {"algorithm", "model", "training", "run"},
     "sklearn": {"tasks"},
     "scipy": {"results"},
+    "psutil": {"training"},
+    "pooch": {"demo"},
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},
     "filelock": {"files"},
@@ -61,12 +63,10 @@ FENCES: dict[str, set[str]] = {
     "rich": {"cli"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
-    "lm_eval": {"run"},
-    "evaluate": {"run"},
 }
 TORCH_ALONE = ("algorithm", "methods", "theory")
-# gguf is for transformers, which imports it when it reads such a file; accelerate is for lm_eval
-INDIRECT = {"gguf", "accelerate"}
+# transformers imports gguf when it reads such a file
+INDIRECT = {"gguf"}
 
 FORBIDDEN = {"util", "utils", "helper", "helpers", "manager", "common", "misc", "stuff", "core"}
 PUBLIC = [
@@ -155,7 +155,7 @@ def test_a_library_is_imported_inside_its_fence_which_is_no_wider_than_needed() 
 def test_the_dependencies_are_the_libraries_that_are_imported() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = project["dependencies"] + extras["flower"] + extras["harness"]
+    declared = project["dependencies"] + extras["flower"]
     names = {text.partition(">=")[0].replace("-", "_") for text in declared}
     used = {"scikit_learn" if library == "sklearn" else library for library in FENCES}
     assert names == used | INDIRECT

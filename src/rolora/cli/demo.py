@@ -1,4 +1,4 @@
-"""Commands that need no rows of one's own: the demonstration, and real models and rows to fetch."""
+"""``rolora demo`` and ``rolora fetch``: real models and data sets to try the library on."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rolora.cli.printing import out_console, print_json, working
 
 
 def demo(
-    llm: Annotated[bool, typer.Option("--llm", help="a small chat model instead")] = False,
+    llm: Annotated[bool, typer.Option("--llm", help="use a small chat model")] = False,
     folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
 ) -> None:
-    """Fetch a real model and texts, run three methods on a few seeds, and say what came out."""
+    """Fetch a real model and texts, run three methods on a few seeds, and compare the results."""
     from rolora.cli.progress import follow
     from rolora.cli.results import results_table
     from rolora.demo import side_by_side as demonstration
     from rolora.report.narrative import conclusions
     from rolora.results.runs import load_run, summarise
 
-    with working("fetching the model and the data, once"):
+    with working("fetching the model and the data (once)"):
         fetch = demonstration.language_demo if llm else demonstration.classification_demo
         ready = fetch(folder)
     runs = []
@@ -49,16 +49,16 @@ def demo(
 
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="left out: list what there is")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="without a name: list them")
     ] = None,
-    to: Annotated[Path, typer.Option(help="each name becomes a folder in it")] = Path("data"),
+    to: Annotated[Path, typer.Option(help="the folder that gets a folder per name")] = Path("data"),
     given: Annotated[
         Path | None,
-        typer.Option("--from", help="a folder that has the files already: use no network"),
+        typer.Option("--from", help="read the files from this folder, without a network"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Fetch real models and rows for the demonstrations and experiments."""
+    """Fetch real models and data sets for the demo and the experiments."""
     from rolora.cli.tables import print_sources
     from rolora.demo import fetch as fetching
     from rolora.demo.sources import SOURCES

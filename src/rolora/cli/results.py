@@ -34,7 +34,6 @@ from rolora.results.runs import (
     summarise,
 )
 from rolora.results.tuned import Tuning
-from rolora.run.harness import Score
 
 
 def print_runs(paths: Sequence[Path], as_json: bool) -> None:
@@ -149,12 +148,3 @@ def print_sets(found: Mapping[str, Mapping[str, float]]) -> None:
     lines = [[name, *(f"{metrics[key]:.4f}" for key in names)] for name, metrics in found.items()]
     means = [sum(metrics[key] for metrics in found.values()) / len(found) for key in names]
     print_cells([["rows", *names], *lines, ["mean", *(f"{mean:.4f}" for mean in means)]])
-
-
-def print_scores(scores: Sequence[Score]) -> None:
-    """What the harness measured, a line for each task and metric."""
-    cells = [["task", "metric", "value", "± stderr", "rows"]]
-    for score in scores:
-        spread = "" if score.stderr is None else f"{score.stderr:.4f}"
-        cells.append([score.task, score.metric, f"{score.value:.4f}", spread, str(score.rows)])
-    print_cells(cells)

