@@ -117,7 +117,7 @@ def test_clients_that_run_out_of_memory_go_on_by_halves_to_the_same_end(
         halved = list(runs.start(config, tmp_path / "halved").rounds())[-1]
     assert relative(halved.state.server.adapter, whole.state.server.adapter) <= 1e-4
     assert [r.message for r in caplog.records] == [
-        "5 clients at once do not fit in memory: going on with 2"
+        "5 clients at once do not fit in memory: continuing with 2"
     ]
     assert seen == [5, 2, 2, 1, 2, 2, 1]
 

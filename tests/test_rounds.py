@@ -313,7 +313,7 @@ def test_what_clients_are_sent_does_not_say_whom_the_server_will_draw() -> None:
 
 
 def test_reducers_and_methods_draw_from_the_server_s_seed() -> None:
-    def drawn(**seeds: int) -> AdapterState:
+    def drawn(**seeds: Any) -> AdapterState:
         return play(federation("flora", rounds=1, **seeds))[-1].state.server.adapter.only(
             frozenset({"A"})
         )
