@@ -24,9 +24,9 @@ import torch
 import transformers
 
 from benchmarks.place import ROOT
-from rolora.algorithm.method import get_method
 from rolora.data.examples import Examples
 from rolora.files import write_file
+from rolora.methods import get_method
 from rolora.model.base import Base, with_bank
 from rolora.model.peft import Kind, LoraSettings
 from rolora.tasks.causal_lm import causal_lm

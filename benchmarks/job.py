@@ -130,12 +130,10 @@ def _round(setup: Setup, number: int, tensors: dict[str, Tensor]) -> Mapping[str
 
 def _padded_tests(setup: Setup, rows: int = 64) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    engine = setup.federation.engine
-    assert isinstance(engine, InProcess)
-    assert engine.test is not None
-    order = engine.test.lengths.argsort(stable=True)
+    test = setup.task.encode_test(setup.test_rows, "the test rows")
+    order = test.lengths.argsort(stable=True)
     for index, chosen in enumerate(torch.split(order, rows)):
-        _add_batch(setup, engine.test, chosen, str(index), tensors)
+        _add_batch(setup, test, chosen, str(index), tensors)
     return tensors
 
 

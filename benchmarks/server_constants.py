@@ -16,7 +16,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Specs, TensorSpec, Update
-from rolora.algorithm.method import Method, ServerState, get_method, lora_init
+from rolora.algorithm.adapter import AdapterState, Assignment, Specs, TensorSpec, Update
+from rolora.algorithm.method import Method, ServerState, lora_init
 from rolora.algorithm.reduce import add_, mean, zeros_like
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
 from rolora.files import write_file
+from rolora.methods import get_method
 from rolora.run.folder import RunFolder
 from rolora.training.engine import ClientMetrics, Job
 from rolora.training.rounds import Federation, RoundResult, RunState, federate, sample_cohort
@@ -70,15 +71,13 @@ class Pretended:
         return {f"client-{i:07d}": 8 for i in range(self.count)}
 
     def run(self, method: Method, job: Job) -> Iterator[Update]:
-        for index, client in enumerate(job.cohort):
-            began = time.process_time()
+        for index, assigned in enumerate(job.cohort):
+            client, began = assigned.info, time.process_time()
             sent = self.pool[index % len(self.pool)].only(method.shared(job.round))
             self.spent += time.process_time() - began
             yield Update(client.id, sent, client.num_examples, {"loss": 1.0, "steps": 1.0})
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterator[ClientMetrics]:
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
         yield from ()
 
 

@@ -48,9 +48,9 @@ class Forgetful:
         for file in self.folder.glob("*/residual-*"):
             file.unlink()
 
-    def evaluate(self, method: Any, server: Any, clients: Any) -> Any:
+    def evaluate(self, method: Any, clients: Any) -> Any:
         """As the engine."""
-        return self.engine.evaluate(method, server, clients)
+        return self.engine.evaluate(method, clients)
 
 
 def measure(config: str, arm: str, seed: int, overrides: list[str]) -> dict[str, Any]:

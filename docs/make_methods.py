@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pages import put
 
-from rolora.algorithm.method import get_method
 from rolora.cli.printing import turns, yes_or_no
 from rolora.files import write_file
+from rolora.methods import get_method
 from rolora.plan.method_table import MethodRow, describe_methods, travels
 
 PAGE = Path(__file__).with_name("methods.md")

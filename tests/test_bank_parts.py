@@ -14,8 +14,9 @@ from tiny_clients import SHARDS, Bench, classifier, language_model
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, role_of
-from rolora.algorithm.method import Method, ServerState, get_method
+from rolora.algorithm.method import Method, ServerState
 from rolora.data.examples import collate
+from rolora.methods import get_method
 from rolora.model.bank import PREFIX, Bank, linear_shape
 from rolora.training.local import LocalSettings, Trained, Work
 

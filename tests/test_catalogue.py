@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from rolora.algorithm.adapter import Roles
-from rolora.algorithm.method import Method, get_method, method_factory, method_names
+from rolora.algorithm.method import Method
 from rolora.cli import main as cli
 from rolora.cli import printing
+from rolora.methods import METHODS, get_method, method_names
 from rolora.plan import method_table
 from rolora.plan.method_table import MethodRow, describe_methods, travels
 
@@ -95,7 +96,7 @@ def test_the_row_of_a_method_says_what_the_method_does(name: str) -> None:
         assert roles(row.trains[index]) == method.trained(round) - HEAD
         assert roles(row.up[index]) == (set() if method.pooled else method.shared(round) - HEAD)
     assert roles(row.keeps) == method.personal(1) - HEAD
-    options = inspect.signature(method_factory(name)).parameters
+    options = inspect.signature(METHODS.factory(name)).parameters
     assert row.options == tuple(f"{key}={one.default!r}" for key, one in options.items())
 
 

@@ -22,10 +22,10 @@ from tiny_site import write_rows
 from typer.main import get_command
 
 from rolora.algorithm.codec import Format, encode
-from rolora.algorithm.method import method_names
 from rolora.cli import main as cli
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
+from rolora.methods import method_names
 from rolora.plan.method_table import describe_methods
 
 ROOT = Path(__file__).parent.parent

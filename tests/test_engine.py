@@ -16,10 +16,11 @@ from tiny_clients import SHARDS, Bench, classifier
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update, role_of
 from rolora.algorithm.codec import Format
-from rolora.algorithm.method import Method, ServerState, freeze_head, get_method, method_names
+from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.data.examples import Examples
 from rolora.data.partition import client_ids
 from rolora.errors import RoloraError
+from rolora.methods import get_method, method_names
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import POOL, Debug, Engine, InProcess, Job
 from rolora.training.local import LocalSettings, Work, evaluate

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, role_of
-from rolora.algorithm.method import Method, Reduce, ServerState, get_method, method_names
+from rolora.algorithm.method import Method, Reduce, ServerState
+from rolora.methods import get_method, method_names
 
 # the properties
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from scripts import script
 
-from rolora.algorithm.method import method_names
 from rolora.config.load import load_config
+from rolora.methods import method_names
 
 PLACE = Path(__file__).parent.parent / "experiments"
 CONFIGS = sorted(path for path in PLACE.glob("*/*.toml") if path.parent.name != "linear")

@@ -33,12 +33,13 @@ from transformers import AutoModelForSequenceClassification
 
 import rolora.flower
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Update, role_of
-from rolora.algorithm.method import Method, ServerState, freeze_head, get_method
+from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.algorithm.reduce import Reducer, clip, mean, median
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError
 from rolora.flower import freeze, moving, strategy
+from rolora.methods import get_method
 
 PAGE = Path(__file__).parent.parent / "docs" / "flower.md"
 EXAMPLES = {11: 10, 12: 7, 13: 3}  # node -> its rows

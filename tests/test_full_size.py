@@ -20,11 +20,12 @@ from allocation import allocated
 from tiny import SENTENCES, chat_tokenizer, word_tokenizer
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo
-from rolora.algorithm.method import ServerState, get_method
+from rolora.algorithm.method import ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.step import Aggregation
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
+from rolora.methods import get_method
 from rolora.model.base import Base, with_bank
 from rolora.model.peft import LoraSettings, above_encoder
 from rolora.plan.meta_model import SHAPES

@@ -15,10 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from rolora.algorithm.method import get_method, method_names
 from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
+from rolora.methods import get_method, method_names
 from rolora.model.peft import read_adapter
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter

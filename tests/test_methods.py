@@ -20,19 +20,12 @@ from tiny_clients import SHARDS, Bench, classifier
 
 from rolora.algorithm.adapter import ClientInfo, Roles, Update, role_of
 from rolora.algorithm.codec import Format, num_bytes
-from rolora.algorithm.method import (
-    Method,
-    Reduce,
-    ServerState,
-    freeze_head,
-    get_method,
-    method_factory,
-    method_names,
-)
+from rolora.algorithm.method import Method, Reduce, ServerState, freeze_head
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError
+from rolora.methods import METHODS, get_method, method_names
 from rolora.plan.method_table import describe_methods
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import POOL, InProcess, Job
@@ -89,7 +82,7 @@ def after(method: Method, server: ServerState, updates: list[Update], seed: int 
 @every_method
 def test_a_method_is_named_after_its_file(method: Method) -> None:
     assert method.name in method_names()
-    assert method_factory(method.name).__module__ == f"rolora.methods.{method.name}"
+    assert METHODS.factory(method.name).__module__ == f"rolora.methods.{method.name}"
 
 
 @every_method
@@ -103,13 +96,13 @@ def test_a_method_file_cites_its_source_by_arxiv_number(method: Method) -> None:
 
 @every_method
 def test_a_method_file_has_at_most_60_lines(method: Method) -> None:
-    file = Path(inspect.getfile(method_factory(method.name)))
+    file = Path(inspect.getfile(METHODS.factory(method.name)))
     assert len(file.read_text().splitlines()) <= 60
 
 
 @every_method
 def test_every_option_of_a_method_is_a_keyword_with_a_default(method: Method) -> None:
-    for option in inspect.signature(method_factory(method.name)).parameters.values():
+    for option in inspect.signature(METHODS.factory(method.name)).parameters.values():
         assert option.kind is inspect.Parameter.KEYWORD_ONLY
         assert option.default is not inspect.Parameter.empty
 

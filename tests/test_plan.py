@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rolora.algorithm.adapter import ClientInfo, Roles, role_of
-from rolora.algorithm.method import method_names
 from rolora.cli import main as cli
 from rolora.config.load import load_config, make_config
 from rolora.data.examples import Batch, collate
 from rolora.demo.side_by_side import classification_demo
 from rolora.errors import ConfigError
+from rolora.methods import method_names
 from rolora.model.bank import row_keys
 from rolora.model.peft import LoraSettings
 from rolora.plan import estimate

@@ -12,10 +12,10 @@ from states import make_specs, same
 
 from rolora.algorithm.adapter import AdapterState, Roles, role_of
 from rolora.algorithm.factors import orthonormal
-from rolora.algorithm.method import get_method
 from rolora.algorithm.seeding import generator
 from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
+from rolora.methods import get_method
 from rolora.run import runs
 from rolora.training.memory import phases
 

@@ -14,11 +14,12 @@ from states import make_specs, moved, relative, same, sent, start_of, trained
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Roles, Update, role_of
-from rolora.algorithm.method import Method, ServerState, freeze_head, get_method, method_names
+from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.algorithm.reduce import clip, mean
 from rolora.algorithm.seeding import derived_seed
 from rolora.algorithm.step import Aggregation
 from rolora.errors import ConfigError, NoQuorum
+from rolora.methods import get_method, method_names
 from rolora.run.folder import line
 from rolora.training.engine import POOL, ClientMetrics, Job
 from rolora.training.rounds import (

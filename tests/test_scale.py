@@ -18,11 +18,12 @@ from tiny_site import write_rows
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update
 from rolora.algorithm.exactness import Products, norm
-from rolora.algorithm.method import Method, ServerState, get_method
+from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import Memory, Reducer, Value, mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.config.load import load_config
+from rolora.methods import get_method
 from rolora.run import configured, runs
 from rolora.run.folder import RunFolder
 from rolora.tasks.registry import Task

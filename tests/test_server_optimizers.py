@@ -16,13 +16,14 @@ from states import cohort_of, make_specs, random_state, relative, same, sent, tr
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Update, role_of
-from rolora.algorithm.method import ServerState, get_method, method_names
+from rolora.algorithm.method import ServerState
 from rolora.algorithm.reduce import Memory, Reducer, Value, clip, fedadam, fedavgm, mean, median
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.comparison import grid
 from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
+from rolora.methods import get_method, method_names
 from rolora.run import runs
 from rolora.run.configured import make_method, make_reducer
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rolora.algorithm.method import method_names
 from rolora.config.load import load_config
 from rolora.demo.fetch import fetch
+from rolora.methods import method_names
 from rolora.run import runs
 
 pytestmark = pytest.mark.slow

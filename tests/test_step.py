@@ -16,10 +16,11 @@ from states import HEAD, cohort_of, dense, make_specs, random_state, same, sent,
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Failure, Update
-from rolora.algorithm.method import Method, Reduce, ServerState, freeze_head, get_method
+from rolora.algorithm.method import Method, Reduce, ServerState, freeze_head
 from rolora.algorithm.reduce import clip, mean, median, trimmed_mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, RoundReport, step
+from rolora.methods import get_method
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
 COHORT = cohort_of(SIZES)

@@ -19,8 +19,8 @@ from benchmarks import harness
 from benchmarks.job import configuration
 from benchmarks.place import Place
 from rolora.algorithm.adapter import role_of
-from rolora.algorithm.method import get_method
 from rolora.files import write_file
+from rolora.methods import get_method
 from rolora.run.build import prepare
 from rolora.run.runs import Run
 

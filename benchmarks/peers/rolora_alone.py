@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.party import Answer, serve
-from rolora.algorithm.adapter import ClientInfo
+from rolora.algorithm.adapter import Assignment, ClientInfo
 from rolora.config.load import load_config
 from rolora.run.build import prepare
 from rolora.training.engine import Job
@@ -36,7 +36,8 @@ def trainer(file: Path, name: str, orders: Connection) -> None:
         while number := orders.recv():
             rank = run.ranks([name])[name]
             info = ClientInfo(name, run.engine.clients()[name], rank, number)
-            job = Job(replace(server, round=number - 1), (info,), run.seed, run.lr(number))
+            assigned = Assignment(info, server.adapter)
+            job = Job(replace(server, round=number - 1), (assigned,), run.seed, run.lr(number))
             orders.send([update.client for update in run.engine.run(run.method, job)])
 
 

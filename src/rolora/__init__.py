@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from rolora.algorithm.adapter import Update as Update
     from rolora.algorithm.method import Method as Method
     from rolora.algorithm.method import ServerState as ServerState
-    from rolora.algorithm.method import get_method as get_method
-    from rolora.algorithm.method import method_names as method_names
     from rolora.algorithm.reduce import Reducer as Reducer
     from rolora.comparison.queue import compare as compare
     from rolora.config.load import load_config as load_config
     from rolora.config.load import make_config as make_config
     from rolora.config.schema import RunConfig as RunConfig
     from rolora.errors import RoloraError as RoloraError
+    from rolora.methods import get_method as get_method
+    from rolora.methods import method_names as method_names
     from rolora.report.page import write_report as write_report
     from rolora.run.evaluation import evaluate_adapter as evaluate_adapter
     from rolora.run.runs import resume as resume
@@ -48,10 +48,10 @@ _HOMES = {
     "compare": "comparison.queue",
     "evaluate_adapter": "run.evaluation",
     "federate": "training.rounds",
-    "get_method": "algorithm.method",
+    "get_method": "methods",
     "load_config": "config.load",
     "make_config": "config.load",
-    "method_names": "algorithm.method",
+    "method_names": "methods",
     "resume": "run.runs",
     "start": "run.runs",
     "write_report": "report.page",

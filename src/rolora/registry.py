@@ -1,6 +1,6 @@
-"""Names to factories: those that come with rolora, and those that installed packages add.
+"""Factories by name: those of rolora, and those that installed packages add.
 
-A package adds one by an entry point in its ``pyproject.toml``::
+A package adds one with an entry point in its ``pyproject.toml``::
 
     [project.entry-points."rolora.methods"]
     my_method = "my_package.my_method:method"
@@ -8,10 +8,13 @@ A package adds one by an entry point in its ``pyproject.toml``::
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import Parameter, signature
 from typing import Any
 
 from rolora.errors import ConfigError, nearest
@@ -19,10 +22,10 @@ from rolora.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Registry:
-    """Factories by name. Nothing is imported before it is asked for.
+    """Factories by name; each is imported when it is first asked for.
 
-    ``kind`` is what messages call an entry, such as "method"; ``group`` the entry points of other
-    packages; ``own`` maps the names of ours to "module:attribute".
+    ``kind`` is what messages call an entry, such as "method". ``group`` is the entry-point group of
+    other packages. ``own`` maps the names that come with rolora to "module:attribute".
     """
 
     kind: str
@@ -34,18 +37,39 @@ class Registry:
         return sorted({*self.own, *self._added()})
 
     def factory(self, name: str) -> Callable[..., Any]:
-        """The factory of this name. ConfigError if there is none, or another package repeats it."""
+        """The factory of this name.
+
+        Raises ConfigError if there is none, or if a package adds one under a name of rolora's.
+        """
         added = self._added()
         if name not in self.own and name not in added:
             raise ConfigError(f"unknown {self.kind} {name!r}: {nearest(name, self.names())}")
         if name in self.own and name in added:
             raise ConfigError(
-                f"{added[name].value} adds a {self.kind} {name!r}, a name of rolora itself"
+                f"{added[name].value} adds a {self.kind} {name!r}, but rolora has one of that name"
             )
-        where = self.own.get(name) or added[name].value
-        module, _, attribute = where.partition(":")
+        module, _, attribute = (self.own.get(name) or added[name].value).partition(":")
         found: Callable[..., Any] = getattr(import_module(module), attribute)
         return found
 
-    def _added(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group)}
+    def options(self, name: str) -> dict[str, Parameter]:
+        """The options of this factory: its keyword-only parameters."""
+        parameters = signature(self.factory(name)).parameters
+        return {key: one for key, one in parameters.items() if one.kind is Parameter.KEYWORD_ONLY}
+
+    def make(self, name: str, *given: Any, **options: Any) -> Any:
+        """What this factory makes. ConfigError for an unknown name or option."""
+        known = self.options(name)
+        for option in options.keys() - known:
+            hint = nearest(option, known) if known else "it has no options"
+            raise ConfigError(f"{self.kind} {name!r} has no option {option!r}: {hint}")
+        return self.factory(name)(*given, **options)
+
+    def _added(self) -> Mapping[str, EntryPoint]:
+        return _entry_points(self.group, tuple(sys.path))
+
+
+@cache
+def _entry_points(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """The entry points of the packages on this path, by name."""
+    return {point.name: point for point in entry_points(group=group)}

@@ -1,8 +1,9 @@
 """Adapters as values: named tensors that are never changed in place, and their algebra.
 
-Names are PEFT's own (``base_model.model.<layer>.lora_A.weight``), so an adapter on disk and an
-adapter here are the same thing. The paper writes ``alpha * A * B`` with A down and B up; PEFT
-writes ``scaling * lora_B @ lora_A``. We follow PEFT: lora_A is (rank, in), lora_B is (out, rank).
+Tensor names are PEFT's (``base_model.model.<layer>.lora_A.weight``), so an adapter on disk and an
+adapter in memory are the same thing. The RoLoRA paper writes ``alpha * A * B`` with A the down
+projection; PEFT writes ``scaling * lora_B @ lora_A``. We follow PEFT: lora_A is (rank, in), lora_B
+is (out, rank).
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ _SUFFIX: dict[str, Role] = {
 
 @functools.lru_cache(maxsize=1 << 14)
 def role_of(name: str) -> Role:
-    """What a tensor of this name is.
+    """The role of the tensor with this name.
 
-    ``"A"`` (rank, in); ``"B"`` (out, rank); ``"core"``, between B and A: matrices (heads, r, r) and
-    their gains (heads,), where rank = heads · r; ``"delta"`` (out, in), a change of the base weight
-    that no longer fits into the factors; or ``"head"``.
+    ``"A"``: lora_A (rank, in). ``"B"``: lora_B (out, rank). ``"core"``: matrices (heads, r, r)
+    between lora_B and lora_A and their gains (heads,), where rank = heads · r. ``"delta"``: a
+    change of the base weight (out, in) beside the factors. ``"head"``: everything else.
     """
     return next((role for suffix, role in _SUFFIX.items() if name.endswith(suffix)), "head")
 
 
 def layer_of(name: str) -> str:
-    """The adapted layer that a LoRA factor belongs to: its name without the factor's suffix."""
+    """The adapted layer that a LoRA tensor belongs to: the name without its ``.lora_*`` suffix."""
     return name.rsplit(".lora_", 1)[0]
 
 
@@ -57,12 +58,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Specs:
-    """What an adapter of a model looks like, before it has values.
+    """The tensors of a model's adapter, before they have values.
 
-    ``head`` holds the values of head tensors that the checkpoint has; the others are drawn with
+    ``head`` holds the head tensors that the checkpoint has; other head weights are drawn with
     standard deviation ``head_std``, and lora_B with ``b_std``. ``scaling`` maps each adapted layer
-    to alpha / rank, ``gradient`` to the loss's gradient (out, in) at the start, for methods that
-    ask for it.
+    to alpha / rank (or alpha / sqrt(rank)). ``gradient`` maps it to the gradient (out, in) of the
+    loss at the base model's weights, for methods that need it.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -87,9 +88,10 @@ def through_core(lora_b: Tensor, core: Tensor, gain: Tensor | None = None) -> Te
 class AdapterState(Mapping[str, Tensor]):
     """An adapter's CPU tensors by PEFT name, in name order; a value, never changed in place.
 
-    A layer's change of the base weight is delta + scaling · lora_B · core · lora_A; core and delta
-    are there for methods that have them. ``scaling`` maps each adapted layer to its factor. Tensors
-    are float32 in a run; tests may build float64. Head tensors (classifier, ...) are in it too.
+    A layer changes its base weight by delta + scaling · lora_B · core · lora_A, where only some
+    methods have a core or a delta. ``scaling`` maps each adapted layer to its factor. The tensors
+    of the task head (classifier, ...) are part of the adapter. Tensors are float32 in a run; tests
+    may use float64. Two adapters are equal if their names, values and scalings are.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
@@ -105,6 +107,19 @@ class AdapterState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AdapterState):
+            return NotImplemented
+        same_names = self.keys() == other.keys() and self.scaling == other.scaling
+        return same_names and all(self.holds(name, tensor) for name, tensor in other.items())
+
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Whether this adapter has this very dtype, shape and value under this name."""
+        mine = self._tensors.get(name)
+        if mine is None or mine is tensor:  # tensors are shared, so most need no comparison
+            return mine is not None
+        return mine.dtype == tensor.dtype and torch.equal(mine, tensor)
+
     def __or__(self, other: Mapping[str, Tensor]) -> AdapterState:
         """This adapter with ``other``'s tensors in place of its own."""
         if other.keys() <= self._tensors.keys():
@@ -113,21 +128,21 @@ class AdapterState(Mapping[str, Tensor]):
         return AdapterState({**self._tensors, **other}, self.scaling)
 
     def only(self, roles: Roles) -> AdapterState:
-        """The tensors of these roles."""
+        """The tensors that have one of these roles."""
         return self.select(lambda name: role_of(name) in roles)
 
     def select(self, wanted: Callable[[str], bool]) -> AdapterState:
-        """The tensors whose name is wanted."""
+        """The tensors for whose name ``wanted`` is true."""
         return self._with({name: t for name, t in self._tensors.items() if wanted(name)})
 
     def _with(self, tensors: dict[str, Tensor]) -> AdapterState:
-        """These tensors, in name order and without gradients already, with this scaling."""
+        """These tensors, already in name order and without gradients, with this scaling."""
         state = AdapterState({}, self.scaling)
         state._tensors = tensors
         return state
 
     def delta(self) -> dict[str, LowRank]:
-        """layer -> its change of the base weight; layers that lack a factor are left out."""
+        """layer -> its change of the base weight; layers without both factors are left out."""
         found = {}
         for layer in self.layers():
             terms = [(self.scaling[layer], self.up(layer), self[f"{layer}.lora_A.weight"])]
@@ -137,14 +152,14 @@ class AdapterState(Mapping[str, Tensor]):
         return found
 
     def up(self, layer: str) -> Tensor:
-        """(out, rank): the layer's lora_B, times its core if there is one."""
+        """(out, rank): the layer's lora_B, multiplied by its core if it has one."""
         lora_b, core = self[f"{layer}.lora_B.weight"], self.get(f"{layer}.lora_core.weight")
         if core is None:
             return lora_b
         return through_core(lora_b, core, self.get(f"{layer}.lora_gain.weight"))
 
     def layers(self) -> list[str]:
-        """Adapted layers of which both factors are here, in name order."""
+        """The adapted layers that have both factors, in name order."""
         found = (layer_of(name) for name in self if role_of(name) == "A")
         return [layer for layer in found if f"{layer}.lora_B.weight" in self._tensors]
 
@@ -154,26 +169,39 @@ class AdapterState(Mapping[str, Tensor]):
 
 
 def _constant(tensor: Tensor) -> Tensor:
-    # a tensor that needs no gradient stays the same object, so that "is" tells who shares it
+    # no new object unless one is needed: comparing a tensor with itself costs nothing
     return tensor.detach() if tensor.requires_grad else tensor
 
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows of a client in a round: its rows, its LoRA rank, the round number."""
+    """What the server knows about a client in a round.
+
+    ``members``: usually empty. Otherwise this client stands for those clients: it holds the rows of
+    everybody and takes as many optimiser steps as its members together.
+    """
 
     id: str
     num_examples: int
     rank: int
     round: int
+    members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A client's part of a round: who it is, and the adapter that it received."""
+
+    info: ClientInfo
+    received: AdapterState
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends: absolute values of the shared tensors, never differences.
+    """What a client sends: the values of the shared tensors, not differences.
 
-    ``encoded_bytes`` is what travelled for them where that was an encoding
-    (``rolora.algorithm.codec``); the adapter is then what the server decoded.
+    ``encoded_bytes`` is the size of the encoding if the update was encoded
+    (``rolora.algorithm.codec``); ``adapter`` is then what the server decodes.
     """
 
     client: str
@@ -183,20 +211,20 @@ class Update:
     encoded_bytes: int | None = None
 
     def num_bytes(self) -> int:
-        """Payload bytes that travelled: of the encoding, or else elements × width."""
+        """Payload bytes: of the encoding, or else elements × width."""
         return self.adapter.num_bytes() if self.encoded_bytes is None else self.encoded_bytes
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client of the cohort that sent nothing usable, and why."""
+    """A client of the cohort that sent no usable update, and why."""
 
     client: str
     reason: str
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """A short hash of dtype, shape and exact bytes."""
+    """A short hash of dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -1,8 +1,8 @@
-"""The mean of what clients learned, as products: the other side of the aggregation error.
+"""The exact mean of what clients learned, to compare the server's average with.
 
-A layer's product is delta + scaling · lora_B · core · lora_A (see ``AdapterState``). Where nobody
-trained one of the factors, a sum of products is that factor times the sum of the other, so that a
-client costs as many additions as it has trained parameters, and nothing of it is kept.
+A layer's product is delta + scaling · lora_B · core · lora_A (see ``AdapterState``). Where no
+client trained one of the factors, the sum of products is that factor times the sum of the other, so
+each client costs as many additions as it has trained parameters, and none of its tensors is kept.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ Matrices = Mapping[str, LowRank]  # layer -> its product, or a sum of such produ
 
 
 class Products:
-    """Σ weight · product per layer, over adapters that stream by.
+    """Σ weight · product per layer, over adapters that are added one at a time.
 
-    ``common`` is what they have in common: a factor that *is* its tensor (the same object) was
-    trained by nobody. Where both factors differ, both are kept, until the layer's matrix itself is
-    smaller; see ``LowRank``.
+    A factor equal to that of ``common`` was not trained. Where both factors differ, both are kept
+    until the layer's dense matrix is smaller; see ``LowRank``.
     """
 
     def __init__(self, common: AdapterState) -> None:
         self._common = common
-        self._sums: dict[str, Tensor] = {}  # name of what moves -> its float64 sum
+        self._sums: dict[str, Tensor] = {}  # name of a trained tensor -> its float64 sum
         self._weight = 0.0  # of adapters whose deltas are the common ones
         self._others: dict[str, LowRank] = {}
 
@@ -39,15 +38,15 @@ class Products:
         moving: dict[str, Tensor] = {}
         for layer in state.layers():
             down, up = _factors(layer)
-            if state[down] is self._common.get(down):
+            if self._common.holds(down, state[down]):
                 moving[up] = state.up(layer)
-            elif state[up] is self._common.get(up) and state.up(layer) is state[up]:
+            elif f"{layer}.lora_core.weight" not in state and self._common.holds(up, state[up]):
                 moving[down] = state[down]
             else:
                 term = (weight * state.scaling[layer], state.up(layer), state[down])
                 self._others[layer] = self._others.get(layer, LowRank(())) + LowRank([term])
         deltas = {name: t for name, t in state.items() if role_of(name) == "delta"}
-        if all(tensor is self._common.get(name) for name, tensor in deltas.items()):
+        if all(self._common.holds(name, tensor) for name, tensor in deltas.items()):
             self._weight += weight
         else:
             moving |= deltas
@@ -79,30 +78,31 @@ class Products:
 
 
 class AggregationError:
-    """How far a round's average is from the exact one, over clients that stream by.
+    """How far the server's average is from the exact one, over clients added one at a time.
 
-    ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the product scaling·B·A that
-    client i returned (as it arrived, so what an encoding rounded away is not in it), ΔW_i its
-    change since the client received it, ΔW the change of the server's product from ``start``.
+    ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the product that client i
+    returned, as the server decoded it (so rounding by an encoding does not count as an error), ΔW_i
+    its change since the client received it, and ΔW the change of the server's product since
+    ``start``.
     """
 
     def __init__(self, start: AdapterState) -> None:
         self._start, self._weight = start, 0.0
-        self._returned, self._handed_out = Products(start), Products(start)
+        self._returned, self._received = Products(start), Products(start)
 
     def add(self, received: AdapterState, returned: AdapterState, weight: float) -> None:
-        """One client: what it was given and what it has now."""
+        """Add one client: the adapter that it received and the one that it has now."""
         self._weight += weight
         self._returned.add(returned, weight)
-        if received is not self._start:
-            self._handed_out.add(received, weight)
-            self._handed_out.add(self._start, -weight)
+        if received != self._start:
+            self._received.add(received, weight)
+            self._received.add(self._start, -weight)
 
     def of(self, after: AdapterState) -> float:
-        """The error if the server has ``after`` now; ask once, when every client was added."""
+        """The error if the server now has ``after``; call it once, after the last client."""
         whole = norm(self._returned.total())
         self._returned.add(after, -self._weight)
-        missed = norm(self._returned.total(), self._handed_out.total(), -1.0)
+        missed = norm(self._returned.total(), self._received.total(), -1.0)
         return _ratio(missed, whole)
 
 
@@ -111,7 +111,7 @@ def _beside(delta: Tensor) -> Term:
 
 
 def norm(one: Matrices, other: Matrices | None = None, factor: float = 1.0) -> float:
-    """Frobenius norm of ``one + factor * other`` over all layers together."""
+    """Frobenius norm of ``one + factor · other`` over all layers together."""
     layers = {**one}
     for layer, matrix in (other or {}).items():
         layers[layer] = layers.get(layer, LowRank(())) + matrix * factor

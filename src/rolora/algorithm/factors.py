@@ -63,9 +63,12 @@ def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Ten
 
 
 def truncated(adapter: AdapterState, rank: int) -> AdapterState:
-    """The first ``rank`` rows of each lora_A and columns of each lora_B; itself if that is all."""
+    """The first ``rank`` rows of each lora_A and columns of each lora_B, as views.
+
+    The adapter itself if that is all of them.
+    """
     cut = {
-        name: tensor[:rank] if role_of(name) == "A" else tensor[:, :rank].contiguous()
+        name: tensor[:rank] if role_of(name) == "A" else tensor[:, :rank]
         for name, tensor in adapter.items()
         if (role_of(name) == "A" and tensor.shape[0] > rank)
         or (role_of(name) == "B" and tensor.shape[1] > rank)

@@ -1,9 +1,8 @@
-"""What travels in a round, counted to the byte, and the ledger of what each client holds.
+"""What travels in a round, counted to the byte, and which tensors each client holds.
 
-Up travels what a client sends, as it is encoded; the client works out what the server decodes and
-holds that from then on. Down travels every tensor of its view that it does not hold as it now is:
-in the steady state of an alternating method the other factor, averaged in the round before; to a
-client that has missed rounds, both.
+Up travels a client's update, as it is encoded. Down travels every tensor that the client should
+have and does not hold: in the steady state of an alternating method the other factor, which was
+averaged in the round before; for a client that missed rounds, both.
 """
 
 from __future__ import annotations
@@ -12,19 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update, role_of
 from rolora.algorithm.method import Method, ServerState
 
 
 class Held(NamedTuple):
     """What a client holds: the server's tensors as they were after ``round``.
 
-    If it ``sent`` an update in the round that followed, it holds its own values of what was shared
-    then, and not the server's. ``last`` is the latest round in which an update of it arrived, 0 if
-    none has: what it keeps for itself counts as of then.
+    If it ``sent`` an update in the round that followed, it holds the values that it sent (as the
+    server decoded them) in place of the server's. ``last`` is the latest round in which an update
+    of this client arrived, 0 if there is none: its personal tensors are as of that round.
     """
 
     round: int
@@ -34,11 +30,11 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Ledger:
-    """Which value of which tensor each client holds, as round numbers: nothing is hashed.
+    """Which version of which tensor each client holds, as round numbers; nothing is hashed.
 
-    ``changed``: tensor name -> the round in which the server's value last changed; none for a
-    tensor as it was at the start. ``held``: client -> what it holds; none for one that has never
-    taken part, so that it costs nothing.
+    ``changed``: tensor name -> the round in which the server's value last changed; tensors that
+    never changed are left out. ``held``: client -> what it holds; clients that never took part are
+    left out, so they cost nothing.
     """
 
     changed: Mapping[str, int] = field(default_factory=dict)
@@ -47,7 +43,10 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What is remembered of an update once it has been used; ``lone`` if it was the only one."""
+    """What is remembered of an update once it has been used.
+
+    ``lone``: what it sent, if its client was the whole cohort.
+    """
 
     client: str
     metrics: Mapping[str, float]
@@ -58,9 +57,9 @@ class Arrival:
 def record_arrivals(
     replies: Iterable[Update | Failure], arrived: list[Arrival], lone: bool
 ) -> Iterator[Update | Failure]:
-    """The replies, unchanged; ``arrived`` grows by a note of each update as it passes.
+    """The replies, unchanged; each update that passes is appended to ``arrived``.
 
-    ``lone`` says that the cohort is one client.
+    ``lone``: the cohort is a single client.
     """
     for reply in replies:
         if isinstance(reply, Update):
@@ -74,26 +73,19 @@ def after_round(
     method: Method,
     before: ServerState,
     after: ServerState,
-    cohort: Mapping[str, ClientInfo],
+    cohort: Mapping[str, Assignment],
     ledger: Ledger,
     arrived: Sequence[Arrival],
 ) -> tuple[Ledger, int]:
-    """The ledger after this round, and the bytes that went down: only what a client lacked.
+    """The ledger after this round, and the bytes that travelled down in it.
 
-    A tensor that ``method.download`` made for one client has no round of its own, so it travels
-    every time.
+    A tensor that ``method.download`` made for one client has no version, so it travels every time.
     """
     sent = {one.client for one in arrived}
     held, total = dict(ledger.held), 0
-    known: dict[Held | None, int] = {}  # bytes that a client lacks of the server's own adapter
-    for client, info in cohort.items():
-        view, has = method.download(before, info), ledger.held.get(client)
-        if view is not before.adapter:
-            total += lacking(method, before, view, ledger, has).num_bytes()
-        else:
-            if has not in known:
-                known[has] = lacking(method, before, view, ledger, has).num_bytes()
-            total += known[has]
+    for client, assigned in cohort.items():
+        has = ledger.held.get(client)
+        total += lacking(method, before, assigned.received, ledger, has).num_bytes()
         last = has.last if has else 0
         if client in sent and after.round > before.round:
             last = after.round
@@ -108,13 +100,13 @@ def after_round(
 def lacking(
     method: Method, server: ServerState, view: AdapterState, ledger: Ledger, has: Held | None
 ) -> AdapterState:
-    """The part of a client's ``view`` of the server's adapter that it does not hold.
+    """The tensors of ``view``, the adapter that a client should have, that it does not hold.
 
-    ``has``: what the ledger says of this client, None for one that never took part.
+    ``has``: the ledger's entry for this client, None if it never took part.
     """
 
     def lacks(name: str) -> bool:
-        if has is None or view[name] is not server.adapter.get(name):
+        if has is None or not server.adapter.holds(name, view[name]):
             return True
         if ledger.changed.get(name, 0) > has.round:
             return True
@@ -127,14 +119,10 @@ def _changed(before: ServerState, after: ServerState, ledger: Ledger) -> Mapping
     moved = {
         name: after.round
         for name, tensor in after.adapter.items()
-        if not _is_part({name: tensor}, before.adapter)
+        if not before.adapter.holds(name, tensor)
     }
     return {**ledger.changed, **moved}
 
 
-def _is_part(part: Mapping[str, Tensor], whole: AdapterState) -> bool:
-    """Whether each of these tensors is in ``whole``, bit for bit."""
-    return all(
-        name in whole and (tensor is whole[name] or torch.equal(tensor, whole[name]))
-        for name, tensor in part.items()
-    )
+def _is_part(part: AdapterState, whole: AdapterState) -> bool:
+    return all(whole.holds(name, tensor) for name, tensor in part.items())

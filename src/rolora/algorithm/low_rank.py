@@ -1,4 +1,4 @@
-"""A matrix as a sum of low-rank terms: what products of LoRA factors add up to."""
+"""A matrix as a sum of low-rank terms, such as a sum of products of LoRA factors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ Term = tuple[float, Tensor, Tensor]
 class LowRank:
     """A matrix (out, in) kept as a sum of terms: weight · left (out, r) @ right (r, in).
 
-    Sums concatenate, and compact themselves once they are larger than the matrix multiplied out.
-    So the mean of any number of clients' products stays small. Norms go through float64 QR factors,
-    which keep the digits of a small difference of large products (a Gram matrix would square them
-    away).
+    Sums concatenate their terms, and are compacted once they are larger than the dense matrix, so
+    the mean of any number of clients' products stays small. Norms go through float64 QR factors,
+    which keep the digits of a small difference of large products; a Gram matrix would lose them.
     """
 
     def __init__(self, terms: Iterable[Term], rank: int | None = None) -> None:
@@ -43,17 +42,17 @@ class LowRank:
         return (left.shape[0], right.shape[1])
 
     def dense(self) -> Tensor:
-        """The matrix itself, float64 (out, in). For tests and small layers."""
+        """The matrix multiplied out, float64 (out, in)."""
         total = torch.zeros(self.shape, dtype=torch.float64)
         for weight, left, right in self.terms:
             total.addmm_(left.double(), right.double(), alpha=weight)
         return total
 
     def compact(self) -> LowRank:
-        """The same matrix with terms that share a factor, bit for bit, merged into one.
+        """The same matrix, with terms that have an equal factor merged into one.
 
         Clients that hold the same frozen A differ only in B: their sum is one term, and what
-        cancels in exact arithmetic cancels here before any product is formed.
+        cancels in exact arithmetic cancels before any product is formed.
         """
         lefts = _numbered([left for _, left, _ in self.terms])
         rights = _numbered([right for _, _, right in self.terms])
@@ -84,9 +83,9 @@ class LowRank:
 
 
 def _numbered(tensors: Sequence[Tensor]) -> list[int]:
-    """A number for each tensor, the same for tensors that are equal bit for bit.
+    """A number for each tensor, the same for equal tensors.
 
-    Nothing is hashed: only tensors of one shape with the same last element are compared at all.
+    Only tensors with the same shape and the same last element are compared; nothing is hashed.
     """
     kinds: dict[tuple[torch.Size, float], list[int]] = {}
     numbers: list[int] = []
@@ -104,7 +103,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _merged(terms: Sequence[Term], by_left: bool) -> Term:
-    """The sum of terms that all have the same left, or all the same right, factor."""
+    """The sum of terms that all have the same left factor, or all the same right factor."""
     if by_left:
         return 1.0, terms[0][1], torch.stack([w * right.double() for w, _, right in terms]).sum(0)
     return 1.0, torch.stack([w * left.double() for w, left, _ in terms]).sum(0), terms[0][2]

@@ -1,7 +1,7 @@
-"""The server's part of a round: check what clients sent, combine it, say how exact that was.
+"""The server's part of a round: check the updates, combine them, and report how exact that was.
 
-Updates stream through: each is checked, added to the reducer and to the exact mean of products,
-and dropped, so that the memory of a round does not grow with its cohort.
+Updates stream: each is checked, added to the reducer and to the exact mean of products, and
+dropped, so a round's memory does not grow with its cohort.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.exactness import AggregationError
 from rolora.algorithm.method import Method, Project, ServerState
 from rolora.algorithm.reduce import Memory, Reducer, Value
@@ -24,7 +24,7 @@ from rolora.algorithm.reduce import Memory, Reducer, Value
 class Aggregation:
     """How a run combines updates: the reducer, the clients' weights, and the quorum.
 
-    ``exactness`` says whether to find the aggregation error.
+    ``exactness``: whether to compute the aggregation error.
     """
 
     reducer: Reducer
@@ -32,17 +32,17 @@ class Aggregation:
     quorum: int = 1
     exactness: bool = True
 
-    def weight(self, client: Update | ClientInfo) -> float:
-        """The client's weight in a mean; weights need not sum to 1."""
-        return float(client.num_examples) if self.weights == "num_examples" else 1.0
+    def weight(self, update: Update) -> float:
+        """The update's weight in a mean; weights need not sum to 1."""
+        return float(update.num_examples) if self.weights == "num_examples" else 1.0
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What ``step`` found: who was used, who was rejected and why, and how exact the average was.
+    """The outcome of ``step``: whose updates were used, whose were rejected and why.
 
-    ``aggregation_error`` is that of ``products.AggregationError``; ``None`` where the server cannot
-    know it (personal factors), or was not asked to.
+    ``aggregation_error``: see ``rolora.algorithm.exactness.AggregationError``; None if it was not
+    asked for, or if the server cannot know it because clients keep factors to themselves.
     """
 
     accepted: tuple[str, ...]
@@ -59,15 +59,16 @@ def step(
     method: Method,
     aggregation: Aggregation,
     server: ServerState,
-    cohort: Mapping[str, ClientInfo],
+    cohort: Mapping[str, Assignment],
     replies: Iterable[Update | Failure],
     rng: torch.Generator,
 ) -> tuple[ServerState, RoundReport]:
     """Check the updates of a round, combine the good ones, and return the next server state.
 
-    Replies are taken in the order of ``cohort``, whatever order they arrive in. A faulty update is
-    rejected and named, never fatal; of several from one client the first counts. Below the quorum
-    the round does not advance: the same state comes back with ``attempt + 1``.
+    ``cohort``: client -> its assignment; updates are combined in this order, in whatever order they
+    arrive. A faulty update is rejected with a reason and stops nothing; of several from one client
+    the first counts. Below the quorum the round does not advance: the same state comes back with
+    ``attempt + 1``. ``rng`` is what the reducer and the method draw from.
     """
     round = server.round + 1
     accepted: list[str] = []
@@ -84,16 +85,17 @@ def step(
         into = project or (lambda view: view.only(method.shared(round)))
         reducer, memory = aggregation.reducer, server.memory or aggregation.reducer.init()
         for update in _in_turn(replies, cohort, rejected):
-            received = method.download(server, cohort[update.client])
-            if fault := _fault(method, received, cohort[update.client], update):
+            assigned = cohort[update.client]
+            if fault := _fault(method, assigned, update):
                 rejected[update.client] = fault
                 continue
             accepted.append(update.client)
+            received = assigned.received
             returned, share = received | update.adapter, aggregation.weight(update)
             if missed is not None:
                 missed.add(received, returned, share)
             value, reference = into(returned), into(received)
-            if weight is not None:  # by the server's own scaling
+            if weight is not None:  # with the server's scaling: the client's is not trusted
                 sent = AdapterState(update.adapter, received.scaling)
                 share = weight(replace(update, adapter=sent))
             memory = reducer.add(memory, value, reference, share)
@@ -116,11 +118,11 @@ def step(
 
 
 def _in_turn(
-    replies: Iterable[Update | Failure], cohort: Mapping[str, ClientInfo], rejected: dict[str, str]
+    replies: Iterable[Update | Failure], cohort: Mapping[str, Assignment], rejected: dict[str, str]
 ) -> Iterator[Update]:
-    """The updates in the order of ``cohort``; one that comes before its turn waits for it.
+    """The updates in the order of ``cohort``; an early one waits for its turn.
 
-    Each is handed on as soon as all before it have come or failed, and is not held after that.
+    Each is yielded as soon as all before it have arrived or failed, and is not kept after that.
     """
     came: set[str] = set()
     waiting: dict[str, Update] = {}
@@ -143,11 +145,12 @@ def _in_turn(
     yield from (waiting[client] for client in turns if client in waiting)
 
 
-def _fault(method: Method, received: AdapterState, info: ClientInfo, update: Update) -> str | None:
-    """Why this update cannot be used, in words for the record, or ``None``."""
+def _fault(method: Method, assigned: Assignment, update: Update) -> str | None:
+    """Why this update cannot be used, as text for the record, or None."""
+    info = assigned.info
     if type(update.num_examples) is not int or update.num_examples != info.num_examples:
         return f"num_examples is {update.num_examples!r}, but it joined with {info.num_examples}"
-    expected = received.only(method.shared(info.round))
+    expected = assigned.received.only(method.shared(info.round))
     if missing := sorted(expected.keys() - update.adapter.keys()):
         return f"{missing[0]} is missing"
     if extra := sorted(update.adapter.keys() - expected.keys()):
@@ -158,7 +161,7 @@ def _fault(method: Method, received: AdapterState, info: ClientInfo, update: Upd
             return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
         if tensor.dtype != like.dtype:
             return f"{name} has dtype {tensor.dtype}, expected {like.dtype}"
-        # one pass: a sum is finite only if all values are; where finite ones overflowed, look again
+        # one pass: only finite values have a finite sum; if they overflowed, look again
         if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
             return f"{name} has values that are not finite"
     return None

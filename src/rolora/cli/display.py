@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from rolora.algorithm.adapter import ClientInfo, Failure, Update
-from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.adapter import Assignment, Failure, Update
+from rolora.algorithm.method import Method
 from rolora.results.runs import Row
 from rolora.run.progress import described
 from rolora.run.runs import Run
@@ -44,11 +44,9 @@ class Watched:
             self.tick()
             yield reply
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterable[ClientMetrics]:
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterable[ClientMetrics]:
         """As the engine's own."""
-        return self.engine.evaluate(method, server, clients)
+        return self.engine.evaluate(method, clients)
 
 
 @dataclass(frozen=True)

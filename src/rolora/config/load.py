@@ -11,9 +11,9 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
-from rolora.algorithm.method import method_factory
 from rolora.config.schema import MethodConfig, RunConfig
 from rolora.errors import ConfigError, nearest
+from rolora.methods import METHODS
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -141,7 +141,7 @@ def _keys(section: Any, path: list[str]) -> list[str]:
 
 
 def _check_method(method: MethodConfig) -> None:
-    factory = method_factory(method.name)
+    factory = METHODS.factory(method.name)
     try:
         validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(factory)(
             **method.options

@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update
+from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.codec import WireError, body_bytes, decode, encode
 from rolora.algorithm.ledger import lacking
-from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.method import Method
 from rolora.config.load import config_hash
 from rolora.config.schema import RunConfig
 from rolora.errors import NoQuorum
@@ -59,15 +59,15 @@ class Remote:
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """Ask every site of the cohort to train; yield what comes back, checked, as it comes."""
-        views = {info.id: method.download(job.server, info) for info in job.cohort}
 
-        def train(info: ClientInfo, whole: bool) -> Parcel:
+        def train(assigned: Assignment, whole: bool) -> Parcel:
+            info, received = assigned.info, assigned.received
             held = job.ledger.held.get(info.id)
             has = None if whole else held
             return self._with_view(
                 "train",
-                views[info.id],
-                lacking(method, job.server, views[info.id], job.ledger, has),
+                received,
+                lacking(method, job.server, received, job.ledger, has),
                 round=job.round,
                 num_examples=info.num_examples,
                 rank=info.rank,
@@ -77,12 +77,13 @@ class Remote:
             )
 
         wanted, used = max(len(job.cohort) - self.config.federation.spare, 1), 0
-        waiting = [info.id for info in job.cohort]
-        for info, reply in self._asked(job.cohort, train):
-            waiting.remove(info.id)
-            update = self._update(method, views[info.id], info, reply)
+        waiting = [assigned.info.id for assigned in job.cohort]
+        for assigned, reply in self._asked(job.cohort, train):
+            waiting.remove(assigned.info.id)
+            update = self._update(method, assigned, reply)
             yield update
-            used += isinstance(update, Update) and update.num_examples == info.num_examples
+            count = assigned.info.num_examples
+            used += isinstance(update, Update) and update.num_examples == count
             if used == wanted:
                 break
         for client in waiting:
@@ -90,36 +91,35 @@ class Remote:
                 client, f"not waited for: {wanted} others had answered (federation.spare)"
             )
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterator[ClientMetrics]:
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
         """Each site's metrics on its own held-out rows. No site has the server's test rows."""
 
-        def score(info: ClientInfo, whole: bool) -> Parcel:
-            view = method.download(server, info)
-            return self._with_view("score", view, view, round=server.round, rank=info.rank)
+        def score(assigned: Assignment, whole: bool) -> Parcel:
+            info, view = assigned.info, assigned.received
+            return self._with_view("score", view, view, round=info.round, rank=info.rank)
 
-        for info, reply in self._asked(clients, score):
+        for assigned, reply in self._asked(tuple(clients), score):
+            info = assigned.info
             try:
                 metrics = json.loads(checked(reply).text("metrics"))
                 held_out = {str(k): float(v) for k, v in metrics.items()}
-                yield ClientMetrics(info.id, held_out, {}, {})
+                yield ClientMetrics(info.id, held_out)
             except (ParcelError, ValueError, TypeError, AttributeError) as error:
                 self.roster.tell(f"site {info.id} was not evaluated: {error}")
 
     def _asked(
-        self, cohort: Sequence[ClientInfo], question: Callable[[ClientInfo, bool], Parcel]
-    ) -> Iterator[tuple[ClientInfo, Parcel | Lost]]:
+        self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], Parcel]
+    ) -> Iterator[tuple[Assignment, Parcel | Lost]]:
         """Answers of a cohort; a site that lacks what it should hold is asked again with all."""
         until = time.monotonic() + self.config.federation.deadline
         present = self._present()
-        left = {present[info.id].node: info for info in cohort if info.id in present}
-        for info in cohort:
-            if info.id not in present:
-                yield info, Lost("it is no longer there")
+        left = {present[a.info.id].node: a for a in cohort if a.info.id in present}
+        for assigned in cohort:
+            if assigned.info.id not in present:
+                yield assigned, Lost("it is no longer there")
         for whole in (False, True):
             again = {}
-            questions = {node: question(info, whole) for node, info in left.items()}
+            questions = {node: question(assigned, whole) for node, assigned in left.items()}
             for node, reply in self.roster.carrier.ask(questions, until - time.monotonic()):
                 if not whole and isinstance(reply, Parcel) and reply.head.get("lacks") is True:
                     again[node] = left[node]
@@ -135,8 +135,9 @@ class Remote:
         return self.roster.question(ask, payload, view=digest(view), names=names, **head)
 
     def _update(
-        self, method: Method, view: AdapterState, info: ClientInfo, reply: Parcel | Lost
+        self, method: Method, assigned: Assignment, reply: Parcel | Lost
     ) -> Update | Failure:
+        info, view = assigned.info, assigned.received
         up, like = self.config.wire.up, view.only(method.shared(info.round))
         try:
             found = checked(reply)
@@ -144,7 +145,7 @@ class Remote:
                 raise ParcelError(f"it now calls itself {found.text('site')!r}")
             if found.whole("round") != info.round:
                 raise ParcelError(f"it is of round {found.whole('round')}, not {info.round}")
-            tensors = decode(up, found.body, like, sparse=method.sparse)
+            tensors = decode(up, found.body, like, sparse=method.sparse_upload)
             metrics = {key: found.number(key) for key in ("loss", "steps")}
             count = found.whole("num_examples")
         except (ParcelError, WireError) as error:

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from rolora.algorithm.adapter import (
     AdapterState,
+    Assignment,
     ClientInfo,
     Failure,
     Specs,
@@ -27,13 +28,14 @@ from rolora.algorithm.adapter import (
     Update,
     role_of,
 )
-from rolora.algorithm.method import Method, ServerState, as_trained, get_method, whole_adapter
+from rolora.algorithm.method import Method, ServerState, as_trained, whole_adapter
 from rolora.algorithm.reduce import Reducer, mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, RoundReport, step
 from rolora.errors import ConfigError
 from rolora.flower.client import TRAINABLE
 from rolora.flower.records import adapter_in, comparable, update_in
+from rolora.methods import get_method
 
 PLAIN = Specs(  # a PEFT model's adapter at its smallest
     (TensorSpec("x.lora_A.weight", "A", (1, 2)), TensorSpec("x.lora_B.weight", "B", (2, 1))),
@@ -65,7 +67,7 @@ def strategy(
 
 def _refuse_what_plain_clients_cannot(method: Method) -> None:
     name = method.name
-    if method.pooled:
+    if not method.federated:
         raise ConfigError(
             f"method {name!r} trains on all rows in one place, and Flower's nodes keep theirs: "
             "use 'fedit', which averages plain LoRA, or run it with rolora compare"
@@ -76,7 +78,7 @@ def _refuse_what_plain_clients_cannot(method: Method) -> None:
         method.download is not whole_adapter
         or method.upload is not as_trained
         or hooks != (None, None)
-        or method.from_gradient
+        or method.needs_gradient
         or any(method.trainable(round, step) != method.shared(round) for round, step in asked)
     ):
         raise ConfigError(
@@ -187,7 +189,10 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         named = {u.client: u.num_examples for u in reversed(updates) if isinstance(u, Update)}
         counts = named | self.counts
         rank = max(t.shape[0] for name, t in state.adapter.items() if role_of(name) == "A")
-        cohort = {node: ClientInfo(node, counts.get(node, 0), rank, round) for node in self.asked}
+        cohort = {
+            node: Assignment(ClientInfo(node, counts.get(node, 0), rank, round), state.adapter)
+            for node in self.asked
+        }
         rng = generator(0, "aggregate", round, state.attempt)  # for reducers that draw; none does
         replies = [*updates, *silent]
         self.state, report = step(self.method, self.aggregation, state, cohort, replies, rng)

@@ -33,7 +33,7 @@ def method() -> Method:
     return Method(
         name="fed_sb",
         init=_init,
-        from_gradient=True,
+        needs_gradient=True,
         trainable=lambda round, step: moving,
         shared=lambda round: moving,
     )

@@ -29,5 +29,5 @@ def method() -> Method:
         trainable=lambda round, step: BOTH,
         shared=lambda round: BOTH,
         aggregate=_aggregate,
-        secure=False,
+        sum_only=False,
     )

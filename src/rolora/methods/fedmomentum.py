@@ -51,6 +51,6 @@ def method(*, energy: float = 0.99) -> Method:
         shared=lambda round: BOTH,
         aggregate=aggregate,
         exact=False,
-        rebased=True,
-        secure=False,
+        resets_factors=True,
+        sum_only=False,
     )

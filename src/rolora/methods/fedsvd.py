@@ -43,5 +43,5 @@ def method() -> Method:
         trainable=lambda round, step: moving,
         shared=lambda round: moving,
         aggregate=_aggregate,
-        rebased=True,
+        resets_factors=True,
     )

@@ -29,7 +29,7 @@ def method() -> Method:
         download=lambda server, client: truncated(server.adapter, client.rank),
         aggregate=_aggregate,
         exact=False,
-        ranks=True,
-        rebased=True,
-        secure=False,
+        heterogeneous_ranks=True,
+        resets_factors=True,
+        sum_only=False,
     )

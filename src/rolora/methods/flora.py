@@ -37,7 +37,7 @@ def method() -> Method:
         shared=lambda round: BOTH,
         download=lambda server, client: truncated(server.adapter, client.rank),
         aggregate=_aggregate,
-        ranks=True,
-        rebased=True,
-        secure=False,
+        heterogeneous_ranks=True,
+        resets_factors=True,
+        sum_only=False,
     )

@@ -55,6 +55,6 @@ def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
         upload=upload,
         aggregate=_aggregate,
         exact=False,
-        ranks=True,
-        secure=False,
+        heterogeneous_ranks=True,
+        sum_only=False,
     )

@@ -50,6 +50,6 @@ def method(*, keep: float = 0.5) -> Method:
         trainable=turns.trainable,
         shared=turns.shared,
         upload=upload,
-        ranks=True,
-        sparse=True,
+        heterogeneous_ranks=True,
+        sparse_upload=True,
     )

@@ -40,5 +40,5 @@ def method(*, ridge: float = 0.01) -> Method:
         shared=lambda round: BOTH,
         aggregate=aggregate,
         exact=False,
-        secure=False,
+        sum_only=False,
     )

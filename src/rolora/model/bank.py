@@ -61,7 +61,7 @@ class Bank:
         """Stack these clients' adapters, which hold the same names; deltas must be the same too."""
         first, self.adapters = adapters[0], adapters
         for name in first.only(frozenset({"delta"})):
-            if not all(other[name] is first[name] for other in adapters):
+            if not all(first.holds(name, other[name]) for other in adapters):
                 raise ValueError(f"clients of one bank have different {name}")
             self.deltas[name] = first[name].to(device)
         self.leaves = {

@@ -1,8 +1,7 @@
-"""What the methods are, in a table that is read off the methods themselves."""
+"""A table of all methods, read off the methods themselves."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 
 from rolora.algorithm.adapter import (
     AdapterState,
+    Assignment,
     ClientInfo,
     Roles,
     Specs,
@@ -20,22 +20,24 @@ from rolora.algorithm.adapter import (
 )
 from rolora.algorithm.codec import body_bytes, encode
 from rolora.algorithm.ledger import Arrival, Ledger, after_round, lacking
-from rolora.algorithm.method import Method, ServerState, get_method, method_factory, method_names
+from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
+from rolora.methods import METHODS, get_method, method_names
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One method as its defaults are; the fields are the keys of ``rolora methods --json``.
+    """One method with its default options; the fields are the keys of ``rolora methods --json``.
 
     Parts of the adapter are written "A", "A+B", "A+B+delta", "core" or "nothing"; the task head
-    goes with them. ``trains`` and ``up`` are of rounds 1 and 2, ``down`` of rounds 2 and 3: what a
-    client is sent that took part in the round before. ``keeps``: what is trained and stays at home.
-    ``exact``: whether the server's product is the mean of the clients' products, None where there
-    is no such mean. ``ranks``, ``secure``, ``averaged``: see ``rolora.algorithm.method.Method``.
-    ``options`` with their defaults.
+    goes with them. ``trains`` and ``up`` are for rounds 1 and 2; ``down``, for rounds 2 and 3, is
+    what travels to a client that took part in the round before. ``keeps``: what is trained but
+    never leaves the client. ``exact``: whether the server's product is the mean of the clients'
+    products, None if there is no such mean. ``ranks``, ``secure`` and ``averaged`` are
+    ``heterogeneous_ranks``, ``sum_only`` and ``supports_server_optimizer`` of
+    ``rolora.algorithm.method.Method``. ``options`` are given with their defaults.
     """
 
     name: str
@@ -54,7 +56,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Travel:
-    """What went between the server and a client that had taken part before, in one round."""
+    """What travels in one round between the server and a client that took part before."""
 
     up: Roles
     down: Roles
@@ -63,38 +65,38 @@ class Travel:
 
 
 def describe_methods() -> list[MethodRow]:
-    """One row per file of ``rolora/methods``, in name order."""
+    """One row per method, in name order."""
     return [_describe(name) for name in method_names()]
 
 
 def _describe(name: str) -> MethodRow:
     method = get_method(name)
-    text = importlib.import_module(f"rolora.methods.{name}").__doc__ or ""
+    text = inspect.getdoc(inspect.getmodule(METHODS.factory(name))) or name
     paper = re.search(r"arXiv:[\d.]+\d", text)
-    parameters = inspect.signature(method_factory(name)).parameters.values()
+    options = METHODS.options(name).values()
     first, second, third = travels(method, 8, 6, 2)
-    averages = not method.pooled and not method.kept
+    averages = method.federated and not method.personal_roles
     return MethodRow(
         name=name,
         trains=(_roles(method.trained(1)), _roles(method.trained(2))),
         up=(_roles(first.up), _roles(second.up)),
         down=(_roles(second.down), _roles(third.down)),
-        keeps=_roles(method.kept),
+        keeps=_roles(method.personal_roles),
         exact=method.exact if averages else None,
-        ranks=method.ranks,
-        secure=method.secure,
-        averaged=method.averaged,
-        options=tuple(f"{p.name}={p.default!r}" for p in parameters),
+        ranks=method.heterogeneous_ranks,
+        secure=method.sum_only,
+        averaged=method.supports_server_optimizer,
+        options=tuple(f"{option.name}={option.default!r}" for option in options),
         summary=text.splitlines()[0].partition(": ")[2] or text.splitlines()[0],
         paper=paper.group() if paper else "",
     )
 
 
 def travels(method: Method, out: int, width: int, rank: int) -> list[Travel]:
-    """Rounds 1, 2 and 3 of two clients, on one adapted layer of these widths, without a task head.
+    """Rounds 1, 2 and 3 of two clients, on one adapted layer (out, width) without a task head.
 
-    Training is pretended, all else is what a run does. A pooled method sends nothing: it needs
-    everybody's rows in one place.
+    Clients move at random instead of training; everything else is as in a run. Of a method that is
+    no federation nothing travels.
     """
     rng = generator(0, "travels")
     layer = "base_model.model.layer"
@@ -109,15 +111,15 @@ def travels(method: Method, out: int, width: int, rank: int) -> list[Travel]:
     )
     server, ledger, found = ServerState(method.init(specs, rng)), Ledger(), list[Travel]()
     for round in (1, 2, 3):
-        cohort = {id: ClientInfo(id, 1, rank, round) for id in ("one", "two")}
-        updates = [_update(method, server, info, rng) for info in cohort.values()]
-        view = method.download(server, cohort["one"])
-        down = lacking(method, server, view, ledger, ledger.held.get("one"))
+        infos = [ClientInfo(id, 1, rank, round) for id in ("one", "two")]
+        cohort = {info.id: Assignment(info, method.download(server, info)) for info in infos}
+        updates = [_update(method, assigned, rng) for assigned in cohort.values()]
+        down = lacking(method, server, cohort["one"].received, ledger, ledger.held.get("one"))
         sent = updates[0].adapter
         nothing = Travel(frozenset(), frozenset(), 0, 0)
         up_bytes, down_bytes = updates[0].num_bytes(), down.num_bytes()
         travel = Travel(_parts(sent), _parts(down), up_bytes, down_bytes)
-        found.append(nothing if method.pooled else travel)
+        found.append(travel if method.federated else nothing)
         after, _ = step(method, Aggregation(mean()), server, cohort, updates, rng)
         arrived = [Arrival(one.client, {}, one.num_bytes()) for one in updates]
         ledger, _ = after_round(method, server, after, cohort, ledger, arrived)
@@ -125,9 +127,10 @@ def travels(method: Method, out: int, width: int, rank: int) -> list[Travel]:
     return found
 
 
-def _update(method: Method, server: ServerState, info: ClientInfo, rng: torch.Generator) -> Update:
+def _update(method: Method, assigned: Assignment, rng: torch.Generator) -> Update:
     """What a client sends that has moved everything it trains a little."""
-    received, shared = method.download(server, info), method.shared(info.round)
+    info, received = assigned.info, assigned.received
+    shared = method.shared(info.round)
     moving = received.only(method.trained(info.round))
     trained = received | {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=rng)
@@ -135,9 +138,9 @@ def _update(method: Method, server: ServerState, info: ClientInfo, rng: torch.Ge
     }
     sent = method.upload(received, trained, info).only(shared)
     update = Update(info.id, sent, info.num_examples, {})
-    if not method.sparse:
+    if not method.sparse_upload:
         return update
-    payload, _ = encode("fp32", sent, received.only(shared), AdapterState({}, {}), sparse=True)
+    payload, _ = encode("fp32", sent, received.only(shared), {}, sparse=True)
     return replace(update, encoded_bytes=body_bytes(payload))
 
 

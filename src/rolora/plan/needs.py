@@ -139,7 +139,7 @@ def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
 def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
     method = make_method(config)
     specs = drawn.outline.base.specs
-    if method.from_gradient:  # any will do: what counts here is shapes
+    if method.needs_gradient:  # any will do: what counts here is shapes
         any_gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}
         specs = replace(specs, gradient=any_gradient)
     start = method.init(specs, generator(config.seed, "init"))
@@ -148,12 +148,10 @@ def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
         parameters[role_of(name)] = parameters.get(role_of(name), 0) + tensor.numel()
     kinds = [[method.trainable(round, local) for local in (0, 1)] for round in (3, 4)]
     trained = [roles for kind in kinds for roles in kind]
-    bank = 1 if method.pooled else _bank(config, drawn, steps, start, trained)
+    bank = 1 if not method.federated else _bank(config, drawn, steps, start, trained)
     travelled, state = _dry_run(config, method, drawn, start)
     rounds = tuple(
-        _round_plan(
-            config, drawn, steps, start, kind, bank, method.pooled, travelled[2 + parity :: 2]
-        )
+        _round_plan(config, drawn, steps, start, kind, bank, method, travelled[2 + parity :: 2])
         for parity, kind in enumerate(kinds)
     )
     total = config.train.rounds
@@ -201,13 +199,10 @@ def _round_plan(
     start: AdapterState,
     kind: Sequence[Roles],
     bank: int,
-    pooled: bool,
+    method: Method,
     travelled: Sequence[Travelled],
 ) -> RoundPlan:
-    """Of rounds whose local steps take turns in training ``kind``.
-
-    A ``pooled`` client takes the steps of a whole cohort.
-    """
+    """Of rounds whose local steps take turns in training ``kind``."""
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
     states = {"adamw": 2, "sgd": 1 if config.train.momentum else 0}[config.train.optimizer]
@@ -215,7 +210,7 @@ def _round_plan(
     optimizer = states * gradients
     standing = drawn.weights + bank * start.num_bytes()
     # the state is made once the first backward pass is over and what that had kept is gone
-    beside = optimizer if pooled or drawn.steps != 1 else 0
+    beside = optimizer if drawn.steps != 1 or not method.federated else 0
     costs = [steps.cost(start, one, bank) for one in kind]
     known = [cost for cost in costs if cost is not None]
     flops = None
@@ -280,8 +275,8 @@ def _checkpoints(config: RunConfig, state: RunState) -> int:
 
 def _personal(config: RunConfig, method: Method, drawn: Sketch, start: AdapterState) -> int:
     """Bytes of what clients keep on disk: personal tensors, and what uploads rounded away."""
-    personal = start.only(method.kept).num_bytes()
-    if config.wire.up != "fp32" and not method.pooled:
+    personal = start.only(method.personal_roles).num_bytes()
+    if config.wire.up != "fp32" and method.federated:
         personal += start.only(method.shared(1) | method.shared(2)).num_bytes()
     return len(drawn.sizes) * KEPT_STATES * personal
 

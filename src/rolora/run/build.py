@@ -30,7 +30,7 @@ from rolora.run.configured import (
     revisits,
     text_columns,
 )
-from rolora.run.federation import federation_of, score
+from rolora.run.federation import evaluation, federation_of, score
 from rolora.tasks.classification import Label, class_labels
 from rolora.tasks.registry import Task
 from rolora.training.client_store import ClientStore
@@ -109,12 +109,13 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
     task = make_task(config, base, labels)
     encoded = _encode(config, base, task, rows)
     gradient = None
-    if method.from_gradient:
+    if method.needs_gradient:
         size = config.train.batch_size
         gradient = first_gradient(base, task, encoded.examples, rows.shards, size, config.seed)
     adapter = first_adapter(config, method, base, gradient)
     cohort = cohort_size(len(rows.shards), config.train.participation)
     bank, said = _bank(config, base, task, encoded.examples, method, adapter, cohort)
+    measure, unanswered = partial(score, base, task), config.eval.model_copy(update={"generate": 0})
     engine = InProcess(
         base,
         task,
@@ -124,8 +125,7 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
         ClientStore(clients_folder),
         bank_size=bank.clients,
         held_out=HeldOut(task, rows, config.data.train),
-        test=encoded.test,
-        validation=None if encoded.validation is encoded.test else encoded.validation,
+        evaluation=evaluation(unanswered, measure, encoded.test, encoded.validation),
         up=config.wire.up,
     )
     return Setup(
@@ -137,10 +137,8 @@ def prepare(config: RunConfig, clients_folder: Path, base: Base | None = None) -
             config,
             method,
             Debug(engine) if config.train.engine == "debug" else engine,
-            partial(score, base, task),
+            evaluation(config.eval, measure, encoded.test, encoded.validation),
             task,
-            encoded.test,
-            encoded.validation,
             per_client=bool(engine.held_out),
         ),
         start=RunState(ServerState(adapter)),
@@ -196,17 +194,15 @@ def _encode(config: RunConfig, base: Base, task: Task, rows: Rows) -> Encoded:
         test, _ = kept_below(base, test, folder)
         notes += (note,) if note else ()
     validation = None
-    if config.eval.rows == "validation":
-        validation = test
-    elif rows.validation is not None:
+    if config.eval.rows != "validation" and rows.validation is not None:
         validation = task.encode_test(rows.validation, _source(config.data.validation, config))
     return Encoded(examples, test, validation, notes)
 
 
 def _kept_note(method: Method) -> tuple[str, ...]:
-    if not method.kept:
+    if not method.personal_roles:
         return ()
-    kept = "+".join(sorted(method.kept))
+    kept = "+".join(sorted(method.personal_roles))
     return (
         f"each client keeps its own {kept}, in clients/ of the run's folder: metrics are means "
         "over clients, and adapter/ holds the server's part alone",

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState
-from rolora.algorithm.method import Method, freeze_head, get_method, method_names
+from rolora.algorithm.method import Method, freeze_head
 from rolora.algorithm.reduce import Reducer, clip, fedadam, fedavgm, mean, median, trimmed_mean
 from rolora.algorithm.seeding import generator
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
+from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
 from rolora.model.peft import Kind, LoraSettings, read_adapter
 from rolora.tasks.causal_lm import causal_lm
@@ -104,14 +105,14 @@ def make_method(config: RunConfig) -> Method:
     Raises ConfigError for a setting that the method cannot have.
     """
     method = get_method(config.method.name, **config.method.options)
-    if not isinstance(config.lora.rank, int) and not method.ranks:
-        able = [name for name in method_names() if get_method(name).ranks]
+    if not isinstance(config.lora.rank, int) and not method.heterogeneous_ranks:
+        able = [name for name in method_names() if get_method(name).heterogeneous_ranks]
         raise ConfigError(
             f"{method.name} averages factors of one rank: give lora.rank as one number, or for "
             f"clients of different ranks take one of {', '.join(able)}"
         )
-    if config.aggregate.optimizer != "none" and not method.averaged:
-        able = [name for name in method_names() if get_method(name).averaged]
+    if config.aggregate.optimizer != "none" and not method.supports_server_optimizer:
+        able = [name for name in method_names() if get_method(name).supports_server_optimizer]
         raise ConfigError(
             f"aggregate.optimizer = {config.aggregate.optimizer!r} needs a server that only "
             f"averages what clients send, which {method.name} has not: leave it out, or take one "

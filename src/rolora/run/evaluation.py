@@ -64,11 +64,11 @@ def find_adapter(
 def _refuse_parts(config: RunConfig, folder: Path) -> None:
     """ConfigError for a method whose adapter folder holds a model that no client has."""
     method = make_method(config)
-    if method.kept:
+    if method.personal_roles:
         raise ConfigError(
             f"{folder} is the server's part of {method.name} alone, and each client has a "
-            f"{'+'.join(sorted(method.kept))} of its own: the run's report has the mean over their "
-            "adapters; data.test, or data.client_test, says on which rows"
+            f"{'+'.join(sorted(method.personal_roles))} of its own: the run's report has the mean "
+            "over their adapters; data.test, or data.client_test, says on which rows"
         )
 
 

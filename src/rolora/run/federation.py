@@ -15,7 +15,7 @@ from rolora.model.base import Base
 from rolora.run.configured import make_reducer
 from rolora.tasks.generation import answer_accuracy, answered, exact_match
 from rolora.tasks.registry import Task
-from rolora.training.engine import Engine
+from rolora.training.engine import Engine, Evaluation
 from rolora.training.local import evaluate
 from rolora.training.rounds import Federation, Metrics
 from rolora.training.schedule import learning_rate
@@ -27,22 +27,13 @@ def federation_of(
     config: RunConfig,
     method: Method,
     engine: Engine,
-    score: Callable[[Examples, EvalConfig, AdapterState], Metrics],
+    evaluate: Callable[[AdapterState], Evaluation],
     task: Task,
-    test: Examples,
-    validation: Examples | None,
     *,
     per_client: bool,
     spare: int = 0,
 ) -> Federation:
-    """The run that a configuration describes, on this engine.
-
-    ``score`` (examples, how, adapter) gives the metrics of an adapter. ``validation``
-    may be the very same examples as ``test``; they are then measured once.
-    """
-    tested = partial(score, test, config.eval)
-    unanswered = config.eval.model_copy(update={"generate": 0})
-    validated = None if validation is None else partial(score, validation, unanswered)
+    """The run that a configuration describes, on this engine; see ``evaluation``."""
     return Federation(
         method=method,
         engine=engine,
@@ -55,13 +46,33 @@ def federation_of(
         lr=_schedule(config),
         participation=config.train.participation,
         metric=_metric(config, task),
-        test=tested,
-        validation=tested if validation is test else validated,
+        evaluate=evaluate,
         per_client=per_client,
         eval_every=config.eval.every,
         patience=config.eval.patience,
         spare=spare,
     )
+
+
+def evaluation(
+    how: EvalConfig,
+    score: Callable[[Examples, EvalConfig, AdapterState], Metrics],
+    test: Examples,
+    validation: Examples | None,
+) -> Callable[[AdapterState], Evaluation]:
+    """A function that measures an adapter with ``score`` on the test and the validation rows.
+
+    With ``rows = "validation"`` the test rows are the validation rows, which are measured once.
+    """
+    unanswered = how.model_copy(update={"generate": 0})
+
+    def evaluate(adapter: AdapterState) -> Evaluation:
+        metrics = score(test, how, adapter)
+        if how.rows == "validation":
+            return Evaluation(metrics, metrics)
+        return Evaluation(metrics, score(validation, unanswered, adapter) if validation else {})
+
+    return evaluate
 
 
 def score(

@@ -14,7 +14,7 @@ from rolora.flower.engine import Remote, run_id
 from rolora.flower.membership import Carrier, Roster
 from rolora.run.build import Setup, data_hash, load_in_dtype
 from rolora.run.configured import first_adapter, make_method, make_task
-from rolora.run.federation import federation_of, score
+from rolora.run.federation import evaluation, federation_of, score
 from rolora.training.rounds import RunState
 
 
@@ -58,10 +58,8 @@ def prepare_remote(
             config,
             method,
             engine,
-            partial(score, base, task),
+            evaluation(config.eval, partial(score, base, task), test, validation),
             task,
-            test,
-            validation,
             per_client=config.data.client_test is not None,
             spare=config.federation.spare,
         ),
@@ -92,12 +90,12 @@ def _evaluation_sources(config: RunConfig) -> tuple[str, str | None]:
 
 def _refuse(config: RunConfig, method: Method) -> None:
     """ConfigError for a method, or ranks, that sites cannot have."""
-    if method.from_gradient:
+    if method.needs_gradient:
         raise ConfigError(
             f"{method.name} starts from a gradient over all clients' rows, which sites are not "
             "asked for: take ravan, whose cores are as small"
         )
-    if config.data.validation is not None and method.kept:
+    if config.data.validation is not None and method.personal_roles:
         raise ConfigError(
             f"{method.name} leaves a part of each adapter at its site, which has none of the "
             "coordinator's validation rows: leave out data.validation; data.client_test measures "

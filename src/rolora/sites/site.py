@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure
+from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failure
 from rolora.algorithm.codec import WireError, decode
 from rolora.algorithm.method import ServerState
 from rolora.data import tables
@@ -42,7 +42,7 @@ from rolora.sites.site_config import SiteConfig
 from rolora.sites.site_run import SiteRun, config_here, split_here, table_here
 from rolora.tasks.classification import in_order
 from rolora.training.client_store import ClientStore
-from rolora.training.engine import Job, packed
+from rolora.training.engine import Job, encoded
 
 _log = logging.getLogger(__name__)
 RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -149,14 +149,13 @@ def _train(site: Site, folder: Path, request: Parcel) -> Parcel:
     held = len(run.engine.shards[name])
     if info.num_examples != held:
         raise ParcelError(f"the coordinator counts {info.num_examples} rows here; there are {held}")
+    assigned = Assignment(info, received)
     server = ServerState(received, round=round - 1)
-    job = Job(server, (info,), request.whole("seed"), request.number("lr"))
+    job = Job(server, (assigned,), request.whole("seed"), request.number("lr"))
     (update,) = run.engine.run(method, job)
     if isinstance(update, Failure):
         raise ParcelError(update.reason)
-    up, like = run.config.wire.up, received.only(method.shared(round))
-    payload = packed(up, method, update, received, run.store, round)
-    sent = decode(up, payload, like, sparse=method.sparse)
+    payload, sent = encoded(run.config.wire.up, method, assigned, update.adapter, run.store)
     replace(run.store, kind="sent").write(name, round, sent)
     metrics = {"round": round, "num_examples": held, **update.metrics}
     return Parcel(metrics, payload, tuple(sent))
@@ -170,7 +169,7 @@ def _score(site: Site, folder: Path, request: Parcel) -> Parcel:
     if received is None:
         return Parcel({"lacks": True})
     info = ClientInfo(name, len(run.engine.shards[name]), request.whole("rank"), round)
-    (found,) = run.engine.evaluate(run.method, ServerState(received, round=round), [info])
+    (found,) = run.engine.evaluate(run.method, [Assignment(info, received)])
     return Parcel({"round": round, "metrics": json.dumps(dict(found.held_out))})
 
 

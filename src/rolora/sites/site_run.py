@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,14 @@ class SiteRun:
 
     @cached_property
     def method(self) -> Method:
-        """The run's method, on an adapter that the coordinator has made for this site already."""
-        return replace(make_method(self.config), download=lambda server, client: server.adapter)
+        """The run's method."""
+        return make_method(self.config)
 
     def view_of_rank(self, rank: int) -> AdapterState:
         """Names and shapes of what a client of this rank is sent; the values are the start's."""
-        method = make_method(self.config)
-        start = ServerState(method.init(self.base.specs, generator(self.config.seed, "init")))
-        return method.download(start, ClientInfo(self.site.name, 0, rank, 1))
+        rng = generator(self.config.seed, "init")
+        start = ServerState(self.method.init(self.base.specs, rng))
+        return self.method.download(start, ClientInfo(self.site.name, 0, rank, 1))
 
     @cached_property
     def engine(self) -> InProcess:
@@ -79,6 +79,7 @@ class SiteRun:
             self.store,
             bank_size=1,
             held_out=held_out,
+            up=None,
         )
 
 

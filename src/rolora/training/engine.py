@@ -1,7 +1,7 @@
-"""Who runs a cohort: the seam between the round loop and the machines that train.
+"""Engines: they run a cohort on the machines that train.
 
-``InProcess`` trains many clients at once on one base model; ``Debug`` trains them one at a time and
-says in which stage which client broke.
+``InProcess`` trains many clients at once on one base model. ``Debug`` trains them one at a time and
+names the client and the stage that broke.
 """
 
 from __future__ import annotations
@@ -9,14 +9,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.algorithm.adapter import (
+    AdapterState,
+    Assignment,
+    ClientInfo,
+    Failure,
+    Update,
+    role_of,
+)
 from rolora.algorithm.codec import Format, WireError, body_bytes, decode, encode
 from rolora.algorithm.ledger import Ledger
 from rolora.algorithm.method import Method, ServerState
@@ -29,18 +36,16 @@ from rolora.training.local import LocalSettings, Trained, Work, evaluate, train_
 
 _log = logging.getLogger(__name__)
 
-POOL = "(all)"  # the client id of a pooled method; brackets, as no client's own id has them
-
 
 @dataclass(frozen=True)
 class Job:
     """One round's work: the server's state, the cohort in order of use, the seed, the step size.
 
-    ``ledger`` says what each client holds, for an engine that has to send what it lacks.
+    ``ledger`` says what each client holds, for an engine that sends only what a client lacks.
     """
 
     server: ServerState
-    cohort: tuple[ClientInfo, ...]
+    cohort: tuple[Assignment, ...]
     seed: int
     lr: float
     ledger: Ledger = field(default_factory=Ledger)
@@ -52,30 +57,40 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """An adapter's metrics on the server's rows; ``validation`` decides about the best round."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+
+
+def no_evaluation(adapter: AdapterState) -> Evaluation:
+    """For a run without rows at the server."""
+    return Evaluation()
+
+
+@dataclass(frozen=True)
 class ClientMetrics:
     """One client's metrics on its own held-out rows and, for personal adapters, on the server's."""
 
     client: str
     held_out: Mapping[str, float]
-    test: Mapping[str, float]
-    validation: Mapping[str, float]
+    server: Evaluation = field(default_factory=Evaluation)
 
 
 class Engine(Protocol):
-    """Knows the clients, runs those of a round, and evaluates where personal state is."""
+    """Knows the clients, runs those of a round, and evaluates personal adapters where they are."""
 
     def clients(self) -> Mapping[str, int]:
-        """Who can take part now: id -> num_examples."""
+        """The clients that can take part now: id -> num_examples."""
         ...
 
     def run(self, method: Method, job: Job) -> Iterable[Update | Failure]:
         """Train the job's cohort; yield what each client sends, in any order."""
         ...
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterable[ClientMetrics]:
-        """Evaluate each client's adapter on its own held-out rows."""
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterable[ClientMetrics]:
+        """Evaluate each client's adapter after the round in its ``info`` on its held-out rows."""
         ...
 
 
@@ -84,8 +99,10 @@ class InProcess:
     """Trains ``bank_size`` clients at a time on one base model in this process.
 
     ``shards`` maps client -> row indices into ``examples``; ``held_out`` client -> rows that it
-    never trains on. The result does not depend on ``bank_size`` beyond floating-point rounding.
-    ``up`` is how uploads travel; other than fp32, each is encoded and decoded as it would be.
+    never trains on; ``evaluation`` measures an adapter on the server's rows. ``up`` is the format
+    in which uploads travel: each is encoded and decoded, unless it is dense float32, which that
+    would not change; with None updates are not encoded here. ``bank_size`` changes results by
+    floating-point rounding only.
     """
 
     base: Base
@@ -96,52 +113,44 @@ class InProcess:
     store: ClientStore
     bank_size: int = 16
     held_out: Mapping[str, Examples] = field(default_factory=dict)
-    test: Examples | None = None
-    validation: Examples | None = None
-    up: Format = "fp32"
+    evaluation: Callable[[AdapterState], Evaluation] = no_evaluation
+    up: Format | None = "fp32"
 
     def clients(self) -> Mapping[str, int]:
         """Every client, always."""
         return {client: len(rows) for client, rows in self.shards.items()}
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
-        """Train the cohort in its order, in groups of like size.
+        """Train the cohort in its order, in groups of about equal size.
 
         A group that does not fit in memory is halved, and so are all groups after it.
         """
-        cohort = (pooled(job.cohort, self.shards),) if method.pooled else job.cohort
         first = 0
-        while first < len(cohort):
-            left, most = len(cohort) - first, self.base.bank.most or self.bank_size
+        while first < len(job.cohort):
+            left, most = len(job.cohort) - first, self.base.bank.most or self.bank_size
             size = group_size(left, min(self.bank_size, most))
-            clients = cohort[first : first + size]
-            work = [self.prepare(method, job, client) for client in clients]
+            cohort = job.cohort[first : first + size]
+            work = [self.prepare(assigned) for assigned in cohort]
             try:
                 group = self.train(method, job, work)
             except RuntimeError as error:
-                self.base.bank.most = _half(len(clients), error)
+                self.base.bank.most = _half(len(cohort), error)
                 continue
-            for client, trained in zip(clients, group, strict=True):
-                yield self.finish(method, job, client, trained)
+            for assigned, trained in zip(cohort, group, strict=True):
+                yield self.finish(method, assigned, trained)
             first += size
 
-    def num_steps(self, client: ClientInfo, job: Job) -> int:
-        """Optimiser steps of this client in this round; a pooled client takes the cohort's."""
-        if client.id == POOL:
-            return sum(self.settings.num_steps(member.num_examples) for member in job.cohort)
-        return self.settings.num_steps(client.num_examples)
-
-    def prepare(self, method: Method, job: Job, client: ClientInfo) -> Work:
-        """What the client received overlaid with what it kept for itself, and its rows."""
-        kept = self.store.read(client.id, before=job.round)
-        rows = (
-            torch.cat(list(self.shards.values())) if client.id == POOL else self.shards[client.id]
-        )
-        start = method.download(job.server, client) | kept
-        return Work(client.id, rows, start, self.num_steps(client, job))
+    def prepare(self, assigned: Assignment) -> Work:
+        """The client's rows, and what it received overlaid with what it kept for itself."""
+        info = assigned.info
+        held = [self.shards[client] for client in (self.shards if info.members else [info.id])]
+        taken = [self.shards[client] for client in info.members or [info.id]]
+        steps = sum(self.settings.num_steps(len(rows)) for rows in taken)
+        kept = self.store.read(info.id, before=info.round)
+        return Work(info.id, torch.cat(held), assigned.received | kept, steps)
 
     def train(self, method: Method, job: Job, work: Sequence[Work]) -> list[Trained]:
-        """One group through the bank."""
+        """Train one group through the bank."""
         return train_group(
             self.base,
             self.task,
@@ -156,78 +165,63 @@ class InProcess:
             penalty=method.penalty,
         )
 
-    def finish(
-        self, method: Method, job: Job, client: ClientInfo, trained: Trained
-    ) -> Update | Failure:
+    def finish(self, method: Method, assigned: Assignment, trained: Trained) -> Update | Failure:
         """Keep what is personal, send what is shared."""
-        if personal := method.personal(job.round):
-            self.store.write(client.id, job.round, trained.adapter.only(personal))
+        info, received = assigned.info, assigned.received
+        if personal := method.personal(info.round):
+            self.store.write(info.id, info.round, trained.adapter.only(personal))
         metrics = {"loss": trained.loss, "steps": float(trained.steps)}
-        shared = method.shared(job.round)
-        received = method.download(job.server, client)
-        sent = method.upload(received, trained.adapter, client).only(shared)
-        update = Update(client.id, sent, client.num_examples, metrics)
-        if method.pooled or (self.up == "fp32" and not method.sparse):
+        sent = method.upload(received, trained.adapter, info).only(method.shared(info.round))
+        update = Update(info.id, sent, info.num_examples, metrics)
+        unchanged = self.up == "fp32" and not method.sparse_upload
+        if self.up is None or unchanged or not method.federated:
             return update
         try:
-            payload = packed(self.up, method, update, received, self.store, job.round)
-            arrived = decode(self.up, payload, received.only(shared), sparse=method.sparse)
+            payload, arrived = encoded(self.up, method, assigned, sent, self.store)
         except WireError as error:
-            return Failure(client.id, str(error))
-        return replace(update, adapter=sent | arrived, encoded_bytes=body_bytes(payload))
+            return Failure(info.id, str(error))
+        return replace(update, adapter=arrived, encoded_bytes=body_bytes(payload))
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterator[ClientMetrics]:
-        """Every client's metrics; on the server's rows only where adapters are personal."""
-
-        def measured(rows: Examples | None) -> Mapping[str, float]:
-            return {} if rows is None else evaluate(self.base, self.task, rows, adapter)
-
-        test, validation = (self.test, self.validation) if method.kept else (None, None)
-        for client in clients:
-            kept = self.store.read(client.id, before=server.round + 1)
-            adapter = method.download(server, client) | kept
-            own = self.held_out.get(client.id)
-            yield ClientMetrics(client.id, measured(own), measured(test), measured(validation))
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
+        """Each client's metrics; on the server's rows only if adapters are personal."""
+        for assigned in clients:
+            client, done = assigned.info.id, assigned.info.round
+            adapter = assigned.received | self.store.read(client, before=done + 1)
+            rows = self.held_out.get(client)
+            held_out = {} if rows is None else evaluate(self.base, self.task, rows, adapter)
+            server = self.evaluation(adapter) if method.personal_roles else Evaluation()
+            yield ClientMetrics(client, held_out, server)
 
 
 def group_size(clients: int, most: int) -> int:
-    """Clients of the next group, where groups of at most ``most`` are to be of like size."""
+    """Clients in the next group, if groups of at most ``most`` are to be about equal."""
     return math.ceil(clients / math.ceil(clients / most))
 
 
-def packed(
-    up: Format,
-    method: Method,
-    update: Update,
-    received: AdapterState,
-    store: ClientStore,
-    round: int,
-) -> bytes:
-    """The payload of an update. What rounding kept back of it stays in ``store``, with the client.
+def encoded(
+    up: Format, method: Method, assigned: Assignment, sent: AdapterState, store: ClientStore
+) -> tuple[bytes, AdapterState]:
+    """The payload of an update, and what the server decodes from it.
 
-    Factors that the server makes anew are not those of the last upload: nothing is kept of them.
+    What rounding kept back stays in ``store`` until the client's next upload. Nothing is kept of
+    factors that the server makes anew in each round. Raises WireError for values that are not
+    finite.
     """
+    client, round = assigned.info.id, assigned.info.round
+    like, sparse = assigned.received.only(method.shared(round)), method.sparse_upload
     store = replace(store, kind="residual")
-    like = received.only(method.shared(round))
-    residual = AdapterState(store.read(update.client, before=round), {})
-    payload, kept = encode(up, update.adapter, like, residual, sparse=method.sparse)
-    if method.rebased:
+    residual = store.read(client, before=round)
+    payload, kept = encode(up, sent, like, residual, sparse=sparse)
+    arrived = decode(up, payload, like, sparse=sparse)
+    if method.resets_factors:
         kept = {name: tensor for name, tensor in kept.items() if role_of(name) == "head"}
     if kept:
-        store.write(update.client, round, residual | kept)
-    return payload
-
-
-def pooled(cohort: Sequence[ClientInfo], shards: Mapping[str, Tensor]) -> ClientInfo:
-    """The one client of a pooled method: it holds every client's rows."""
-    total = sum(len(rows) for rows in shards.values())
-    return replace(cohort[0], id=POOL, num_examples=total)
+        store.write(client, round, residual | kept)
+    return payload, AdapterState(arrived, assigned.received.scaling)
 
 
 def _half(clients: int, error: RuntimeError) -> int:
-    """Half as many clients, if it was memory that ran out and there is a half."""
+    """Half as many clients, if the error is that memory ran out; otherwise it is raised again."""
     starved = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
     if not starved:
         raise error
@@ -242,7 +236,7 @@ def _half(clients: int, error: RuntimeError) -> int:
 
 @dataclass(frozen=True)
 class Debug:
-    """Slow and plain-spoken: one client at a time; names the client and the stage that broke."""
+    """Slow but explicit: one client at a time; names the client and the stage that broke."""
 
     engine: InProcess
 
@@ -251,34 +245,32 @@ class Debug:
         return self.engine.clients()
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
-        """As ``InProcess.run``, with every stage of every client checked by itself."""
+        """As ``InProcess.run``, with every stage of every client checked."""
         engine = self.engine
-        cohort = (pooled(job.cohort, engine.shards),) if method.pooled else job.cohort
-        for client in cohort:
-            with _stage("prepare", client, job):
-                work = engine.prepare(method, job, client)
-            with _stage("train", client, job):
+        for assigned in job.cohort:
+            client = assigned.info
+            with _stage("prepare", client):
+                work = engine.prepare(assigned)
+            with _stage("train", client):
                 (trained,) = engine.train(method, job, [work])
-            with _stage("check", client, job):
+            with _stage("check", client):
                 _check_frozen(method, job, work, trained)
-            with _stage("finish", client, job):
-                update = engine.finish(method, job, client, trained)
+            with _stage("finish", client):
+                update = engine.finish(method, assigned, trained)
             yield update
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterator[ClientMetrics]:
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
         """As ``InProcess.evaluate``."""
-        return self.engine.evaluate(method, server, clients)
+        return self.engine.evaluate(method, clients)
 
 
 @contextlib.contextmanager
-def _stage(stage: str, client: ClientInfo, job: Job) -> Iterator[None]:
+def _stage(stage: str, client: ClientInfo) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         raise RoloraError(
-            f"round {job.round}, client {client.id!r}, stage {stage!r}: "
+            f"round {client.round}, client {client.id!r}, stage {stage!r}: "
             f"{type(error).__name__}: {error}"
         ) from error
 

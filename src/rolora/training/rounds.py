@@ -1,7 +1,7 @@
 """The round loop: sample a cohort, run it, step, evaluate; a generator of finished rounds.
 
-Nothing calls back. Whoever consumes the generator records, checkpoints and displays what it
-yields, and the state in each result is all that is needed to go on from there.
+There are no callbacks: the caller records, checkpoints and displays what the generator yields, and
+the state in each result is all that is needed to continue from it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo
+from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo
 from rolora.algorithm.ledger import Arrival, Ledger, after_round, record_arrivals
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
 from rolora.tasks.registry import HIGHER_IS_BETTER
-from rolora.training.engine import POOL, Engine, Job
+from rolora.training.engine import Engine, Evaluation, Job, no_evaluation
 
 Metrics = Mapping[str, float]
 
@@ -36,9 +36,9 @@ class Best:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run carries from round to round, and what a checkpoint holds.
+    """What a run carries from round to round: the content of a checkpoint.
 
-    ``ledger`` says what each client holds; ``stale`` counts validations since the best one.
+    ``ledger``: which tensors each client holds; ``stale``: evaluations since the best one.
     """
 
     server: ServerState
@@ -49,10 +49,10 @@ class RunState:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One finished round (``advanced``), or one attempt that found no quorum.
+    """One finished round (``advanced``), or one attempt without a quorum.
 
-    Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are the payload
-    of this round over all clients: elements × width of what has to travel, as it is encoded.
+    Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
+    payload over all clients, as it is encoded.
     """
 
     round: int
@@ -83,12 +83,13 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Federation:
-    """Everything that defines a run; no part of it changes while it runs.
+    """Everything that defines a run; nothing in it changes while it runs.
 
-    ``ranks`` maps clients to their LoRA ranks. ``test`` and ``validation`` score an adapter on the
-    server's held-out rows; ``metric`` is what early stopping and the best round go by, on the
-    validation rows only. ``patience`` counts evaluations without improvement; ``spare`` clients are
-    drawn beyond the cohort, for an engine that uses the first ones to answer.
+    ``ranks`` maps clients to their LoRA ranks. ``seed`` is known to the clients, whose batches and
+    dropout follow from it. ``evaluate`` measures an adapter on the server's rows; ``metric`` is the
+    validation metric that early stopping and the best round go by. ``patience`` counts evaluations
+    without improvement. ``spare`` clients are drawn beyond the cohort, for an engine that uses the
+    first ones to answer.
     """
 
     method: Method
@@ -100,8 +101,7 @@ class Federation:
     lr: Callable[[int], float]
     participation: float = 1.0
     metric: str = "accuracy"
-    test: Callable[[AdapterState], Metrics] | None = None
-    validation: Callable[[AdapterState], Metrics] | None = None
+    evaluate: Callable[[AdapterState], Evaluation] = no_evaluation
     per_client: bool = False
     eval_every: int = 5
     patience: int | None = None
@@ -110,7 +110,7 @@ class Federation:
 
 
 def cohort_size(clients: int, participation: float) -> int:
-    """How many of the clients take part in a round: the nearest whole number, at least one."""
+    """The number of clients in a cohort: the nearest whole number, at least one."""
     return min(clients, max(1, math.floor(participation * clients + 0.5)))
 
 
@@ -122,9 +122,9 @@ def sample_cohort(
     attempt: int,
     spare: int = 0,
 ) -> tuple[str, ...]:
-    """``participation`` of the clients (at least one) and ``spare`` more if there are, in id order.
+    """The ids, in order, of a random share ``participation`` of the clients and ``spare`` more.
 
-    Drawn without replacement; more spare clients do not change who else is drawn.
+    Drawn without replacement; the number of spare clients does not change who else is drawn.
     """
     rng = generator(seed, "cohort", round, attempt)
     size = cohort_size(len(clients), participation) + spare
@@ -136,10 +136,11 @@ def sample_cohort(
 def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     """Run rounds until ``run.rounds`` are done or validation has stopped improving.
 
-    An attempt below the quorum yields a result that has not ``advanced`` and is tried again with a
-    new cohort; after ``max_attempts`` NoQuorum is raised, and a resumed run may try as often again.
-    A consumer that saves every yielded ``state`` before it asks for the next can be killed at any
-    moment and go on. Raises ConfigError if validation does not measure ``run.metric``.
+    An attempt below the quorum yields a result that has not ``advanced``, and the round is tried
+    again with a new cohort. A caller that saves every yielded ``state`` before it asks for the next
+    result can be killed at any moment and continue from the last one. Raises NoQuorum after
+    ``run.max_attempts`` attempts at one round (a resumed run starts counting anew) and ConfigError
+    if validation does not measure ``run.metric``.
     """
     if state.server.round == 0 and state.server.attempt == 0:
         started = time.perf_counter()
@@ -177,16 +178,21 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     # updates come in the order of use
     order = sorted(ids, key=lambda id: (-clients[id], id))
     ranks = run.ranks(clients)
-    members = {id: ClientInfo(id, clients[id], ranks[id], round) for id in order}
-    pool = ClientInfo(POOL, sum(clients.values()), max(ranks.values()), round)
-    cohort = {POOL: pool} if method.pooled else members
-    job = Job(server, tuple(members.values()), run.seed, run.lr(round), state.ledger)
+    drawn = tuple(ClientInfo(id, clients[id], ranks[id], round) for id in order)
+    cohort = {
+        info.id: Assignment(info, method.download(server, info))
+        for info in method.cohort(drawn, sum(clients.values()))
+    }
+    job = Job(server, tuple(cohort.values()), run.seed, run.lr(round), state.ledger)
     arrived: list[Arrival] = []
-    replies = record_arrivals(run.engine.run(method, job), arrived, lone=len(members) == 1)
+    replies = record_arrivals(run.engine.run(method, job), arrived, lone=len(cohort) == 1)
     rng = generator(run.seed, "aggregate", round, attempt)
-    aggregation = replace(run.aggregation, quorum=1) if method.pooled else run.aggregation
+    aggregation = run.aggregation if method.federated else replace(run.aggregation, quorum=1)
     after, report = step(method, aggregation, server, cohort, replies, rng)
-    ledger, bytes_down = after_round(method, server, after, members, state.ledger, arrived)
+    ledger, bytes_up, bytes_down = state.ledger, 0, 0
+    if method.federated:
+        ledger, bytes_down = after_round(method, server, after, cohort, state.ledger, arrived)
+        bytes_up = sum(one.num_bytes for one in arrived)
     return RoundResult(
         round=round,
         attempt=attempt,
@@ -194,7 +200,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
         cohort=ids,
         lr=job.lr,
         clients={
-            one.client: {"num_examples": cohort[one.client].num_examples, **one.metrics}
+            one.client: {"num_examples": cohort[one.client].info.num_examples, **one.metrics}
             for one in reversed(arrived)  # the first of several counts
             if one.client in report.accepted
         },
@@ -202,8 +208,8 @@ def _round(run: Federation, state: RunState) -> RoundResult:
         validation={},
         client_metrics={},
         aggregation_error=report.aggregation_error,
-        bytes_up=0 if method.pooled else sum(one.num_bytes for one in arrived),
-        bytes_down=0 if method.pooled else bytes_down,
+        bytes_up=bytes_up,
+        bytes_down=bytes_down,
         seconds=0.0,
         rejected=report.rejected,
         advanced=report.quorum_met,
@@ -214,42 +220,44 @@ def _round(run: Federation, state: RunState) -> RoundResult:
 def _evaluated(
     run: Federation, result: RoundResult, started: float, first: bool = False
 ) -> RoundResult:
-    """The result with metrics if its round is one to evaluate: every n-th, the first, the last."""
+    """The result with metrics, if its round is one to evaluate: the first, the last, every n-th."""
     last = result.round == run.rounds
     if not (first or last or result.round % run.eval_every == 0):
         return result
-    state, server = result.state, result.state.server
-    metrics: Metrics = {}
-    validation: Metrics = {}
+    state = result.state
     client_metrics: dict[str, Metrics] = {}
-    personal = bool(run.method.kept)
-    if run.per_client or (personal and not first):
-        clients = run.engine.clients()
-        ranks = run.ranks(clients)
-        infos = [ClientInfo(c, n, ranks[c], server.round) for c, n in sorted(clients.items())]
-        found = list(run.engine.evaluate(run.method, server, infos))
-        client_metrics = {one.client: one.held_out for one in found if one.held_out}
-        metrics = _mean([one.test for one in found if one.test])
-        validation = _mean([one.validation for one in found if one.validation])
-    if run.test is not None and not metrics:
-        metrics = run.test(server.adapter)
-    if run.validation is not None and not validation:
-        same = run.validation is run.test  # the same rows are measured once
-        validation = metrics if same else run.validation(server.adapter)
-    if validation and run.metric not in validation:
-        raise ConfigError(
-            f"metric {run.metric!r} is none of what validation measures: {', '.join(validation)}"
+    found = Evaluation()
+    if run.per_client or (run.method.personal_roles and not first):
+        each = list(run.engine.evaluate(run.method, _all_clients(run, state.server)))
+        client_metrics = {one.client: one.held_out for one in each if one.held_out}
+        found = Evaluation(
+            _mean([one.server.metrics for one in each if one.server.metrics]),
+            _mean([one.server.validation for one in each if one.server.validation]),
         )
-    if validation and not first:
-        state = _track_best(run, state, validation)
+    if not found.metrics:
+        found = run.evaluate(state.server.adapter)
+    if found.validation and run.metric not in found.validation:
+        known = ", ".join(found.validation)
+        raise ConfigError(f"validation does not measure the metric {run.metric!r}; it has: {known}")
+    if found.validation and not first:
+        state = _track_best(run, state, found.validation)
     return replace(
         result,
-        metrics=metrics,
-        validation=validation,
+        metrics=found.metrics,
+        validation=found.validation,
         client_metrics=client_metrics,
         state=state,
         seconds=time.perf_counter() - started,
     )
+
+
+def _all_clients(run: Federation, server: ServerState) -> Iterator[Assignment]:
+    """Every client with the adapter that it would receive now."""
+    clients = run.engine.clients()
+    ranks = run.ranks(clients)
+    for client, count in sorted(clients.items()):
+        info = ClientInfo(client, count, ranks[client], server.round)
+        yield Assignment(info, run.method.download(server, info))
 
 
 def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
