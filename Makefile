@@ -1,5 +1,6 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
-# make test      the default tests            make test-all  with slow, browser and docs tests
+# make test      the kernel and the guards, about a minute
+# make test-all  all tests of one machine      make test-slow  real models and a browser, an hour
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo demo-llm test test-all test-flower soak-flower check results bench bench-gpu build clean
+.PHONY: install demo demo-llm test test-wide test-all test-slow test-flower soak-flower check results bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -31,8 +32,13 @@ demo-llm: install
 test: install
 	$(PYTEST)
 
-test-all: install
-	$(PYTEST) -m "slow or browser or not slow" -rs
+test-wide: install
+	$(PYTEST) -m "wide and not slow and not flower" -rs
+
+test-all: test test-wide
+
+test-slow: install
+	$(PYTEST) -m "slow or browser" -rs
 
 test-flower: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m "flower and not soak" -rs

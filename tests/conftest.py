@@ -8,6 +8,39 @@ from pathlib import Path
 import pytest
 from tiny_site import make_site
 
+# Files that run the program as a whole: engines, comparisons, the command line, sites. The other
+# files prove the kernel and the guards, and are what `make test` runs.
+WIDE = {
+    "test_cli",
+    "test_compare",
+    "test_compare_command",
+    "test_doctor",
+    "test_engine",
+    "test_evaluation",
+    "test_experiments",
+    "test_federation_folder",
+    "test_fetch",
+    "test_flower_strategy",
+    "test_method_runs",
+    "test_plan",
+    "test_report",
+    "test_report_verdicts",
+    "test_runs",
+    "test_scale",
+    "test_server_optimizers",
+    "test_site_faults",
+    "test_sites",
+    "test_studies",
+    "test_wiretap",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the files above."""
+    for item in items:
+        if item.path.stem in WIDE:
+            item.add_marker(pytest.mark.wide)
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
