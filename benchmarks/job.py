@@ -24,7 +24,7 @@ from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.data.examples import Examples, collate
 from rolora.files import write_file
-from rolora.run.build import Setup, prepare
+from rolora.run.experiment import Experiment
 from rolora.training.engine import InProcess
 from rolora.training.local import Work, batches
 from rolora.training.rounds import sample_cohort
@@ -87,21 +87,21 @@ def write_job(config: RunConfig, folder: Path, rounds: int, *, threads: int, act
     Ray) has ``actors`` of them, which share the threads, with one each at least.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    setup = prepare(config, folder / "clients")
+    experiment = Experiment(config, folder / "clients")
     tensors: dict[str, Tensor] = {}
-    plan = [_round(setup, number, tensors) for number in range(1, rounds + 1)]
+    plan = [_round(experiment, number, tensors) for number in range(1, rounds + 1)]
     save_file(tensors, folder / "batches.safetensors")
-    save_file(dict(setup.start.server.adapter), folder / "start.safetensors")
-    save_file(_padded_tests(setup), folder / "test.safetensors")
+    save_file(dict(experiment.start.server.adapter), folder / "start.safetensors")
+    save_file(_padded_tests(experiment), folder / "test.safetensors")
     job = {
         "model": config.model.path,
-        "labels": len(setup.labels),
+        "labels": len(experiment.labels),
         **LORA,
-        "layers": setup.base.peft_config.layers_to_transform,
+        "layers": experiment.base.peft_config.layers_to_transform,
         "lr": config.train.lr,
         "threads": threads,
         "actors": actors,
-        "clients": len(setup.federation.engine.clients()),
+        "clients": len(experiment.federation.engine.clients()),
         "eval_every": config.eval.every,
         "rounds": plan,
     }
@@ -110,9 +110,9 @@ def write_job(config: RunConfig, folder: Path, rounds: int, *, threads: int, act
     return folder
 
 
-def _round(setup: Setup, number: int, tensors: dict[str, Tensor]) -> Mapping[str, Any]:
+def _round(experiment: Experiment, number: int, tensors: dict[str, Tensor]) -> Mapping[str, Any]:
     """One round: what is trained and who takes part; its batches go into ``tensors``."""
-    run, config = setup.federation, setup.config
+    run, config = experiment.federation, experiment.config
     engine = run.engine
     assert isinstance(engine, InProcess)
     clients, cohort = engine.clients(), []
@@ -120,26 +120,26 @@ def _round(setup: Setup, number: int, tensors: dict[str, Tensor]) -> Mapping[str
     for client in sample_cohort(list(clients), run.participation, run.seed, number, 0):
         info = ClientInfo(client, clients[client], ranks[client], number)
         steps = engine.settings.num_steps(info.num_examples)
-        work = Work(client, engine.shards[client], setup.start.server.adapter, steps)
+        work = Work(client, engine.shards[client], experiment.start.server.adapter, steps)
         drawn = batches(work, config.train.batch_size, config.seed, number)
         for step, rows in enumerate(itertools.islice(drawn, steps)):
-            _add_batch(setup, engine.examples, rows, f"{number}/{client}/{step}", tensors)
+            _add_batch(experiment, engine.examples, rows, f"{number}/{client}/{step}", tensors)
         cohort.append({"id": client, "num_examples": info.num_examples, "steps": steps})
     return {"trainable": sorted(run.method.trainable(number, 0)), "cohort": cohort}
 
 
-def _padded_tests(setup: Setup, rows: int = 64) -> dict[str, Tensor]:
+def _padded_tests(experiment: Experiment, rows: int = 64) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    test = setup.task.encode_test(setup.test_rows, "the test rows")
+    test = experiment.test
     order = test.lengths.argsort(stable=True)
     for index, chosen in enumerate(torch.split(order, rows)):
-        _add_batch(setup, test, chosen, str(index), tensors)
+        _add_batch(experiment, test, chosen, str(index), tensors)
     return tensors
 
 
 def _add_batch(
-    setup: Setup, examples: Examples, rows: Tensor, name: str, tensors: dict[str, Tensor]
+    experiment: Experiment, examples: Examples, rows: Tensor, name: str, tensors: dict[str, Tensor]
 ) -> None:
-    batch = collate(examples, rows, setup.base.tokenizer.pad_token_id)
+    batch = collate(examples, rows, experiment.base.tokenizer.pad_token_id)
     for key, tensor in {**batch.inputs, "labels": batch.targets}.items():
         tensors[f"{name}.{key}"] = tensor.contiguous()

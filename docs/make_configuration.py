@@ -41,6 +41,8 @@ def kind(annotation: Any) -> str:
         return kind(parts[0])
     if get_origin(annotation) is list:
         return f"list of {kind(parts[0])}".replace("number", "numbers")
+    if get_origin(annotation) is dict and get_origin(parts[1]) is dict:
+        return "table of tables"
     if get_origin(annotation) is dict:
         return f"table of {kind(parts[1])}".replace("number", "numbers")
     return " or ".join(dict.fromkeys(kind(part) for part in parts))

@@ -24,9 +24,9 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rolora.comparison.folder import ComparisonFolder
 
 import rolora
+from rolora.comparison.folder import ComparisonFolder
 from rolora.errors import AllDiverged
 from rolora.files import write_file
 from rolora.results.export import outcome

@@ -10,7 +10,6 @@ from typing import Any
 
 from rolora.comparison.grid import Comparison, plan
 from rolora.comparison.queue import make_search, turns
-
 from rolora.config.load import load_config
 from rolora.results.export import outcome
 from rolora.results.runs import load_run

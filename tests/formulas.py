@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from states import dense, make_specs, same, sent, start_of, trained
+from method_rows import ROWS
+from states import assign, dense, make_specs, same, sent, start_of, trained
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Update, role_of
@@ -20,7 +21,6 @@ from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, RoundReport, step
-from rolora.training.engine import POOL
 
 MEAN = Aggregation(mean())
 HEAD: Roles = frozenset({"head"})
@@ -81,18 +81,18 @@ def play(method: Method, case: Case) -> Played:
     if method.name == "flora":  # whose lora_B is 0 before every round
         before = before | {n: 0 * t for n, t in before.only(frozenset({"B"})).items()}
     server = ServerState(before, round=case.round - 1)
-    sizes = case.sizes[:1] if method.pooled else case.sizes
-    infos = tuple(
-        ClientInfo(POOL if method.pooled else f"client-{i}", size, rank, case.round)
-        for i, (size, rank) in enumerate(zip(sizes, case.ranks, strict=False))
+    drawn = tuple(
+        ClientInfo(f"client-{i}", size, rank, case.round)
+        for i, (size, rank) in enumerate(zip(case.sizes, case.ranks, strict=False))
     )
-    if not method.ranks:
-        infos = tuple(replace(info, rank=4) for info in infos)
-    ended = [
-        trained(method, server, info, case.seed + i, case.move) for i, info in enumerate(infos)
-    ]
-    updates = [sent(method, server, info, t) for info, t in zip(infos, ended, strict=True)]
-    cohort = {info.id: info for info in infos}
+    if not method.heterogeneous_ranks:
+        drawn = tuple(replace(info, rank=4) for info in drawn)
+    infos = method.cohort(drawn, sum(case.sizes))
+    sizes = [info.num_examples for info in infos]
+    cohort = assign(method, server, infos)
+    members = list(cohort.values())
+    ended = [trained(method, one, case.seed + i, case.move) for i, one in enumerate(members)]
+    updates = [sent(method, one, end) for one, end in zip(members, ended, strict=True)]
     after, report = step(method, MEAN, server, cohort, updates, generator(case.seed, "aggregate"))
     assert report.rejected == {}
     return Played(
@@ -100,7 +100,7 @@ def play(method: Method, case: Case) -> Played:
         before=before,
         after=after.adapter,
         infos=infos,
-        received=tuple(method.download(server, info) for info in infos),
+        received=tuple(one.received for one in members),
         trained=tuple(ended),
         updates=tuple(updates),
         weights=tuple(size / sum(sizes) for size in sizes),
@@ -400,22 +400,5 @@ def kept_up_to_energy(game: Played) -> None:
 
 
 CHECKS: dict[str, Callable[[Played], None]] = {
-    "centralized": averaged,
-    "fed_sb": core_averaged,
-    "fedex_lora": averaged_with_residual,
-    "fedit": averaged,
-    "fedmomentum": kept_up_to_energy,
-    "fedrot_lora": turned_to_server,
-    "fedsa_lora": shares_a,
-    "fedsvd": turned_to_rows,
-    "ffa_lora": factor_b,
-    "flexlora": best_factors,
-    "flora": stacked,
-    "hetlora": padded_and_weighted,
-    "la_lora": smoothed,
-    "local": nothing_sent,
-    "lora_a2": largest_pieces,
-    "lora_fair": corrected,
-    "ravan": folded_cores,
-    "rolora": by_turns,
+    name: globals()[row.check] for name, row in ROWS.items()
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import (
     AdapterState,
+    Assignment,
     ClientInfo,
     Roles,
     Specs,
@@ -20,6 +21,7 @@ from rolora.algorithm.adapter import (
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator
 
+Cohort = dict[str, Assignment]
 Shape = tuple[int, int, int]  # out, in, rank of one adapted layer
 LAYERS: tuple[Shape, ...] = ((4, 6, 2), (7, 5, 2))
 HEAD: Mapping[str, tuple[int, ...]] = {"score.bias": (3,), "score.weight": (3, 4)}
@@ -122,24 +124,35 @@ def effect(state: AdapterState) -> dict[str, Tensor]:
     return {**dense(state), **state.only(frozenset({"head"}))}
 
 
-def trained(
-    method: Method, server: ServerState, info: ClientInfo, seed: int, size: float = 0.1
-) -> AdapterState:
+def cohort_of(method: Method, server: ServerState, sizes: Mapping[str, int]) -> Cohort:
+    """Clients of rank 2 with these row counts, and what each of them receives."""
+    infos = [ClientInfo(id, count, 2, server.round + 1) for id, count in sizes.items()]
+    return assign(method, server, infos)
+
+
+def assign(method: Method, server: ServerState, infos: Iterable[ClientInfo]) -> Cohort:
+    """Each client with what it receives."""
+    return {info.id: Assignment(info, method.download(server, info)) for info in infos}
+
+
+def trained(method: Method, assigned: Assignment, seed: int, size: float = 0.1) -> AdapterState:
     """What a client holds after a pretended local training of this round."""
-    roles = method.trained(server.round + 1)
-    return moved(method.download(server, info), roles, seed, size)
+    return moved(assigned.received, method.trained(assigned.info.round), seed, size)
 
 
-def sent(method: Method, server: ServerState, info: ClientInfo, adapter: AdapterState) -> Update:
+def sent(method: Method, assigned: Assignment, adapter: AdapterState) -> Update:
     """What the method sends of a trained adapter in this round."""
-    uploaded = method.upload(method.download(server, info), adapter, info)
-    up = uploaded.only(method.shared(server.round + 1))
-    return Update(info.id, up, info.num_examples, {"loss": 1.0})
+    info = assigned.info
+    uploaded = method.upload(assigned.received, adapter, info).only(method.shared(info.round))
+    return Update(info.id, uploaded, info.num_examples, {"loss": 1.0})
 
 
-def cohort_of(sizes: Mapping[str, int], round: int = 1) -> dict[str, ClientInfo]:
-    """Clients with these row counts."""
-    return {id: ClientInfo(id, count, 2, round) for id, count in sizes.items()}
+def updates_from(method: Method, cohort: Cohort, seed: int = 0, size: float = 0.1) -> list[Update]:
+    """What each client of the cohort sends after a pretended training."""
+    return [
+        sent(method, one, trained(method, one, seed + place, size))
+        for place, one in enumerate(cohort.values())
+    ]
 
 
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -72,7 +72,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = tiny.tiny_bert(tmp_path / "model")
     for file in folder.glob("*token*"):
         file.unlink()
-    assert "there is no tokenizer beside its weights" in str(refusal(folder))
+    assert "it has no tokenizer" in str(refusal(folder))
 
 
 def test_a_configuration_that_is_no_object_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_head_model_cannot_stand_in_for_a_language_model(tmp_path: Path) -> No
     weights = folder / "model.safetensors"
     tensors = {k: v for k, v in load_file(weights).items() if not k.startswith("lm_head")}
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks lm_head.weight: it is no causal language model"):
+    with pytest.raises(ConfigError, match=r"lacks lm_head.weight: it is not a causal"):
         load_base(str(folder), "causal_lm", LoraSettings())
 
 

@@ -392,7 +392,7 @@ def test_the_likeliest_choice_is_picked_by_sum_and_by_mean_per_token(base: Base)
 @pytest.mark.parametrize(
     ("options", "right", "message"),
     [
-        ([["a", "b"]], [2], "row 1: answer 2 is none of the 2 choices"),
+        ([["a", "b"]], [2], "row 1: answer 2 is not one of the 2 choices"),
         ([["a", "b"]], ["C"], "row 1: answer 'C' is none"),
         ([["a", "a"]], ["a"], "row 1: answer 'a' is none"),
         ([["a", "b"]], [None], "row 1: answer None is none"),

@@ -98,18 +98,27 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ("lora.rank=[2,4]", "rolora averages factors of one rank: give lora.rank as one number"),
-        ("method.name=flexlora aggregate.optimizer=fedavgm", "which flexlora has not: leave it"),
-        ("method.name=local aggregate.optimizer=fedadam", "which local has not: leave it out"),
-        ("method.b_rounds=0", "b_rounds is at least 1, not 0"),
-        ("method.alternate=0", "alternate is at least 1, not 0"),
-        ("method.alternate=-4", "alternate is at least 1, not -4"),
+        (
+            "lora.rank=[2,4]",
+            "rolora does not support clients of different ranks: set lora.rank to one number",
+        ),
+        (
+            "method.name=flexlora aggregate.optimizer=fedavgm",
+            "flexlora does not support the server optimizer",
+        ),
+        (
+            "method.name=local aggregate.optimizer=fedadam",
+            "local does not support the server optimizer",
+        ),
+        ("method.b_rounds=0", "b_rounds must be at least 1, not 0"),
+        ("method.alternate=0", "alternate must be at least 1, not 0"),
+        ("method.alternate=-4", "alternate must be at least 1, not -4"),
         ("method.b_round=2", "unknown key 'method.b_round': did you mean 'b_rounds'?"),
         ("method.name=fedit method.b_rounds=2", "method 'fedit' has no options"),
         ("method.name=ravan method.heads=3", "heads = 3 does not divide lora.rank = 2"),
         ("method.name=ravan method.heads=0", "heads = 0 does not divide lora.rank = 2"),
-        ("method.name=hetlora method.gamma=0", "gamma lies in (0, 1], not 0.0"),
-        ("method.name=hetlora method.gamma=1.5", "gamma lies in (0, 1], not 1.5"),
+        ("method.name=hetlora method.gamma=0", "gamma must be in (0, 1], not 0.0"),
+        ("method.name=hetlora method.gamma=1.5", "gamma must be in (0, 1], not 1.5"),
         ("method.name=lora_a2 method.keep=0", "keep lies in (0, 1], not 0.0"),
         ("method.name=lora_a2 method.keep=2", "keep lies in (0, 1], not 2.0"),
         ("method.name=fedmomentum method.energy=0", "energy lies in (0, 1], not 0.0"),
@@ -204,7 +213,7 @@ def test_a_run_folder_that_exists_is_refused_and_left_alone(
     (tmp_path / "mine").mkdir()
     code, _, err = rolora(monkeypatch, capsys, "run", site, "--out", tmp_path / "mine")
     assert (code, list((tmp_path / "mine").iterdir())) == (2, [])
-    assert "never overwritten" in err
+    assert "not overwritten" in err
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(
@@ -299,7 +308,7 @@ def test_init_writes_a_config_that_runs_as_it_is(
     run = ("run", config, "train.rounds=1", "partition.clients=3", "--out", tmp_path / "run")
     assert rolora(monkeypatch, capsys, *run)[0] == 0
     code, _, err = rolora(monkeypatch, capsys, "init", site.parent / "train.csv", "--out", config)
-    assert (code, "never overwritten" in err) == (2, True)
+    assert (code, "not overwritten" in err) == (2, True)
 
 
 def test_the_version_is_printed_and_that_is_all(

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 from comparisons import GRID, METHODS, SMALL, everything, finish, lines, planned
+from tiny_site import write_rows
+
 from rolora.comparison.folder import ComparisonFolder
 from rolora.comparison.grid import Comparison, Search, plan
 from rolora.comparison.queue import QueuedRun, compare, turns
-from tiny_site import write_rows
-
 from rolora.config.load import load_config, read_toml
 from rolora.errors import BudgetSpent, ConfigError, RoloraError
 from rolora.results.runs import load_run
@@ -62,8 +62,8 @@ def test_settings_for_one_method_alone_reach_it_alone_and_its_model(
     only = {"fedit": ["train.lr=0.25", "lora.rank=3"]}
     found = {}
     for run in compare(config, METHODS, [0], tmp_path / "rates", only):
-        rank = {spec.shape[0] for spec in run.setup.base.specs.tensors if spec.role == "A"}
-        found[run.setup.config.method.name] = (run.setup.config.train.lr, rank)
+        rank = {spec.shape[0] for spec in run.experiment.base.specs.tensors if spec.role == "A"}
+        found[run.experiment.config.method.name] = (run.experiment.config.train.lr, rank)
         list(run.rounds())
     assert found == {"rolora": (5e-3, {2}), "fedit": (0.25, {3})}
 
@@ -225,7 +225,7 @@ def test_runs_go_with_the_bank_and_dtype_of_the_first(site: Path, tmp_path: Path
     bank = read_toml(file)["provenance"]["bank"]
     assert bank > 1
     file.write_text(file.read_text().replace(f"bank = {bank}", "bank = 1"))
-    assert next(queue).run.setup.bank == 1
+    assert next(queue).run.experiment.bank == 1
 
 
 @pytest.mark.parametrize(
@@ -357,5 +357,5 @@ def test_the_public_function_tunes_too(site: Path, whole: Path, tmp_path: Path) 
     )
     for run in itertools.islice(runs, 4):
         list(run.rounds())
-    assert next(runs).setup.config.seed == 0
+    assert next(runs).experiment.config.seed == 0
     assert (tmp_path / "all" / "tuning.json").read_text() == (whole / "tuning.json").read_text()

@@ -202,7 +202,11 @@ def test_an_absolute_path_does_not_depend_on_root(tmp_path: Path) -> None:
             '[{"a": 1},\n {"a" 2}]',
             "a.json cannot be read: Expecting ':' delimiter: line 2 column 7 (char 17)",
         ),
-        ("a.txt", "hello", "a.txt: its suffix is not one of .csv, .tsv, .json, .jsonl, .parquet"),
+        (
+            "a.txt",
+            "hello",
+            "a.txt: unknown file type; use one of .csv, .tsv, .json, .jsonl, ",
+        ),
     ],
 )
 def test_a_broken_file_is_refused_with_its_name_and_place(
@@ -246,7 +250,7 @@ def test_offline_refuses_hub_names(
     monkeypatch.setattr(hub, "is_reachable", lambda _: pytest.fail("asked the hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     message = refusal(tmp_path, source, offline=True)
-    assert message.startswith(f"{source} is no file or folder in {tmp_path}, nor in the hub's ")
+    assert message.startswith(f"{source} is not a file or folder in {tmp_path}, nor in the hub's ")
     assert "and offline = true: where there is a network, run datasets.load_dataset(" in message
 
 
@@ -302,7 +306,7 @@ def test_a_failing_hub_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(hub, "is_reachable", lambda _: True)
-    assert refusal(tmp_path, "imdb").endswith("and the hub did not give it: no route to host")
+    assert refusal(tmp_path, "imdb").endswith("from the hub failed: no route to host")
 
 
 def test_each_matching_file_is_a_client_named_by_its_stem(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,24 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from states import relative, same
+from states import Cohort, assign, relative, same
 from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update, role_of
+from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failure, Update, role_of
 from rolora.algorithm.codec import Format
 from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.data.examples import Examples
 from rolora.data.partition import client_ids
 from rolora.errors import RoloraError
 from rolora.methods import get_method, method_names
+from rolora.methods.centralized import POOL
 from rolora.training.client_store import ClientStore
-from rolora.training.engine import POOL, Debug, Engine, InProcess, Job
-from rolora.training.local import LocalSettings, Work, evaluate
+from rolora.training.engine import Debug, Engine, Evaluation, InProcess, Job
+from rolora.training.local import LocalSettings, Trained, Work, evaluate
 
 SETTINGS = LocalSettings(steps=None, epochs=1, batch_size=4)
-COHORT = tuple(ClientInfo(name, len(rows), 2, 1) for name, rows in SHARDS.items())
+IDS = list(SHARDS)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,20 @@ def engine_of(bench: Bench, folder: Path, **changes: Any) -> InProcess:
 
 
 def job_of(bench: Bench, round: int = 1, method: str = "fedit") -> Job:
-    server = ServerState(bench.start_of(get_method(method)), round=round - 1)
-    return Job(server, COHORT, seed=7, lr=5e-3)
+    chosen = get_method(method)
+    server = ServerState(bench.start_of(chosen), round=round - 1)
+    cohort = cohort_at(chosen, server, IDS)
+    return Job(server, tuple(cohort.values()), seed=7, lr=5e-3)
+
+
+def cohort_at(
+    method: Method,
+    server: ServerState,
+    drawn: Iterable[str],
+    shards: Mapping[str, torch.Tensor] = SHARDS,
+) -> Cohort:
+    infos = tuple(ClientInfo(id, len(shards[id]), 2, server.round + 1) for id in drawn)
+    return assign(method, server, method.cohort(infos, sum(map(len, shards.values()))))
 
 
 def updates_of(found: Iterable[Update | Failure]) -> dict[str, Update]:
@@ -103,7 +116,7 @@ def test_an_update_holds_what_is_shared_and_nothing_else(
         assert {role_of(key) for key in moved} <= frozenset().union(*trained)
 
 
-def test_a_pooled_method_trains_once_on_all_rows_with_the_steps_of_the_cohort(
+def test_centralized_trains_once_on_all_rows_with_the_steps_of_the_cohort(
     bench: Bench, tmp_path: Path
 ) -> None:
     groups: list[list[Work]] = []
@@ -114,8 +127,9 @@ def test_a_pooled_method_trains_once_on_all_rows_with_the_steps_of_the_cohort(
             return super().train(method, job, work)
 
     engine = Watched(**vars(engine_of(bench, tmp_path)))
-    job = replace(job_of(bench), cohort=COHORT[:3])
-    updates = run(engine, get_method("centralized"), job)
+    method, job = get_method("centralized"), job_of(bench)
+    cohort = cohort_at(method, job.server, IDS[:3])
+    updates = run(engine, method, replace(job, cohort=tuple(cohort.values())))
     assert list(updates) == [POOL]
     assert updates[POOL].num_examples == 23
     ((work,),) = groups
@@ -126,9 +140,8 @@ def test_a_pooled_method_trains_once_on_all_rows_with_the_steps_of_the_cohort(
 def test_the_pool_s_name_is_no_client_s(bench: Bench, tmp_path: Path) -> None:
     assert POOL not in client_ids([POOL, "all", "(ALL)"]).values()
     shards = {"all": torch.arange(4), "bob": torch.arange(4, 12)}
-    cohort = tuple(ClientInfo(name, len(rows), 2, 1) for name, rows in shards.items())
-    job = replace(job_of(bench), cohort=cohort)
-    work = engine_of(bench, tmp_path, shards=shards).prepare(get_method("fedit"), job, cohort[0])
+    cohort = cohort_at(get_method("fedit"), job_of(bench).server, shards, shards)
+    work = engine_of(bench, tmp_path, shards=shards).prepare(cohort["all"])
     assert torch.equal(work.rows, shards["all"])
     assert work.steps == 1
 
@@ -138,10 +151,10 @@ def test_the_debug_engine_names_client_round_and_stage(
     bench: Bench, tmp_path: Path, stage: str
 ) -> None:
     class Broken(InProcess):
-        def prepare(self, method: Method, job: Job, client: ClientInfo) -> Work:
-            if (stage, client.id) == ("prepare", "bob"):
+        def prepare(self, assigned: Assignment) -> Work:
+            if (stage, assigned.info.id) == ("prepare", "bob"):
                 raise KeyError("no rows")
-            return super().prepare(method, job, client)
+            return super().prepare(assigned)
 
         def train(self, method: Method, job: Job, work: Any) -> Any:
             done = super().train(method, job, work)
@@ -152,11 +165,11 @@ def test_the_debug_engine_names_client_round_and_stage(
             return [replace(done[0], adapter=bench.start(99))]
 
         def finish(
-            self, method: Method, job: Job, client: ClientInfo, trained: Any
+            self, method: Method, assigned: Assignment, trained: Trained
         ) -> Update | Failure:
-            if (stage, client.id) == ("finish", "bob"):
+            if (stage, assigned.info.id) == ("finish", "bob"):
                 raise OSError("no space")
-            return super().finish(method, job, client, trained)
+            return super().finish(method, assigned, trained)
 
     engine = Debug(Broken(**vars(engine_of(bench, tmp_path))))
     updates = engine.run(get_method("ffa_lora"), job_of(bench, round=3))
@@ -200,7 +213,7 @@ def test_a_retried_round_starts_where_the_first_try_started(bench: Bench, tmp_pa
     first_round = engine.store.read("cat", before=2)
     starts, ends, losses = [], [], []
     for _ in range(2):
-        starts.append(engine.prepare(method, job, COHORT[2]).start)
+        starts.append(engine.prepare(job.cohort[2]).start)
         losses.append(run(engine, method, job)["cat"].metrics["loss"])
         ends.append(engine.store.read("cat", before=3))
     assert same(starts[0], starts[1])
@@ -214,7 +227,7 @@ def test_in_fp32_the_trained_values_are_sent_as_they_are_and_nothing_is_kept(
     bench: Bench, tmp_path: Path
 ) -> None:
     engine, method, job = engine_of(bench, tmp_path), get_method("rolora"), job_of(bench)
-    work = [engine.prepare(method, job, client) for client in COHORT]
+    work = [engine.prepare(assigned) for assigned in job.cohort]
     trained = engine.train(method, job, work)
     for update, one in zip(engine.run(method, job), trained, strict=True):
         assert isinstance(update, Update)
@@ -245,10 +258,9 @@ def test_what_an_upload_rounded_away_waits_for_the_next_upload_of_the_same_tenso
     store = ClientStore(engine.store.folder, kind="residual")
     kept = {1: store.read("ann", before=1)}
     for round in (1, 2, 3):
-        (trained, *_) = engine.train(
-            method, job_of(bench, round), [engine.prepare(method, job_of(bench, round), COHORT[0])]
-        )
-        arrived = run(engine, method, job_of(bench, round))["ann"].adapter
+        job = job_of(bench, round)
+        (trained, *_) = engine.train(method, job, [engine.prepare(job.cohort[0])])
+        arrived = run(engine, method, job)["ann"].adapter
         kept[round + 1] = store.read("ann", before=round + 1)
         for name in arrived:
             wanted = trained.adapter[name].double() + kept[round].get(name, torch.tensor(0.0))
@@ -299,18 +311,22 @@ def test_each_client_is_evaluated_on_its_own_rows_with_its_own_factors(
         "bob": rows_of(bench, ["no heart at all", "thin plot", "a dog"]),
     }
     test = rows_of(bench, ["a bad film", "the mat", "a clever plot and a dog"])
-    engine = engine_of(bench, tmp_path, held_out=held_out, test=test)
+    engine = engine_of(
+        bench,
+        tmp_path,
+        held_out=held_out,
+        evaluation=lambda adapter: Evaluation(score(bench, test, adapter)),
+    )
     method, job = get_method("local"), job_of(bench)
     run(engine, method, job)
-    after = replace(job.server, round=1)
-    for metrics in Debug(engine).evaluate(method, after, COHORT):
+    for metrics in Debug(engine).evaluate(method, job.cohort):
         kept = job.server.adapter | engine.store.read(metrics.client, before=2)
         own = held_out.get(metrics.client)
         assert metrics.held_out == ({} if own is None else score(bench, own, kept))
-        assert metrics.test == score(bench, test, kept)
-    for metrics in engine.evaluate(get_method("fedit"), after, COHORT):
+        assert metrics.server.metrics == score(bench, test, kept)
+    for metrics in engine.evaluate(get_method("fedit"), job.cohort):
         own = held_out.get(metrics.client)
-        assert metrics.test == {}  # there is but one adapter: the server tests it
+        assert metrics.server == Evaluation()  # there is but one adapter: the server tests it
         assert (metrics.held_out == {}) == (own is None)
 
 

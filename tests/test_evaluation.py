@@ -17,11 +17,11 @@ from test_cli import rolora
 from tiny import tiny_llama
 
 from rolora.config.load import load_config, make_config
-from rolora.data.shards import load_rows
 from rolora.demo.fetch import how_to_get
 from rolora.errors import ConfigError, NotHere
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter, evaluate_each
+from rolora.run.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -169,7 +169,7 @@ def test_the_same_run_is_measured_by_the_likeliest_answer_too(commonsense: Path)
 def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
     settings = values()
     settings["eval"]["answer"] = "true|("
-    with pytest.raises(ConfigError, match=r"eval\.answer.*'true\|\(' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"eval\.answer.*'true\|\(' is not a regular expression"):
         make_config(settings)
 
 
@@ -201,7 +201,7 @@ def test_an_experiment_without_its_rows_says_which_command_makes_them(
     there.parent.mkdir(parents=True)
     there.write_text(path.read_text())
     with pytest.raises(NotHere) as error:
-        load_rows(load_config(there, ["offline=true"]))
+        _ = Experiment(load_config(there, ["offline=true"])).rows
     hint = how_to_get(error.value.path) if error.value.path else ""
     said = f"{error.value}{hint}"
     assert "\n" not in said

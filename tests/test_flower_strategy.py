@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import rolora.flower
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Update, role_of
+from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Roles, Update, role_of
 from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.algorithm.reduce import Reducer, clip, mean, median
 from rolora.algorithm.seeding import generator
@@ -149,7 +149,10 @@ def by_step(
     server, errors = ServerState(START), []
     for round in range(1, rounds + 1):
         shared, trainable = method.shared(round), method.trainable(round, 0)
-        cohort = {str(n): ClientInfo(str(n), count, 2, round) for n, count in EXAMPLES.items()}
+        cohort = {
+            str(node): Assignment(ClientInfo(str(node), count, 2, round), server.adapter)
+            for node, count in EXAMPLES.items()
+        }
         updates = [
             Update(
                 str(node),
@@ -203,7 +206,7 @@ def test_the_frozen_factor_stays_bit_for_bit_and_the_other_is_the_float64_mean()
 
 @pytest.mark.parametrize("weights", ["num_examples", "uniform"])
 @pytest.mark.parametrize(
-    "reducer", [mean(), median(), clip(mean(), 0.1)], ids=["mean", "median", "clip"]
+    "reducer", [mean(), median(), clip(mean(), norm=0.1)], ids=["mean", "median", "clip"]
 )
 @pytest.mark.parametrize("name", ["rolora", "ffa_lora", "fedit"])
 def test_rounds_are_rolora_s_own_steps(name: str, reducer: Reducer, weights: Any) -> None:

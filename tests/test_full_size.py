@@ -19,7 +19,7 @@ import transformers
 from allocation import allocated
 from tiny import SENTENCES, chat_tokenizer, word_tokenizer
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo
+from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo
 from rolora.algorithm.method import ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.step import Aggregation
@@ -160,7 +160,9 @@ def test_a_step_at_full_width_takes_the_memory_that_was_planned(tmp_path: Path, 
     (planned,) = place.planned.methods
     method, server = get_method("rolora"), ServerState(place.start())
     for round, plan in enumerate(planned.rounds, start=1):
-        cohort = tuple(ClientInfo(id, ROWS, 8, round) for id in place.engine.shards)
+        cohort = tuple(
+            Assignment(ClientInfo(id, ROWS, 8, round), server.adapter) for id in place.engine.shards
+        )
         job = Job(replace(server, round=round - 1), cohort, 0, 1e-2)
         peak = allocated(partial(list, place.engine.run(method, job)))
         assert plan.peak is not None

@@ -88,7 +88,7 @@ def test_recomputing_is_refused_where_the_layers_cannot_be_taken_over(
 ) -> None:
     monkeypatch.setattr("rolora.model.base.take_over", lambda *_, **__: None)
     config = load_config(make_site(tmp_path), ["train.recompute=true"])
-    with pytest.raises(ConfigError, match=r"train\.recompute is not possible for this model"):
+    with pytest.raises(ConfigError, match=r"this model does not support train\.recompute"):
         runs.start(config, tmp_path / "run")
 
 
@@ -117,7 +117,7 @@ def test_clients_that_run_out_of_memory_go_on_by_halves_to_the_same_end(
         halved = list(runs.start(config, tmp_path / "halved").rounds())[-1]
     assert relative(halved.state.server.adapter, whole.state.server.adapter) <= 1e-4
     assert [r.message for r in caplog.records] == [
-        "5 clients at once do not fit in memory: going on with 2"
+        "5 clients at once do not fit in memory: continuing with 2"
     ]
     assert seen == [5, 2, 2, 1, 2, 2, 1]
 

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+from method_rows import ROWS
 from safetensors.torch import load_file
 
 from rolora.config.load import load_config
@@ -29,12 +30,11 @@ every_method = pytest.mark.parametrize("name", method_names())
 MODULES, D, K, RANK = 4, 32, 32, 2  # query and value of two layers
 HEAD = 3 * 32 + 3
 ROUNDS = 3
-LORA = RANK * (D + K)
 
 
 def configuration(site: Path, name: str, *more: str) -> RunConfig:
     """A few rounds of this method; clients have ranks of their own where they may."""
-    ranks = ["lora.rank=[2, 1]"] if get_method(name).ranks else []
+    ranks = ["lora.rank=[2, 1]"] if get_method(name).heterogeneous_ranks else []
     few = [f"train.rounds={ROUNDS}", "eval.every=9", 'train.cache=""']
     return load_config(site, [f"method.name={name}", *few, *ranks, *more])
 
@@ -52,8 +52,8 @@ class Finished:
 
     def rank(self, client: str) -> int:
         """Ranks are dealt out in the order of ids."""
-        names = [entry["id"] for entry in self.run.setup.partition["clients"]]
-        own = get_method(self.run.setup.config.method.name).ranks
+        names = [entry["id"] for entry in self.run.experiment.partition["clients"]]
+        own = get_method(self.run.experiment.config.method.name).heterogeneous_ranks
         return (2, 1)[sorted(names).index(client) % 2] if own else 2
 
 
@@ -70,34 +70,11 @@ def finished(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return finish
 
 
-# numbers that a client of rank r sends in a round, of one module, and whether the head goes too
-UP: dict[str, Callable[[int, int], int]] = {
-    "centralized": lambda r, round: 0,
-    "fed_sb": lambda r, round: r * r,
-    "fedex_lora": lambda r, round: r * (D + K),
-    "fedit": lambda r, round: r * (D + K),
-    "fedmomentum": lambda r, round: r * (D + K),
-    "fedrot_lora": lambda r, round: r * (D + K),
-    "fedsa_lora": lambda r, round: r * K,
-    "fedsvd": lambda r, round: r * D,
-    "ffa_lora": lambda r, round: r * D,
-    "flexlora": lambda r, round: r * (D + K),
-    "flora": lambda r, round: r * (D + K),
-    "hetlora": lambda r, round: r * (D + K),
-    "la_lora": lambda r, round: r * (D + K),
-    "local": lambda r, round: 0,
-    "lora_a2": lambda r, round: 1 * (D if round % 2 else K),  # half of the pieces, on average
-    "lora_fair": lambda r, round: r * (D + K),
-    "ravan": lambda r, round: r * r // 2 + 2,  # two cores, and a gain for each
-    "rolora": lambda r, round: r * (D if round % 2 else K),
-}
-WITHOUT_HEAD = {"centralized", "local", "fedsa_lora"}
-# numbers of one module that a client is handed at first beside lora_A and lora_B
-BESIDE = {
-    "fed_sb": RANK * RANK,
-    "ravan": RANK * RANK // 2 + 2,
-    **dict.fromkeys(("fedex_lora", "flora", "fedmomentum"), D * K),
-}
+def numbers_up(name: str, rank: int, round: int) -> int:
+    """Numbers of one module that a client of this rank sends in a round."""
+    row = ROWS[name]
+    parts, pieces = row.up[1 - round % 2].split("+"), row.pieces or rank
+    return pieces * (D * ("B" in parts) + K * ("A" in parts)) + row.core * ("core" in parts)
 
 
 @every_method
@@ -107,10 +84,10 @@ def test_a_client_sends_as_many_bytes_as_counted_by_hand(
     done = finished(name)
     for result in done.results[1:]:
         assert result.rejected == {}
-        head = 0 if name in WITHOUT_HEAD else HEAD
-        bits = MODULES + 2 if name == "lora_a2" else 0  # a byte for each of its tensors
+        head = HEAD if ROWS[name].head else 0
+        bits = MODULES + 2 if ROWS[name].pieces else 0  # a byte for each of its tensors
         assert result.bytes_up == sum(
-            4 * (MODULES * UP[name](done.rank(client), result.round) + head) + bits
+            4 * (MODULES * numbers_up(name, done.rank(client), result.round) + head) + bits
             for client in result.cohort
         )
 
@@ -119,11 +96,10 @@ def test_a_client_sends_as_many_bytes_as_counted_by_hand(
 def test_a_client_is_handed_as_many_bytes_as_counted_by_hand_when_it_first_takes_part(
     name: str, finished: Callable[[str], Finished]
 ) -> None:
-    done, whole = finished(name), name == "lora_a2"  # whose clients hold all and send less
-    expected = sum(
-        4 * (MODULES * ((RANK if whole else done.rank(c)) * (D + K) + BESIDE.get(name, 0)) + HEAD)
-        for c in done.results[1].cohort
-    )
+    done, row = finished(name), ROWS[name]
+    beside = row.core + D * K * ("delta" in row.down[0])
+    ranks = [RANK if row.pieces else done.rank(client) for client in done.results[1].cohort]
+    expected = sum(4 * (MODULES * (rank * (D + K) + beside) + HEAD) for rank in ranks)
     assert done.results[1].bytes_down == (0 if name == "centralized" else expected)
 
 
@@ -159,7 +135,7 @@ def test_peft_loads_the_adapter_of_any_method_and_computes_the_same_logits(
     name: str, site: Path, finished: Callable[[str], Finished]
 ) -> None:
     done = finished(name)
-    base, folder = done.run.setup.base, done.folder / "adapter"
+    base, folder = done.run.experiment.base, done.folder / "adapter"
     texts = ["a good film and a dog", "the cat", "a bad plot"]
     inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
     with base.holding(done.results[-1].state.server.adapter), torch.no_grad():
@@ -174,8 +150,8 @@ def test_peft_loads_the_adapter_of_any_method_and_computes_the_same_logits(
     with torch.no_grad():
         assert torch.allclose(theirs(**inputs).logits, ours, rtol=0, atol=1e-5)
     assert torch.allclose(again, ours, rtol=0, atol=1e-5)
-    if name not in WITHOUT_HEAD or name == "centralized":
-        with base.holding(done.run.setup.start.server.adapter), torch.no_grad():
+    if get_method(name).shared(1) - {"A"}:
+        with base.holding(done.run.experiment.start.server.adapter), torch.no_grad():
             assert not torch.allclose(base.model(**inputs).logits, ours, rtol=0, atol=1e-3)
 
 
@@ -210,9 +186,12 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["method.name=fedit", "lora.rank=[2, 1]"], "fedit averages factors of one rank: .* flora"),
-        (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"says nothing of client"),
-        (["method.name=flora", "lora.rank={}"], "a table of ranks needs a line"),
+        (
+            ["method.name=fedit", "lora.rank=[2, 1]"],
+            "fedit does not support clients of different ranks: .* flora",
+        ),
+        (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"has no rank for client"),
+        (["method.name=flora", "lora.rank={}"], "a table of ranks needs an entry"),
         (["method.name=flora", "lora.rank=[]"], "lora.rank"),
         (["method.name=flora", "lora.rank=[2, 0]"], "lora.rank"),
         (["method.name=ravan", "lora.rank=3"], "heads = 2 does not divide lora.rank = 3"),
@@ -222,11 +201,14 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             ["method.name=la_lora", "train.local_steps=1"],
             "la_lora trains one .*local_steps is at least 2",
         ),
-        (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma lies in \(0, 1\], not 0"),
-        (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep lies in \(0, 1\], not 1.5"),
-        (["method.name=lora_fair", "method.ridge=-1"], "lora_fair: ridge is at least 0, not -1"),
-        (["method.name=fedrot_lora", "method.softness=2"], r"softness lies in \[0, 1\], not 2"),
-        (["method.name=fedmomentum", "method.energy=0"], r"energy lies in \(0, 1\], not 0"),
+        (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma must be in \(0, 1\], not 0"),
+        (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep must be in \(0, 1\], not 1.5"),
+        (
+            ["method.name=lora_fair", "method.ridge=-1"],
+            "ridge must be at least 0, not -1",
+        ),
+        (["method.name=fedrot_lora", "method.softness=2"], r"softness must be in \[0, 1\], not 2"),
+        (["method.name=fedmomentum", "method.energy=0"], r"energy must be in \(0, 1\], not 0"),
     ],
 )
 def test_what_a_method_cannot_have_is_refused_in_one_line_before_the_run(
@@ -243,7 +225,7 @@ def test_a_warm_start_is_refused_where_factors_are_of_the_method_s_own_making(
     name: str, site: Path, finished: Callable[[str], Finished], tmp_path: Path
 ) -> None:
     warm = f"lora.init_from={finished('fedit').folder / 'adapter'}"
-    with pytest.raises(ConfigError, match=f"{name} trains cores between factors of its own making"):
+    with pytest.raises(ConfigError, match=f"{name} trains cores, which no PEFT adapter has"):
         runs.start(configuration(site, name, warm), tmp_path / "run")
 
 

@@ -264,7 +264,7 @@ def test_too_few_rows_are_refused_with_the_numbers_and_a_way_out(
         split()
     assert str(caught.value) == (
         "10 rows cannot give 6 clients at least 2 rows each: use at most 5 clients, "
-        "lower min_examples, or bring more data"
+        "lower min_examples, or use more data"
     )
 
 

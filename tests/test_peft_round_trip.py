@@ -34,7 +34,7 @@ def make(kind: str, folder: Path, **lora: Any) -> Bench:
 
 def save(bench: Bench, adapter: AdapterState, folder: Path) -> Path:
     base = bench.base
-    save_adapter(folder, adapter, base.peft_config, base.model.config, {"task": bench.task.name})
+    save_adapter(folder, adapter, base.peft_config, base.model.config, {})
     return folder
 
 
@@ -163,7 +163,7 @@ def test_an_adapter_of_another_shape_is_refused_with_its_first_misfit(
 
 def test_a_folder_that_is_no_adapter_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     bench = make("bert", tmp_path)
-    with pytest.raises(ConfigError, match="is no PEFT adapter with safetensors weights"):
+    with pytest.raises(ConfigError, match="is not a PEFT adapter with safetensors weights"):
         read_adapter(tmp_path / "bert", bench.base.specs)
     with pytest.raises(ConfigError, match=r"no adapter_config.json"):
         adapter_base(tmp_path / "bert")

@@ -25,8 +25,8 @@ from rolora.errors import DataError
 from rolora.model.base import Base
 from rolora.model.pixel_network import PixelNetworkConfig, write_pixel_network
 from rolora.run import runs
-from rolora.run.configured import first_adapter, load_base_for, make_method, make_task
 from rolora.run.evaluation import evaluate_adapter
+from rolora.run.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -74,8 +74,8 @@ def configuration(place: Path, *overrides: str) -> RunConfig:
 
 
 def start(config: RunConfig) -> tuple[Base, AdapterState]:
-    base = load_base_for(config, LABELS)
-    return base, first_adapter(config, make_method(config), base)
+    made = Experiment(config, labels=LABELS)
+    return made.base, made.start.server.adapter
 
 
 def formula(texts: list[str], adapter: Mapping[str, Tensor], scaling: float) -> Tensor:
@@ -89,7 +89,7 @@ def formula(texts: list[str], adapter: Mapping[str, Tensor], scaling: float) -> 
 def rows(base: Base, config: RunConfig, source: str = "test.csv") -> tuple[list[str], Batch]:
     """The texts of a file, and its rows as the model takes them."""
     table = tables.read_table(source, root=config.root)
-    examples = make_task(config, base, LABELS).encode(table, source)
+    examples = Experiment(config, labels=LABELS, base=base).task.encode(table, source)
     batch = collate(examples, torch.arange(len(examples)), base.tokenizer.pad_token_id)
     return table["text"].to_pylist(), batch
 
@@ -147,7 +147,7 @@ def test_lora_b_starts_random_from_the_seed_and_w_out_too(place: Path) -> None:
 def test_from_b_of_zero_it_would_learn_nothing(place: Path, tmp_path: Path) -> None:
     run = runs.start(configuration(place, "model.path=zero"), tmp_path / "run")
     losses = [result.metrics["loss"] for result in run.rounds() if result.metrics]
-    assert run.setup.start.server.adapter[f"{LAYER}.lora_B.weight"].abs().max() == 0
+    assert run.experiment.start.server.adapter[f"{LAYER}.lora_B.weight"].abs().max() == 0
     assert losses[0] == losses[-1] == pytest.approx(math.log(len(LABELS)), rel=1e-6)
 
 
@@ -162,17 +162,17 @@ def test_every_method_trains_it_on_clients_of_one_label(
     assert after["accuracy"] > 0.6 > before["accuracy"]
     head = "base_model.model.classifier.weight"
     ended = results[-1].state.server.adapter
-    assert torch.equal(ended[head], run.setup.start.server.adapter[head])
+    assert torch.equal(ended[head], run.experiment.start.server.adapter[head])
 
 
 def test_clients_in_one_bank_end_where_they_end_one_by_one(place: Path, tmp_path: Path) -> None:
     ends = []
     for bank in (4, 1):
         run = runs.start(configuration(place, f"train.bank={bank}"), tmp_path / str(bank))
-        assert run.setup.bank == bank
+        assert run.experiment.bank == bank
         ends.append([result.state.server.adapter for result in run.rounds()][-1])
     assert relative(ends[0], ends[1]) < 1e-5
-    assert relative(ends[0], run.setup.start.server.adapter) > 0.1
+    assert relative(ends[0], run.experiment.start.server.adapter) > 0.1
 
 
 def test_peft_loads_a_run_s_adapter_with_the_same_logits_merged_or_not(
@@ -181,8 +181,8 @@ def test_peft_loads_a_run_s_adapter_with_the_same_logits_merged_or_not(
     config = configuration(place)
     run = runs.start(config, tmp_path / "run")
     adapter = [result.state.server.adapter for result in run.rounds()][-1]
-    _, batch = rows(run.setup.base, config)
-    ours = logits(run.setup.base, adapter, batch)
+    _, batch = rows(run.experiment.base, config)
+    ours = logits(run.experiment.base, adapter, batch)
     labels = transformers.AutoConfig.from_pretrained(run.folder.adapter)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         place / "model", config=labels

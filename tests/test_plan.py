@@ -18,7 +18,7 @@ from tiny_site import make_site, values
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rolora.algorithm.adapter import ClientInfo, Roles, role_of
+from rolora.algorithm.adapter import Assignment, ClientInfo, Roles, role_of
 from rolora.cli import main as cli
 from rolora.config.load import load_config, make_config
 from rolora.data.examples import Batch, collate
@@ -32,7 +32,7 @@ from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.meta_model import outline
 from rolora.plan.needs import make_plan
 from rolora.run import runs
-from rolora.run.configured import load_base_for
+from rolora.run.experiment import Experiment
 from rolora.training.engine import Job, group_size
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -113,12 +113,14 @@ def test_what_travels_and_what_is_kept_are_planned_to_the_byte(
     results = list(run.rounds())
     assert planned.counted
     # which pieces a sparse upload holds is up to the training
-    near = {"rel": 0.1} if run.setup.federation.method.sparse else {"rel": 0, "abs": 0}
+    near = {"rel": 0.1} if run.experiment.federation.method.sparse_upload else {"rel": 0, "abs": 0}
     assert planned.up == pytest.approx(sum(result.bytes_up for result in results), **near)
     assert planned.down == pytest.approx(sum(result.bytes_down for result in results), **near)
-    start = run.setup.start.server.adapter
+    start = run.experiment.start.server.adapter
     assert sum(planned.parameters.values()) == sum(t.numel() for t in start.values())
-    assert planned.bank == (1 if run.setup.federation.method.pooled else run.setup.bank)
+    assert planned.bank == (
+        run.experiment.bank if run.experiment.federation.method.federated else 1
+    )
     saved = [payload(run.folder.path, f"{part}/*.safetensors") for part in PARTS]
     assert planned.checkpoints == sum(saved)
     kept = payload(run.folder.path, "clients/*/*.safetensors")
@@ -134,7 +136,7 @@ def test_a_plan_without_the_weights_is_the_plan_with_them(site: Path) -> None:
     weights.unlink()
     assert make_plan(config) == dataclasses.replace(whole, stored=whole.parameters * 4)
     with pytest.raises(ConfigError, match="cannot load model"):  # what would load it now fails
-        load_base_for(config, ["bad", "good"])
+        Experiment(config).load_base()
 
 
 def test_a_run_whose_rows_are_away_is_planned_at_its_worst_and_says_so(bare: Path) -> None:
@@ -267,9 +269,10 @@ def test_the_optimiser_s_state_stands_beside_a_step_from_the_second_step_on(
     for steps in (1, 2):
         config = load_config(site, [f"train.local_steps={steps}", "lora.rank=32"])
         plan, _ = make_plan(config).methods[0].rounds
-        setup = runs.start(config, tmp_path / str(steps)).setup
+        setup = runs.start(config, tmp_path / str(steps)).experiment
         clients = islice(setup.federation.engine.clients(), 3)
-        cohort = tuple(ClientInfo(id, 9, 32, 1) for id in clients)
+        start = setup.start.server.adapter
+        cohort = tuple(Assignment(ClientInfo(id, 9, 32, 1), start) for id in clients)
         job = Job(setup.start.server, cohort, 0, 1e-2)
         updates = setup.federation.engine.run(setup.federation.method, job)
         planned.append(plan.peak or 0)
@@ -278,7 +281,7 @@ def test_the_optimiser_s_state_stands_beside_a_step_from_the_second_step_on(
     assert taken[1] - taken[0] == pytest.approx(plan.optimizer, rel=0.25)
 
 
-def test_pooled_rows_are_planned_with_the_state_that_the_second_of_a_cohort_s_steps_finds(
+def test_rows_in_one_place_are_planned_with_the_state_that_the_second_of_a_cohort_s_steps_finds(
     site: Path,
 ) -> None:
     plans = [
@@ -302,14 +305,17 @@ def test_the_demo_takes_the_memory_that_is_planned_for_it(tmp_path: Path) -> Non
     config = load_config(file, ["model.dtype=fp32", "train.rounds=2"])
     made = make_plan(config)
     run = runs.start(config, tmp_path / "run")
-    setup = run.setup
+    setup = run.experiment
     assert made.parameters == sum(p.numel() for p in setup.base.model.parameters())
     assert made.methods[0].bank == group_size(20, setup.bank)
     engine, method = setup.federation.engine, setup.federation.method
     for round, planned in enumerate(made.methods[0].rounds, start=1):
-        infos = tuple(ClientInfo(id, n, 4, round) for id, n in sorted(engine.clients().items()))
         server = dataclasses.replace(setup.start.server, round=round - 1)
-        updates = engine.run(method, Job(server, infos, 0, 1e-2))
+        cohort = tuple(
+            Assignment(ClientInfo(id, n, 4, round), server.adapter)
+            for id, n in sorted(engine.clients().items())
+        )
+        updates = engine.run(method, Job(server, cohort, 0, 1e-2))
         peak = allocated(partial(list, updates))
         assert planned.peak is not None
         assert planned.peak - made.weights == pytest.approx(peak, rel=0.15)

@@ -153,7 +153,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_start(tmp_path
 
 
 def test_a_run_folder_is_never_overwritten(folder: RunFolder) -> None:
-    with pytest.raises(ConfigError, match="never overwritten"):
+    with pytest.raises(ConfigError, match="not overwritten"):
         RunFolder.create(folder.path, "", {})
 
 

@@ -23,13 +23,14 @@ from rolora.algorithm.reduce import (
     zeros_like,
 )
 from rolora.algorithm.seeding import generator
+from rolora.errors import ConfigError
 
 reproducible = settings(max_examples=40, deadline=None, derandomize=True)
 REDUCERS: dict[str, Callable[[], Reducer]] = {
     "mean": mean,
     "median": median,
-    "trimmed_mean": lambda: trimmed_mean(0.2),
-    "clip": lambda: clip(mean(), 0.5),
+    "trimmed_mean": lambda: trimmed_mean(trim=0.2),
+    "clip": lambda: clip(mean(), norm=0.5),
 }
 
 
@@ -90,7 +91,7 @@ def test_the_trimmed_mean_averages_what_is_left_between_both_cut_ends(
     seed: int, clients: int, trim: float
 ) -> None:
     many = values(seed, clients)
-    reduced = run(trimmed_mean(trim), many)
+    reduced = run(trimmed_mean(trim=trim), many)
     cut = min(int(np.ceil(trim * clients - 1e-9)), (clients - 1) // 2)
     for name in many[0]:
         kept = np.sort(stacked(many, name), axis=0)[cut : clients - cut]
@@ -102,7 +103,7 @@ def test_a_tenth_is_rounded_up_to_whole_clients_at_each_end(clients: int, cut: i
     # client i says i: the i-th power of ten betrays which ones were averaged
     many = [{"a": torch.tensor([10.0**i], dtype=torch.float64)} for i in range(clients)]
     kept = [10.0**i for i in range(cut, clients - cut)]
-    assert float(run(trimmed_mean(0.1), many)["a"]) == pytest.approx(sum(kept) / len(kept))
+    assert float(run(trimmed_mean(trim=0.1), many)["a"]) == pytest.approx(sum(kept) / len(kept))
 
 
 @pytest.mark.parametrize("name", sorted(REDUCERS))
@@ -133,7 +134,7 @@ def test_nothing_is_changed_in_place(name: str) -> None:
 @given(st.integers(0, 2**31), st.floats(0.05, 20))
 def test_clipping_bounds_the_joint_norm_and_keeps_the_direction(seed: int, norm: float) -> None:
     (reference, value) = values(seed, 2)
-    clipped = run(clip(mean(), norm), [value], reference=reference)
+    clipped = run(clip(mean(), norm=norm), [value], reference=reference)
     asked = torch.cat([(value[n] - reference[n]).flatten() for n in value])
     got = torch.cat([(clipped[n] - reference[n]).flatten() for n in value])
     assert float(got.norm()) == pytest.approx(min(norm, float(asked.norm())), rel=1e-9)
@@ -143,16 +144,16 @@ def test_clipping_bounds_the_joint_norm_and_keeps_the_direction(seed: int, norm:
 def test_a_move_within_the_bound_is_not_touched() -> None:
     reference, value = values(1, 2, torch.float32)
     near = {name: reference[name] + 1e-3 * value[name] for name in value}
-    assert same(run(clip(mean(), 1.0), [near], reference=reference), near)
+    assert same(run(clip(mean(), norm=1.0), [near], reference=reference), near)
 
 
 def test_clipping_a_median_is_the_median_of_clipped_moves() -> None:
     many = values(2, 5)
     many[0] = {name: tensor * 100 for name, tensor in many[0].items()}
     zero = {name: torch.zeros_like(tensor) for name, tensor in many[0].items()}
-    clipped = [dict(run(clip(mean(), 0.7), [value], reference=zero)) for value in many]
-    assert same(run(clip(median(), 0.7), many, reference=zero), run(median(), clipped))
-    assert not same(run(clip(median(), 0.7), many, reference=zero), run(median(), many))
+    clipped = [dict(run(clip(mean(), norm=0.7), [value], reference=zero)) for value in many]
+    assert same(run(clip(median(), norm=0.7), many, reference=zero), run(median(), clipped))
+    assert not same(run(clip(median(), norm=0.7), many, reference=zero), run(median(), many))
 
 
 def attacked(reducer: Reducer) -> tuple[Value, list[dict[str, Tensor]]]:
@@ -178,14 +179,14 @@ def test_one_sign_flipped_client_throws_the_mean_away() -> None:
 
 @pytest.mark.parametrize("trim", [-0.1, 0.5, 1.0])
 def test_a_trim_that_leaves_nobody_is_refused(trim: float) -> None:
-    with pytest.raises(ValueError, match=r"trim must lie in \[0, 0.5\)"):
-        trimmed_mean(trim)
+    with pytest.raises(ConfigError, match=r"trim must be in \[0, 0.5\)"):
+        trimmed_mean(trim=trim)
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
 def test_a_clip_norm_that_is_not_positive_is_refused(norm: float) -> None:
-    with pytest.raises(ValueError, match="clip_norm must be positive"):
-        clip(mean(), norm)
+    with pytest.raises(ConfigError, match="norm must be positive"):
+        clip(mean(), norm=norm)
 
 
 @pytest.mark.parametrize("size", [3, (1 << 16) + 5])

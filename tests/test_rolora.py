@@ -136,13 +136,13 @@ def test_memory_is_planned_for_everything_that_a_run_will_train_at_a_time(
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("b_rounds", "0", "b_rounds is at least 1, not 0"),
-        ("b_rounds", "-2", "b_rounds is at least 1, not -2"),
+        ("b_rounds", "0", "b_rounds must be at least 1, not 0"),
+        ("b_rounds", "-2", "b_rounds must be at least 1, not -2"),
         ("b_rounds", "1.5", "method.b_rounds: Input should be a valid integer, got 1.5"),
         ("b_rounds", '"2"', "method.b_rounds: Input should be a valid integer, got '2'"),
         ("b_rounds", "true", "method.b_rounds: Input should be a valid integer, got True"),
-        ("alternate", "0", "alternate is at least 1, not 0; none is ffa_lora"),
-        ("alternate", "-1", "alternate is at least 1, not -1; none is ffa_lora"),
+        ("alternate", "0", "alternate must be at least 1, not 0; see ffa_lora"),
+        ("alternate", "-1", "alternate must be at least 1, not -1; see ffa_lora"),
         ("orthogonal_a", "1", "method.orthogonal_a: Input should be a valid boolean, got 1"),
         ("orthogonal", "true", "unknown key 'method.orthogonal': did you mean 'orthogonal_a'?"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,15 +13,24 @@ import torch
 from states import make_specs, moved, relative, same, sent, start_of, trained
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Roles, Update, role_of
+from rolora.algorithm.adapter import (
+    AdapterState,
+    Assignment,
+    ClientInfo,
+    Failure,
+    Roles,
+    Update,
+    role_of,
+)
 from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.algorithm.reduce import clip, mean
 from rolora.algorithm.seeding import derived_seed
 from rolora.algorithm.step import Aggregation
 from rolora.errors import ConfigError, NoQuorum
 from rolora.methods import get_method, method_names
+from rolora.methods.centralized import POOL
 from rolora.run.folder import line
-from rolora.training.engine import POOL, ClientMetrics, Job
+from rolora.training.engine import ClientMetrics, Evaluation, Job
 from rolora.training.rounds import (
     Federation,
     RoundResult,
@@ -51,23 +60,21 @@ class Pretended:
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         self.jobs.append(job)
-        pool = ClientInfo(POOL, sum(CLIENTS.values()), 2, job.round)
-        for client in (pool,) if method.pooled else job.cohort:
+        for assigned in job.cohort:
+            client = assigned.info
             if self.broken(job.round, job.server.attempt, client.id):
                 yield Failure(client.id, "offline")
                 continue
             seed = derived_seed(job.seed, job.round, client.id)
-            update = sent(method, job.server, client, trained(method, job.server, client, seed))
+            update = sent(method, assigned, trained(method, assigned, seed))
             yield replace(update, metrics={"loss": float(client.num_examples)})
 
-    def evaluate(
-        self, method: Method, server: ServerState, clients: Sequence[ClientInfo]
-    ) -> Iterator[ClientMetrics]:
-        for client in clients:
-            found = {"accuracy": client.num_examples + server.round / 100}
+    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
+        for client in (assigned.info for assigned in clients):
+            found = {"accuracy": client.num_examples + client.round / 100}
             personal = bool(method.personal(1))
             held_out = found if client.id != "ann" else {}  # ann is too small for held-out rows
-            yield ClientMetrics(client.id, held_out, found if personal else {}, {})
+            yield ClientMetrics(client.id, held_out, Evaluation(found if personal else {}))
 
 
 def federation(method: str | Method = "rolora", **changes: Any) -> Federation:
@@ -94,9 +101,15 @@ def play(run: Federation, state: RunState | None = None) -> list[RoundResult]:
 
 
 def scores(by_round: Mapping[int, float], metric: str = "accuracy") -> Callable[..., Any]:
-    """An evaluation that gives these values, one a call, from round 0 on."""
+    """A measure that gives these values, one a call, from round 0 on."""
     values = iter(by_round[round] for round in sorted(by_round))
     return lambda adapter: {metric: next(values)}
+
+
+def measured(
+    test: Callable[..., Any] = lambda _: {}, validation: Callable[..., Any] = lambda _: {}
+) -> Callable[[AdapterState], Evaluation]:
+    return lambda adapter: Evaluation(test(adapter), validation(adapter))
 
 
 # what travels
@@ -149,7 +162,7 @@ def test_down_travels_everything_once_and_then_only_what_the_last_round_averaged
     assert each == [A + B + HEAD, *later]
 
 
-def test_a_pooled_method_sends_nothing_down() -> None:
+def test_nothing_travels_down_without_a_federation() -> None:
     assert [result.bytes_down for result in play(federation("centralized"))] == [0] * 7
 
 
@@ -196,34 +209,35 @@ def test_a_client_is_sent_every_tensor_that_it_does_not_hold_bit_for_bit_and_no_
     own: dict[str, set[str]] = {}  # what a client sent last: it need not have been changed by that
     for job, result in zip(engine.jobs, results, strict=True):
         least = most = 0
-        for client in job.cohort:
-            view = run.method.download(job.server, client)
+        for assigned in job.cohort:
+            client, view = assigned.info, assigned.received
             has: Mapping[str, Tensor] = holds.get(client.id, {})
             lacks = {n for n in view if n not in has or not torch.equal(has[n], view[n])}
             least += view.select(lacks.__contains__).num_bytes()
             most += view.select((lacks | own.pop(client.id, set())).__contains__).num_bytes()
             holds[client.id] = view
         for update in Pretended(broken).run(run.method, job):
-            if isinstance(update, Update) and not run.method.pooled:
+            if isinstance(update, Update) and run.method.federated:
                 holds[update.client] = holds[update.client] | update.adapter
                 own[update.client] = set(update.adapter)
-        if run.method.rebased or run.method.sparse or run.method.name == "ravan":
+        if run.method.resets_factors or run.method.sparse_upload or run.method.name == "ravan":
             assert least <= result.bytes_down <= most
         else:  # what clients send is what they moved
-            assert result.bytes_down == (0 if run.method.pooled else least)
+            assert result.bytes_down == (least if run.method.federated else 0)
 
 
 def test_a_lone_client_holds_the_average_of_its_own_update() -> None:
     _, *results = play(federation(clients={"ann": 5}, rounds=4))
     assert [result.bytes_down for result in results] == [A + B + HEAD, 0, 0, 0]
-    clipped = Aggregation(clip(mean(), 1e-3))
+    clipped = Aggregation(clip(mean(), norm=1e-3))
     _, *results = play(federation(clients={"ann": 5}, rounds=3, aggregation=clipped))
     assert [result.bytes_down for result in results] == [A + B + HEAD, B + HEAD, A + HEAD]
 
 
 def test_a_tensor_made_for_one_client_travels_every_time() -> None:
     def cut(server: ServerState, client: ClientInfo) -> AdapterState:
-        made = {name: t.clone() for name, t in server.adapter.items() if role_of(name) == "A"}
+        made = {name: t * len(client.id) for name, t in server.adapter.items()}
+        made = {name: t for name, t in made.items() if role_of(name) == "A"}
         return server.adapter | made
 
     _, *results = play(federation(replace(get_method("ffa_lora"), download=cut), rounds=3))
@@ -282,6 +296,31 @@ def test_a_cohort_depends_on_seed_round_and_attempt_and_not_on_the_order_of_clie
         assert sample_cohort(ids[::-1], 0.3, *key) == cohort
 
 
+def test_what_clients_are_sent_does_not_say_whom_the_server_will_draw() -> None:
+    def played(**seeds: Any) -> tuple[list[tuple[str, ...]], set[int]]:
+        run = federation(participation=0.5, **seeds)
+        cohorts = [result.cohort for result in play(run)]
+        return cohorts, {job.seed for job in run.engine.jobs}  # type: ignore[attr-defined]
+
+    (plain, sent), (same_seed, _), (other, still) = (
+        played(),
+        played(server_seed=3),
+        played(server_seed=4),
+    )
+    assert plain == same_seed
+    assert plain != other
+    assert sent == still == {3}
+
+
+def test_reducers_and_methods_draw_from_the_server_s_seed() -> None:
+    def drawn(**seeds: Any) -> AdapterState:
+        return play(federation("flora", rounds=1, **seeds))[-1].state.server.adapter.only(
+            frozenset({"A"})
+        )
+
+    assert drawn() == drawn(server_seed=3) != drawn(server_seed=4)
+
+
 def test_every_client_is_drawn_equally_often() -> None:
     ids = list("abcdefgh")
     drawn = "".join("".join(sample_cohort(ids, 0.25, 0, round, 0)) for round in range(1, 1001))
@@ -306,7 +345,8 @@ def test_the_engine_is_given_the_cohort_with_the_largest_shard_first() -> None:
     jobs: list[Job] = run.engine.jobs  # type: ignore[attr-defined]
     for job, result in zip(jobs, results[1:], strict=True):
         ids = sorted(result.cohort, key=lambda id: (-CLIENTS[id], id))
-        assert job.cohort == tuple(ClientInfo(id, CLIENTS[id], 2, result.round) for id in ids)
+        infos = tuple(ClientInfo(id, CLIENTS[id], 2, result.round) for id in ids)
+        assert tuple(assigned.info for assigned in job.cohort) == infos
 
 
 def test_the_loss_of_a_round_weighs_clients_by_their_rows() -> None:
@@ -360,7 +400,7 @@ def test_a_run_that_gave_up_tries_again_when_it_is_resumed() -> None:
         play(federation(engine=down), results[-1].state)
 
 
-def test_a_pooled_method_has_no_clients_to_miss_a_quorum_of() -> None:
+def test_without_a_federation_there_is_no_quorum_to_miss() -> None:
     few = Aggregation(mean(), quorum=3)
     results = play(federation("centralized", aggregation=few))
     assert [(result.round, result.advanced) for result in results] == [(r, True) for r in range(7)]
@@ -423,7 +463,7 @@ def test_the_first_the_last_and_every_nth_round_are_evaluated(
         seen.append(adapter)
         return {"accuracy": len(seen)}
 
-    results = play(federation(eval_every=every, rounds=rounds, test=measure))
+    results = play(federation(eval_every=every, rounds=rounds, evaluate=measured(measure)))
     assert [result.round for result in results if result.metrics] == evaluated
     states = [result.state.server.adapter for result in results if result.metrics]
     assert all(one is other for one, other in zip(seen, states, strict=True))
@@ -437,7 +477,7 @@ def test_stopping_and_the_best_round_go_by_validation_and_never_by_the_test(
     test_scores: range,
 ) -> None:
     test = scores(dict(enumerate(test_scores)))
-    run = federation(eval_every=1, patience=2, validation=scores(VALIDATION), test=test)
+    run = federation(eval_every=1, patience=2, evaluate=measured(test, scores(VALIDATION)))
     results = play(run)
     assert [result.round for result in results] == [0, 1, 2, 3, 4, 5]  # 4 and 5 are no better
     best = results[-1].state.best
@@ -448,7 +488,7 @@ def test_stopping_and_the_best_round_go_by_validation_and_never_by_the_test(
 
 
 def test_without_patience_every_round_runs_and_the_best_is_kept_all_the_same() -> None:
-    results = play(federation(eval_every=1, validation=scores(VALIDATION)))
+    results = play(federation(eval_every=1, evaluate=measured(validation=scores(VALIDATION))))
     bests = [result.state.best.round if result.state.best else None for result in results]
     assert bests == [None, 1, 1, 3, 3, 3, 6]  # the start, however good, is no round
 
@@ -456,7 +496,13 @@ def test_without_patience_every_round_runs_and_the_best_is_kept_all_the_same() -
 def test_of_a_metric_where_lower_is_better_the_lowest_is_best() -> None:
     values = {0: 0.1, 1: 0.9, 2: 0.4, 3: 0.6, 4: 0.5, 5: 0.1, 6: 0.1}
     validation = scores(values, "loss")
-    run = federation(eval_every=1, patience=2, metric="loss", validation=validation)
+    run = federation(
+        eval_every=1,
+        patience=2,
+        metric="loss",
+        higher_is_better=False,
+        evaluate=measured(validation=validation),
+    )
     results = play(run)
     assert results[-1].round == 4
     assert results[-1].state.best is not None
@@ -465,19 +511,25 @@ def test_of_a_metric_where_lower_is_better_the_lowest_is_best() -> None:
 
 def test_patience_counts_evaluations_and_not_rounds() -> None:
     values = {0: 0.0, 1: 0.5, 2: 0.4, 3: 0.3}
-    run = federation(eval_every=3, patience=2, rounds=30, validation=scores(values))
+    run = federation(
+        eval_every=3, patience=2, rounds=30, evaluate=measured(validation=scores(values))
+    )
     assert play(run)[-1].round == 9
 
 
 def test_a_metric_that_validation_does_not_have_is_named_before_any_training() -> None:
-    run = federation(metric="perplexity", validation=lambda adapter: {"accuracy": 0.5, "loss": 1})
+    run = federation(
+        metric="perplexity", evaluate=measured(validation=lambda _: {"accuracy": 0.5, "loss": 1})
+    )
     with pytest.raises(ConfigError, match=r"'perplexity'.*: accuracy, loss"):
         play(run)
     assert run.engine.jobs == []  # type: ignore[attr-defined]
 
 
 def test_every_client_with_held_out_rows_is_measured_whether_in_the_cohort_or_not() -> None:
-    run = federation(per_client=True, participation=0.3, eval_every=4, test=lambda _: {"loss": 1.0})
+    run = federation(
+        per_client=True, participation=0.3, eval_every=4, evaluate=measured(lambda _: {"loss": 1.0})
+    )
     results = play(run)
     assert [result.round for result in results if result.client_metrics] == [0, 4, 6]
     assert results[4].client_metrics == {
@@ -491,7 +543,9 @@ def test_clients_are_not_measured_unless_that_is_asked_for() -> None:
 
 
 def test_where_adapters_are_personal_the_test_metric_is_the_mean_over_clients() -> None:
-    results = play(federation("local", eval_every=3, test=lambda _: {"accuracy": -1.0}))
+    results = play(
+        federation("local", eval_every=3, evaluate=measured(lambda _: {"accuracy": -1.0}))
+    )
     assert results[0].metrics == {"accuracy": -1.0}  # nobody has trained yet
     mean_rows = sum(CLIENTS.values()) / len(CLIENTS)
     assert results[3].metrics["accuracy"] == pytest.approx(mean_rows + 0.03)
@@ -510,7 +564,7 @@ def drift(adapter: AdapterState) -> dict[str, float]:
 def test_going_on_from_any_result_gives_what_never_stopping_gives(name: str) -> None:
     def run() -> Federation:
         shaky = Pretended(broken=lambda r, attempt, client: r in (1, 3) and attempt < 2)
-        changes = {"validation": drift, "test": drift, "patience": 4, "eval_every": 1}
+        changes = {"evaluate": measured(drift, drift), "patience": 4, "eval_every": 1}
         return federation(name, engine=shaky, participation=0.5, rounds=7, **changes)
 
     whole = play(run())
@@ -541,7 +595,7 @@ def test_a_round_s_server_state_is_the_weighted_mean_of_what_its_clients_sent() 
     roles: Roles = frozenset({"B", "head"})
     total = sum(CLIENTS.values())
     expected = {name: 0 * tensor.double() for name, tensor in start().server.adapter.items()}
-    for client in job.cohort:
+    for client in (assigned.info for assigned in job.cohort):
         seed = derived_seed(job.seed, 1, client.id)
         held = moved(start().server.adapter, roles, seed)
         for name, tensor in held.items():

@@ -178,7 +178,7 @@ def test_the_configuration_of_a_run_folder_starts_the_same_run_anew(
     [
         ("config.toml", "seed = ", "config.toml is not valid TOML"),
         ("config.toml", "seed = 0", "config.toml is damaged: provenance.bank is missing"),
-        ("partition.json", None, "is no run folder (no partition.json in it)"),
+        ("partition.json", None, "is not a run folder: partition.json is missing"),
     ],
 )
 def test_a_damaged_run_folder_is_refused_before_any_training(
@@ -204,7 +204,7 @@ def test_an_adapter_whose_notes_are_damaged_is_refused(
 
 def test_peft_loads_the_adapter_and_gives_the_same_logits(site: Path, whole: Path) -> None:
     run = runs.start(load_config(site), whole.parent / "logits")
-    base, texts = run.setup.base, ["a good film and a dog", "the cat", "a bad plot"]
+    base, texts = run.experiment.base, ["a good film and a dog", "the cat", "a bad plot"]
     adapter = read_adapter(whole / "adapter", base.specs)
     inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
     with base.holding(adapter), torch.no_grad():
@@ -243,7 +243,7 @@ def test_the_best_validated_round_is_exported_and_patience_ends_the_run(
     best = results[-1].state.best
     assert best is not None
     assert (best.round, results[-1].round) == (1, 3)
-    exported = read_adapter(run.folder.adapter, run.setup.base.specs)
+    exported = read_adapter(run.folder.adapter, run.experiment.base.specs)
     assert all(torch.equal(exported[name], best.adapter[name]) for name in exported)
 
 
@@ -255,11 +255,10 @@ def test_personal_adapters_are_validated_and_not_the_servers_which_stays_as_it_i
     run = runs.start(load_config(site, changes), tmp_path / "run")
     first, *later = [result.validation for result in run.rounds()]
     assert len({found["loss"] for found in (first, *later)}) == 3
-    server = run.setup.federation.validation
-    assert server is not None
-    assert server(run.setup.start.server.adapter) == first
+    server = run.experiment.federation.evaluate(run.experiment.start.server.adapter)
+    assert server.validation == first
     assert any("in clients/ of the run's folder" in note for note in run.notes)
-    with pytest.raises(ConfigError, match=f"is the server's part of {method} alone"):
+    with pytest.raises(ConfigError, match=f"holds only the server's part of {method}"):
         evaluate_adapter(tmp_path / "run", str(site.parent / "test.csv"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from scripts import script
-from states import cohort_of, dense, make_specs, random_state, sent, trained
+from states import cohort_of, dense, make_specs, random_state, sent, trained, updates_from
 from tiny_site import write_rows
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Failure, Update
@@ -24,8 +24,9 @@ from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.config.load import load_config
 from rolora.methods import get_method
-from rolora.run import configured, runs
+from rolora.run import runs
 from rolora.run.folder import RunFolder
+from rolora.tasks import classification
 from rolora.tasks.registry import Task
 from rolora.training.engine import ClientMetrics, Job
 from rolora.training.rounds import Federation, RunState, federate
@@ -47,8 +48,8 @@ class Pretended:
         return {f"client-{i:06d}": 8 for i in range(self.count)}
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
-        for seed, client in enumerate(job.cohort):
-            yield sent(method, job.server, client, trained(method, job.server, client, seed))
+        for seed, assigned in enumerate(job.cohort):
+            yield sent(method, assigned, trained(method, assigned, seed))
 
     def evaluate(self, *_: Any) -> Iterator[ClientMetrics]:
         yield from ()
@@ -92,8 +93,7 @@ def test_a_round_of_ten_clients_does_the_same_work_with_ten_thousand_others_wait
     few, small = work(10, tmp_path / "few")
     many, large = work(10_010, tmp_path / "many")
     assert few == many
-    # by the client before and after training, in the check, for the ledger
-    assert few["downloads"] == 4 * 10 * 4
+    assert few["downloads"] == 4 * 10
     assert large[0] == small[0]  # before anybody has taken part
     assert abs(large[1] - small[1]) <= 20  # the digits of an error
     assert large[4] - small[4] < 40 * 30  # 30 more clients have taken part, one line each
@@ -126,11 +126,8 @@ def test_where_a_factor_is_frozen_a_round_decomposes_once_however_many_clients(
     found = []
     for clients in (2, 40):
         sizes.clear()
-        cohort = cohort_of({f"c{i:02d}": 5 for i in range(clients)})
-        updates = [
-            sent(method, server, info, trained(method, server, info, seed))
-            for seed, info in enumerate(cohort.values())
-        ]
+        cohort = cohort_of(method, server, {f"c{i:02d}": 5 for i in range(clients)})
+        updates = updates_from(method, cohort)
         step(method, Aggregation(mean()), server, cohort, updates, generator(0))
         found.append(list(sizes))
     assert found[0] == found[1] != []
@@ -163,17 +160,19 @@ def test_the_error_is_measured_from_what_each_client_received(name: str) -> None
 
     method = replace(get_method(name), download=own)
     server = ServerState(random_state(SPECS, 0, torch.float64))
-    cohort = cohort_of({"a": 3, "bb": 5, "ccc": 4})
-    held = {id: trained(method, server, info, 7 + len(id)) for id, info in cohort.items()}
-    updates = [sent(method, server, info, held[id]) for id, info in cohort.items()]
+    cohort = cohort_of(method, server, {"a": 3, "bb": 5, "ccc": 4})
+    held = {id: trained(method, one, 7 + len(id)) for id, one in cohort.items()}
+    updates = [sent(method, one, held[id]) for id, one in cohort.items()]
     after, report = step(method, Aggregation(mean()), server, cohort, updates, generator(0))
     missed = whole = 0.0
     for layer, now in dense(after.adapter).items():
         change = sum(
-            info.num_examples / 12 * (dense(held[id])[layer] - dense(own(server, info))[layer])
-            for id, info in cohort.items()
+            one.info.num_examples / 12 * (dense(held[id])[layer] - dense(one.received)[layer])
+            for id, one in cohort.items()
         )
-        product = sum(i.num_examples / 12 * dense(held[id])[layer] for id, i in cohort.items())
+        product = sum(
+            one.info.num_examples / 12 * dense(held[id])[layer] for id, one in cohort.items()
+        )
         assert isinstance(change, torch.Tensor)
         assert isinstance(product, torch.Tensor)
         missed += float((change - (now - dense(server.adapter)[layer])).square().sum())
@@ -188,10 +187,10 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
     changes = ["data.train=many.csv", "data.client_test=0.5", "partition.scheme=iid"]
     config = load_config(site, [*changes, "partition.clients=100"])
     encoded: list[int] = []
-    make_task = configured.make_task
+    made = classification.classification
 
     def watched(*given: Any) -> Task:
-        task = make_task(*given)
+        task = made(*given)
 
         def encode_test(table: Any, source: str) -> Any:
             encoded.append(table.num_rows)
@@ -199,8 +198,8 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
 
         return replace(task, encode_test=encode_test)
 
-    monkeypatch.setattr("rolora.run.build.make_task", watched)
-    setup = runs.start(config, tmp_path / "run").setup
+    monkeypatch.setattr("rolora.tasks.classification.classification", watched)
+    setup = runs.start(config, tmp_path / "run").experiment
     held_out: Mapping[str, Any] = setup.federation.engine.held_out  # type: ignore[attr-defined]
     assert encoded == [12]  # the test file
     assert len(held_out) == 100

@@ -11,13 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+from method_rows import ROWS
 from safetensors.torch import load_file
-from states import cohort_of, make_specs, random_state, relative, same, sent, trained
+from states import cohort_of, make_specs, random_state, relative, same, updates_from
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Update, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Update, role_of
 from rolora.algorithm.method import ServerState
-from rolora.algorithm.reduce import Memory, Reducer, Value, clip, fedadam, fedavgm, mean, median
+from rolora.algorithm.reduce import (
+    Memory,
+    Reducer,
+    Value,
+    clip,
+    compose,
+    fedadam,
+    fedavgm,
+    mean,
+    median,
+)
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.comparison import grid
@@ -25,23 +36,13 @@ from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
 from rolora.methods import get_method, method_names
 from rolora.run import runs
-from rolora.run.configured import make_method, make_reducer
+from rolora.run.experiment import Experiment
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3}
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}
-AVERAGED = [
-    "fed_sb",
-    "fedit",
-    "fedrot_lora",
-    "fedsa_lora",
-    "ffa_lora",
-    "la_lora",
-    "lora_a2",
-    "ravan",
-    "rolora",
-]
+AVERAGED = [name for name, row in ROWS.items() if row.averaged]
 OPTIMIZERS: dict[str, Callable[[Reducer], Reducer]] = {"fedavgm": fedavgm, "fedadam": fedadam}
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -52,7 +53,7 @@ def play(reducer: Reducer, rounds: int, method: str = "rolora") -> list[ServerSt
     states = [ServerState(random_state(make_specs(), 1, torch.float64))]
     for round in range(1, rounds + 1):
         updates = updates_of(states[-1], method)
-        cohort = cohort_of(SIZES, round)
+        cohort = cohort_of(chosen, states[-1], SIZES)
         rng = generator(0, "aggregate", round)
         after, report = step(chosen, Aggregation(reducer), states[-1], cohort, updates, rng)
         assert report.accepted == tuple(SIZES)
@@ -62,11 +63,8 @@ def play(reducer: Reducer, rounds: int, method: str = "rolora") -> list[ServerSt
 
 def updates_of(server: ServerState, method: str = "rolora") -> list[Update]:
     """What three clients send that move from where the server is; no two rounds are alike."""
-    chosen, round = get_method(method), server.round + 1
-    return [
-        sent(chosen, server, info, trained(chosen, server, info, 100 * round + place))
-        for place, info in enumerate(cohort_of(SIZES, round).values())
-    ]
+    chosen = get_method(method)
+    return updates_from(chosen, cohort_of(chosen, server, SIZES), 100 * (server.round + 1))
 
 
 def pseudo_gradients(server: ServerState, method: str) -> dict[str, Tensor]:
@@ -87,7 +85,7 @@ def pseudo_gradients(server: ServerState, method: str) -> dict[str, Tensor]:
 def test_fedavgm_is_torch_s_momentum_on_the_mean_move_of_what_was_sent(
     method: str, lr: float, momentum: float
 ) -> None:
-    states = play(fedavgm(mean(), lr, momentum), 9, method)
+    states = play(fedavgm(mean(), lr=lr, momentum=momentum), 9, method)
     leaves = {name: torch.nn.Parameter(t.clone()) for name, t in states[0].adapter.items()}
     sgd = torch.optim.SGD(leaves.values(), lr=lr, momentum=momentum)
     for before, after in pairwise(states):
@@ -105,7 +103,7 @@ def test_fedavgm_is_torch_s_momentum_on_the_mean_move_of_what_was_sent(
 def test_fedadam_is_the_paper_s_algorithm_2_for_each_tensor_that_was_sent(
     method: str, lr: float, beta1: float, beta2: float, tau: float
 ) -> None:
-    states = play(fedadam(mean(), lr, beta1, beta2, tau), 9, method)
+    states = play(fedadam(mean(), lr=lr, beta1=beta1, beta2=beta2, tau=tau), 9, method)
     x = dict(states[0].adapter)
     m = {name: torch.zeros_like(tensor) for name, tensor in x.items()}
     v = {name: torch.full_like(tensor, tau * tau) for name, tensor in x.items()}
@@ -139,15 +137,15 @@ def test_nothing_is_remembered_of_a_tensor_before_it_has_moved(name: str) -> Non
         assert state.memory.keys() == wanted
 
 
-@pytest.mark.parametrize("inner", [mean, median, lambda: clip(mean(), 0.2)])
+@pytest.mark.parametrize("inner", [mean, median, lambda: clip(mean(), norm=0.2)])
 def test_without_momentum_at_lr_1_fedavgm_is_what_it_wraps(inner: Callable[[], Reducer]) -> None:
-    plain, wrapped = play(inner(), 4), play(fedavgm(inner(), 1.0, 0.0), 4)
+    plain, wrapped = play(inner(), 4), play(fedavgm(inner(), lr=1.0, momentum=0.0), 4)
     assert relative(wrapped[-1].adapter, plain[-1].adapter) <= 1e-15
 
 
 def test_without_momentum_at_lr_1_float32_values_come_out_bit_for_bit() -> None:
     start, *given = (random_state(make_specs(), seed) for seed in range(4))
-    wrapped, plain = fedavgm(mean(), 1.0, 0.0), mean()
+    wrapped, plain = fedavgm(mean(), lr=1.0, momentum=0.0), mean()
     results = []
     for reducer in (wrapped, plain):
         memory = reducer.init()
@@ -160,7 +158,7 @@ def test_without_momentum_at_lr_1_float32_values_come_out_bit_for_bit() -> None:
 @each_optimizer
 def test_a_server_optimizer_sees_clipped_moves_where_a_clip_is_given(name: str) -> None:
     norm, optimizer = 0.05, OPTIMIZERS[name]
-    states = play(optimizer(clip(mean(), norm)), 1)
+    states = play(optimizer(clip(mean(), norm=norm)), 1)
     server, updates = states[0], updates_of(states[0])
     small = []
     for one in updates:
@@ -170,7 +168,9 @@ def test_a_server_optimizer_sees_clipped_moves_where_a_clip_is_given(name: str) 
         clipped = {n: server.adapter[n] + move * norm / size for n, move in moves.items()}
         small.append(replace(one, adapter=AdapterState(clipped, {})))
     how = Aggregation(optimizer(mean()))
-    after, _ = step(get_method("rolora"), how, server, cohort_of(SIZES), small, generator(0))
+    method = get_method("rolora")
+    cohort = cohort_of(method, server, SIZES)
+    after, _ = step(method, how, server, cohort, small, generator(0))
     assert relative(states[1].adapter, after.adapter) <= 1e-12
     assert relative(play(optimizer(mean()), 1)[1].adapter, after.adapter) > 1e-3
 
@@ -179,8 +179,9 @@ def test_a_server_optimizer_sees_clipped_moves_where_a_clip_is_given(name: str) 
 def test_an_attempt_without_a_quorum_leaves_the_memory_as_it_was(name: str) -> None:
     server = play(OPTIMIZERS[name](mean()), 3)[-1]
     how = Aggregation(OPTIMIZERS[name](mean()), quorum=3)
-    few, cohort = updates_of(server)[:2], cohort_of(SIZES, server.round + 1)
-    stalled, report = step(get_method("rolora"), how, server, cohort, few, generator(0))
+    method = get_method("rolora")
+    few, cohort = updates_of(server)[:2], cohort_of(method, server, SIZES)
+    stalled, report = step(method, how, server, cohort, few, generator(0))
     assert not report.quorum_met
     assert same(stalled.memory, server.memory)
 
@@ -244,18 +245,23 @@ def test_the_configured_optimizer_has_the_configured_settings_and_the_papers_def
         return play(reducer, 4)[-1].adapter
 
     def by(*overrides: str) -> AdapterState:
-        return ends(make_reducer(configured(*overrides)))
+        return ends(compose(configured(*overrides).aggregate.rules))
 
     assert same(by(), ends(mean()))
-    assert same(by("aggregate.optimizer=fedavgm"), ends(fedavgm(mean(), 1.0, 0.9)))
-    assert same(by("aggregate.optimizer=fedadam"), ends(fedadam(mean(), 0.01, 0.9, 0.99, 1e-3)))
+    assert same(by("aggregate.optimizer=fedavgm"), ends(fedavgm(mean(), lr=1.0, momentum=0.9)))
+    assert same(
+        by("aggregate.optimizer=fedadam"),
+        ends(fedadam(mean(), lr=0.01, beta1=0.9, beta2=0.99, tau=1e-3)),
+    )
     both = ("aggregate.server_lr=0.2", "aggregate.server_momentum=0.3")
-    assert same(by("aggregate.optimizer=fedavgm", *both), ends(fedavgm(mean(), 0.2, 0.3)))
+    assert same(
+        by("aggregate.optimizer=fedavgm", *both), ends(fedavgm(mean(), lr=0.2, momentum=0.3))
+    )
     more = (*both, "aggregate.server_beta2=0.7", "aggregate.server_tau=0.01")
     adam = by("aggregate.optimizer=fedadam", *more, "aggregate.reducer=median")
-    assert same(adam, ends(fedadam(median(), 0.2, 0.3, 0.7, 0.01)))
+    assert same(adam, ends(fedadam(median(), lr=0.2, beta1=0.3, beta2=0.7, tau=0.01)))
     clipped = by("aggregate.optimizer=fedavgm", "aggregate.clip_norm=0.05")
-    assert same(clipped, ends(fedavgm(clip(mean(), 0.05))))
+    assert same(clipped, ends(fedavgm(clip(mean(), norm=0.05))))
 
 
 @each_optimizer
@@ -265,15 +271,24 @@ def test_methods_whose_server_does_more_than_average_refuse_and_name_those_that_
 ) -> None:
     config = configured(f"aggregate.optimizer={name}", f"method.name={method}")
     if method in AVERAGED:
-        assert make_method(config).name == method
+        assert Experiment(config).method.name == method
         return
     with pytest.raises(ConfigError) as caught:
-        make_method(config)
+        _ = Experiment(config).method
     said = str(caught.value)
-    assert said.startswith(f"aggregate.optimizer = '{name}' needs a server that only averages")
-    assert f"which {method} has not" in said
-    assert said.endswith(f"take one of {', '.join(AVERAGED)}")
+    assert said.startswith(f"{method} does not support the server optimizer '{name}'")
+    assert said.endswith(f"use one of {', '.join(AVERAGED)}")
     assert "\n" not in said
+
+
+def test_a_server_optimizer_in_a_list_of_reducers_is_the_same_and_refused_alike() -> None:
+    listed = configured('aggregate.reducer=["fedavgm", "median"]')
+    keyed = configured("aggregate.reducer=median", "aggregate.optimizer=fedavgm")
+    assert listed.aggregate.rules == keyed.aggregate.rules
+    with pytest.raises(ConfigError, match="flora does not support the server optimizer 'fedavgm'"):
+        _ = Experiment(
+            configured("method.name=flora", 'aggregate.reducer=["fedavgm", "mean"]')
+        ).method
 
 
 @pytest.mark.parametrize("method", AVERAGED)
@@ -283,15 +298,14 @@ def test_all_clients_of_a_method_that_averages_start_from_the_server_s_own_tenso
     chosen = get_method(method)
     server = ServerState(random_state(make_specs(), 1, torch.float64))
     for rank in (1, 2):
-        info = replace(cohort_of(SIZES)["ann"], rank=rank)
-        assert chosen.download(server, info) is server.adapter
+        assert chosen.download(server, ClientInfo("ann", 10, rank, 1)) == server.adapter
 
 
 def test_compare_refuses_before_the_first_run_what_it_would_refuse_at_a_later_one(
     site: Path,
 ) -> None:
     config = load_config(site, ["aggregate.optimizer=fedavgm"])
-    with pytest.raises(ConfigError, match="which centralized has not"):
+    with pytest.raises(ConfigError, match="centralized does not support"):
         grid.plan(config, {"rolora": (), "centralized": ()}, [0])
 
 
@@ -324,5 +338,5 @@ def test_a_setting_out_of_range_is_named_in_one_line(override: str, said: str) -
     ],
 )
 def test_a_reducer_with_a_setting_out_of_range_is_not_made(make: Callable[[], Reducer]) -> None:
-    with pytest.raises(ValueError, match="got"):
+    with pytest.raises(ConfigError, match="must be positive"):
         make()

@@ -125,7 +125,7 @@ def test_a_label_that_only_one_site_has_is_learned_by_all(place: Path, tmp_path:
         write_rows(tmp_path / f"{label}.csv", 8, [label])
         carrier.sites[node] = changed(carrier.sites[node], data=str(tmp_path / f"{label}.csv"))
     run = remote(configuration(place, "train.rounds=1"), tmp_path / "run", carrier)
-    assert run.setup.labels == ("bad", "cat", "good")
+    assert run.experiment.labels == ("bad", "cat", "good")
 
 
 def test_too_few_sites_for_a_quorum_are_waited_for_and_then_given_up(

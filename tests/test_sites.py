@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from calls import calls, configuration, make_place, remote
 
 from rolora.algorithm.adapter import tensor_hash
+from rolora.config.load import load_config
 from rolora.errors import ConfigError
 from rolora.flower.message import Parcel
 from rolora.flower.transport import pause
 from rolora.run import runs
 from rolora.run.runs import Run
+from rolora.sites.coordinator import prepare_remote
 from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -78,9 +81,9 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("method.name=fed_sb",), "fed_sb starts from a gradient .* take ravan"),
+        (("method.name=fed_sb",), "fed_sb starts from a gradient .* use ravan"),
         (("method.name=flora", "lora.rank=[2, 4]"), "lora.rank is one number or a table of names"),
-        ((RANKS,), "rolora averages factors of one rank"),
+        ((RANKS,), "rolora does not support clients of different ranks"),
     ],
 )
 def test_what_sites_cannot_have_is_refused_in_one_line_before_anyone_is_waited_for(
@@ -92,6 +95,37 @@ def test_what_sites_cannot_have_is_refused_in_one_line_before_anyone_is_waited_f
     assert "\n" not in str(caught.value)
     assert carrier.passed == []
     assert not (tmp_path / "run").exists()
+
+
+def test_cohorts_come_from_the_server_s_seed_which_no_site_and_no_page_is_shown(
+    place: Path, tmp_path: Path
+) -> None:
+    drawn = {}
+    for seed in (7341998265, 5120377481):
+        carrier, out = calls(place, tmp_path / f"{seed}"), tmp_path / f"run-{seed}"
+        run = remote(configuration(place, f"server_seed={seed}", FEW), out, carrier)
+        drawn[seed] = [result.cohort for result in run.rounds()]
+        sent = [f"{question.head} {question.body!r}" for _, question, _ in carrier.passed]
+        assert sent
+        assert not [text for text in sent if str(seed) in text]
+        assert load_config(out / "config.toml").server_seed == seed
+        for shown in ("report.html", "adapter/rolora.json", "rounds.jsonl"):
+            assert str(seed) not in (out / shown).read_text()
+    assert len({str(cohorts) for cohorts in drawn.values()}) == 2
+
+
+def test_a_server_s_seed_that_is_not_set_is_drawn_once_for_a_run_and_kept(
+    place: Path, tmp_path: Path
+) -> None:
+    config = configuration(place, FEW).model_copy(update={"server_seed": None})
+    seeds = []
+    for name in ("one", "two"):
+        remote(config, tmp_path / name, calls(place, tmp_path / f"{name}-sites"))
+        seeds.append(load_config(tmp_path / name / "config.toml").server_seed)
+    assert None not in seeds
+    assert len(set(seeds)) == 2
+    build = partial(prepare_remote, carrier=calls(place, tmp_path / "one-sites"), tell=print)
+    assert runs.resume(tmp_path / "one", build=build).experiment.config.server_seed == seeds[0]
 
 
 def test_validation_rows_of_the_coordinator_do_not_go_with_parts_that_stay_at_the_sites(
@@ -118,7 +152,7 @@ def test_a_site_that_the_table_of_ranks_leaves_out_is_refused_and_the_others_go_
     *_, last = remote(config, tmp_path / "run", carrier).rounds()
     assert last.cohort == ("site-ann", "site-bob")
     (said,) = (line for line in carrier.told if "refused" in line)
-    assert "lora.rank says nothing of client 'site-cy': add \"*\" = RANK" in said
+    assert "lora.rank has no rank for client 'site-cy': add \"*\" = RANK" in said
 
 
 def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from states import HEAD, cohort_of, dense, make_specs, random_state, same, sent, trained
+from states import HEAD, cohort_of, dense, make_specs, random_state, same, updates_from
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Failure, Update
@@ -23,7 +23,6 @@ from rolora.algorithm.step import Aggregation, RoundReport, step
 from rolora.methods import get_method
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
-COHORT = cohort_of(SIZES)
 ROLORA = get_method("rolora")
 MEAN = Aggregation(mean())
 B = "base_model.model.layer.0.query.lora_B.weight"
@@ -38,11 +37,7 @@ def server_state(dtype: torch.dtype = torch.float32) -> ServerState:
 
 
 def updates_of(method: Method, server: ServerState, size: float = 0.1) -> list[Update]:
-    cohort = cohort_of(SIZES, server.round + 1)
-    return [
-        sent(method, server, info, trained(method, server, info, seed, size))
-        for seed, info in enumerate(cohort.values())
-    ]
+    return updates_from(method, cohort_of(method, server, SIZES), size=size)
 
 
 def take(
@@ -52,7 +47,8 @@ def take(
     aggregation: Aggregation = MEAN,
 ) -> tuple[ServerState, RoundReport]:
     start = server or server_state()
-    return step(method, aggregation, start, COHORT, updates, generator(0, "aggregate"))
+    cohort = cohort_of(method, start, SIZES)
+    return step(method, aggregation, start, cohort, updates, generator(0, "aggregate"))
 
 
 def edited(update: Update, name: str, change: Callable[[Tensor], Tensor] | None) -> Update:
@@ -119,10 +115,9 @@ def test_a_faulty_update_is_named_and_the_others_are_used_as_if_it_never_came(na
 
 
 def test_one_client_that_joined_with_one_row_may_not_say_true() -> None:
-    cohort = cohort_of({"ann": 1})
-    (info,) = cohort.values()
     server = server_state()
-    update = sent(ROLORA, server, info, trained(ROLORA, server, info, 1))
+    cohort = cohort_of(ROLORA, server, {"ann": 1})
+    (update,) = updates_from(ROLORA, cohort)
     lie = replace(update, num_examples=True)
     _, report = step(ROLORA, MEAN, server, cohort, [lie], generator(0))
     assert report.rejected == {"ann": "num_examples is True, but it joined with 1"}
@@ -160,11 +155,14 @@ def test_updates_that_come_in_turn_are_dropped_once_used() -> None:
             gc.collect()
             assert sum(ref() is not None for ref in alive) <= 1
 
-    _, report = step(ROLORA, MEAN, server, COHORT, stream(), generator(0))
+    cohort = cohort_of(ROLORA, server, SIZES)
+    _, report = step(ROLORA, MEAN, server, cohort, stream(), generator(0))
     assert len(report.accepted) == 4
 
 
-@pytest.mark.parametrize("aggregation", [MEAN, Aggregation(median()), Aggregation(clip(mean(), 1))])
+@pytest.mark.parametrize(
+    "aggregation", [MEAN, Aggregation(median()), Aggregation(clip(mean(), norm=1))]
+)
 def test_order_of_arrival_changes_no_bit(aggregation: Aggregation) -> None:
     updates = updates_of(ROLORA, server_state())
     first, report = take(updates, aggregation=aggregation)
@@ -221,8 +219,10 @@ def test_clipping_measures_a_client_s_move_from_what_it_received() -> None:
     server = server_state(torch.float64)
     updates = updates_of(ROLORA, server, size=10.0)
     (_, bob, _, _) = updates
-    cohort = {"bob": COHORT["bob"]}
-    after, _ = step(ROLORA, Aggregation(clip(mean(), 0.5)), server, cohort, [bob], generator(0))
+    cohort = cohort_of(ROLORA, server, {"bob": SIZES["bob"]})
+    after, _ = step(
+        ROLORA, Aggregation(clip(mean(), norm=0.5)), server, cohort, [bob], generator(0)
+    )
     change = [(after.adapter[n] - server.adapter[n]).flatten() for n in bob.adapter]
     assert float(torch.cat(change).norm()) == pytest.approx(0.5)
 
@@ -261,11 +261,8 @@ reproducible = settings(max_examples=40, deadline=None, derandomize=True)
 def play(
     method: Method, server: ServerState, sizes: dict[str, int], size: float
 ) -> tuple[ServerState, RoundReport, list[Update]]:
-    cohort = cohort_of(sizes, server.round + 1)
-    updates = [
-        sent(method, server, info, trained(method, server, info, seed, size))
-        for seed, info in enumerate(cohort.values())
-    ]
+    cohort = cohort_of(method, server, sizes)
+    updates = updates_from(method, cohort, size=size)
     after, report = step(method, MEAN, server, cohort, updates, generator(0))
     return after, report, updates
 
@@ -311,12 +308,9 @@ def test_the_aggregation_error_is_the_one_computed_densely(
 ) -> None:
     server, sizes, size = case
     method = get_method(name)
-    rules = {"mean": mean(), "median": median(), "trimmed_mean": trimmed_mean(0.3)}
-    cohort = cohort_of(sizes, server.round + 1)
-    updates = [
-        sent(method, server, info, trained(method, server, info, seed, size))
-        for seed, info in enumerate(cohort.values())
-    ]
+    rules = {"mean": mean(), "median": median(), "trimmed_mean": trimmed_mean(trim=0.3)}
+    cohort = cohort_of(method, server, sizes)
+    updates = updates_from(method, cohort, size=size)
     after, report = step(method, Aggregation(rules[rule]), server, cohort, updates, generator(0))
     expected = dense_error(method, server, updates, after)
     assert report.aggregation_error == pytest.approx(expected, rel=1e-6, abs=1e-9)

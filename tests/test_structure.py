@@ -24,14 +24,14 @@ TREES = {module: ast.parse(file.read_text()) for module, file in FILES.items()}
 # Folders (and files) of rolora from the bottom up: each imports from lines below its own alone, so
 # no two import each other.
 LEVELS = (
-    {"errors", "files", "network", "registry"},
+    {"errors", "files", "network"},
+    {"registry"},
     {"algorithm"},
     {"methods", "theory"},
-    {"config"},
     {"data"},
     {"model"},
     {"tasks"},
-    {"training"},
+    {"config", "training"},
     {"results"},
     {"report"},
     {"run"},

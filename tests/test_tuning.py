@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from rolora.comparison.budget import Length, Tally, core_seconds
 from rolora.comparison.tuning import choose, grids, settings
 from rolora.comparison.variants import addressed, listed, variant_overrides
-
 from rolora.errors import ConfigError, RoloraError
 from rolora.results.tuned import Tuning
 

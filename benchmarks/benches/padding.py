@@ -7,7 +7,7 @@ import torch
 from benchmarks.job import configuration, write_job
 from benchmarks.place import Place
 from rolora.config.schema import RunConfig
-from rolora.run.build import prepare
+from rolora.run.experiment import Experiment
 from rolora.training.engine import InProcess
 from rolora.training.local import Work as ClientWork
 from rolora.training.local import batches
@@ -40,13 +40,13 @@ def run(place: Place) -> None:
 
 def ideal(config: RunConfig) -> float:
     """Tokens computed with padding over tokens that are there, over the same passes."""
-    setup = prepare(config, config.root)
-    engine = setup.federation.engine
+    experiment = Experiment(config, config.root)
+    engine = experiment.federation.engine
     assert isinstance(engine, InProcess)
     padded = real = 0
     for round in (1, 2):
         work = [
-            ClientWork(c, rows, setup.start.server.adapter, STEPS)
+            ClientWork(c, rows, experiment.start.server.adapter, STEPS)
             for c, rows in engine.shards.items()
         ]
         streams = [batches(one, ROWS, 0, round) for one in work]

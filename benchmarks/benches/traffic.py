@@ -21,7 +21,7 @@ from benchmarks.place import Place
 from rolora.algorithm.adapter import role_of
 from rolora.files import write_file
 from rolora.methods import get_method
-from rolora.run.build import prepare
+from rolora.run.experiment import Experiment
 from rolora.run.runs import Run
 
 METHODS = ("rolora", "ffa_lora", "fedit")
@@ -46,9 +46,9 @@ def run(place: Place) -> None:
             method={"name": name},
         )
         started = rolora.start(
-            config, place.scratch / f"traffic-{name}", partial(prepare, base=base)
+            config, place.scratch / f"traffic-{name}", partial(Experiment, base=base)
         )
-        base = started.setup.base
+        base = started.experiment.base
         for _, result in zip(range(ROUNDS + 1), started.rounds(), strict=False):
             if result.round:
                 rows.append(counted(started, name, result))
@@ -65,7 +65,7 @@ def counted(run: Run, name: str, result: rolora.RoundResult) -> Mapping[str, Any
     """Bytes of one round, per client: counted, expected, and as a safetensors file."""
     shared = get_method(name).shared(result.round)
     elements = sum(
-        math.prod(spec.shape) for spec in run.setup.base.specs.tensors if spec.role in shared
+        math.prod(spec.shape) for spec in run.experiment.base.specs.tensors if spec.role in shared
     )
     sent = {n: t for n, t in result.state.server.adapter.items() if role_of(n) in shared}
     return {

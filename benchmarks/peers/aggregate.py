@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ Updates = list[dict[str, Tensor]]
 Way = Callable[[], object]
 
 
-def rolora_mean(updates: Updates, dtype: torch.dtype = torch.float64) -> Way:
+def rolora_mean(updates: Updates, dtype: Literal["float64", "float32"] = "float64") -> Way:
     """rolora's reducer: streaming, summed in float64."""
     from rolora.algorithm.reduce import mean
 
-    reducer, rng = mean(dtype), torch.Generator()
+    reducer, rng = mean(dtype=dtype), torch.Generator()
 
     def way() -> object:
         memory = reducer.init()
@@ -39,7 +39,7 @@ def rolora_mean(updates: Updates, dtype: torch.dtype = torch.float64) -> Way:
 
 def rolora_mean_float32(updates: Updates) -> Way:
     """The same reducer, summed in float32."""
-    return rolora_mean(updates, torch.float32)
+    return rolora_mean(updates, "float32")
 
 
 def numpy_mean(updates: Updates) -> Way:

@@ -22,7 +22,7 @@ import torch
 from benchmarks.party import Answer, serve
 from rolora.algorithm.adapter import Assignment, ClientInfo
 from rolora.config.load import load_config
-from rolora.run.build import prepare
+from rolora.run.experiment import Experiment
 from rolora.training.engine import Job
 
 
@@ -30,8 +30,8 @@ def trainer(file: Path, name: str, orders: Connection) -> None:
     """Train this site's share of the round whose number comes, for ever."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        setup = prepare(load_config(file), Path(folder))
-        run, server = setup.federation, setup.start.server
+        experiment = Experiment(load_config(file), Path(folder))
+        run, server = experiment.federation, experiment.start.server
         orders.send(None)
         while number := orders.recv():
             rank = run.ranks([name])[name]

@@ -29,7 +29,7 @@ import rolora
 from benchmarks.party import Answer, serve
 from benchmarks.processes import anonymous_kib
 from rolora.config.load import make_config
-from rolora.run.build import prepare as prepare_run
+from rolora.run.experiment import Experiment
 
 if __name__ == "__main__":
     folder, bank, *rest = sys.argv[1:]
@@ -39,12 +39,12 @@ if __name__ == "__main__":
         json.loads((Path(folder) / "config.json").read_text()), [f"train.bank={bank}"]
     )
     place = Path(tempfile.mkdtemp())
-    base = rolora.start(config, place / "first").setup.base
+    base = rolora.start(config, place / "first").experiment.base
     waiting: list[Iterator[rolora.RoundResult]] = []
 
     def prepare() -> None:
         shutil.rmtree(place)
-        rounds = rolora.start(config, place / "run", partial(prepare_run, base=base)).rounds()
+        rounds = rolora.start(config, place / "run", partial(Experiment, base=base)).rounds()
         next(rounds)  # round 0: the evaluation before training
         waiting[:] = [rounds]
 

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.party import Answer, serve
 from rolora.config.load import make_config
-from rolora.run.build import prepare
+from rolora.run.experiment import Experiment
 from rolora.training.engine import InProcess
 from rolora.training.local import LocalSettings, Work, train_group
 
@@ -31,22 +31,22 @@ if __name__ == "__main__":
         json.loads((folder / "config.json").read_text()),
         [f"train.cache={cache}", "train.rounds=1000"],
     )
-    setup = prepare(config, folder / "clients")
-    engine = setup.federation.engine
+    experiment = Experiment(config, folder / "clients")
+    engine = experiment.federation.engine
     assert isinstance(engine, InProcess)
     examples = engine.examples
-    base = replace(setup.base, stack=None) if way == "padded" else setup.base
+    base = replace(experiment.base, stack=None) if way == "padded" else experiment.base
     steps, size = int(config.train.local_steps or 0), config.train.batch_size
-    start = setup.start.server.adapter
+    start = experiment.start.server.adapter
     work = [Work(client, rows, start, steps) for client, rows in engine.shards.items()]
     settings = LocalSettings(steps=steps, batch_size=size)
 
     def run() -> Answer:
         for round in (1, 2):
-            roles = setup.federation.method.trainable(round, 0)
+            roles = experiment.federation.method.trainable(round, 0)
             train_group(
                 base,
-                setup.task,
+                experiment.task,
                 examples,
                 work,
                 lambda step, roles=roles: roles,  # type: ignore[misc]

@@ -1,11 +1,11 @@
-"""What a client sends, as bytes: its values in float32, or its move in fewer bits with feedback.
+"""What a client sends, as bytes: its values in float32, or its move in fewer bits.
 
-``fp32`` sends the values themselves. The other formats send the *move* (trained − received, the
-latter being what client and server both hold), because a move is small and even where values are
-not, plus the *residual*: what rounding kept back of the client's last upload of the same tensor
-(error feedback: Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML 2019,
-arXiv:1901.09847). So what was rounded away is late, not lost. Rounding is to nearest, without
-any random draw.
+``fp32`` sends the values themselves. The other formats send the *move*, trained − received (client
+and server both hold the latter), because moves are small and of similar size where values are not,
+plus the *residual*: what rounding kept back of the client's last upload of the same tensor (error
+feedback: Seide et al., Interspeech 2014, 1-bit SGD; Karimireddy et al., ICML 2019,
+arXiv:1901.09847). So what is rounded away arrives late, but is not lost. Rounding is to nearest,
+not random.
 
 ====== ======================== =============================== ================
 format code of one element      scale                           bytes an element
@@ -17,21 +17,21 @@ int4   −7 … 7, two to a byte    one bfloat16 per 32 elements    0.563
 ====== ======================== =============================== ================
 
 **A residual that waits.** RoLoRA sends a tensor every other round, and with partial participation
-much more seldom; meanwhile the other factor moves. The residual e of lora_B is added as it is,
-whenever this client sends lora_B again. That is right in the space that is averaged: without
-rounding the server's lora_B would have held e all the while, so its product with *today's* lora_A
-would have held e · A_today, which is what adding e restores (e · A_then would restore a product
-that no longer stands). What cannot be undone is that others trained against a lora_B without e. A
-residual never grows with waiting: it is at most half a step of the last upload's own code, and each
-tensor has its own, so that lora_A, lora_B and the head never mix.
+much less often; meanwhile the other factor moves. The residual e of lora_B is added unchanged when
+this client next sends lora_B. That is right in the space that is averaged: without rounding the
+server's lora_B would have contained e all along, so its product with *today's* lora_A would contain
+e · A_today, which is what adding e restores (e · A_then would restore a product that no longer
+exists). What cannot be undone is that others trained with a lora_B without e. A residual does not
+grow while it waits: it is at most half a quantisation step of the last upload, and each tensor has
+its own, so lora_A, lora_B and the head never mix.
 
-**Sparse.** Of a method that sends few directions, a rank-one piece (a row of lora_A, a column of
-lora_B; a whole head) travels only if it is not what was received. A bit a piece, before the codes,
-says which do. The residual of a piece that does not travel waits as it is.
+**Sparse.** For a method that sends few directions, a rank-one piece (a row of lora_A, a column of
+lora_B, or a whole head tensor) travels only if it differs from what was received. One bit per
+piece, before the codes, says which travel. The residual of a piece that does not travel is kept.
 
-A payload is one safetensors file with one tensor of bytes. Its name says the format and a digest of
-names and shapes; the receiver knows these already (the method and the round say what travels), so
-they are compared and not sent, which would cost more than the codes.
+A payload is one safetensors file with one tensor of bytes. The tensor's name holds the format and a
+digest of names and shapes. The receiver knows those already (the method and the round determine
+what travels), so they are compared instead of sent, which would cost more than the codes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class WireError(RoloraError):
-    """A tensor that cannot be encoded, or a payload that cannot be used; says which and why."""
+    """A tensor that cannot be encoded, or a payload that cannot be decoded."""
 
 
 class _Blocks(NamedTuple):
@@ -66,9 +66,9 @@ _BLOCKS = {"int8": _Blocks(128, 127), "int4": _Blocks(32, 7)}
 
 
 def num_bytes(format: Format, like: Tensors, moved: Tensors | None = None) -> int:
-    """Bytes of codes and scales for tensors of these shapes; the file's header is not counted.
+    """Bytes of codes and scales for tensors of these shapes, without the file's header.
 
-    ``moved``, of a sparse payload: name -> which pieces travel, bool; their bits are counted too.
+    ``moved``, for a sparse payload: name -> which pieces travel (bool); their bits count too.
     """
     if moved is None:
         return sum(_size(format, tensor.numel()) for tensor in like.values())
@@ -77,7 +77,7 @@ def num_bytes(format: Format, like: Tensors, moved: Tensors | None = None) -> in
 
 
 def body_bytes(payload: bytes) -> int:
-    """Bytes of a payload behind its header: what ``num_bytes`` counts."""
+    """Bytes of a payload after its header: what ``num_bytes`` counts."""
     return len(payload) - 8 - int.from_bytes(payload[:8], "little")
 
 
@@ -92,7 +92,7 @@ def encode(
     """The payload for ``trained``, and the residual to keep for these tensors' next upload.
 
     ``trained`` and ``received`` are float32 and have the same names and shapes; ``residual`` holds
-    what was kept, where anything was. Raises WireError naming a tensor that is not finite.
+    what the last uploads kept back. Raises WireError naming a tensor that is not finite.
     """
     names = sorted(_float32(received))
     moved = {n: _moved(n, trained[n], received[n]) for n in names} if sparse else None
@@ -119,13 +119,13 @@ def encode(
 def decode(
     format: Format, payload: bytes, received: Tensors, *, sparse: bool = False
 ) -> dict[str, Tensor]:
-    """The values that a payload stands for, float32; ``received`` is what the sender started from.
+    """The values in a payload, float32; ``received`` is what the sender started from.
 
-    Nothing of a payload is believed: its length and header must be, byte for byte, those of the
-    only file that fits, so that no header is ever parsed. Raises WireError otherwise, and for
-    scales or values that are not finite.
+    A payload is not trusted: its length and header must be, byte for byte, those of the only file
+    that fits, so no header is parsed. Raises WireError otherwise, and for scales or values that are
+    not finite.
     """
-    moved = _said_to_move(payload, _float32(received)) if sparse else None
+    moved = _travelling(payload, _float32(received)) if sparse else None
     size = num_bytes(format, _float32(received), moved)
     header = _header(format, received, size, sparse)
     if len(payload) != len(header) + size:
@@ -162,14 +162,14 @@ def _pieces(name: str, tensor: Tensor) -> Tensor:
 
 
 def _moved(name: str, values: Tensor, received: Tensor) -> Tensor:
-    """Which pieces are not as they were received, bool."""
+    """Which pieces differ from what was received, bool."""
     return (_pieces(name, values) != _pieces(name, received)).any(dim=1)
 
 
 def _placed(
     name: str, flat: Tensor, like: Tensor, moved: Tensors | None, over: Tensor | None = None
 ) -> Tensor:
-    """What arrived, in its place; where nothing did, ``over``, or else 0."""
+    """What arrived, in its place; elsewhere ``over``, or else 0."""
     if moved is None:
         return flat.view_as(like)
     whole = torch.zeros(like.shape)
@@ -186,8 +186,8 @@ def _bits(chosen: Tensor) -> Tensor:
     return (eights << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)
 
 
-def _said_to_move(payload: bytes, received: Tensors) -> dict[str, Tensor]:
-    """What the bits of a sparse payload say; a payload too short to say it says that none does."""
+def _travelling(payload: bytes, received: Tensors) -> dict[str, Tensor]:
+    """Which pieces a sparse payload says travel; none if the payload is too short."""
     counts = {name: len(_pieces(name, received[name])) for name in sorted(received)}
     at, moved = len(payload) - body_bytes(payload), {}
     for name, count in counts.items():
@@ -205,23 +205,23 @@ def _title(format: Format, like: Tensors, sparse: bool) -> str:
 
 
 def _header(format: Format, like: Tensors, size: int, sparse: bool) -> bytes:
-    """All bytes before the first code, as the library that wrote them writes them."""
+    """All bytes before the first code, as safetensors writes them."""
     blob = save({_title(format, like, sparse): torch.zeros(size, dtype=torch.uint8)})
     return blob[: len(blob) - size]
 
 
 def _size(format: Format, numel: int) -> int:
-    """Bytes of this many elements' codes and scales."""
+    """Bytes of the codes and scales of this many elements."""
     return _codes(format, numel) + _scales(format, numel)
 
 
 def _codes(format: Format, numel: int) -> int:
-    """Bytes of this many elements' codes."""
+    """Bytes of the codes of this many elements."""
     return {"fp32": 4 * numel, "bf16": 2 * numel, "int8": numel, "int4": -(-numel // 2)}[format]
 
 
 def _scales(format: Format, numel: int) -> int:
-    """Bytes of this many elements' scales."""
+    """Bytes of the scales of this many elements."""
     return 2 * -(-numel // _BLOCKS[format].size) if format in _BLOCKS else 0
 
 
@@ -258,7 +258,7 @@ def _unpack(format: Format, name: str, packed: Tensor, numel: int) -> Tensor:
 
 
 def _rounded_up(exact: Tensor) -> Tensor:
-    """float64 >= 0 to the next bfloat16 that is no smaller, so that no code passes the largest."""
+    """float64 >= 0 rounded up to bfloat16, so that no code exceeds the largest."""
     near = exact.to(torch.bfloat16)
     above = torch.nextafter(near, torch.full_like(near, torch.inf))
     return torch.where(near.double() < exact, above, near)

@@ -1,7 +1,7 @@
-"""From factors to whole matrices and back: for methods whose server multiplies out.
+"""From factors to full matrices and back, for methods whose server forms products.
 
-A matrix (out, in) goes under the name of the layer's delta, so that what does not fit into factors
-can be added to it.
+A full matrix (out, in) has the name of the layer's delta, so that what does not fit into factors
+can be added to the delta.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def products(view: AdapterState) -> dict[str, Tensor]:
 
 
 def products_and_head(view: AdapterState) -> Value:
-    """What most of these methods reduce: each layer's product, and the task head as it is."""
+    """What most of these methods reduce: each layer's product, and the task head."""
     return {**products(view), **view.only(frozenset({"head"}))}
 
 
 def factors_and_products(view: AdapterState) -> Value:
-    """For methods that reduce both: the factors and the head as they are, and each product."""
+    """For methods that reduce both: the factors, the head, and each layer's product."""
     return {**view.only(BOTH), **products(view)}
 
 
 def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
     """The best s · lora_B · lora_A (Eckart and Young 1936) of the ranks and scalings of ``like``.
 
-    lora_A = √(S/s) Vᵀ (rank, in) and lora_B = U √(S/s) (out, rank) of matrices U S Vᵀ.
-    Beyond a matrix's own rank factors are zeros. Names that are no delta's are left out.
+    lora_A = √(S/s) Vᵀ (rank, in) and lora_B = U √(S/s) (out, rank) of matrices U S Vᵀ. Beyond the
+    rank of a matrix its factors are zeros. Names that are not those of deltas are left out.
     """
     found: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -55,7 +55,7 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
 
 
 def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Tensor]:
-    """A layer's two factors by their names, filled up with zeros to this rank."""
+    """A layer's two factors by name, padded with zeros to this rank."""
     return {
         f"{layer}.lora_A.weight": pad(lora_a, (0, 0, 0, rank - lora_a.shape[0])),
         f"{layer}.lora_B.weight": pad(lora_b, (0, rank - lora_b.shape[1])),
@@ -77,7 +77,7 @@ def truncated(adapter: AdapterState, rank: int) -> AdapterState:
 
 
 def padded(adapter: AdapterState, like: AdapterState) -> AdapterState:
-    """Each lora_A and lora_B filled up with zeros to the rank it has in ``like``."""
+    """Each lora_A and lora_B padded with zeros to its rank in ``like``."""
     grown: dict[str, Tensor] = {}
     for layer in adapter.layers():
         down, up = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
@@ -88,8 +88,8 @@ def padded(adapter: AdapterState, like: AdapterState) -> AdapterState:
 
 
 def tails(adapter: Mapping[str, Tensor], share: float) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's last rows of lora_A and columns of lora_B, as views: what is beyond this share
-    of its rank, and beyond the first."""
+    """Views of each layer's last rows of lora_A and columns of lora_B: those beyond this share of
+    its rank, but never the first."""
     found = []
     for name, lora_a in adapter.items():
         if role_of(name) == "A":
@@ -100,9 +100,9 @@ def tails(adapter: Mapping[str, Tensor], share: float) -> list[tuple[Tensor, Ten
 
 
 def orthonormal(name: str, rank: int, width: int, rng: torch.Generator) -> Tensor:
-    """(rank, width) with orthonormal rows: QR of normal numbers, float32.
+    """(rank, width) with orthonormal rows, by QR of normal numbers; float32.
 
-    Raises ConfigError if there are fewer than ``rank`` such rows.
+    Raises ConfigError if ``rank`` is larger than ``width``.
     """
     if rank > width:
         raise ConfigError(
@@ -114,14 +114,14 @@ def orthonormal(name: str, rank: int, width: int, rng: torch.Generator) -> Tenso
 
 
 def orthonormal_rows(specs: Specs, rng: torch.Generator) -> AdapterState:
-    """``lora_init`` with the rows of each lora_A made orthonormal."""
+    """``lora_init``, with orthonormal rows in each lora_A."""
     adapter = lora_init(specs, rng)
     downs = adapter.only(frozenset({"A"}))
     return adapter | {n: orthonormal(n, len(t), t.shape[1], rng) for n, t in downs.items()}
 
 
 def zero_deltas(specs: Specs) -> dict[str, Tensor]:
-    """A delta (out, in) of zeros for each layer, by name; float32."""
+    """A delta (out, in) of zeros for each layer, by tensor name; float32."""
     shapes = {spec.name: spec.shape for spec in specs.tensors}
     return {
         f"{layer}.lora_delta.weight": torch.zeros(
@@ -132,12 +132,12 @@ def zero_deltas(specs: Specs) -> dict[str, Tensor]:
 
 
 def init_with_delta(specs: Specs, rng: torch.Generator) -> AdapterState:
-    """``lora_init`` with a delta (out, in) of zeros for each layer."""
+    """``lora_init``, with a delta (out, in) of zeros for each layer."""
     return lora_init(specs, rng) | zero_deltas(specs)
 
 
 def more_delta(server: ServerState, matrices: Value) -> dict[str, Tensor]:
-    """The server's deltas with these matrices added to them."""
+    """The server's deltas plus these matrices, by tensor name."""
     return {
         name: server.adapter[name] + matrix
         for name, matrix in matrices.items()
@@ -146,10 +146,10 @@ def more_delta(server: ServerState, matrices: Value) -> dict[str, Tensor]:
 
 
 def to_peft(adapter: AdapterState) -> AdapterState:
-    """The same changes of the base weights in lora_A and lora_B alone, as PEFT knows them.
+    """The same changes of the base weights as plain lora_A and lora_B, which PEFT can load.
 
-    A core is multiplied into lora_B. A delta is factored, in float64, and joined to them: the rank
-    grows, to at most that of a whole matrix.
+    A core is multiplied into lora_B. A delta is factored, in float64, and its factors are appended,
+    so the rank grows, at most to that of a full matrix.
     """
     if not adapter.only(frozenset({"core", "delta"})):
         return adapter
@@ -163,7 +163,7 @@ def to_peft(adapter: AdapterState) -> AdapterState:
 
 
 def _with_delta(layer: str, plain: AdapterState, delta: Tensor) -> Mapping[str, Tensor]:
-    """The layer's two factors with the delta in them."""
+    """The layer's two factors with the delta included."""
     name, scaling = f"{layer}.lora_delta.weight", plain.scaling
     down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
     own = AdapterState({n: plain[n].double() for n in (down, up)}, scaling)

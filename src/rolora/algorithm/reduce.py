@@ -1,19 +1,25 @@
 """Many updates into one: the only place where what clients sent is combined.
 
-A reducer is three functions over a running memory, so that it may stream. It sees values in the
-space that the method chose (usually the moving factors), each with the reference that the client
-started from and a weight. Wrappers take a reducer and return a reducer, so that clipping a median
-is ``clip(median(), norm=1.0)``, and server momentum on that ``fedavgm(clip(median(), norm=1.0))``.
+A reducer is three functions over a running memory, so it can stream. It sees tensors in the space
+that the method chose (usually the trained factors), each with the reference that the client started
+from and a weight.
+
+A rule is ``factory(*, option=...) -> Reducer``; a wrapper, such as clipping or a server optimiser,
+is ``factory(inner, *, option=...) -> Reducer``. ``compose`` puts them together by name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rolora.errors import ConfigError
+from rolora.registry import Registry
 
 Value = Mapping[str, Tensor]
 Memory = Mapping[str, Any]
@@ -21,11 +27,17 @@ Memory = Mapping[str, Any]
 
 class Reducer(NamedTuple):
     """``init()`` -> memory; ``add(memory, value, reference, weight)`` -> memory, once per client in
-    order of the cohort; ``finish(memory, rng)`` -> (reduced value, memory kept for the next round).
+    the order of the cohort; ``finish(memory, rng)`` -> (reduced value, memory for the next round).
 
-    ``add`` may change what it has put into the memory itself, in place; never a value or reference.
-    The memory that ``finish`` returns holds tensors keyed by tensor name, because it is saved in
-    checkpoints; what ``add`` collects is gone after ``finish``.
+    ``add`` may change in place what it has put into the memory, but no value or reference. The
+    memory that ``finish`` returns is saved in checkpoints, so it maps names to tensors.
+
+    >>> reducer = compose([("clip", {"norm": 1.0}), ("mean", {})])
+    >>> memory, start = reducer.init(), {"x": torch.zeros(2)}
+    >>> for move in ([0.5, 0.0], [0.0, 9.0]):  # the second is clipped
+    ...     memory = reducer.add(memory, {"x": torch.tensor(move)}, start, 1.0)
+    >>> reducer.finish(memory, torch.Generator())[0]
+    {'x': tensor([0.2500, 0.5000])}
     """
 
     init: Callable[[], Memory]
@@ -33,19 +45,56 @@ class Reducer(NamedTuple):
     finish: Callable[[Memory, torch.Generator], tuple[Value, Memory]]
 
 
+REDUCERS = Registry(
+    kind="reducer",
+    group="rolora.reducers",
+    own={
+        name: f"{__name__}:{name}"
+        for name in ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam")
+    },
+)
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam")
+
+
+def is_wrapper(name: str) -> bool:
+    """Whether the reducer of this name takes another one. ConfigError for an unknown name."""
+    return len(signature(REDUCERS.factory(name)).parameters) > len(REDUCERS.options(name))
+
+
+def compose(rules: Sequence[tuple[str, Mapping[str, Any]]]) -> Reducer:
+    """The reducer of these names and options: wrappers first, the rule that they wrap last.
+
+    Raises ConfigError for an unknown name or option, for a rule or a wrapper in the wrong place,
+    and for a name that is given twice.
+    """
+    names = [name for name, _ in rules]
+    for place, name in enumerate(names, start=1):
+        if names.count(name) > 1:
+            raise ConfigError(f"reducer {name!r} is given twice in {names}")
+        if is_wrapper(name) and place == len(names):
+            raise ConfigError(f"reducer {name!r} wraps another one: add a rule, such as 'mean'")
+        if not is_wrapper(name) and place < len(names):
+            raise ConfigError(f"reducer {name!r} wraps no other: put it last in {names}")
+    *wrappers, (rule, options) = rules
+    reducer: Reducer = REDUCERS.make(rule, **options)
+    for name, options in reversed(wrappers):
+        reducer = REDUCERS.make(name, reducer, **options)
+    return reducer
+
+
 _BLOCK = 1 << 16  # elements; as float64 they take 512 KiB and stay in a core's cache
 
 
 def zeros_like(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Where a running sum of tensors of these shapes starts: -0.0, since 0.0 + -0.0 is not -0.0."""
+    """Start of a running sum of tensors of these shapes: -0.0, since 0.0 + -0.0 is not -0.0."""
     return [torch.full(tensor.shape, -0.0, dtype=dtype) for tensor in tensors]
 
 
 def add_(totals: Iterable[Tensor], tensors: Iterable[Tensor], weight: float) -> None:
     """``total += weight * tensor`` for each pair, in place, in the dtype of the totals.
 
-    A float32 value times a whole number below 2**29 is exact in float64, so there each step rounds
-    once. Large tensors go in blocks, so that what is converted never leaves the cache.
+    A float32 value times a whole number below 2**29 is exact in float64, so each step rounds once.
+    Large tensors are added in blocks, so that converted values stay in the cache.
     """
     sums: list[Tensor] = []
     terms: list[Tensor] = []
@@ -60,17 +109,18 @@ def add_(totals: Iterable[Tensor], tensors: Iterable[Tensor], weight: float) -> 
         torch._foreach_add_(sums, terms, alpha=weight)
 
 
-def mean(dtype: torch.dtype = torch.float64) -> Reducer:
+def mean(*, dtype: Literal["float64", "float32"] = "float64") -> Reducer:
     """Weighted arithmetic mean (McMahan et al. 2017, FedAvg), summed in ``dtype``, streaming.
 
-    float64 sums of float32 updates lose nothing that shows, in any order and any number of parts;
+    float64 sums of float32 updates lose nothing that matters, whatever the order of clients;
     float32 is faster and rounds at every client.
     """
+    precision = {"float64": torch.float64, "float32": torch.float32}[dtype]
 
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
         if "sum" not in memory:
             like = {name: tensor.dtype for name, tensor in value.items()}
-            start = dict(zip(like, zeros_like(value.values(), dtype), strict=True))
+            start = dict(zip(like, zeros_like(value.values(), precision), strict=True))
             memory = {"sum": start, "weight": 0.0, "like": like}
         total = memory["sum"]
         add_(total.values(), (value[name] for name in total), weight)
@@ -91,15 +141,15 @@ def median() -> Reducer:
     return _sorted_rule(lambda count: (count - 1) // 2)
 
 
-def trimmed_mean(trim: float = 0.1) -> Reducer:
+def trimmed_mean(*, trim: float = 0.1) -> Reducer:
     """Coordinate-wise trimmed mean (Yin et al. 2018, Alg. 1, option II). Ignores weights.
 
-    ``trim`` in [0, 0.5) is the share cut off at *each* end, rounded up to whole clients (the
-    number of bad clients one wants to survive), but never so many that none is left.
+    ``trim`` in [0, 0.5) is the share cut at *each* end, rounded up to whole clients (the number of
+    bad clients to tolerate), but at least one client is left.
     """
     if not 0 <= trim < 0.5:
-        raise ValueError(f"trim must lie in [0, 0.5), got {trim}")
-    # round() first: 0.1 * 30 is a hair over 3 in binary
+        raise ConfigError(f"trimmed_mean: trim must be in [0, 0.5), not {trim}")
+    # round() first: in binary 0.1 * 30 is slightly above 3
     return _sorted_rule(lambda count: min(math.ceil(round(trim * count, 9)), (count - 1) // 2))
 
 
@@ -119,13 +169,13 @@ def _sorted_rule(cut: Callable[[int], int]) -> Reducer:
     return Reducer(dict, add, finish)
 
 
-def clip(inner: Reducer, norm: float) -> Reducer:
-    """Scale each client's move (value − reference) to at most ``norm``, then reduce.
+def clip(inner: Reducer, *, norm: float) -> Reducer:
+    """Scale each client's move (value − reference) down to at most ``norm``, then reduce.
 
     The norm is L2 over all tensors of the value together, in float64.
     """
     if not norm > 0:
-        raise ValueError(f"clip_norm must be positive, got {norm}")
+        raise ConfigError(f"clip: norm must be positive, not {norm}")
 
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
         moves = {name: tensor.double() - reference[name].double() for name, tensor in value.items()}
@@ -140,14 +190,16 @@ def clip(inner: Reducer, norm: float) -> Reducer:
     return Reducer(inner.init, add, inner.finish)
 
 
-def fedavgm(inner: Reducer, lr: float = 1.0, momentum: float = 0.9) -> Reducer:
+def fedavgm(inner: Reducer, *, lr: float = 1.0, momentum: float = 0.9) -> Reducer:
     """Server momentum (FedAvgM: Hsu et al. 2019, arXiv:1909.06335) on what ``inner`` reduces.
 
     With Δ the reduced value minus the reference: m ← ``momentum`` · m + Δ, and the new value is the
-    reference + ``lr`` · m; m starts at 0. Without momentum, at lr 1, it is ``inner`` itself.
+    reference + ``lr`` · m; m starts at 0. With momentum 0 and lr 1 it is ``inner`` itself.
     """
     if not (lr > 0 and 0 <= momentum < 1):
-        raise ValueError(f"fedavgm: lr > 0 and 0 <= momentum < 1, got {lr} and {momentum}")
+        raise ConfigError(
+            f"fedavgm: lr must be positive and momentum in [0, 1), not {lr} and {momentum}"
+        )
 
     def rule(move: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         m = momentum * m + move
@@ -157,16 +209,24 @@ def fedavgm(inner: Reducer, lr: float = 1.0, momentum: float = 0.9) -> Reducer:
 
 
 def fedadam(
-    inner: Reducer, lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+    inner: Reducer,
+    *,
+    lr: float = 0.01,
+    beta1: float = 0.9,
+    beta2: float = 0.99,
+    tau: float = 1e-3,
 ) -> Reducer:
     """Adam at the server (FedAdam: Reddi et al. 2021, arXiv:2003.00295, Algorithm 2).
 
     With Δ the reduced value minus the reference: m ← β1 m + (1 − β1) Δ and v ← β2 v + (1 − β2) Δ²,
-    elementwise; the new value is the reference + ``lr`` · m / (√v + τ). m starts at 0, v at τ², and
-    nothing corrects for that, as in the paper.
+    elementwise; the new value is the reference + ``lr`` · m / (√v + τ). m starts at 0 and v at τ²,
+    without bias correction, as in the paper.
     """
     if not (lr > 0 and tau > 0 and 0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"fedadam: lr, tau > 0 and 0 <= betas < 1, got {lr, tau, beta1, beta2}")
+        raise ConfigError(
+            "fedadam: lr and tau must be positive, beta1 and beta2 in [0, 1), not "
+            f"{lr}, {tau}, {beta1} and {beta2}"
+        )
 
     def rule(move: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         m = beta1 * m + (1 - beta1) * move
@@ -181,9 +241,9 @@ def _remembering(
 ) -> Reducer:
     """A server optimiser: ``rule(move, *remembered)`` -> (step, *remembered), in float64.
 
-    ``start`` names what is remembered of each tensor and what it is at first. The memory goes by
-    tensor name, so that of a factor waits, as it is, while another factor is reduced. Every client
-    must have started from the same reference.
+    ``start`` maps the name of each quantity that is remembered of a tensor to its first value. The
+    memory goes by tensor name, so a factor's memory does not change while the other factor is
+    reduced. All clients must have started from the same reference.
     """
     own = tuple(f"{kind}/" for kind in start)
 

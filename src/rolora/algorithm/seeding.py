@@ -1,7 +1,12 @@
-"""Every random draw of a run, derived from what it is for.
+"""Random generators, each derived from a seed and from what it is for.
 
 A draw depends on (seed, round, client, purpose) and on nothing else, so neither the order of
 clients, nor a restart, nor the engine changes a result.
+
+A run has two seeds. Its ``seed`` is known to every client: batches, dropout, held-out rows and the
+first adapter follow from it. Cohorts, and whatever reducers and methods draw at the server, follow
+from ``server_seed``, which never leaves the coordinator, so that no client can predict them. On one
+machine the two may be the same.
 """
 
 from __future__ import annotations
@@ -12,11 +17,11 @@ import torch
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
-    """A 63-bit seed from ``(seed, *purpose)``; the parts are length-free joined, then hashed."""
+    """A 63-bit seed: a hash of ``(seed, *purpose)``."""
     text = repr((int(seed), *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU generator for one purpose, for example ``generator(0, "cohort", 3)``."""
+    """A CPU generator for one purpose, such as ``generator(0, "cohort", 3)``."""
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))

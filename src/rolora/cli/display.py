@@ -65,7 +65,7 @@ def follow(run: Run, title: str, overall: Overall | None = None) -> RoundResult 
     """Run to the end, showing each round; returns the last one (None if there was none to do)."""
     for note in run.notes:
         console.print(f"note: {note}", markup=False)
-    federation = run.setup.federation
+    federation = run.experiment.federation
     left = federation.rounds - run.state.server.round
     last: RoundResult | None = None
     with contextlib.ExitStack() as stack:

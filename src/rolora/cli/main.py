@@ -141,12 +141,12 @@ def partition(
     """Show who holds which rows, and save a picture of it. Trains nothing."""
     from rolora.cli.display import masked_text, split_table, working
     from rolora.config.load import load_config
-    from rolora.data.shards import load_rows
     from rolora.report.figures import save_split_picture
+    from rolora.run.experiment import Experiment
     from rolora.run.runs import training_masks
 
     settings = load_config(config, overrides or [])
-    rows = load_rows(settings)
+    rows = Experiment(settings).rows
     table = rows.table()
     save_split_picture(table, picture)
     if json:
@@ -179,9 +179,9 @@ def init(
     model: Annotated[str, typer.Option(help="a folder, hub name or .gguf file")] = "",
 ) -> None:
     """Look at the columns of your file and write a commented config for it."""
-    from rolora.run.config_template import write_starter
+    from rolora.run.config_template import write_template
 
-    write_starter(data, out, model)
+    write_template(data, out, model)
     out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
 
 
@@ -209,7 +209,7 @@ def _nothing_left(as_json: bool) -> None:
 def _follow(started: Any, as_json: bool) -> None:
     from rolora.cli.display import follow
 
-    last = follow(started, started.setup.config.name)
+    last = follow(started, started.experiment.config.name)
     if last is None:
         _nothing_left(as_json)
     print_results(started.folder.path, as_json)

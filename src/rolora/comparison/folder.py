@@ -15,12 +15,13 @@ from typing import Any
 
 from rolora.comparison.budget import Tally
 from rolora.comparison.grid import Comparison, PlannedRun
-from rolora.data.shards import digest, load_rows
 from rolora.errors import ConfigError, DataError
 from rolora.files import locked, new_folder, write_file
 from rolora.results.runs import flat, load_run
 from rolora.results.tuned import Tuning
+from rolora.run.experiment import Experiment
 from rolora.run.folder import RunFolder
+from rolora.run.shards import digest
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ComparisonFolder:
 
         ConfigError, one line, that names what differs, or says that another process is at it.
         """
-        rows = digest(load_rows(comparison.config))
+        rows = digest(Experiment(comparison.config).rows)
         text = json.dumps({**comparison.record(), "rows": rows}, indent=1)
         file = self.path / "comparison.json"
         if not self.path.exists():

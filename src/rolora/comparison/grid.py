@@ -18,7 +18,7 @@ from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.results.tuned import Tuning
-from rolora.run.configured import make_method
+from rolora.run.experiment import Experiment
 
 VALIDATION = 0.1  # of the training rows, where the configuration has no validation rows
 
@@ -70,7 +70,7 @@ class Comparison:
         overrides = [*variant_overrides(method), *self.methods[method], *more]
         values = {**values, "method": own, "seed": seed}
         config = make_config(values, overrides, root=self.config.root)
-        make_method(config)  # what it refuses, it refuses before the first run has started
+        _ = Experiment(config).method  # refuses before the first run starts
         return config
 
     def tuning_run(self, path: Path, method: str, setting: Setting, seed: int) -> PlannedRun:

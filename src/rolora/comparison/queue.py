@@ -23,7 +23,7 @@ from rolora.report.page import write_report
 from rolora.results.published import Published
 from rolora.results.runs import load_run, primary_metric, sound
 from rolora.results.tuned import Tuning
-from rolora.run.build import Setup, prepare
+from rolora.run.experiment import Experiment
 from rolora.run.runs import Run, pinned, resume, start
 
 TUNE_SEEDS = (100, 101)
@@ -123,7 +123,7 @@ def turns(
             wanted = so_far.estimate(planned.length.plus(ahead))
             refuse_spent(budget, so_far, number - 1, len(every), wanted)
             run = _begin(planned, every, loaded)
-            loaded = (_needs(planned), run.setup.base)
+            loaded = (_needs(planned), run.experiment.base)
             yield QueuedRun(run, planned, number, len(every), so_far, ahead, budget)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} was left before its end: start again to go on")
@@ -177,12 +177,12 @@ def _begin(
     origin, needs = _origin(every), _needs(planned)
     base = loaded[1] if loaded is not None and loaded[0] == needs else None
 
-    def build(config: RunConfig, folder: Path) -> Setup:
-        setup = prepare(config, folder, base)
+    def build(config: RunConfig, folder: Path) -> Experiment:
+        experiment = Experiment(config, folder, base=base)
         known = origin is not None and origin["needs"] == needs
-        if origin is not None and known and setup.base.digest != origin["base"]:
+        if origin is not None and known and experiment.base.digest != origin["base"]:
             raise ConfigError("the base model changed since the comparison began: change it back")
-        return setup
+        return experiment
 
     if planned.path.exists():
         return resume(planned.path, build=build)

@@ -1,1 +1,1 @@
-"""A run's configuration: the schema with every default, and how a file becomes one."""
+"""A run's configuration: the schema, and reading a file against it."""

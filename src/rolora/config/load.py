@@ -1,4 +1,4 @@
-"""A run's configuration from one TOML file and dotted overrides, checked against the schema."""
+"""Read a run's configuration from a TOML file and overrides, and check it against the schema."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
-from rolora.config.schema import MethodConfig, RunConfig
+from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
+from rolora.config.schema import AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
 from rolora.methods import METHODS
+from rolora.registry import Registry
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file, apply ``key.path=value`` overrides, and check everything.
 
-    The resolved ``config.toml`` of a run folder is read as the run was started: paths from where
-    they were. Raises ConfigError, one line, naming the key and the nearest known one.
+    In the ``config.toml`` of a run folder, relative paths still start from the folder of the file
+    that the run was started with. Raises ConfigError naming the key and the nearest known one.
     """
     values = read_toml(path)
     file = Path(path).expanduser()
@@ -30,9 +32,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_toml(path: str | Path, hint: str = "rolora init writes one") -> dict[str, Any]:
-    """The tables of a TOML file. ``hint`` says where one comes from.
+    """The contents of a TOML file. Raises ConfigError if it cannot be read.
 
-    Raises ConfigError, one line, if it cannot be read.
+    ``hint`` tells the user how to get such a file.
     """
     try:
         return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -47,7 +49,7 @@ def read_toml(path: str | Path, hint: str = "rolora init writes one") -> dict[st
 def make_config(
     values: dict[str, Any], overrides: Sequence[str] = (), *, root: Path = Path()
 ) -> RunConfig:
-    """A configuration from nested dicts; see ``load_config``."""
+    """A configuration from nested dicts; see :func:`load_config`."""
     for override in overrides:
         values = _override(values, override)
     if "root" in values:
@@ -56,21 +58,33 @@ def make_config(
         config = RunConfig.model_validate({**values, "root": root.resolve()})
     except ValidationError as error:
         raise ConfigError(first_fault(error, RunConfig)) from None
-    _check_method(config.method)
+    check_options(METHODS, config.method.name, config.method.options, "method")
+    _check_reducers(config.aggregate)
     return config
 
 
 def dump_config(config: RunConfig, provenance: dict[str, Any]) -> str:
-    """The resolved configuration as TOML, with a ``[provenance]`` table (None is left out)."""
+    """The resolved configuration as TOML, with a ``[provenance]`` table, for the coordinator's own
+    disk: unlike ``model_dump`` it has the server's seed. Keys that are None are left out."""
     values = config.model_dump(mode="json", exclude_none=True)
+    if config.server_seed is not None:
+        values["server_seed"] = config.server_seed
     return tomli_w.dumps({**values, "provenance": provenance})
 
 
 def config_hash(config: RunConfig) -> str:
-    """Of what defines a run: all settings but where it runs, what "auto" came to, and the number of
-    rounds, which may grow."""
+    """A hash of the settings that define a run.
+
+    Left out are where it runs, the server's seed, what "auto" resolves to, and the number of
+    rounds, which a resumed run may raise.
+    """
     values = config.model_dump_json(
-        exclude={"train": {"rounds", "bank"}, "model": {"dtype"}, "federation": True}
+        exclude={
+            "train": {"rounds", "bank"},
+            "model": {"dtype"},
+            "federation": True,
+            "aggregate": set() if config.aggregate.options else {"options"},
+        }
     )
     return hashlib.sha256(values.encode()).hexdigest()[:32]
 
@@ -94,9 +108,9 @@ def _with(values: Any, path: list[str], value: Any) -> dict[str, Any]:
 
 
 def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
-    """What is wrong with values for this schema, in one line."""
+    """The main fault of values that do not fit ``schema``, in one line."""
     faults = error.errors()
-    # An unknown key usually explains the rest, a required key spelled wrong for example.
+    # a misspelt required key is an unknown key and a missing one: the former explains the latter
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     where = _key(fault, schema)
     others = [f for f in faults if _key(f, schema) != where]
@@ -108,7 +122,7 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
         return f"{'.'.join(where)} is missing{more}"
     if fault["type"] == "model_type":
         return f"{where[0]} is a table, not {fault['input']!r}: give {where[0]}.KEY=VALUE{more}"
-    # a key of several types has a fault for each
+    # a key of several types has one fault per type
     messages = [f["msg"].removeprefix("Value error, ") for f in faults if _key(f, schema) == where]
     message = "; or ".join(messages)
     if fault["type"] == "value_error":
@@ -120,7 +134,7 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
 
 
 def _key(fault: Mapping[str, Any], section: Any) -> list[str]:
-    """Where a fault is, as far as tables go: what pydantic puts behind a key is none of ours."""
+    """The path of the faulty key, without what pydantic appends to it, such as a type's name."""
     parts: list[str] = []
     for part in map(str, fault["loc"]):
         if not _is_table(section):
@@ -140,17 +154,36 @@ def _keys(section: Any, path: list[str]) -> list[str]:
     return [key for key in section.model_fields if key != "root"]
 
 
-def _check_method(method: MethodConfig) -> None:
-    factory = METHODS.factory(method.name)
+def _check_reducers(how: AggregateConfig) -> None:
+    """ConfigError for reducers that do not go together, or for an option of the wrong type."""
+    for name in how.options.keys() - dict(how.rules):
+        hint = nearest(name, dict(how.rules))
+        raise ConfigError(f"[aggregate.options.{name}] is for a reducer that is not used: {hint}")
+    for name, options in how.rules:
+        inner = [mean()] if is_wrapper(name) else []
+        check_options(REDUCERS, name, options, f"aggregate.options.{name}", *inner)
+    compose(how.rules)
+
+
+def check_options(
+    registry: Registry, name: str, options: Mapping[str, Any], where: str, *given: Any
+) -> None:
+    """Make what ``registry`` has under this name, to check its options' names, types and ranges.
+
+    ``where`` is the table that the options stand in, ``given`` the factory's positional arguments.
+    Raises ConfigError for an unknown name, an unknown, missing or wrong option.
+    """
+    strict = validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))
     try:
-        validate_call(config=ConfigDict(strict=True, allow_inf_nan=False))(factory)(
-            **method.options
-        )
+        strict(registry.factory(name))(*given, **options)
     except ValidationError as error:
         fault = error.errors()[0]
-        key = str(fault["loc"][-1]) if fault["loc"] else ""
+        key = f"{where}.{fault['loc'][-1]}" if fault["loc"] else where
         if fault["type"] == "unexpected_keyword_argument":
-            known = factory.__kwdefaults__ or {}
-            hint = nearest(key, known) if known else f"method {method.name!r} has no options"
-            raise ConfigError(f"unknown key 'method.{key}': {hint}") from None
-        raise ConfigError(f"method.{key}: {fault['msg']}, got {fault['input']!r}") from None
+            known = registry.options(name)
+            none = f"{registry.kind} {name!r} has no options"
+            hint = nearest(str(fault["loc"][-1]), known) if known else none
+            raise ConfigError(f"unknown key {key!r}: {hint}") from None
+        if fault["type"] == "missing_keyword_only_argument":
+            raise ConfigError(f"{key} is missing: {registry.kind} {name!r} needs it") from None
+        raise ConfigError(f"{key}: {fault['msg']}, got {fault['input']!r}") from None

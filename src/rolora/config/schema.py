@@ -1,4 +1,4 @@
-"""Every key of a run's configuration, with its default: the one place where they are."""
+"""The schema of a run's configuration: every key with its default, in one place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rolora.algorithm.codec import Format
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, nearest
+from rolora.tasks.registry import task_kind
 
 Schedule = Literal["constant", "linear", "cosine"]
 Rank = Annotated[int, Field(ge=1)]
@@ -21,7 +22,7 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 
 
 class Section(BaseModel):
-    """A table of the TOML file: unknown keys are errors, values cannot change after loading."""
+    """A table of the TOML file. Unknown keys are errors; values are frozen."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
@@ -29,18 +30,29 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """``[model]``: the base model and what it is asked to do."""
+    """``[model]``: the base model and its task."""
 
     path: str = Field(description="a folder, a hub name, or a file ending in .gguf")
-    task: Literal["classification", "causal_lm", "choice"] = Field(
-        "classification", description="what is learned"
+    task: str = Field(
+        "classification",
+        description="classification, causal_lm, choice, or the task of an installed package",
     )
     dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = Field(
         "auto",
-        description="of the frozen base; auto: bf16 on a GPU, on a CPU the faster one; "
-        "int8 and nf4 need rolora[quantised]",
+        description="dtype of the frozen base; auto: bf16 on a GPU, the faster of fp32 and bf16 "
+        "on a CPU; int8 and nf4 need rolora[quantised]",
     )
-    head: Literal["train", "freeze"] = Field("train", description="the classifier head")
+    head: Literal["train", "freeze"] = Field(
+        "train", description="whether the classifier head is trained"
+    )
+
+    @field_validator("task")
+    @classmethod
+    def _is_known(cls, task: str) -> str:
+        try:
+            return task_kind(task).name
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 class LoraConfig(Section):
@@ -48,26 +60,30 @@ class LoraConfig(Section):
 
     rank: Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank] = Field(
         4,
-        description="of lora_A (rank, in) and lora_B (out, rank); a list is dealt out to the "
-        'clients in the order of their ids, over again; a table goes by id: "hospital-*" = 8',
+        description="rank of lora_A (rank, in) and lora_B (out, rank); a list is repeated over the "
+        'clients in order of their ids; a table maps client ids to ranks: "hospital-*" = 8',
     )
-    alpha: float = Field(8.0, gt=0, description="the product is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the inputs of lora_A")
-    target_modules: list[str] = Field([], description="left out: PEFT's default")
-    layers: str | list[int] = Field("all", description='"all", "top:2", or a list of indices')
+    alpha: float = Field(8.0, gt=0, description="lora_B @ lora_A is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate on the input of lora_A")
+    target_modules: list[str] = Field(
+        [], description="names of the layers with an adapter; left out: PEFT's default"
+    )
+    layers: str | list[int] = Field(
+        "all", description='layers with an adapter: "all", "top:2", or a list of indices'
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     init_from: str | None = Field(None, description="a PEFT adapter folder to start from")
 
     @property
     def largest(self) -> int:
-        """The server's rank: the largest of its clients'."""
+        """The server's rank, which is the largest client's."""
         rank = self.rank
         if isinstance(rank, int):
             return rank
         return max(rank.values() if isinstance(rank, dict) else rank)
 
     def ranks(self, clients: Iterable[str]) -> dict[str, int]:
-        """Client id -> its rank. ConfigError for one that the table says nothing of."""
+        """Client id -> its rank. Raises ConfigError for a client that the table does not match."""
         if isinstance(self.rank, int):
             return dict.fromkeys(clients, self.rank)
         ordered = sorted(clients)
@@ -77,40 +93,51 @@ class LoraConfig(Section):
         for client in ordered:
             fits = [rank for pattern, rank in self.rank.items() if fnmatchcase(client, pattern)]
             if not fits:
-                raise ConfigError(f'lora.rank says nothing of client {client!r}: add "*" = RANK')
+                raise ConfigError(f'lora.rank has no rank for client {client!r}: add "*" = RANK')
             found[client] = fits[0]
         return found
 
     @model_validator(mode="after")
     def _has_ranks(self) -> Self:
         if self.rank == {}:
-            raise ValueError('a table of ranks needs a line, such as "*" = 4')
+            raise ValueError('a table of ranks needs an entry, such as "*" = 4')
         return self
 
 
 class DataConfig(Section):
-    """``[data]``: where rows come from and which columns are read."""
+    """``[data]``: where rows come from and which columns are used."""
 
     train: str = Field(description="csv, jsonl, parquet, a datasets folder, a hub name, or a glob")
-    test: str | Share = Field(0.2, description="rows for the server's test: a source, or a share")
+    test: str | Share = Field(
+        0.2, description="test rows, held by the server: a source, or a share of train"
+    )
     validation: str | Share | None = Field(
-        None, description="rows for the best round and early stopping: a source, or a share"
+        None,
+        description="rows that choose the best round and stop early: a source, or a share of train",
     )
-    client_test: Share | None = Field(None, description="share of a shard held out for its client")
-    train_split: str = Field("train", description="of a datasets folder or hub name")
-    test_split: str = Field("test", description="of a datasets folder or hub name")
-    text: str | Texts = Field("text", description="classification: one or two columns")
-    label: str = Field("label", description="the label column; splits by label use it too")
-    prompt: str | None = Field(None, description="causal_lm, choice: the column of prompts")
-    completion: str | None = Field(None, description="causal_lm: what follows the prompt")
+    client_test: Share | None = Field(
+        None, description="share of each client's rows held out to test that client"
+    )
+    train_split: str = Field(
+        "train", description="split for training, of a datasets folder or hub name"
+    )
+    test_split: str = Field("test", description="split for data.test, likewise")
+    text: str | Texts = Field("text", description="classification: one or two text columns")
+    label: str = Field("label", description="the label column, also for partitions by label")
+    prompt: str | None = Field(None, description="causal_lm, choice: the prompt column")
+    completion: str | None = Field(None, description="causal_lm: the completion column")
     messages: str | None = Field(
-        None, description="causal_lm: lists of role and content, for the model's chat template"
+        None,
+        description="causal_lm: a column of chats, lists of role and content, "
+        "written out by the model's chat template",
     )
-    choices: str | None = Field(None, description="choice: lists of possible answers")
-    answer: str | None = Field(None, description="choice: the right one (index, letter or text)")
-    max_length: int = Field(128, ge=2, description="tokens; longer rows are truncated and counted")
+    choices: str | None = Field(None, description="choice: a column of lists of answers")
+    answer: str | None = Field(
+        None, description="choice: the column of right answers (index, letter or text)"
+    )
+    max_length: int = Field(128, ge=2, description="tokens per row; longer rows are truncated")
     made_by: str | None = Field(
-        None, description="how to make the rows, for the error where they are not there"
+        None, description="how to get the rows; quoted in the error if they are missing"
     )
 
     @field_validator("test", "validation", mode="before")
@@ -127,79 +154,117 @@ class PartitionConfig(Section):
     scheme: Literal["iid", "dirichlet", "by_label", "by_field", "files"] = Field(
         "iid", description="files: data.train is a pattern, one client per file"
     )
-    clients: int = Field(10, ge=1, description="of iid, dirichlet and by_label")
-    alpha: float = Field(0.5, gt=0, description="of dirichlet: the smaller, the more uneven")
-    labels_per_client: int = Field(2, ge=1, description="of by_label")
-    field: str | None = Field(None, description="of by_field: the column that names the client")
-    min_examples: int = Field(1, ge=1, description="a client holds at least this many rows")
+    clients: int = Field(10, ge=1, description="number of clients, for iid, dirichlet and by_label")
+    alpha: float = Field(0.5, gt=0, description="for dirichlet: the smaller, the more uneven")
+    labels_per_client: int = Field(2, ge=1, description="for by_label")
+    field: str | None = Field(None, description="for by_field: the column that names the client")
+    min_examples: int = Field(1, ge=1, description="fewest rows of a client")
 
 
 class MethodConfig(BaseModel):
-    """``[method]``: the method's name; its other keys are the options of the method's file."""
+    """``[method]``: the method's name; the other keys are that method's options."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field("rolora", description="see rolora methods; other keys are its options")
+    name: str = Field("rolora", description="see rolora methods; the other keys are its options")
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keys beside the name."""
+        """All keys but the name."""
         return dict(self.model_extra or {})
 
 
 class AggregateConfig(Section):
     """``[aggregate]``: how the server combines updates."""
 
-    reducer: Literal["mean", "median", "trimmed_mean"] = Field(
-        "mean", description="median and trimmed_mean are coordinate-wise and ignore weights"
+    reducer: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "mean",
+        description="mean, median, trimmed_mean (the last two are coordinate-wise and ignore "
+        "weights), one that an installed package adds, or a list: what wraps first, the rule last",
     )
-    trim: float = Field(0.1, ge=0, lt=0.5, description="of trimmed_mean: share cut at each end")
+    trim: float = Field(0.1, ge=0, lt=0.5, description="for trimmed_mean: share cut at each end")
     weights: Literal["num_examples", "uniform"] = Field(
-        "num_examples", description="of the clients in a mean"
+        "num_examples", description="weights of the clients in a mean"
     )
-    clip_norm: float | None = Field(None, gt=0, description="clip each client's move to this norm")
+    clip_norm: float | None = Field(
+        None, gt=0, description="clip each client's update to this norm"
+    )
     optimizer: Literal["none", "fedavgm", "fedadam"] = Field(
-        "none", description="of the server, on the combined move; none: the server just takes it"
+        "none", description="server optimizer, applied to the aggregated update"
     )
     server_lr: float | None = Field(
-        None, gt=0, description="of that optimizer; left out: 1 for fedavgm, 0.01 for fedadam"
+        None, gt=0, description="its learning rate; left out: 1 for fedavgm, 0.01 for fedadam"
     )
-    server_momentum: float = Field(0.9, ge=0, lt=1, description="of fedavgm; beta_1 of fedadam")
-    server_beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam")
-    server_tau: float = Field(1e-3, gt=0, description="of fedadam: added to the root of v")
-    quorum: int = Field(1, ge=1, description="usable updates that a round needs")
+    server_momentum: float = Field(
+        0.9, ge=0, lt=1, description="momentum of fedavgm, beta_1 of fedadam"
+    )
+    server_beta2: float = Field(0.99, ge=0, lt=1, description="beta_2 of fedadam")
+    server_tau: float = Field(1e-3, gt=0, description="for fedadam: added to the root of v")
+    quorum: int = Field(1, ge=1, description="fewest valid updates for a round to count")
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description="[aggregate.options.NAME]: further options of the reducer of that name"
+    )
+
+    @property
+    def rules(self) -> list[tuple[str, dict[str, Any]]]:
+        """Name and options of each reducer for ``rolora.algorithm.reduce.compose``."""
+        listed = [self.reducer] if isinstance(self.reducer, str) else self.reducer
+        clip = ["clip"] if self.clip_norm is not None and "clip" not in listed else []
+        optimizer = [] if self.optimizer == "none" else [self.optimizer]
+        keys: dict[str, dict[str, Any]] = {
+            "trimmed_mean": {"trim": self.trim},
+            "clip": {"norm": self.clip_norm},
+            "fedavgm": {"lr": self.server_lr, "momentum": self.server_momentum},
+            "fedadam": {
+                "lr": self.server_lr,
+                "beta1": self.server_momentum,
+                "beta2": self.server_beta2,
+                "tau": self.server_tau,
+            },
+        }
+        found = []
+        for name in (*optimizer, *clip, *listed):
+            given = {key: value for key, value in keys.get(name, {}).items() if value is not None}
+            found.append((name, {**given, **self.options.get(name, {})}))
+        return found
 
 
 class TrainConfig(Section):
     """``[train]``: rounds and local training."""
 
-    rounds: int = Field(40, ge=1, le=999_999, description="of the server")
-    participation: float = Field(1.0, gt=0, le=1, description="share of clients in a round")
-    local_steps: int | None = Field(None, ge=1, description="5 if local_epochs is left out too")
-    local_epochs: int | None = Field(None, ge=1, description="passes over the client's shard")
+    rounds: int = Field(40, ge=1, le=999_999, description="number of rounds")
+    participation: float = Field(1.0, gt=0, le=1, description="share of the clients in each round")
+    local_steps: int | None = Field(
+        None, ge=1, description="optimizer steps per client and round; 5 without local_epochs"
+    )
+    local_epochs: int | None = Field(
+        None, ge=1, description="passes over the client's rows per round, instead of local_steps"
+    )
     batch_size: int = Field(8, ge=1, description="rows per client and step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="its state is fresh each round")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="starts afresh each round")
     lr: float = Field(5e-3, gt=0, description="the learning rate")
-    b_lr_ratio: float = Field(1.0, gt=0, description="lora_B learns at lr times this, as in LoRA+")
-    schedule: Schedule = Field("constant", description="of lr across rounds")
-    warmup_rounds: int = Field(0, ge=0, description="rounds in which lr rises linearly")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW; L2 for sgd")
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    max_grad_norm: float | None = Field(None, gt=0, description="clips each client's own gradient")
+    b_lr_ratio: float = Field(
+        1.0, gt=0, description="lora_B's learning rate is lr times this (LoRA+)"
+    )
+    schedule: Schedule = Field("constant", description="of the learning rate over rounds")
+    warmup_rounds: int = Field(0, ge=0, description="rounds of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, L2 for sgd")
+    momentum: float = Field(0.0, ge=0, lt=1, description="for sgd")
+    max_grad_norm: float | None = Field(None, gt=0, description="clip each client's gradient")
     bank: Literal["auto"] | int = Field("auto", description="clients trained in one pass")
     recompute: bool = Field(
-        False, description="of each layer, in the backward pass: less memory, more time"
+        False, description="recompute layers in the backward pass: less memory, more time"
     )
     cache: str = Field(
         "~/.cache/rolora",
-        description='folder for the outputs of layers below the adapters; "" keeps none',
+        description='cache folder for the outputs of the layers below the adapters; "": no cache',
     )
     engine: Literal["in_process", "debug"] = Field(
-        "in_process", description="debug: one client at a time, names the stage that broke"
+        "in_process", description="debug: one client at a time, names the stage that failed"
     )
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _is_consistent(self) -> Self:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("give local_steps or local_epochs, not both")
         if isinstance(self.bank, int) and self.bank < 1:
@@ -208,58 +273,78 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """``[eval]``: what is measured and when."""
+    """``[eval]``: what is evaluated, and when."""
 
-    every: int = Field(5, ge=1, description="rounds; the first and last are always evaluated")
-    generate: int = Field(0, ge=0, description="causal_lm: test rows answered for exact_match")
+    every: int = Field(
+        5, ge=1, description="rounds between evaluations; the first and last are always evaluated"
+    )
+    generate: int = Field(
+        0, ge=0, description="causal_lm: number of test rows to generate answers for (exact_match)"
+    )
     answer: str | None = Field(
         None,
-        description="causal_lm: a regular expression; what it finds first in 32 tokens written and "
-        "in the completion is compared, as answer_accuracy in place of exact_match",
+        description="causal_lm: a regular expression; its first match in 32 generated tokens is "
+        "compared with that in the completion, as answer_accuracy instead of exact_match",
     )
-    metric: str | None = Field(None, description="of the best round; left out: the task's own")
+    metric: str | None = Field(
+        None, description="chooses the best round; left out: the task's main metric"
+    )
     rows: Literal["test", "validation"] = Field(
-        "test", description="measured as metrics; validation: test rows are not looked at"
+        "test", description="rows behind metrics; validation: the test rows are not used"
     )
-    patience: int | None = Field(None, ge=1, description="evaluations without gain before a stop")
+    patience: int | None = Field(
+        None, ge=1, description="stop after this many evaluations without improvement"
+    )
 
     @field_validator("answer")
     @classmethod
-    def _is_an_expression(cls, answer: str | None) -> str | None:
+    def _compiles(cls, answer: str | None) -> str | None:
         try:
             re.compile(answer or "")
         except re.error as error:
-            raise ValueError(f"{answer!r} is no regular expression: {error}") from None
+            raise ValueError(f"{answer!r} is not a regular expression: {error}") from None
         return answer
 
 
 class WireConfig(Section):
-    """``[wire]``: how what is sent is written."""
+    """``[wire]``: how updates are encoded."""
 
-    up: Format = Field("fp32", description="from clients; the others: moves with error feedback")
+    up: Format = Field(
+        "fp32", description="encoding of uploads; all but fp32 send changes, with error feedback"
+    )
 
 
 class FederationConfig(Section):
-    """``[federation]``: what holds across sites; a run on one machine does not read it."""
+    """``[federation]``: settings for runs across sites; a run on one machine ignores them."""
 
     on: str | None = Field(
         None,
-        description="a folder of rolora federation, or a SuperLink in Flower's own configuration; "
+        description="a folder of rolora federation, or a SuperLink in Flower's configuration; "
         "left out: the run stays on this machine",
     )
-    sites: int = Field(1, ge=1, description="that must have joined before the first round")
-    wait: float = Field(600.0, gt=0, description="seconds for them to join")
-    deadline: float = Field(3600.0, gt=0, description="seconds that a round may take")
+    sites: int = Field(1, ge=1, description="sites that must join before the first round")
+    wait: float = Field(600.0, gt=0, description="seconds to wait for them")
+    deadline: float = Field(3600.0, gt=0, description="seconds per round")
     spare: int = Field(
-        0, ge=0, description="sites asked beyond the cohort; the first ones to answer are used"
+        0, ge=0, description="sites asked in excess of the cohort; the first answers are used"
     )
 
 
 class RunConfig(Section):
-    """One run. ``root`` is the folder that relative paths start from; it is not a key."""
+    """One run. ``root`` is the folder that relative paths start from; it is not a key.
+
+    ``server_seed`` is never part of a dump, so no site, run id or report has it.
+    """
 
     name: str = Field("run", description="left out: the TOML file's name")
-    seed: int = Field(0, ge=0, description="of every random draw")
+    seed: int = Field(0, ge=0, description="random seed for the run")
+    server_seed: int | None = Field(
+        None,
+        ge=0,
+        exclude=True,
+        description="random seed for what clients must not predict, such as cohorts; never leaves "
+        "the coordinator; left out: seed on one machine, drawn at random across sites",
+    )
     device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")
     offline: bool = Field(False, description="never ask a hub")
     model: ModelConfig
@@ -278,20 +363,22 @@ class RunConfig(Section):
     def _fits_together(self) -> Self:
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             raise ValueError(f"name {self.name!r} must be usable as a folder name")
-        data, task = self.data, self.model.task
-        if task == "choice" and None in (data.prompt, data.choices, data.answer):
-            raise ValueError("task 'choice' needs data.prompt, data.choices and data.answer")
-        if task == "causal_lm":
-            pair = None not in (data.prompt, data.completion)
-            if pair == (data.messages is not None):
-                raise ValueError(
-                    "task 'causal_lm' needs either data.prompt and data.completion, "
-                    "or data.messages"
-                )
+        kind, metric = task_kind(self.model.task), self.eval.metric
+        try:
+            kind.chosen(dict(self.data))
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if metric is not None and metric not in kind.metrics:
+            hint = nearest(metric, kind.metrics)
+            raise ValueError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")
         if self.partition.scheme == "by_field" and self.partition.field is None:
-            raise ValueError("partition.scheme = 'by_field' needs partition.field, a column's name")
+            raise ValueError(
+                "partition.scheme = 'by_field' needs partition.field, the name of a column"
+            )
         if self.eval.rows == "validation" and self.data.validation is None:
             raise ValueError("eval.rows = 'validation' needs data.validation")
         if self.eval.patience is not None and self.data.validation is None:
-            raise ValueError("eval.patience needs data.validation (early stop never uses the test)")
+            raise ValueError(
+                "eval.patience needs data.validation (early stopping never uses the test rows)"
+            )
         return self

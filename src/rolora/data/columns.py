@@ -1,6 +1,6 @@
-"""What the columns of a table look like, and which of them a run would use.
+"""What the columns of a table hold, and which of them a run would use.
 
-The guess is a start for people to correct: it goes by usual column names first, then by content.
+The guess is for people to correct: it goes by common column names first, then by content.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def _mean(values: pa.ChunkedArray) -> float:
 
 @dataclass(frozen=True)
 class Guess:
-    """The task that a table seems to hold, and its columns; ``None`` where the task has no use.
+    """The task that a table seems to be for, and its columns; ``None`` for those it does not use.
 
     classification: ``text`` and ``label``. causal_lm: ``messages``, or ``prompt`` and
     ``completion``. choice: ``prompt``, ``choices`` and ``answer``.
     """
 
-    task: Literal["classification", "causal_lm", "choice"]
+    task: str
     text: tuple[str, ...] | None = None
     label: str | None = None
     prompt: str | None = None
@@ -103,13 +103,13 @@ def guess_columns(table: pa.Table) -> Guess:
     """The task and its columns, by name and then by kind.
 
     In order: a column of messages; a list of choices with an answer and a prompt; a prompt with a
-    text completion and nothing called a label; a class label with one or two texts. Raises
+    text completion and no column named like a label; a class label with one or two texts. Raises
     DataError if nothing fits.
     """
     columns = describe(table)
 
     def called(names: Sequence[str], *kinds: Kind) -> str | None:
-        """The column that bears the first of ``names`` and is of one of ``kinds``."""
+        """The column of one of ``kinds`` whose name comes first in ``names``."""
         own = {_bare(column.name): column.name for column in columns if column.kind in kinds}
         return next((own[name] for name in names if name in own), None)
 
@@ -135,8 +135,8 @@ def guess_columns(table: pa.Table) -> Guess:
             return Guess("classification", text=text, label=label)
     seen = ", ".join(f"{column.name} ({column.kind})" for column in columns)
     raise DataError(
-        f"no text with a label, prompt with a completion, or messages among the columns: {seen}; "
-        "name them in [data]"
+        "the columns are neither text and label, nor prompt and completion, nor messages: "
+        f"{seen}; write [data] by hand"
     )
 
 
@@ -157,7 +157,7 @@ def _first(columns: Sequence[Column], kind: Kind) -> str | None:
 
 
 def _fewest_values(columns: Sequence[Column]) -> str | None:
-    """The category with the fewest values; of equals the last, where labels usually stand."""
+    """The category with the fewest values; of several the last, where labels usually are."""
     categories = [column for column in reversed(columns) if column.kind == "category"]
     return min(categories, key=lambda column: column.distinct).name if categories else None
 

@@ -34,9 +34,9 @@ def read_folder(path: Path, source: str, split: str) -> pa.Table:
 
 
 def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
-    """One split of ``name`` or ``name:config`` from a hub, or from what its cache kept of it.
+    """One split of ``name`` or ``name:config`` from a hub, or from the hub's cache.
 
-    DataError if there is none to be had; ``offline``: nobody is asked.
+    ``offline``: the cache only. Raises DataError if neither has it.
     """
     name = HUB_NAME.fullmatch(source)
     if not name:
@@ -50,21 +50,21 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
         if alone:
             raise NotHere(_how_to_get(source, name, root, offline), source) from error
         raise DataError(
-            f"{source} is no file or folder in {root.resolve()}, and the hub did not give it: "
-            f"{one_line(error)}"
+            f"{source} is not a file or folder in {root.resolve()}, and loading it from the hub "
+            f"failed: {one_line(error)}"
         ) from error
     return _with_label_names(found)
 
 
 def hub_alone(offline: bool) -> bool:
-    """Whether there is nobody to ask: told so, here or by the environment, or the hub is silent."""
+    """Whether the hub cannot be asked: offline here or by the environment, or out of reach."""
     config = datasets.config
     return bool(offline or config.HF_HUB_OFFLINE or not is_reachable(config.HF_ENDPOINT))
 
 
 @contextlib.contextmanager
 def told_offline(alone: bool) -> Iterator[None]:
-    """``datasets`` told that it is ``alone``: else it asks again and again, for half a minute."""
+    """``datasets`` in offline mode if ``alone``: it would otherwise retry for half a minute."""
     config, logs = datasets.config, datasets.utils.logging
     before, verbosity = config.HF_HUB_OFFLINE, logs.get_verbosity()
     config.HF_HUB_OFFLINE = before or alone
@@ -80,7 +80,7 @@ def _how_to_get(source: str, name: re.Match[str], root: Path, offline: bool) -> 
     why = "offline = true" if offline else "the hub does not answer"
     asked = ", ".join(repr(part) for part in (name["name"], name["config"]) if part)
     return (
-        f"{source} is no file or folder in {root.resolve()}, nor in the hub's cache, and {why}: "
+        f"{source} is not a file or folder in {root.resolve()}, nor in the hub's cache, and {why}: "
         f"where there is a network, run datasets.load_dataset({asked}).save_to_disk('FOLDER'), and "
         "give the folder instead"
     )

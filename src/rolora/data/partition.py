@@ -1,7 +1,7 @@
 """Who holds which rows: the split of one table over the clients of a simulation.
 
 Every scheme returns shards that are disjoint, never empty, and drawn from the given generator
-alone. What had to be adjusted to get there is counted and said in ``Partition.note``.
+alone. ``Partition.note`` counts what had to be adjusted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Partition:
         shards: client id -> row indices, int64 ``(num_examples,)``, ascending. Ids are in order and
             are safe as file names.
         dropped: rows that no client holds.
-        note: one line for people when something was adjusted, else empty.
+        note: one line on what was adjusted, else empty.
     """
 
     shards: Mapping[str, Tensor]
@@ -193,7 +193,7 @@ def _require_enough(num_rows: int, clients: int, min_examples: int) -> None:
         raise DataError(
             f"{_count(num_rows, 'row')} cannot give {_count(clients, 'client')} at least "
             f"{_count(min_examples, 'row')} each: use at most {num_rows // min_examples} clients, "
-            "lower min_examples, or bring more data"
+            "lower min_examples, or use more data"
         )
 
 

@@ -49,7 +49,7 @@ def read_table(source: str, *, root: Path, split: str = "train", offline: bool =
     elif path.suffix.lower() in READERS:
         table = _read_file(path, source)
     elif path.is_file():
-        raise DataError(f"{source}: its suffix is not one of {', '.join(READERS)}")
+        raise DataError(f"{source}: unknown file type; use one of {', '.join(READERS)}")
     else:
         from rolora.data.hub import read_hub
 
@@ -92,6 +92,12 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
     return {client: tables[client].select(order) for client in sorted(tables)}
 
 
+def joined(clients: Mapping[str, pa.Table]) -> tuple[pa.Table, list[str]]:
+    """The tables of :func:`read_clients` as one, and the client of each of its rows."""
+    owners = [client for client, table in clients.items() for _ in range(table.num_rows)]
+    return pa.concat_tables(clients.values(), promote_options="permissive"), owners
+
+
 def files_of(pattern: str, *, root: Path) -> dict[str, str]:
     """The files that match ``pattern``, sorted, and the stem of each.
 
@@ -110,7 +116,7 @@ def files_of(pattern: str, *, root: Path) -> dict[str, str]:
 def is_glob(source: str, *, root: Path) -> bool:
     """Whether ``source`` is a pattern of per-client files rather than one source.
 
-    A file or folder of that very name is no pattern, brackets or not.
+    A name of an existing file or folder is not a pattern, even with brackets.
     """
     return glob.has_magic(source) and not (root / Path(source).expanduser()).exists()
 
@@ -250,7 +256,7 @@ def _read_json(path: Path) -> pa.Table:
 
 
 def _json_fault(text: str) -> str:
-    """Which line is no JSON object, and why; empty if all are."""
+    """Which line is not a JSON object, and why; empty if all are."""
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             value = json.loads(line) if line.strip() else {}

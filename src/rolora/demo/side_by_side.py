@@ -130,8 +130,8 @@ def _demo(folder: Path, name: str, text: str, seeds: tuple[int, ...]) -> Demo:
 
 def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:
     """(prompt, what the plain base writes, what the run's adapter writes) for test prompts."""
-    base: Base = run.setup.base
-    prompts = run.setup.test_rows["prompt"].slice(0, rows).to_pylist()
+    base: Base = run.experiment.base
+    prompts = run.experiment.rows.test["prompt"].slice(0, rows).to_pylist()
     tokens = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
     plain = generate(base, tokens, max_new_tokens=12)
     with base.holding(read_adapter(run.folder.adapter, base.specs, any_rank=True)):

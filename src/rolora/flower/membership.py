@@ -17,6 +17,7 @@ from rolora.errors import ConfigError, NoQuorum
 from rolora.flower.message import PROTOCOL, SITE_NAME, Parcel, ParcelError
 from rolora.model.base import Base, layout, tokenizer_digest
 from rolora.tasks.classification import class_labels
+from rolora.tasks.registry import task_kind
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Roster:
             time.sleep(1)
             self._greet()
         every = [label for hello in self.hellos.values() for label in _labels(hello)]
-        if self.config.model.task == "classification":
+        if task_kind(self.config.model.task).labelled:
             return class_labels(every, "what the sites have")
         return every
 

@@ -1,10 +1,10 @@
 """Fed-SB: train an r × r core between two frozen factors (Singhal et al., 2025).
 
 ΔW = s · B R A, where lora_B and lora_A are the first singular vectors of the loss's gradient at
-the start (LoRA-SB), the same at every client for ever. R alone is trained and averaged: exact, and
-r² numbers a layer travel whatever its width. Here R starts at 0, so that the first model is the
-base model; in the paper it starts at the singular values over s, and the gradient's signs are
-factored, as a first step of Adam takes them. arXiv:2502.15436.
+the start (LoRA-SB), fixed and the same at every client. Only R is trained and averaged, which is
+exact, and r² numbers per layer travel whatever its width. Here R starts at 0, so the first model is
+the base model; in the paper R starts at the singular values over s, and the signs of the gradient
+are factored, like the first step of Adam. arXiv:2502.15436.
 """
 
 from __future__ import annotations

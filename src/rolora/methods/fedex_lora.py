@@ -1,8 +1,9 @@
 """FedEx-LoRA: FedAvg of both factors plus what it misses (Singhal et al., ACL 2025).
 
-The factors are averaged as in FedIT, and the residual Σ p_i s B_iA_i − s·B̄Ā, which that loses, is
-added to the base, beside the frozen weights: the average is exact. Down travels, beside the
-factors, the sum of all residuals, a whole matrix a layer. arXiv:2410.09432, section 4.
+The factors are averaged as in FedIT. What that misses, the residual Σ p_i s B_iA_i − s·B̄Ā, is
+added to the base as a delta beside the frozen weights, so the average is exact. Besides the
+factors, the sum of all residuals travels down: a full matrix per layer. arXiv:2410.09432, section
+4.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""FedIT, FedAvg of LoRA: train both factors, average each by itself (Zhang et al., ICASSP 2024).
+"""FedIT, FedAvg of LoRA: train both factors, average each on its own (Zhang et al., ICASSP 2024).
 
-The mean of the products is not the product of the means, so what the server hands out is not the
-average of what the clients learned; ``aggregation_error`` shows by how much. arXiv:2305.05644.
+The mean of the products is not the product of the means, so the server's adapter is not the average
+of what the clients learned; ``aggregation_error`` shows by how much. arXiv:2305.05644.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""FedMomentum: average the products, factor them, and keep what is left over (2026).
+"""FedMomentum: average the products, factor them, and keep the remainder (2026).
 
-The mean D = Σ p_i s B_iA_i is split by its singular values: the first r directions become lora_B
-and lora_A, which go on from where training was; of the rest, those that are needed to hold
-``energy`` of ‖D‖² are added to the base, beside the frozen weights. The paper finds them by a
-randomised SVD, here it is a whole one. arXiv:2603.08014.
+The mean D = Σ p_i s B_iA_i is split by its singular values. The first r directions become lora_B
+and lora_A, which continue training from there; of the others, as many as it takes to hold
+``energy`` of ‖D‖² are added to the base as a delta beside the frozen weights. The paper uses a
+randomised SVD, this a full one. arXiv:2603.08014.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _beyond(matrix: Tensor, rank: int, energy: float) -> Tensor:
 
 
 def method(*, energy: float = 0.99) -> Method:
-    """``energy`` in (0, 1]: the share of ‖D‖² that is kept; 1 keeps all."""
+    """``energy`` in (0, 1]: the share of ‖D‖² to keep; 1 keeps everything."""
     if not 0 < energy <= 1:
-        raise ConfigError(f"fedmomentum: energy lies in (0, 1], not {energy}")
+        raise ConfigError(f"fedmomentum: energy must be in (0, 1], not {energy}")
 
     def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
         mean, adapter = reduce(project=products_and_head), server.adapter

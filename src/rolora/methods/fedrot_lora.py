@@ -1,10 +1,10 @@
-"""FedRot-LoRA: clients turn their factors toward the server's before they are averaged (ICML 2026).
+"""FedRot-LoRA: clients rotate their factors toward the server's before averaging (ICML 2026).
 
-B·A = (B R)(Rᵀ A) for any rotation R, so factors that mean the same may look different, and their
-averages cancel. Each client sends (B_i R, RᵀA_i) with the R in SO(r) that best brings lora_A (in
-even rounds) or lora_B (in odd ones) back to what it received (orthogonal Procrustes, Schönemann
-1966), softened toward the identity; the server averages as FedIT. The first round is not turned.
-The authors' published settings turn all the way, and allow reflections. arXiv:2602.23638.
+B·A = (B R)(Rᵀ A) for any rotation R, so factors of the same product may differ, and their averages
+cancel. Each client sends (B_i R, RᵀA_i) with the R in SO(r) that best aligns lora_A (in even
+rounds) or lora_B (in odd rounds) with what it received (orthogonal Procrustes, Schönemann 1966),
+softened toward the identity; the server averages as FedIT. There is no rotation in round 1. The
+authors' published settings rotate fully and allow reflections. arXiv:2602.23638.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def _rotation(matrix: Tensor) -> Tensor:
 
 
 def method(*, softness: float = 0.5) -> Method:
-    """``softness`` in [0, 1]: 1 turns all the way, 0 not at all (which is FedIT)."""
+    """``softness`` in [0, 1]: 1 rotates fully, 0 not at all (which is FedIT)."""
     if not 0 <= softness <= 1:
-        raise ConfigError(f"fedrot_lora: softness lies in [0, 1], not {softness}")
+        raise ConfigError(f"fedrot_lora: softness must be in [0, 1], not {softness}")
 
     def upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
         turned: dict[str, Tensor] = {}

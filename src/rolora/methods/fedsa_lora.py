@@ -1,7 +1,7 @@
-"""FedSA-LoRA: share lora_A, keep lora_B and the head at home (Guo et al., ICLR 2025).
+"""FedSA-LoRA: share lora_A, keep lora_B and the head at the client (Guo et al., ICLR 2025).
 
-lora_A is taken to hold what is general and lora_B what is a client's own. Every client ends with an
-adapter of its own, and is measured with it. arXiv:2410.01463, section 3.
+lora_A is meant to learn what is general and lora_B what is specific to a client. Every client ends
+with a personal adapter and is evaluated with it. arXiv:2410.01463, section 3.
 """
 
 from __future__ import annotations

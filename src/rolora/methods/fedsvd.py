@@ -1,9 +1,9 @@
-"""FedSVD: train lora_B, then turn both factors so that lora_A is orthonormal (Lee et al., 2025).
+"""FedSVD: train lora_B, then refactor so that lora_A is orthonormal (Lee et al., 2025).
 
-Clients train and send lora_B alone, so the average is exact as in FFA-LoRA. The server then writes
-the same product anew, B·A = U S Vᵀ: lora_A becomes Vᵀ and lora_B becomes U S. So lora_A follows
-what is learned, and its rows are orthonormal from the second round on; the first starts from
-Kaiming's lora_A, as in the authors' code. arXiv:2505.12805, section 3.
+Clients train and send only lora_B, so the average is exact as in FFA-LoRA. The server then factors
+the same product again, B·A = U S Vᵀ: lora_A becomes Vᵀ and lora_B becomes U S. So lora_A follows
+what is learned, and its rows are orthonormal from round 2 on; round 1 starts from Kaiming uniform,
+as in the authors' code. arXiv:2505.12805, section 3.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""FlexLoRA: average the products, hand out their best rank-r factors (Bai et al., NeurIPS 2024).
+"""FlexLoRA: average the products, send down their best rank-r factors (Bai et al., NeurIPS 2024).
 
-The server forms D = Σ p_i s B_iA_i, and client j gets the first r_j singular directions of it:
-lora_B = U √(S/s), lora_A = √(S/s) Vᵀ. Exact up to what lies beyond the rank. As long as D is zero,
-before the first round, the random lora_A itself is handed out. arXiv:2402.11505, Algorithm 1.
+The server forms D = Σ p_i s B_iA_i, and client j receives its first r_j singular directions: lora_B
+= U √(S/s), lora_A = √(S/s) Vᵀ. The average is exact but for what the rank cannot hold. Before the
+first round D is zero and clients receive the random lora_A. arXiv:2402.11505, Algorithm 1.
 """
 
 from __future__ import annotations

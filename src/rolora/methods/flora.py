@@ -1,9 +1,9 @@
 """FLoRA: stack the clients' factors, which is their exact sum (Wang et al., NeurIPS 2024).
 
-The stacked product s·[p_1B_1 … p_NB_N]·[A_1; …; A_N] = Σ p_i s B_iA_i is added to the base, beside
-the frozen weights, and every round starts from a fresh random lora_A and lora_B = 0. So no average
-is wrong and ranks may differ; but what is learned never stays in the factors. Down travels the sum
-of all stacks as one matrix a layer, and not the stacks themselves. arXiv:2409.05976.
+The stacked product s·[p_1B_1 … p_NB_N]·[A_1; …; A_N] = Σ p_i s B_iA_i is added to the base as a
+delta beside the frozen weights, and every round starts from a new random lora_A and lora_B = 0. So
+the average is exact and ranks may differ, but the factors keep nothing that was learned. Down
+travels the sum of all stacks, one matrix per layer, not the stacks. arXiv:2409.05976.
 """
 
 from __future__ import annotations

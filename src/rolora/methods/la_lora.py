@@ -1,10 +1,11 @@
-"""LA-LoRA: alternate the factors within a round, step by step, and smooth gradients (ICLR 2026).
+"""LA-LoRA: alternate the factors between local steps and smooth their gradients (ICLR 2026).
 
-Even local steps train lora_B, odd ones lora_A, so neither moves on a stale partner; each gradient
-passes a low-pass filter [1, 4, 6, 4, 1]/16, which is meant to quieten the noise of differential
-privacy. The server averages both factors, as FedIT. The filter runs along the layer's width here,
-never across rank or clients. The authors' code starts with lora_A, moves lora_B at twice the rate,
-and smooths both ways and the head, by a Laplacian in Fourier space. arXiv:2602.19926.
+Even local steps train lora_B, odd ones lora_A, so each factor's gradient uses the other's current
+value. Each gradient passes a low-pass filter [1, 4, 6, 4, 1]/16, meant to reduce the noise of
+differential privacy. The server averages both factors, as FedIT. Here the filter runs along the
+layer's width, never across rank or clients. The authors' code starts with lora_A, trains lora_B at
+twice the learning rate, and smooths in both dimensions and the head, by a Laplacian in Fourier
+space. arXiv:2602.19926.
 """
 
 from __future__ import annotations

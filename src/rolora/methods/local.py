@@ -1,7 +1,7 @@
-"""Local: every client trains alone and nothing is ever sent.
+"""Local: every client trains alone, and nothing is sent.
 
-The lower bound of a comparison: what a client reaches without the others. It is the "local
-training" baseline of McMahan et al. 2017 (arXiv:1602.05629); here on LoRA factors.
+The lower bound of a comparison: what a client reaches without the others. The "local training"
+baseline of McMahan et al. 2017 (arXiv:1602.05629), here for LoRA.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""LoRA-A²: alternate the factors, send only directions that moved most (Koo et al., ACL 2025).
+"""LoRA-A²: alternate the factors, send only the directions that moved most (Koo et al., ACL 2025).
 
-Odd rounds train lora_B, even ones lora_A, as in RoLoRA. Of all rank-one pieces of all layers a
+Odd rounds train lora_B, even ones lora_A, as in RoLoRA. Of the rank-one pieces of all layers a
 client sends those with the largest ‖Δb_j‖·‖a_j‖ (or ‖b_j‖·‖Δa_j‖): a share ``keep`` of them, or as
-many as its own rank allows. What is not sent counts as not moved, so the average is exact. The
-paper chooses first and trains only what it will send; here the choice comes after training.
+many as its rank allows. What is not sent counts as unchanged, so the average is exact. The paper
+chooses before training and trains only what it will send; here the choice comes after training.
 arXiv:2410.22815.
 """
 
@@ -26,7 +26,7 @@ def _pieces(name: str, tensor: Tensor) -> Tensor:
 def method(*, keep: float = 0.5) -> Method:
     """``keep`` in (0, 1]: the share of rank-one pieces that a client of full rank sends."""
     if not 0 < keep <= 1:
-        raise ConfigError(f"lora_a2: keep lies in (0, 1], not {keep}")
+        raise ConfigError(f"lora_a2: keep must be in (0, 1], not {keep}")
     turns = rolora.method()
 
     def upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:

@@ -1,9 +1,8 @@
-"""LoRA-FAIR: average both factors, then correct lora_B for what that misses (Bian et al. 2025).
+"""LoRA-FAIR: average both factors, then correct lora_B for the error (Bian et al. 2025).
 
-With D = Σ p_i s B_iA_i the server adds to the mean B̄ the ΔB that minimises
-‖D/s − (B̄ + ΔB) Ā‖² + λ‖ΔB‖². With this distance, squared, it is ridge regression, so it is solved
-and not iterated as in the paper: ΔB = (D/s − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹. What lies outside lora_A's rows
-stays wrong. arXiv:2411.14961.
+With D = Σ p_i s B_iA_i, the server adds to the mean B̄ the ΔB that minimises ‖D/s − (B̄ + ΔB) Ā‖² +
+λ‖ΔB‖². This is ridge regression, so it is solved in closed form, not iterated as in the paper: ΔB =
+(D/s − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹. An error outside the row space of Ā remains. arXiv:2411.14961.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from rolora.errors import ConfigError
 
 
 def method(*, ridge: float = 0.01) -> Method:
-    """``ridge``: λ, the paper's 0.01; 0 leaves ĀĀᵀ as it is."""
+    """``ridge``: λ, 0.01 in the paper."""
     if ridge < 0:
-        raise ConfigError(f"lora_fair: ridge is at least 0, not {ridge}")
+        raise ConfigError(f"lora_fair: ridge must be at least 0, not {ridge}")
 
     def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
         mean = reduce(project=factors_and_products)

@@ -1,10 +1,10 @@
 """RAVAN: several heads, each a small core between frozen factors (Raje et al., NeurIPS 2025).
 
-ΔW = s · Σ_h g_h B_h H_h A_h. The cores H_h (r, r) and gains g_h are trained; lora_B and lora_A, of
-heads · r orthonormal directions, are frozen and the same everywhere. A client sends g_h H_h, whose
-mean is exact, and gains start at 1 again. With ``lora.rank`` directions in ``heads`` heads a layer
-sends rank²/heads numbers, and a gain of 1 for each head. The paper's clients of little memory, who
-train some of the heads alone, are not here. arXiv:2506.05568.
+ΔW = s · Σ_h g_h B_h H_h A_h. The cores H_h (r, r) and gains g_h are trained; lora_B and lora_A,
+with heads · r orthonormal directions, are frozen and the same everywhere. A client sends g_h H_h,
+whose mean is exact, and its gains return to 1. With ``lora.rank`` directions in ``heads`` heads, a
+layer sends rank²/heads numbers and a gain of 1 per head. The paper's clients with little memory,
+which train only some heads, are not implemented. arXiv:2506.05568.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -
 
 
 def method(*, heads: int = 2) -> Method:
-    """``heads``: into how many heads the rank is divided; it must divide it."""
+    """``heads``: the number of heads; it must divide the rank."""
 
     def init(specs: Specs, rng: torch.Generator) -> AdapterState:
         adapter = orthonormal_rows(specs, rng)

@@ -3,6 +3,34 @@
 Odd rounds train and average lora_B with lora_A frozen, even rounds the other way round. All
 clients share the frozen factor, so the mean of the products is the product of the means: every
 average is exact, half of the adapter travels, and both factors are learned. arXiv:2502.01755.
+
+The first round of two clients, one layer of rank 1, and clients that only pretend to train:
+
+>>> import torch
+>>> from rolora.algorithm.adapter import Assignment, ClientInfo, Specs, TensorSpec, Update
+>>> from rolora.algorithm.method import ServerState
+>>> from rolora.algorithm.reduce import mean
+>>> from rolora.algorithm.seeding import generator
+>>> from rolora.algorithm.step import Aggregation, step
+>>> a, b = "layer.lora_A.weight", "layer.lora_B.weight"
+>>> specs = Specs((TensorSpec(a, "A", (1, 3)), TensorSpec(b, "B", (2, 1))), {"layer": 2.0}, {})
+>>> rolora = method()
+>>> server = ServerState(rolora.init(specs, generator(0, "init")))
+>>> cohort, updates = {}, []
+>>> for name, rows, value in (("ann", 30, 1.0), ("bob", 10, 5.0)):
+...     info = ClientInfo(name, num_examples=rows, rank=1, round=1)
+...     cohort[name] = Assignment(info, rolora.download(server, info))
+...     trained = cohort[name].received | {b: torch.full((2, 1), value)}
+...     sent = rolora.upload(cohort[name].received, trained, info).only(rolora.shared(1))
+...     updates.append(Update(name, sent, rows, metrics={"loss": 0.5}))
+>>> after, report = step(rolora, Aggregation(mean()), server, cohort, updates, generator(0, "step"))
+>>> after.round, report.accepted, report.aggregation_error
+(1, ('ann', 'bob'), 0.0)
+>>> after.adapter[b]  # (30 * 1.0 + 10 * 5.0) / 40
+tensor([[2.],
+        [2.]])
+>>> torch.equal(after.adapter[a], server.adapter[a])
+True
 """
 
 from __future__ import annotations
@@ -22,22 +50,22 @@ def method(
     alternate: int | None = None,
     orthogonal_a: bool = False,
 ) -> Method:
-    """How the factors take turns; the defaults are the paper's algorithm.
+    """How the factors alternate; the defaults are the paper's algorithm.
 
-    ``first``: the factor of round 1. With lora_B = 0, lora_A has no gradient, hence "B".
-    ``b_rounds``: rounds of lora_B for each round of lora_A (the paper's unbalanced schedules).
-    ``alternate``: rounds that take turns; all after them train lora_B, as FFA-LoRA. None: for ever.
-    ``orthogonal_a``: start from a lora_A of orthonormal rows, and not from Kaiming's uniform.
+    ``first``: the factor of round 1; "B", because lora_A has no gradient while lora_B = 0.
+    ``b_rounds``: rounds of lora_B per round of lora_A (the paper's unbalanced schedules).
+    ``alternate``: rounds that alternate; later rounds train lora_B, as FFA-LoRA. None: all rounds.
+    ``orthogonal_a``: start from a lora_A with orthonormal rows instead of Kaiming uniform.
     """
     if first not in ("A", "B"):
-        raise ConfigError(f"rolora: first is 'A' or 'B', not {first!r}")
+        raise ConfigError(f"rolora: first must be 'A' or 'B', not {first!r}")
     if b_rounds < 1:
-        raise ConfigError(f"rolora: b_rounds is at least 1, not {b_rounds}: lora_B starts at 0")
+        raise ConfigError(f"rolora: b_rounds must be at least 1, not {b_rounds}")
     if alternate is not None and alternate < 1:
-        raise ConfigError(f"rolora: alternate is at least 1, not {alternate}; none is ffa_lora")
+        raise ConfigError(f"rolora: alternate must be at least 1, not {alternate}; see ffa_lora")
 
     def moving(round: int) -> Roles:
-        # The server's round number decides, so clients that missed rounds cannot fall out of phase.
+        # by the server's round number, so clients that missed rounds cannot get out of phase
         turn = (round - 1) % (b_rounds + 1)
         takes_a = turn == (b_rounds if first == "B" else 0)
         over = alternate is not None and round > alternate

@@ -148,10 +148,10 @@ def with_bank(
     per-client adapters.
     """
     if model.config.is_encoder_decoder:
-        raise ConfigError(f"{source!r} is an encoder-decoder, which no task here can train")
+        raise ConfigError(f"{source!r} is an encoder-decoder, which is not supported")
     head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
     if kind == "causal_lm" and missing:
-        raise ConfigError(f"{source!r} lacks {min(missing)}: it is no causal language model")
+        raise ConfigError(f"{source!r} lacks {min(missing)}: it is not a causal language model")
     config = peft_config(model, kind, settings, source, head_layers)
     layers = target_layers(model, config, head_layers)
     bank = attach(
@@ -178,7 +178,7 @@ def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]
     covered = {f"{path}.{key}" for path in found for key in ("weight", "bias")}
     if uncovered := set(missing) - covered:
         raise ConfigError(
-            f"{source!r} lacks {min(uncovered)}, which is no part of a linear task head"
+            f"{source!r} lacks {min(uncovered)}, which is not part of a linear task head"
         )
     return found
 
@@ -211,15 +211,16 @@ def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
         if [shape[:-1] for shape in calls.get(path, [])] not in ([(rows, length)], [(rows,)]):
             raise ConfigError(
                 f"layer {path!r} is not called once with one row per example, so it cannot carry "
-                "per-client adapters: leave it out of lora.target_modules"
+                "per-client adapters: remove it from lora.target_modules"
             )
 
 
 def tokenizer_digest(base: Base) -> str:
-    """A hash of what the tokenizer makes of text: its vocabulary and its serialised rules."""
+    """A hash of the tokenizer's vocabulary and rules, whatever it was last used for."""
     fast = getattr(base.tokenizer, "backend_tokenizer", None)
-    rules = fast.to_str() if fast is not None else json.dumps(base.tokenizer.get_vocab())
-    return hashlib.sha256(rules.encode()).hexdigest()[:32]
+    rules = base.tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
+    rules |= {"truncation": None, "padding": None}  # settings of the last call
+    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:32]
 
 
 def layout(base: Base) -> str:

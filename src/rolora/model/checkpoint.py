@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 import transformers
 
-import rolora.model.pixel_network  # noqa: F401  (so that transformers' Auto classes know it)
 from rolora.errors import ConfigError, ModelNotHere
+from rolora.model import pixel_network
 from rolora.model.peft import Kind
 from rolora.network import is_reachable
 
@@ -58,7 +58,9 @@ def read_checkpoint(
 
 
 def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
-    """Where a model is, as transformers is told. ConfigError for a path that is not there."""
+    """The place of a model, as arguments of ``from_pretrained``. From here on transformers knows
+    our own model types. ConfigError for a path that does not exist."""
+    pixel_network.register()
     path = root / Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
@@ -89,8 +91,8 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
     except OSError as error:
         why = "offline = true" if offline else "the hub does not answer"
         raise ConfigError(
-            f"model {name!r} is not on this machine, and {why}: where there is a network, run "
-            f"hf download {name} (it stays in the hub's cache), or set model.path to its folder"
+            f"model {name!r} is not on this machine, and {why}: on a machine with network access, "
+            f"run hf download {name} (it stays in the hub's cache), or set model.path to its folder"
         ) from error
 
 
@@ -148,7 +150,7 @@ def load_tokenizer(place: dict[str, Any]) -> Any:
     """The tokenizer, with a padding token. It raises whatever transformers does."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("there is no tokenizer beside its weights")
+        raise ValueError("it has no tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -182,7 +182,9 @@ def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> Adapt
     """
     file = folder / _WEIGHTS
     if not file.is_file():
-        raise ConfigError(f"{folder} is no PEFT adapter with safetensors weights (no {_WEIGHTS})")
+        raise ConfigError(
+            f"{folder} is not a PEFT adapter with safetensors weights: {_WEIGHTS} is missing"
+        )
     expected = {spec.name: spec for spec in specs.tensors}
     try:
         with safe_open(file, framework="pt") as stored:
@@ -215,6 +217,6 @@ def adapter_base(folder: Path) -> dict[str, Any]:
     """The adapter_config.json of a PEFT folder, as a dict. Raises ConfigError if there is none."""
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise ConfigError(f"{folder} is no PEFT adapter folder (no adapter_config.json)")
+        raise ConfigError(f"{folder} is not a PEFT adapter folder: adapter_config.json is missing")
     config: dict[str, Any] = json.loads(file.read_text())
     return config

@@ -6,7 +6,7 @@ B (hidden, rank) are learned: the layer that carries them has a zero weight, and
 
 It is an ordinary transformers model, so that everything here and in PEFT works on it: its
 "vocabulary" is the 256 values of a pixel, token id k is the value k, and a row's text is
-"0 0 12 255 ...". Importing this module makes it known to transformers' Auto classes.
+"0 0 12 255 ...". :func:`register` makes it known to transformers' Auto classes.
 """
 
 from __future__ import annotations
@@ -130,5 +130,7 @@ def write_pixel_network(folder: Path, config: PixelNetworkConfig | None = None) 
     ).save_pretrained(folder)
 
 
-AutoConfig.register(PixelNetworkConfig.model_type, PixelNetworkConfig)
-AutoModelForSequenceClassification.register(PixelNetworkConfig, PixelNetwork)
+def register() -> None:
+    """Make the model type known to transformers' Auto classes; again does no harm."""
+    AutoConfig.register(PixelNetworkConfig.model_type, PixelNetworkConfig, exist_ok=True)
+    AutoModelForSequenceClassification.register(PixelNetworkConfig, PixelNetwork, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,22 +12,19 @@ from torch import nn
 from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.algorithm.seeding import generator
 from rolora.config.schema import RunConfig
-from rolora.data import tables
 from rolora.data.examples import Batch, Examples, collate, tokenizer_limit
-from rolora.data.shards import Rows, load_rows
 from rolora.errors import NotHere
 from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.meta_model import Outline, outline
-from rolora.run.configured import (
-    in_half,
+from rolora.run.experiment import (
+    Experiment,
+    base_dtype,
     local_settings,
     lora_settings,
-    make_task,
-    model_kind,
     revisits,
 )
-from rolora.tasks.classification import Label, class_labels
-from rolora.tasks.registry import Task
+from rolora.run.shards import Rows
+from rolora.tasks.registry import Head, Label, Task, TaskKind
 from rolora.training.precision import WORTH, bf16_speed, is_wide
 
 SAMPLE = 2000  # rows that are tokenised to see how long rows are
@@ -64,7 +61,7 @@ class Sketch:
     @property
     def steps(self) -> float | None:
         """A client's steps in a round, on average; None for epochs over rows that are not here."""
-        settings = local_settings(self.config)
+        settings = local_settings(self.config.train)
         if self.rows is None and settings.epochs is not None:
             return None
         return sum(map(settings.num_steps, self.sizes.values())) / len(self.sizes)
@@ -129,32 +126,31 @@ def sketch(config: RunConfig) -> Sketch:
 
     Raises ConfigError or DataError as a run would for what is here.
     """
-    rows, notes = _rows(config)
-    labels: list[Label] = []
-    if config.model.task == "classification":
-        if rows is not None:
-            found = tables.labels(rows.train, config.data.label, config.data.train)
-            labels = class_labels(found, config.data.train)
-        else:
-            labels = [0, 1]
-            notes.append("2 labels are assumed")
-    drawn, dtype, weights = _outline(config, labels, notes)
-    task = make_task(config, drawn.base, labels)
+    here = Experiment(config.model_copy(update={"offline": True}))
+    rows, notes = _rows(here)
+    labels: Sequence[Label] = ()
+    if rows is not None:
+        labels = here.labels
+    elif here.kind.labelled:
+        labels = (0, 1)
+        notes.append("2 labels are assumed")
+    drawn, dtype, weights = _outline(config, here.kind.head, labels, notes)
+    task = Experiment(config, labels=labels, base=drawn.base).task
     limit = tokenizer_limit(drawn.base.tokenizer, drawn.base.model.config, config.data.max_length)
     if rows is not None and drawn.tokenizer:
         order = torch.randperm(rows.train.num_rows, generator=generator(0, "plan"))[:SAMPLE]
         examples = task.encode(rows.train.take(order.tolist()), config.data.train)
     else:
-        examples = _longest(limit, task)
+        examples = _longest(limit, here.kind)
         notes.append(f"every row is taken to have {limit} tokens")
     if rows is not None:
         sizes = {client: len(shard) for client, shard in rows.shards.items()}
     else:
-        settings = local_settings(config)
+        settings = local_settings(config.train)
         size = (settings.steps or 1) * settings.batch_size
         sizes = {f"{number:04d}": size for number in range(config.partition.clients)}
     stack = drawn.base.stack
-    cached = bool(config.train.cache) and revisits(config, [*sizes.values()])
+    cached = bool(config.train.cache) and revisits(config.train, [*sizes.values()])
     skips = cached and stack is not None and stack.lowest > 0
     return Sketch(
         config=config,
@@ -170,32 +166,35 @@ def sketch(config: RunConfig) -> Sketch:
     )
 
 
-def _rows(config: RunConfig) -> tuple[Rows | None, list[str]]:
+def _rows(here: Experiment) -> tuple[Rows | None, list[str]]:
     """The rows, if all sources are on this machine; what to say if not."""
     try:
-        return load_rows(config.model_copy(update={"offline": True})), []
+        return here.rows, []
     except NotHere as missing:
-        said = f"{missing.source} is not on this machine: {config.partition.clients} clients are "
+        clients = here.config.partition.clients
+        said = f"{missing.source} is not on this machine: {clients} clients are "
         return None, [f"{said}assumed (partition.clients)"]
 
 
-def _outline(config: RunConfig, labels: list[Label], notes: list[str]) -> tuple[Outline, str, int]:
+def _outline(
+    config: RunConfig, head: Head, labels: Sequence[Label], notes: list[str]
+) -> tuple[Outline, str, int]:
     """The model in outline, its dtype by name, and the bytes of its weights in memory."""
     wanted = config.model.dtype
 
     def of(dtype: torch.dtype) -> Outline:
         return outline(
             config.model.path,
-            model_kind(config),
-            lora_settings(config),
+            head,
+            lora_settings(config.lora),
             root=config.root,
             labels=labels,
             dtype=dtype,
             offline=config.offline,
         )
 
-    half = in_half(config)
-    drawn = of(torch.bfloat16 if half else torch.float32)
+    dtype = base_dtype(wanted, config.device)
+    drawn, half = of(dtype), dtype == torch.bfloat16
     if wanted == "auto" and config.device == "cpu":
         half = is_wide(drawn.base) and bf16_speed() >= WORTH
         drawn = of(torch.bfloat16) if half else drawn
@@ -219,9 +218,9 @@ def _saved_by_quantising(model: Any, width: float) -> int:
     return round(sum(w.numel() * (w.dtype.itemsize - width) for w in linears))
 
 
-def _longest(length: int, task: Task) -> Examples:
+def _longest(length: int, kind: TaskKind) -> Examples:
     """One row as long as can be, of which all tokens are trained on."""
-    per_token = task.name != "classification"
-    targets = torch.ones(length, dtype=torch.uint8) if per_token else torch.zeros(1).long()
+    per_row, per_token = torch.zeros(1).long(), torch.ones(length, dtype=torch.uint8)
+    targets = per_row if kind.labelled else per_token
     tokens = torch.full((length,), 2, dtype=torch.int32)
     return Examples(tokens, torch.tensor([0, length]), targets)

@@ -15,12 +15,13 @@ import torch
 from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
 from rolora.algorithm.factors import to_peft, zero_deltas
 from rolora.algorithm.method import Method
+from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig, RunConfig
 from rolora.plan.dry_run import Travelled, Untrained, dry_run
 from rolora.plan.estimate import Sketch, Steps, sketch
-from rolora.run.configured import make_method, make_reducer
+from rolora.run.experiment import Experiment
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
@@ -137,7 +138,7 @@ def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
 
 
 def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
-    method = make_method(config)
+    method = Experiment(config).method
     specs = drawn.outline.base.specs
     if method.needs_gradient:  # any will do: what counts here is shapes
         any_gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}
@@ -245,7 +246,9 @@ def _dry_run(
     federation = Federation(
         method=method,
         engine=Untrained(sizes, config.wire.up),
-        aggregation=Aggregation(make_reducer(config), config.aggregate.weights, exactness=False),
+        aggregation=Aggregation(
+            compose(config.aggregate.rules), config.aggregate.weights, exactness=False
+        ),
         ranks=config.lora.ranks,
         seed=config.seed,
         rounds=max(4, min(config.train.rounds, affordable)),

@@ -10,7 +10,7 @@ from typing import Any
 from rolora.results.paired import CONFIDENCE, LEAST_SEEDS, Difference, difference, differences
 from rolora.results.ranking import Axis, Place, Ranking, standings
 from rolora.results.runs import Row, Run, by_method, differing, flat, primary_metric, summarise
-from rolora.tasks.registry import HIGHER_IS_BETTER
+from rolora.tasks.registry import higher_is_better
 
 TITLES: Mapping[Axis, str] = {
     "rounds": "equal rounds",
@@ -232,7 +232,7 @@ def alone(row: Row) -> Verdict:
 
 def direction(metric: str) -> str:
     """'higher is better', or 'lower is better'."""
-    return "higher is better" if HIGHER_IS_BETTER[metric] else "lower is better"
+    return "higher is better" if higher_is_better(metric) else "lower is better"
 
 
 def cautions(runs: Sequence[Run], tuned: Collection[str] = ()) -> list[str]:

@@ -14,7 +14,7 @@ from rolora.report.svg import inline_svg
 from rolora.results.paired import CONFIDENCE
 from rolora.results.ranking import Ranking
 from rolora.results.runs import Run, mean_sd
-from rolora.tasks.registry import HIGHER_IS_BETTER
+from rolora.tasks.registry import higher_is_better
 
 Groups = Mapping[str, Sequence[Run]]
 Points = dict[int, tuple[float, float]]
@@ -161,7 +161,7 @@ def _client_spread(groups: Groups, metric: str) -> Picture | None:
     if not clients:
         return None
     styles = {method: style for style, method in enumerate(groups)}
-    worst = min if HIGHER_IS_BETTER[metric] else max
+    worst = min if higher_is_better(metric) else max
     svg = inline_svg(
         figures.client_spread(clients, styles, metric, worst),
         "clients",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rolora.errors import AllDiverged, ConfigError, DataError
-from rolora.tasks.registry import HIGHER_IS_BETTER
+from rolora.tasks.registry import higher_is_better
 
 METRICS = (
     "accuracy",
@@ -140,6 +140,7 @@ def load_run(path: str | Path) -> Run:
         config = tomllib.loads(files[0].read_text(encoding="utf-8"))
         partition = json.loads(files[2].read_text(encoding="utf-8"))
         provenance = config.pop("provenance", {})
+        config.pop("server_seed", None)  # is shown nowhere
         options = dict(config["method"])
         method = str(options.pop("name"))
         name, seed = str(config["name"]), int(config["seed"])
@@ -198,7 +199,7 @@ def better(metric: str, value: float) -> float:
     """A number that is larger the better ``value`` is; what is not finite is worst."""
     if not math.isfinite(value):
         return -math.inf
-    return value if HIGHER_IS_BETTER[metric] else -value
+    return value if higher_is_better(metric) else -value
 
 
 def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -1,8 +1,8 @@
-"""The run folder: configuration, one JSON line a round, checkpoints; nothing is ever half-written.
+"""The run folder: configuration, one JSON line per round, checkpoints; each written atomically.
 
 A round is committed by its checkpoint (written whole, then renamed into place); its line in
 ``rounds.jsonl`` follows. A resume cuts the lines back to the checkpoint and, if the power went in
-between, takes the missing line from the checkpoint itself.
+between, takes the missing line from the checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KEPT_CHECKPOINTS = 2
 
 
 def line(result: RoundResult) -> dict[str, Any]:
-    """What ``rounds.jsonl`` says of a round."""
+    """A round's line in ``rounds.jsonl``."""
     return {
         "round": result.round,
         "attempt": result.attempt,
@@ -64,7 +64,7 @@ class RunFolder:
 
     @property
     def rounds(self) -> Path:
-        """One JSON line a round."""
+        """One JSON line per round."""
         return self.path / "rounds.jsonl"
 
     @property
@@ -79,28 +79,28 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The page about a finished run: the last thing that a run writes."""
+        """The report of a finished run, which is written last."""
         return self.path / "report.html"
 
     @property
     def diverged(self) -> Path:
-        """One line on where training became NaN or infinite; not there if it never did."""
+        """One line on where training became NaN or infinite; missing if it did not."""
         return self.path / "diverged.txt"
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left to do: the run is finished, or it diverged."""
+        """Whether the run is finished, or has diverged."""
         return self.report.is_file() or self.diverged.is_file()
 
     @classmethod
     def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
-        """A new run folder. ConfigError if anything stands at ``path``: nothing is overwritten."""
+        """A new run folder. ConfigError if ``path`` exists: nothing is overwritten."""
         if path.is_file():
             raise ConfigError(f"{path} is a file: name a new folder with --out")
         if path.exists():
             raise ConfigError(
-                f"{path} exists and is never overwritten: name another folder with --out, "
-                f"or go on with: rolora resume {shlex.quote(str(path))}"
+                f"{path} exists and is not overwritten: name another folder with --out, "
+                f"or continue it with: rolora resume {shlex.quote(str(path))}"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(path) as part:
@@ -112,10 +112,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """A run folder that exists. ConfigError if ``path`` is none."""
+        """An existing run folder. ConfigError if ``path`` is not one."""
         for name in ("config.toml", "rounds.jsonl", "partition.json"):
             if not (path / name).is_file():
-                raise ConfigError(f"{path} is no run folder (no {name} in it)")
+                raise ConfigError(f"{path} is not a run folder: {name} is missing")
         return cls(path)
 
     @contextlib.contextmanager
@@ -155,15 +155,15 @@ class RunFolder:
             _remove(old)
 
     def mark_diverged(self, why: str) -> None:
-        """Say that training cannot go on, and why."""
+        """Record that training diverged, and where."""
         write_file(self.diverged, f"{why}\n")
 
     def rewrite_config(self, config: str) -> None:
-        """Replace the configuration, as when a run is given more rounds."""
+        """Replace the configuration, for example when a run gets more rounds."""
         write_file(self.config, config)
 
     def restore(self, start: RunState) -> tuple[RunState, list[str]]:
-        """The newest state that is whole, and notes on any that was not.
+        """The newest intact state, and notes on damaged ones.
 
         ``start`` if nothing was committed yet. Cuts ``rounds.jsonl`` back to the state. Raises
         RoloraError if there are checkpoints but none can be read.
@@ -182,7 +182,7 @@ class RunFolder:
             self._cut_lines(state, last)
             return state, notes
         raise RoloraError(
-            f"{self.path} has no checkpoint that can be read, so it cannot be resumed; start anew "
+            f"no checkpoint of {self.path} can be read, so it cannot be resumed; start again "
             f"with: rolora run {self.config} --out NEW_FOLDER"
         )
 
@@ -199,7 +199,7 @@ class RunFolder:
                 if json.loads(text)["round"] <= round:
                     kept.append(text)
             except json.JSONDecodeError:
-                break  # the line that was being written when the power went
+                break  # a line cut off by a crash
         if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
             kept.append(json.dumps(last))
         write_file(self.rounds, "".join(text + "\n" for text in kept))
@@ -243,7 +243,7 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint so that a crash in between leaves no half of it under its name."""
+    """Delete a checkpoint; a crash in between leaves no partial one under its name."""
     doomed = folder.with_name(f".old-{folder.name}")
     folder.rename(doomed)
     for file in doomed.iterdir():

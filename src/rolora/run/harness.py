@@ -22,7 +22,8 @@ import torch
 from rolora.data.examples import tokenizer_limit
 from rolora.data.hub import hub_alone, told_offline
 from rolora.errors import ConfigError, DataError, NotHere, RoloraError, nearest, one_line
-from rolora.run.evaluation import Trained
+from rolora.run.evaluation import TrainedAdapter
+from rolora.tasks.registry import task_kind
 
 BATCH = 8  # rows; a base of 7 billion weights takes so many of 2,048 tokens on one large GPU
 SEED = 1234  # the harness's own, of the examples that it puts before a question
@@ -47,7 +48,7 @@ def require_harness() -> None:
 
 
 def run_tasks(
-    trained: Trained,
+    trained: TrainedAdapter,
     names: Sequence[str],
     folder: Path | None = None,
     limit: int | None = None,
@@ -62,7 +63,7 @@ def run_tasks(
     on this machine where the hub does not answer.
     """
     require_harness()
-    if trained.config.model.task == "classification":
+    if task_kind(trained.config.model.task).labelled:
         raise ConfigError(
             f"{trained.folder} classifies: the harness asks language models (causal_lm, choice)"
         )
@@ -77,7 +78,8 @@ def run_tasks(
             manager = _manager(names, folder)
             _refuse_programs(manager.task_index, names, allow_code)
             tasks = [task for name in names for task in _load(manager, name, alone)]
-        base, adapter = trained.load()
+        experiment, adapter = trained.load()
+        base = experiment.base
         room = tokenizer_limit(base.tokenizer, base.model.config, 1 << 30)
         with (
             _programs(allow_code, alone),

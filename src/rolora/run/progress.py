@@ -1,4 +1,4 @@
-"""A run's rounds as lines of text, for a terminal, a log, or another process to show."""
+"""A run's rounds as lines of text, for a terminal, a log or another process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rolora.training.rounds import RoundResult
 
 def described(rounds: Iterable[RoundResult], run: Run) -> Iterator[tuple[RoundResult, str]]:
     """Each round of ``run`` as it finishes, with its line: see ``describe``."""
-    total = run.setup.federation.rounds
+    total = run.experiment.federation.rounds
     left = total - run.state.server.round
     sent, done, started = Sent(), 0, time.monotonic()
     for result in rounds:
@@ -24,7 +24,7 @@ def described(rounds: Iterable[RoundResult], run: Run) -> Iterator[tuple[RoundRe
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes that have travelled so far."""
+    """Bytes sent so far."""
 
     up: int = 0
     down: int = 0
@@ -41,7 +41,7 @@ def describe(result: RoundResult, rounds: int, sent: Sent, seconds_left: float) 
     phase = "+".join(role for role in result.factors if role != "head") or "head"
     parts = [f"round {result.round}/{rounds}", f"train {phase}", f"{len(result.cohort)} clients"]
     if not result.advanced:
-        parts.append(f"no quorum, attempt {result.attempt + 1}; trying again")
+        parts.append(f"no quorum in attempt {result.attempt + 1}; trying again")
     if result.loss is not None:
         parts.append(f"loss {result.loss:.3f}")
     if found := _metrics(result):

@@ -20,12 +20,10 @@ import torch
 
 from rolora.config.load import config_hash, dump_config, load_config, read_toml
 from rolora.config.schema import RunConfig
-from rolora.data.shards import load_rows
 from rolora.errors import ConfigError
 from rolora.model.peft import save_adapter
 from rolora.report.page import write_report
-from rolora.run.build import Setup, prepare
-from rolora.run.configured import load_base_for, make_task
+from rolora.run.experiment import Experiment
 from rolora.run.folder import RunFolder
 from rolora.tasks.spans import masks
 from rolora.training.engine import Engine
@@ -35,9 +33,9 @@ from rolora.training.rounds import RoundResult, RunState, federate
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has a folder and a state to go on from."""
+    """A run with its folder and the state to continue from."""
 
-    setup: Setup
+    experiment: Experiment
     folder: RunFolder
     state: RunState
     notes: tuple[str, ...]
@@ -48,9 +46,11 @@ class Run:
         """Train; each round is on disk before it is yielded.
 
         At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
-        updates as they arrive. A loss that is not finite ends the run, and its folder says so.
+        updates as they arrive. A loss that is not finite ends the run and is recorded in its
+        folder.
         """
-        federation = replace(self.setup.federation, engine=watch(self.setup.federation.engine))
+        federation = self.experiment.federation
+        federation = replace(federation, engine=watch(federation.engine))
         with self.folder.locked():
             state = self.state
             try:
@@ -66,48 +66,50 @@ class Run:
     def _finish(self, state: RunState) -> None:
         """Write the adapter of the best validated round (of the last, without validation)."""
         adapter = state.best.adapter if state.best else state.server.adapter
-        base = self.setup.base
-        config = pinned(self.setup.config, _chosen(self.setup))
+        base = self.experiment.base
+        config = pinned(self.experiment.config, _chosen(self.experiment))
         notes = {
             "rolora": version("rolora"),
             "round": state.best.round if state.best else state.server.round,
             "root": str(config.root),
-            "labels": list(self.setup.labels),
+            "labels": list(self.experiment.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
         save_adapter(self.folder.adapter, adapter, base.peft_config, base.model.config, notes)
         write_report([self.folder.path], self.folder.report)
 
 
-Build = Callable[[RunConfig, Path], Setup]
+Build = Callable[[RunConfig, Path], Experiment]
 
 
 def new_path(config: RunConfig, out: str | Path | None) -> Path:
-    """Where a run goes, ``runs/NAME`` if not said. ConfigError if something is there already."""
+    """The folder of a new run, by default ``runs/NAME``. ConfigError if it exists."""
     path = Path(out) if out is not None else Path("runs") / config.name
     if path.exists():
         RunFolder.create(path, "", {})  # refuses
     return path
 
 
-def start(config: RunConfig, out: str | Path | None = None, build: Build = prepare) -> Run:
+def start(config: RunConfig, out: str | Path | None = None, build: Build = Experiment) -> Run:
     """A new run in folder ``out`` (``runs/NAME`` if left out), which must not exist yet.
 
-    ``build`` makes the run's parts from the configuration and the folder of clients' state.
+    ``build`` makes the experiment from the configuration and the folder of clients' state.
     Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
     path = new_path(config, out)
-    setup = build(config, path / "clients")
-    text = dump_config(config, provenance(setup))
-    folder = RunFolder.create(path, text, setup.partition)
-    return Run(setup, folder, setup.start, setup.notes)
+    experiment = build(config, path / "clients")
+    experiment.prepare()
+    drawn = {"server_seed": experiment.config.server_seed}
+    text = dump_config(config.model_copy(update=drawn), provenance(experiment))
+    folder = RunFolder.create(path, text, experiment.partition)
+    return Run(experiment, folder, experiment.start, tuple(experiment.notes))
 
 
-def resume(path: str | Path, rounds: int | None = None, build: Build = prepare) -> Run:
-    """A run as its last whole checkpoint left it; ``rounds`` raises the number of rounds.
+def resume(path: str | Path, rounds: int | None = None, build: Build = Experiment) -> Run:
+    """A run as of its last intact checkpoint; ``rounds`` raises the number of rounds.
 
-    Threads, bank and dtype are those of the start, because the bits depend on them. Raises
-    ConfigError if the data, the base model or the configuration is no longer that of the start.
+    Threads, bank and dtype stay as they were, because bits depend on them. Raises ConfigError if
+    the data, the base model or the configuration has changed since the start.
     """
     folder = RunFolder.open(Path(path))
     with folder.locked():
@@ -117,77 +119,79 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = prepare) 
         overrides = [] if rounds is None else [f"train.rounds={rounds}"]
         config = load_config(folder.config, overrides)
         torch.set_num_threads(origin["threads"])
-        setup = build(pinned(config, origin), folder.clients)
-        now = provenance(setup)
+        experiment = build(pinned(config, origin), folder.clients)
+        experiment.prepare()
+        now = provenance(experiment)
         for key, what in _SAME.items():
             if now[key] != origin[key]:
                 raise ConfigError(
                     f"{what} of {path} changed since the run started: change it back, or start "
-                    f"anew with: rolora run {folder.config} --out NEW_FOLDER"
+                    f"again with: rolora run {folder.config} --out NEW_FOLDER"
                 )
-        state, notes = folder.restore(setup.start)
+        state, notes = folder.restore(experiment.start)
         if rounds is not None:
             if rounds < state.server.round:
                 raise ConfigError(f"{path} has already done {state.server.round} rounds")
             folder.rewrite_config(dump_config(config, origin))
     for key, what in _ALIKE.items():
         if now[key] != origin[key]:
-            notes.append(f"the {what} differs from the start of the run, so the last bits may too")
-    return Run(setup, folder, state, (*setup.notes, *notes))
+            notes.append(f"the {what} changed since the run started, so the last bits may differ")
+    return Run(experiment, folder, state, (*experiment.notes, *notes))
 
 
 def training_masks(config: RunConfig, rows: int) -> list[list[tuple[str, bool]]]:
     """The first training rows in runs of tokens, each with whether the loss is taken on it.
 
-    ConfigError for a task whose loss is on the label alone.
+    ConfigError for a task that learns a label per row.
     """
-    if config.model.task == "classification":
-        raise ConfigError("masks belong to causal_lm and choice; classification learns the label")
-    table = load_rows(config).train.slice(0, rows)
-    base = load_base_for(config, [])
-    examples = make_task(config, base, []).encode(table, config.data.train)
-    return masks(examples, base.tokenizer, range(len(examples)))
+    experiment = Experiment(config)
+    if experiment.kind.labelled:
+        raise ConfigError(f"{experiment.kind.name} learns one label per row: there are no masks")
+    table = experiment.rows.train.slice(0, rows)
+    here = Experiment(config, base=experiment.load_base())
+    examples = here.task.encode(table, config.data.train)
+    return masks(examples, here.base.tokenizer, range(len(examples)))
 
 
-def provenance(setup: Setup) -> dict[str, Any]:
-    """Where and with what a run was made: versions, commit, processor, threads, data."""
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """What a run was made with: versions, commit, processor, threads, hashes of the data."""
     packages = ("rolora", "torch", "transformers", "peft", "datasets", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {
         "versions": versions,
         "git_commit": _git_commit(Path(__file__).parent),
-        "root": str(setup.config.root),
+        "root": str(experiment.config.root),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        **_chosen(setup),
-        "prefix": setup.cached,
-        "data": setup.data,
-        "base": setup.base.digest,
-        "config": config_hash(setup.config),
+        **_chosen(experiment),
+        "prefix": experiment.cached,
+        "data": experiment.data,
+        "base": experiment.base.digest,
+        "config": config_hash(experiment.config),
     }
 
 
 _SAME = {"data": "the data", "base": "the base model", "config": "the configuration"}
-_ALIKE = {"versions": "library versions", "cpu": "processor", "prefix": "use of the cache"}
+_ALIKE = {"versions": "set of library versions", "cpu": "processor", "prefix": "use of the cache"}
 
 
-def _chosen(setup: Setup) -> dict[str, Any]:
-    """What "auto" came to on this machine."""
-    dtype = setup.config.model.dtype
+def _chosen(experiment: Experiment) -> dict[str, Any]:
+    """What "auto" resolves to on this machine."""
+    dtype = experiment.config.model.dtype
     if dtype == "auto":
-        dtype = "bf16" if setup.base.dtype == torch.bfloat16 else "fp32"
-    return {"bank": setup.bank, "dtype": dtype}
+        dtype = "bf16" if experiment.base.dtype == torch.bfloat16 else "fp32"
+    return {"bank": experiment.bank, "dtype": dtype}
 
 
 def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
-    """The configuration with what ``origin``'s machine chose for bank and dtype written in."""
+    """The configuration with the bank and dtype that ``origin`` recorded."""
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
 
 
 def _git_commit(folder: Path) -> str:
-    """The commit of the checkout that rolora runs from, or "" where it is installed."""
+    """The git commit that rolora runs from, or "" outside a checkout."""
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)

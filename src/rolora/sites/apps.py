@@ -53,4 +53,4 @@ def main(grid: Grid, context: Context) -> None:
         for note in run.notes:
             say(f"note: {note}")
         for _, line in described(run.rounds(), run):
-            say(f"{run.setup.config.name}: {line}")
+            say(f"{run.experiment.config.name}: {line}")

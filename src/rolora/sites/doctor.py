@@ -19,7 +19,6 @@ from rolora.data import tables
 from rolora.errors import ConfigError, RoloraError
 from rolora.files import is_locked
 from rolora.flower.message import PROTOCOL, VERSIONS, Parcel, Plain, versions
-from rolora.run.configured import first_adapter, make_method
 from rolora.sites import keys
 from rolora.sites.fleet import activate, fleet_client, leave, node_keys
 from rolora.sites.folder import FederationFolder
@@ -116,9 +115,9 @@ def _rehearse(site: SiteConfig, config: RunConfig) -> Iterator[Finding]:
 def _memory(trial: Site) -> Finding:
     run = trial.opened
     assert run is not None
-    method, base, engine = make_method(run.config), run.base, run.engine
-    start = first_adapter(run.config, method, base)
-    kinds = phases(method, run.config.train.rounds)
+    parts, engine = run.experiment, run.engine
+    base, start = parts.base, parts.start.server.adapter
+    kinds = phases(parts.method, run.config.train.rounds)
     size = run.config.train.batch_size
     plan = plan_bank(base, engine.task, engine.examples, start, kinds, size, 1)
     need, free = max(plan.activations.values()), free_bytes(base.device.type)

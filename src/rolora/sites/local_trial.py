@@ -10,8 +10,8 @@ import torch
 
 from rolora.config.load import load_config
 from rolora.data import tables
-from rolora.data.shards import load_rows
 from rolora.files import write_file
+from rolora.run.experiment import Experiment
 from rolora.sites.folder import FederationFolder
 from rolora.sites.keys import LOOPBACK
 
@@ -26,7 +26,7 @@ def rehearse(path: Path, file: str, overrides: Sequence[str], sites: int, port: 
     config = load_config(file, overrides)
     if config.partition.scheme in ("iid", "dirichlet", "by_label"):
         config = load_config(file, [*overrides, f"partition.clients={sites}"])
-    rows = load_rows(config)
+    rows = Experiment(config).rows
     folder = FederationFolder.create(path, LOOPBACK[0], port)
     model = (config.root / Path(config.model.path).expanduser()).resolve()
     for name, shard in rows.shards.items():
@@ -47,6 +47,7 @@ def rehearse(path: Path, file: str, overrides: Sequence[str], sites: int, port: 
         write_file(site / "site.toml", tomli_w.dumps(mine))
     tables.write_table(rows.test, folder.path / "test.parquet")
     values = config.model_dump(mode="json", exclude_none=True)
+    values["server_seed"] = config.seed if config.server_seed is None else config.server_seed
     values["model"]["path"] = str(model) if model.exists() else config.model.path
     values["data"] |= {"train": "sites/*/*.parquet", "test": "test.parquet"}
     if rows.validation is not None:

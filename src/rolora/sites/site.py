@@ -41,6 +41,7 @@ from rolora.model.base import layout, tokenizer_digest
 from rolora.sites.site_config import SiteConfig
 from rolora.sites.site_run import SiteRun, config_here, split_here, table_here
 from rolora.tasks.classification import in_order
+from rolora.tasks.registry import task_kind
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Job, encoded
 
@@ -105,7 +106,7 @@ def _hello(site: Site, folder: Path, request: Parcel) -> Parcel:
     config = config_here(own, folder)
     table = table_here(own)
     labels = []
-    if config.model.task == "classification":
+    if task_kind(config.model.task).labelled:
         labels = in_order(tables.labels(table, config.data.label, own.data))
     rows, _ = split_here(config, own, table.num_rows)
     return Parcel(
@@ -125,9 +126,9 @@ def _ready(site: Site, folder: Path, request: Parcel) -> Parcel:
     engine = run.engine
     return Parcel(
         {
-            "base": run.base.digest,
-            "tokenizer": tokenizer_digest(run.base),
-            "layout": layout(run.base),
+            "base": run.experiment.base.digest,
+            "tokenizer": tokenizer_digest(run.experiment.base),
+            "layout": layout(run.experiment.base),
             "num_examples": len(engine.shards[run.site.name]),
         }
     )
@@ -192,7 +193,7 @@ def _received(run: SiteRun, request: Parcel, round: int) -> AdapterState | None:
         view: dict[str, Tensor] = {**held, **came}
         if view.keys() == like.keys() and digest(view) == wanted:
             store.write(name, round, view)
-            return AdapterState(view, run.base.specs.scaling)
+            return AdapterState(view, run.experiment.base.specs.scaling)
     return None
 
 

@@ -1,4 +1,4 @@
-"""One run as a site sees it: its configuration with the site's own places, its model, its rows."""
+"""One run as a site sees it: its configuration with the site's paths, its model, its rows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ from rolora.algorithm.seeding import generator
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
-from rolora.data.shards import hold_out
 from rolora.flower.message import ParcelError
-from rolora.model.base import Base
-from rolora.model.prefix import kept_below
-from rolora.run.configured import load_base_for, local_settings, make_method, make_task
+from rolora.run.experiment import Experiment, local_settings
+from rolora.run.shards import Rows, hold_out
 from rolora.sites.site_config import SiteConfig
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess
@@ -29,7 +27,7 @@ from rolora.training.engine import InProcess
 
 @dataclass(frozen=True)
 class SiteRun:
-    """One run at one site, as far as it has been told of it."""
+    """One run at one site."""
 
     site: SiteConfig
     config: RunConfig
@@ -37,58 +35,49 @@ class SiteRun:
     store: ClientStore
 
     @cached_property
-    def base(self) -> Base:
-        """The base model here, with a bank of one."""
-        base = load_base_for(self.config, self.labels)
-        if base.stack is not None:
-            base.stack.checkpointing = self.config.train.recompute
-        return base
+    def experiment(self) -> Experiment:
+        """The run's parts, of this site's rows."""
+        table = table_here(self.site)
+        rows, kept = split_here(self.config, self.site, table.num_rows)
+        name = self.site.name
+        held_out = {name: kept} if len(kept) else {}
+        here = Rows(table, None, None, shards={name: rows}, held_out=held_out)
+        return Experiment(self.config, rows=here, labels=self.labels)
 
     @cached_property
     def method(self) -> Method:
         """The run's method."""
-        return make_method(self.config)
+        return self.experiment.method
 
     def view_of_rank(self, rank: int) -> AdapterState:
         """Names and shapes of what a client of this rank is sent; the values are the start's."""
-        rng = generator(self.config.seed, "init")
-        start = ServerState(self.method.init(self.base.specs, rng))
+        specs, rng = self.experiment.base.specs, generator(self.config.seed, "init")
+        start = ServerState(self.method.init(specs, rng))
         return self.method.download(start, ClientInfo(self.site.name, 0, rank, 1))
 
     @cached_property
     def engine(self) -> InProcess:
         """Local training and evaluation, exactly as in a run on one machine."""
-        config, site = self.config, self.site
-        task = make_task(config, self.base, self.labels)
-        table = table_here(site)
-        rows, kept = split_here(config, site, table.num_rows)
-        examples = task.encode(table, site.data)
-        if config.train.cache:
-            folder = site.folder / "cache"
-            folder.mkdir(parents=True, exist_ok=True)
-            examples, _ = kept_below(self.base, examples, folder)
-        held_out = {}
-        if len(kept):
-            held_out[site.name] = task.encode_test(table.take(kept.tolist()), site.data)
+        parts = self.experiment
         return InProcess(
-            self.base,
-            task,
-            examples,
-            {site.name: rows},
-            local_settings(config),
+            parts.base,
+            parts.task,
+            parts.examples,
+            parts.rows.shards,
+            local_settings(self.config.train),
             self.store,
             bank_size=1,
-            held_out=held_out,
+            held_out=parts.held_out,
             up=None,
         )
 
 
 def config_here(site: SiteConfig, folder: Path) -> RunConfig:
-    """The run's configuration with this site's own places in it."""
+    """The run's configuration with this site's paths and columns."""
     try:
         values = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise ParcelError("this site has not been told of the run") from None
+        raise ParcelError("this site has not received the run's configuration") from None
     except ValueError:
         raise ParcelError("the run's configuration is not valid JSON") from None
     config = make_config(values, root=site.root)
@@ -98,8 +87,10 @@ def config_here(site: SiteConfig, folder: Path) -> RunConfig:
     if site.label is not None:
         own["label"] = site.label
     model = {} if site.model is None else {"path": site.model}
+    cache = str((site.folder / "cache").resolve()) if config.train.cache else ""
     return config.model_copy(
         update={
+            "train": config.train.model_copy(update={"cache": cache}),
             "data": config.data.model_copy(update=own),
             "model": config.model.model_copy(update=model),
             "device": site.device,
@@ -120,5 +111,5 @@ def table_here(site: SiteConfig) -> Any:
 
 
 def split_here(config: RunConfig, site: SiteConfig, rows: int) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on, and those that are held out; the draws of a run on one machine."""
+    """Row numbers to train on, and held-out ones; drawn as in a run on one machine."""
     return hold_out(torch.arange(rows), config.data.client_test or 0, config.seed, site.name)

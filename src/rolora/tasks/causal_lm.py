@@ -56,8 +56,6 @@ def causal_lm(
         return encode_marked(base.tokenizer, rows, places(source), limit, special=plain, end=plain)
 
     return Task(
-        name="causal_lm",
-        metrics=("perplexity", "loss"),
         encode=encode,
         encode_test=encode,
         loss=loss,
@@ -74,7 +72,9 @@ def require_plain_logits(model: Any) -> None:
     name = type(model).__name__
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        raise ConfigError(f"{name} has no plain output embedding: it cannot be trained here")
+        raise ConfigError(
+            f"{name} has no plain output embedding, which causal_lm needs: use another model"
+        )
     inputs = {"input_ids": torch.arange(4, device=head.weight.device).unsqueeze(0)}
     with torch.no_grad():
         given = model(**inputs).logits.double()

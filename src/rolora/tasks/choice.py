@@ -70,8 +70,6 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
         )
 
     return Task(
-        name="choice",
-        metrics=("choice_accuracy", "choice_accuracy_norm", "perplexity", "loss"),
         encode=encode,
         encode_test=encode_test,
         loss=loss,
@@ -81,7 +79,7 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
 
 
 def questions(table: Any, prompt: str, choices: str, answer: str, source: str) -> list[Question]:
-    """The table's rows as questions. Raises DataError naming the first row that is none."""
+    """The table's rows as questions. Raises DataError naming the first row that is not one."""
     tables.require_columns(table, [prompt, choices, answer], source)
     asked = zip(
         tables.texts(table, prompt, source),
@@ -101,8 +99,8 @@ def questions(table: Any, prompt: str, choices: str, answer: str, source: str) -
         number = _position(right, options)
         if number is None:
             raise DataError(
-                f"{place}: answer {right!r} is none of the {len(options)} choices: give its number "
-                "from 0, its letter, or its exact text"
+                f"{place}: answer {right!r} is not one of the {len(options)} choices: give its "
+                "number from 0, its letter, or its exact text"
             )
         found.append(Question(text, tuple(options), number))
     return found

@@ -15,9 +15,8 @@ from rolora.data import tables
 from rolora.data.examples import Batch, Examples, flatten, offsets_of, tokenizer_limit
 from rolora.errors import DataError, nearest, one_line
 from rolora.model.base import Base
-from rolora.tasks.registry import Task
+from rolora.tasks.registry import Label, Task
 
-Label = str | int | bool
 ROWS_AT_ONCE = 1000  # through the tokenizer
 
 
@@ -69,8 +68,6 @@ def classification(
         return logits(model, batch).float()
 
     return Task(
-        name="classification",
-        metrics=("accuracy", "macro_f1", "matthews", "loss"),
         encode=encode,
         encode_test=encode,
         loss=loss,

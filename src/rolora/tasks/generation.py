@@ -14,6 +14,20 @@ from rolora.model.base import Base
 from rolora.model.checkpoint import quiet
 from rolora.tasks.spans import last_span
 
+ANSWER_TOKENS = 32  # as LLM-Adapters lets a model write before it looks for an answer
+
+
+def answer_metrics(
+    base: Base, examples: Examples, count: int, pattern: str | None = None
+) -> dict[str, float]:
+    """``exact_match`` of answers generated for the first ``count`` rows; with ``pattern``, a
+    regular expression, ``answer_accuracy`` instead. The bank holds the client that answers."""
+    rows = range(len(examples))[:count]
+    if pattern is None:
+        return {"exact_match": exact_match(answered(base, examples, rows))}
+    answers = answered(base, examples, rows, ANSWER_TOKENS)
+    return {"answer_accuracy": answer_accuracy(answers, pattern)}
+
 
 def generate(
     base: Base, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 16

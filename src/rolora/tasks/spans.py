@@ -1,8 +1,7 @@
 """Texts of which only some parts are trained on: completions, and the assistant's turns of a chat.
 
-Which tokens those are is decided on the whole text's own tokens, through their character offsets;
-so a token that straddles the border between prompt and completion is the same one in training as
-it would be in any text.
+The whole text is tokenised at once, and its tokens are matched to the parts by character offsets,
+so that a token across the border of prompt and completion is the one that any text would have.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def chats(tokenizer: Any, table: Any, column: str, source: str) -> list[Marked]:
 
     A chat is a list of {"role", "content"}. A turn is what the template adds between "assistant,
     your turn" and the turn's end, end mark included. Raises DataError naming the first row that is
-    no such chat, or whose earlier turns the template writes differently once later ones follow.
+    not such a chat, or whose earlier turns the template writes differently once later ones follow.
     """
     tables.require_columns(table, [column], source)
     return [
@@ -100,7 +99,7 @@ def _render(tokenizer: Any, turns: Sequence[Any], place: str, asking: bool = Fal
 
 
 def require_offsets(tokenizer: Any) -> None:
-    """Raise ConfigError for a tokenizer that cannot say where in the text its tokens lie."""
+    """Raise ConfigError for a tokenizer without character offsets."""
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{type(tokenizer).__name__} is a slow tokenizer, which gives no character offsets: "

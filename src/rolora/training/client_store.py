@@ -11,16 +11,16 @@ from torch import Tensor
 
 from rolora.files import write_file
 
-KEPT_STATES = 3  # of a client: what two checkpoints may need, and the one being written
+KEPT_STATES = 3  # per client: two that checkpoints may need, and the one being written
 
 
 @dataclass(frozen=True)
 class ClientStore:
-    """What clients keep, on disk: one file per client and round, so that memory does not grow.
+    """What clients keep, on disk: one file per client and round, so memory does not grow.
 
-    A client's state for round t is the newest file of an earlier round; so a retried or resumed
-    round starts from what the first try started from. ``kind`` begins the files' names: "round" for
-    personal adapters, "residual" for what an upload rounded away.
+    A client's state for round t is the newest file of an earlier round, so a retried or resumed
+    round starts from the same state as the first attempt. ``kind`` is the prefix of the file names:
+    "round" for personal adapters, "residual" for what an upload rounded away.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class ClientStore:
         return load_file(earlier[-1]) if earlier else {}
 
     def write(self, client: str, round: int, kept: Mapping[str, Tensor]) -> None:
-        """Keep the state after this round, and of the older ones what two checkpoints may need."""
+        """Write the state after this round; of older ones keep what two checkpoints may need."""
         (self.folder / client).mkdir(parents=True, exist_ok=True)
         write_file(self.folder / client / f"{self.kind}-{round:06d}.safetensors", save(dict(kept)))
         files = self._files(client)
@@ -41,7 +41,7 @@ class ClientStore:
             file.unlink()
 
     def forget(self, client: str, after: int) -> None:
-        """Drop what was kept after rounds later than this one: they were never finished."""
+        """Delete the states of rounds later than this one, which were never finished."""
         for round, file in self._files(client):
             if round > after:
                 file.unlink()

@@ -230,7 +230,9 @@ def _half(clients: int, error: RuntimeError) -> int:
             "one client's step does not fit in memory: lower train.batch_size or data.max_length, "
             "or set train.recompute = true"
         ) from error
-    _log.warning("%d clients at once do not fit in memory: going on with %d", clients, clients // 2)
+    _log.warning(
+        "%d clients at once do not fit in memory: continuing with %d", clients, clients // 2
+    )
     return clients // 2
 
 

@@ -1,4 +1,4 @@
-"""The loss's gradient with respect to whole weights, for methods that choose directions by it."""
+"""The gradient of the loss with respect to full weights, for methods that start from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def first_gradient(
 ) -> dict[str, Tensor]:
     """layer -> the gradient (out, in) of the mean loss at the base model's weights, float32, CPU.
 
-    Each client takes one batch of its rows and counts for as many rows as it has (LoRA-SB,
+    Each client takes one batch of its rows and is weighted by its number of rows (LoRA-SB,
     arXiv:2411.19557, section 3; across clients as Fed-SB, arXiv:2502.15436, Algorithm 1).
     """
     start = lora_init(base.specs, generator(seed, "init"))

@@ -1,4 +1,4 @@
-"""Local training: a group of clients, one round, in one pass through the bank; and evaluation."""
+"""Local training of a group of clients in one round, in one pass through the bank; evaluation."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from rolora.tasks.registry import Task
 
 
 class NonFiniteLoss(RoloraError):
-    """A client's loss became NaN or infinite; the round stops."""
+    """A client's loss became NaN or infinite, which stops the run."""
 
 
 @dataclass(frozen=True)
 class LocalSettings:
     """How a client trains in a round: ``steps`` optimiser steps, or ``epochs`` over its shard.
 
-    The optimiser's state is fresh each round. ``max_grad_norm`` clips each client's own gradient.
-    lora_B learns at lr × ``b_lr_ratio`` (LoRA+, Hayou et al. 2024), all else at lr.
+    The optimiser starts afresh each round. ``max_grad_norm`` clips each client's gradient. lora_B
+    learns at lr × ``b_lr_ratio`` (LoRA+, Hayou et al. 2024), everything else at lr.
     """
 
     steps: int | None = 5
@@ -41,7 +41,7 @@ class LocalSettings:
     b_lr_ratio: float = 1.0
 
     def num_steps(self, num_examples: int) -> int:
-        """Optimiser steps of a client with this many rows."""
+        """Optimiser steps in a round for a client with this many rows."""
         if self.epochs is not None:
             return self.epochs * math.ceil(num_examples / self.batch_size)
         return self.steps or 0
@@ -67,7 +67,7 @@ class Trained:
 
 
 def batches(work: Work, batch_size: int, seed: int, round: int) -> Iterator[Tensor]:
-    """Row indices of a client's batches: a fresh permutation per epoch, the last batch short."""
+    """Row indices of a client's batches: a new permutation per epoch, whose last batch is short."""
     rng = generator(seed, "batches", round, work.client)
     while True:
         order = work.rows[torch.randperm(len(work.rows), generator=rng)]
@@ -88,11 +88,11 @@ def train_group(
     gradient: Callable[[str, Tensor], Tensor] | None = None,
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> list[Trained]:
-    """Train these clients side by side; the result is as if each had trained alone.
+    """Train these clients together; the result is as if each had trained alone.
 
     ``trainable``, ``gradient`` and ``penalty`` are the method's, for this round. Clients with fewer
-    steps leave the bank early and take their optimiser state with them. Raises NonFiniteLoss naming
-    client and step.
+    steps leave the bank early, with their optimiser state. Raises NonFiniteLoss naming the client
+    and the step.
     """
     bank = base.bank
     order = sorted(range(len(work)), key=lambda i: -work[i].steps)
@@ -143,9 +143,9 @@ def _leave(bank: Bank, position: int, work: Work, total: Tensor) -> Trained:
 def _batches(
     base: Base, examples: Examples, active: Sequence[Work], batch_size: int, seed: int, round: int
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Of every step: how many rows each client has, and all clients' rows one after another.
+    """Per step: the number of rows of each client, and the batch of all their rows, in order.
 
-    ``active`` is ordered by steps, most first; a client with no step left is not among the rows.
+    ``active`` is ordered by steps, most first; clients without a step left have no rows in it.
     """
     streams = [batches(work, batch_size, seed, round) for work in active]
     for step in range(active[0].steps):
@@ -156,7 +156,7 @@ def _batches(
 
 
 def _losses(base: Base, task: Task, batch: Batch, sizes: Sequence[int], keys: Tensor) -> Tensor:
-    """Each client's mean loss over its own rows, (K,); ``keys`` seed the dropout of every row."""
+    """Each client's mean loss over its rows, (K,); ``keys`` seed the dropout of every row."""
     clients = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(base.device)
     with base.running(batch, sizes, keys) as given:
         each, count = task.loss(base.model, given)
@@ -175,7 +175,7 @@ def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: 
 
 
 def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Optimizer:
-    # by role, as a fused step wants leaves that all have a momentum already, or all have none
+    # grouped by role: in a fused step either all leaves have a momentum already, or none has
     roles: dict[str, list[Tensor]] = {}
     for name, leaf in bank.leaves.items():
         roles.setdefault(role_of(name), []).append(leaf)
@@ -193,7 +193,7 @@ def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Op
 def _shrink(
     bank: Bank, optimizer: torch.optim.Optimizer, staying: int, settings: LocalSettings, lr: float
 ) -> torch.optim.Optimizer:
-    """The optimiser of the clients that stay, with their state."""
+    """The optimiser for the clients that stay, with their state."""
     old = dict(bank.leaves)
     bank.keep(staying)
     smaller = _optimizer(bank, settings, lr)
@@ -223,7 +223,7 @@ def _clip_gradients(bank: Bank, max_norm: float) -> None:
 def evaluate(
     base: Base, task: Task, examples: Examples, adapter: AdapterState, batch_size: int = 64
 ) -> dict[str, float]:
-    """The task's metrics of one adapter on these rows, batched by length."""
+    """The task's metrics for one adapter on these rows, batched by length."""
     pad = base.tokenizer.pad_token_id
     order = examples.lengths.argsort(stable=True)
     found: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""How much memory a pass through the bank takes, and how many clients therefore go at once."""
+"""How much memory a pass through the bank takes, and so how many clients train at once."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from rolora.data.examples import Examples, collate
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
 
-# Beyond this a pass gets hardly faster per token: benchmarks/benches/client_step.py
+# above this a pass hardly gets faster per token: benchmarks/benches/client_step.py
 TOKENS_IN_A_PASS = {"cpu": 1024, "cuda": 16384, "mps": 4096}
-SHARE = 0.5  # of the memory that is free may go to activations
+SHARE = 0.5  # of the free memory that activations may take
 
 
 @dataclass(frozen=True)
 class BankPlan:
-    """How many clients train at once: about ``tokens`` in a pass.
+    """How many clients train at once: about ``tokens`` tokens in a pass.
 
     ``activations`` maps what is trained at a time (see ``phases``) to the bytes that a pass keeps
-    for its backward part.
+    for its backward pass.
     """
 
     clients: int
@@ -40,10 +40,10 @@ class BankPlan:
 
 
 def phases(method: Method, rounds: int) -> dict[str, Roles]:
-    """What the method trains at a time in the course of so many rounds, by name, each kind once."""
+    """The sets of roles that the method trains at a time over these rounds, by name."""
     found = {}
     for round in range(1, rounds + 1):
-        for step in (0, 1):  # where a method takes turns within a round, it does so at every step
+        for step in (0, 1):  # methods that alternate within a round do so every step
             roles = method.trainable(round, step)
             found["+".join(sorted(roles - {"head"})) or "the head"] = roles
     return found
@@ -61,8 +61,8 @@ def plan_bank(
 ) -> BankPlan:
     """``wanted`` clients, or as many as keep the processor busy, but no more than fit in memory.
 
-    ``phases``: what is trained at a time, by name. Measured on one batch of the rows nearest the
-    mean length.
+    ``phases``: what is trained at a time, by name. Measured on one batch of rows of about the mean
+    length.
     """
     tokens = max(1, round(float(examples.lengths.double().mean()) * batch_size))
     each = {
@@ -77,7 +77,7 @@ def plan_bank(
 def bank_size(
     device: str, tokens: int, kept: int, free: int, clients: int, wanted: int | None = None
 ) -> int:
-    """Clients in a pass, of whom each has ``tokens`` and keeps ``kept`` of the ``free`` bytes."""
+    """Clients in a pass, if each has ``tokens`` tokens and keeps ``kept`` of the ``free`` bytes."""
     busy = TOKENS_IN_A_PASS[device] // tokens if wanted is None else wanted
     return max(1, min(busy, int(SHARE * free) // max(1, kept), clients))
 
@@ -90,7 +90,7 @@ def activation_bytes(
     roles: Roles,
     batch_size: int,
 ) -> int:
-    """Bytes that one client's step keeps for its backward pass, model and adapter apart."""
+    """Bytes that one client's step keeps for its backward pass, without model and adapter."""
     mean = examples.lengths.double().mean()
     rows = (examples.lengths - mean).abs().argsort(stable=True)[:batch_size]
     batch = collate(examples, rows, base.tokenizer.pad_token_id).to(base.device)
@@ -114,7 +114,7 @@ def activation_bytes(
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free now, in bytes: the GPU's, or this machine's or container's."""
+    """Bytes of memory that are free now: on the GPU, or in this machine or container."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,4 +1,4 @@
-"""float32 or bfloat16 for the frozen base: which is faster here, and whether the loss agrees."""
+"""float32 or bfloat16 for the frozen base: which is faster here, and does the loss agree."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rolora.model.base import Base
 from rolora.tasks.registry import Task
 from rolora.training.local import evaluate
 
-WORTH = 1.2  # times as fast, at least, for bfloat16 to be taken
-WIDE = 256  # hidden size from which products, and not calls, take the time
-AGREEMENT = 0.01  # of the loss, at most, that it may differ by
+WORTH = 1.2  # least speed-up for which bfloat16 is used
+WIDE = 256  # hidden size from which products, not calls, take most of the time
+AGREEMENT = 0.01  # largest relative difference of the loss
 
 
 def is_wide(base: Base) -> bool:
-    """Whether the model's products are large enough for their dtype to matter."""
+    """Whether the model's products are so large that their dtype matters for speed."""
     return int(base.model.config.hidden_size) >= WIDE  # type: ignore[union-attr, arg-type]
 
 
 def bf16_speed(rows: int = 128, width: int = 1024) -> float:
-    """How many times as fast as in float32 a (rows, width) × (width, 4 width) product is here."""
+    """Speed-up of bfloat16 over float32 for a (rows, width) × (width, 4 · width) product here."""
 
     def seconds(dtype: torch.dtype) -> float:
         x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
@@ -47,10 +47,10 @@ def lowered(
     again: Callable[[], Base],
     speed: Callable[[], float] = bf16_speed,
 ) -> tuple[Base, str]:
-    """The base in bfloat16 if that is faster on this CPU and its loss agrees; what to say of it.
+    """The base in bfloat16 if that is faster on this CPU and its loss agrees; a note for the user.
 
-    ``examples``: some rows of an ``encode_test``. Where the loss does not agree the base comes
-    from ``again()``, since rounding cannot be taken back. Adapters stay float32 either way.
+    ``examples``: some rows of an ``encode_test``. If the loss does not agree, the base is loaded
+    anew by ``again()``, since rounding cannot be undone. Adapters stay float32 in any case.
     """
     gain = speed()
     if gain < WORTH:
@@ -62,4 +62,4 @@ def lowered(
     seen = f"loss {after:.4f} for {before:.4f} in float32 on {len(examples)} rows"
     if abs(after - before) <= AGREEMENT * abs(before):
         return base, f"the base runs in bfloat16, {gain:.2f} times as fast here: {seen}"
-    return again(), f"the base runs in float32: bfloat16 gives another loss ({seen})"
+    return again(), f"the base runs in float32: in bfloat16 the loss differs ({seen})"

@@ -19,7 +19,6 @@ from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
-from rolora.tasks.registry import HIGHER_IS_BETTER
 from rolora.training.engine import Engine, Evaluation, Job, no_evaluation
 
 Metrics = Mapping[str, float]
@@ -85,11 +84,12 @@ class RoundResult:
 class Federation:
     """Everything that defines a run; nothing in it changes while it runs.
 
-    ``ranks`` maps clients to their LoRA ranks. ``seed`` is known to the clients, whose batches and
-    dropout follow from it. ``evaluate`` measures an adapter on the server's rows; ``metric`` is the
-    validation metric that early stopping and the best round go by. ``patience`` counts evaluations
-    without improvement. ``spare`` clients are drawn beyond the cohort, for an engine that uses the
-    first ones to answer.
+    ``ranks`` maps clients to their LoRA ranks. ``seed`` is sent to the clients, whose batches and
+    dropout follow from it; cohorts and the server's random draws follow from ``server_seed``, which
+    is not (None: from ``seed``). ``evaluate`` measures an adapter on the server's rows; ``metric``
+    is the validation metric that early stopping and the best round go by. ``patience`` counts
+    evaluations without improvement. ``spare`` clients are drawn beyond the cohort, for an engine
+    that uses the first ones to answer.
     """
 
     method: Method
@@ -99,8 +99,10 @@ class Federation:
     seed: int
     rounds: int
     lr: Callable[[int], float]
+    server_seed: int | None = None
     participation: float = 1.0
     metric: str = "accuracy"
+    higher_is_better: bool = True
     evaluate: Callable[[AdapterState], Evaluation] = no_evaluation
     per_client: bool = False
     eval_every: int = 5
@@ -173,7 +175,8 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     method, server = run.method, state.server
     round, attempt = server.round + 1, server.attempt
     clients = run.engine.clients()
-    ids = sample_cohort(list(clients), run.participation, run.seed, round, attempt, run.spare)
+    secret = run.seed if run.server_seed is None else run.server_seed
+    ids = sample_cohort(list(clients), run.participation, secret, round, attempt, run.spare)
     # largest shard first, then by id: clients with as many steps then share a bank, and their
     # updates come in the order of use
     order = sorted(ids, key=lambda id: (-clients[id], id))
@@ -186,7 +189,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     job = Job(server, tuple(cohort.values()), run.seed, run.lr(round), state.ledger)
     arrived: list[Arrival] = []
     replies = record_arrivals(run.engine.run(method, job), arrived, lone=len(cohort) == 1)
-    rng = generator(run.seed, "aggregate", round, attempt)
+    rng = generator(secret, "aggregate", round, attempt)
     aggregation = run.aggregation if method.federated else replace(run.aggregation, quorum=1)
     after, report = step(method, aggregation, server, cohort, replies, rng)
     ledger, bytes_up, bytes_down = state.ledger, 0, 0
@@ -262,7 +265,7 @@ def _all_clients(run: Federation, server: ServerState) -> Iterator[Assignment]:
 
 def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
     value = validation[run.metric]
-    sign = 1 if HIGHER_IS_BETTER[run.metric] else -1
+    sign = 1 if run.higher_is_better else -1
     if state.best is None or sign * value > sign * state.best.value:
         return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
     return replace(state, stale=state.stale + 1)

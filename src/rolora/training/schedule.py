@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
-from rolora.config.schema import Schedule
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 def learning_rate(
     round: int, *, lr: float, rounds: int, schedule: Schedule = "constant", warmup_rounds: int = 0
 ) -> float:
-    """The step size of a round: linear warm-up, then constant, or falling towards 0 at the end."""
+    """The learning rate of a round: linear warm-up, then constant or falling toward 0."""
     if round <= warmup_rounds:
         return lr * round / (warmup_rounds + 1)
     left = 1 - (round - 1 - warmup_rounds) / max(1, rounds - warmup_rounds)

@@ -1,0 +1,500 @@
+"""From a configuration to the objects of a run: every part is made once, when first asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
+from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation
+from rolora.config.schema import LoraConfig, RunConfig, TrainConfig
+from rolora.data import tables
+from rolora.data.examples import Examples
+from rolora.errors import ConfigError
+from rolora.methods import get_method, method_names
+from rolora.model.base import Base, load_base
+from rolora.model.peft import LoraSettings, read_adapter
+from rolora.model.prefix import kept_below
+from rolora.run.shards import Rows, load_rows
+from rolora.tasks.generation import answer_metrics
+from rolora.tasks.registry import Label, Task, TaskKind, task_kind
+from rolora.training.client_store import ClientStore
+from rolora.training.engine import Debug, Engine, Evaluation, InProcess
+from rolora.training.gradient import first_gradient
+from rolora.training.local import LocalSettings, evaluate
+from rolora.training.memory import BankPlan, phases, plan_bank
+from rolora.training.precision import is_wide, lowered
+from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
+from rolora.training.schedule import learning_rate
+
+
+class Parts(TypedDict, total=False):
+    """Parts of an :class:`Experiment` that are given to it; None is as good as left out."""
+
+    rows: Rows
+    labels: Sequence[Label]
+    base: Base | None
+    engine: Engine
+    partition: Mapping[str, Any]
+    data: str
+    bank: int
+    spare: int
+    notes: Sequence[str]
+
+
+class Experiment:
+    """A configured run. Each part is made when it is first asked for, and kept.
+
+    ``clients`` is the folder of the clients' own state, needed only for training. Parts that are
+    already at hand are given by name: the base model of an earlier run of the same model, labels
+    and LoRA settings; the labels that sites have agreed on; another engine. Making a part raises
+    ConfigError or DataError, in one line, for what the user has to change.
+    """
+
+    def __init__(
+        self, config: RunConfig, clients: Path | None = None, **given: Unpack[Parts]
+    ) -> None:
+        self.config = config
+        self.clients = clients
+        # a cached property looks here before it makes anything
+        vars(self).update({name: part for name, part in given.items() if part is not None})
+
+    @cached_property
+    def kind(self) -> TaskKind:
+        """The configured kind of task."""
+        return task_kind(self.config.model.task)
+
+    @cached_property
+    def columns(self) -> dict[str, Any]:
+        """Key of ``[data]`` -> column, for those that the task reads."""
+        return self.kind.chosen(dict(self.config.data))
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows and their split."""
+        config = self.config
+        return load_rows(
+            config.data,
+            config.partition,
+            seed=config.seed,
+            root=config.root,
+            offline=config.offline,
+        )
+
+    @cached_property
+    def partition(self) -> Mapping[str, Any]:
+        """The split, as the run folder records it."""
+        return self.rows.table()
+
+    @cached_property
+    def labels(self) -> Sequence[Label]:
+        """The class labels, in the order of the model's outputs; empty for a task without."""
+        if not self.kind.labelled:
+            return ()
+        from rolora.tasks.classification import class_labels
+
+        source = self.config.data.train
+        found = tables.labels(self.rows.train, self.columns["label"], source)
+        return tuple(class_labels(found, source))
+
+    @cached_property
+    def method(self) -> Method:
+        """The configured method; with ``model.head = "freeze"`` it leaves the head alone.
+
+        ConfigError for a setting that the method does not support.
+        """
+        config = self.config
+        method = get_method(config.method.name, **config.method.options)
+        if not isinstance(config.lora.rank, int) and not method.heterogeneous_ranks:
+            able = [name for name in method_names() if get_method(name).heterogeneous_ranks]
+            raise ConfigError(
+                f"{method.name} does not support clients of different ranks: set lora.rank to one "
+                f"number, or use one of {', '.join(able)}"
+            )
+        optimizers = [name for name, _ in config.aggregate.rules if name in SERVER_OPTIMIZERS]
+        if optimizers and not method.supports_server_optimizer:
+            able = [name for name in method_names() if get_method(name).supports_server_optimizer]
+            raise ConfigError(
+                f"{method.name} does not support the server optimizer {optimizers[0]!r}, since its "
+                "server does more than average what clients send: remove it, or use one of "
+                f"{', '.join(able)}"
+            )
+        if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
+            raise ConfigError(
+                f"{method.name} alternates factors between local steps: set train.local_steps to "
+                "at least 2"
+            )
+        return freeze_head(method) if config.model.head == "freeze" else method
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model, with a bank of adapters; its dtype suits this machine."""
+        base, _ = self._loaded
+        return base
+
+    def load_base(self) -> Base:
+        """The base model anew. Without a measurement, dtype "auto" is bf16 on CUDA, else fp32.
+
+        ConfigError for a device that is missing or does not support the dtype.
+        """
+        config = self.config
+        wanted = config.model.dtype
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device = 'cuda', but torch sees no CUDA device; use device = 'cpu'")
+        if config.device == "mps" and not torch.backends.mps.is_available():
+            raise ConfigError("device = 'mps', but torch sees no Apple GPU; use device = 'cpu'")
+        if wanted == "bf16" and config.device == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ConfigError("this GPU does not support model.dtype = 'bf16'; use 'fp32'")
+        base = load_base(
+            config.model.path,
+            self.kind.head,
+            lora_settings(config.lora),
+            root=config.root,
+            labels=self.labels,
+            dtype=base_dtype(wanted, config.device),
+            quantise=wanted if wanted in ("int8", "nf4") else None,
+            device=config.device,
+            offline=config.offline,
+        )
+        if config.train.recompute and base.stack is None:
+            raise ConfigError("this model does not support train.recompute: remove it")
+        if base.stack is not None:
+            base.stack.checkpointing = config.train.recompute
+        return base
+
+    @cached_property
+    def _loaded(self) -> tuple[Base, Sequence[str]]:
+        """The base model, and what the user should know of its dtype."""
+        base, config = self.load_base(), self.config
+        if config.model.dtype != "auto" or config.device != "cpu" or not is_wide(base):
+            return base, ()
+        table, source = self._measured
+        task = self._task_on(base)
+        few = task.encode_test(table.slice(0, 16), source)
+        adapter = lora_init(base.specs, generator(config.seed, "init"))
+        base, note = lowered(base, task, few, adapter, self.load_base)
+        return base, (note,)
+
+    @cached_property
+    def task(self) -> Task:
+        """The configured task on the base model."""
+        return self._task_on(self.base)
+
+    def _task_on(self, base: Base) -> Task:
+        return self.kind.make(base, self.columns, self.labels, self.config.data.max_length)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The training rows as tokens, with their prefix where that is cached."""
+        return self._trained_on[0]
+
+    @cached_property
+    def test(self) -> Examples:
+        """The rows behind ``metrics`` (see ``eval.rows``), as tokens."""
+        return self._cached(self.task.encode_test(*self._measured))[0]
+
+    @cached_property
+    def validation(self) -> Examples | None:
+        """The validation rows as tokens, if there are any beside those of ``test``."""
+        if self.rows.validation is None or self.config.eval.rows == "validation":
+            return None
+        return self.task.encode_test(self.rows.validation, self._source("validation"))
+
+    @cached_property
+    def _trained_on(self) -> tuple[Examples, str]:
+        return self._cached(self.task.encode(self.rows.train, self.config.data.train))
+
+    @property
+    def _measured(self) -> tuple[Any, str]:
+        """The table of the rows behind ``metrics``, and its source."""
+        if self.config.eval.rows == "validation":
+            return self.rows.validation, self._source("validation")
+        return self.rows.test, self._source("test")
+
+    def _source(self, key: str) -> str:
+        """Where these rows come from, as messages name it."""
+        source = getattr(self.config.data, key)
+        return source if isinstance(source, str) else self.config.data.train
+
+    def _cached(self, examples: Examples) -> tuple[Examples, str]:
+        """The examples with their prefix where that is worth caching, and a note on it."""
+        train, sizes = self.config.train, [len(shard) for shard in self.rows.shards.values()]
+        if not train.cache or not sizes or not revisits(train, sizes):
+            return examples, ""
+        return kept_below(self.base, examples, self.config.root / Path(train.cache).expanduser())
+
+    @property
+    def cached(self) -> bool:
+        """Whether training reads the outputs of the layers below the adapters from disk."""
+        return self.rows.train is not None and self.examples.prefix is not None
+
+    @cached_property
+    def data(self) -> str:
+        """A hash of who holds which rows, and of the rows as tokens."""
+        return data_hash(self.rows.shards, self.examples, self.test)
+
+    @cached_property
+    def cohort(self) -> int:
+        """Clients of a round, all of them with rows here."""
+        return cohort_size(len(self.rows.shards), self.config.train.participation)
+
+    @cached_property
+    def start(self) -> RunState:
+        """The state before the first round: the method's own adapter, or that of lora.init_from."""
+        config, specs = self.config, self.base.specs
+        if self.method.needs_gradient:
+            size, shards = config.train.batch_size, self.rows.shards
+            gradient = first_gradient(
+                self.base, self.task, self.examples, shards, size, config.seed
+            )
+            specs = replace(specs, gradient=gradient)
+        adapter = self.method.init(specs, generator(config.seed, "init"))
+        if config.lora.init_from is not None:
+            if adapter.only(frozenset({"core"})):
+                raise ConfigError(
+                    f"{self.method.name} trains cores, which no PEFT adapter has: remove "
+                    "lora.init_from"
+                )
+            adapter |= read_adapter(config.root / config.lora.init_from, self.base.specs)
+        return RunState(ServerState(adapter))
+
+    @cached_property
+    def bank_plan(self) -> BankPlan:
+        """How many clients train at once, by what fits in memory."""
+        train, adapter = self.config.train, self.start.server.adapter
+        return plan_bank(
+            self.base,
+            self.task,
+            self.examples,
+            adapter,
+            phases(self.method, train.rounds),
+            train.batch_size,
+            self.cohort,
+            None if train.bank == "auto" else train.bank,
+        )
+
+    @cached_property
+    def bank(self) -> int:
+        """How many clients train at once."""
+        return self.bank_plan.clients
+
+    @cached_property
+    def held_out(self) -> Mapping[str, Examples]:
+        """Each client's held-out rows."""
+        return HeldOut(self.task, self.rows, self.config.data.train)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """All clients in this process.
+
+        ConfigError, before the model is loaded, for ranks or a quorum that do not fit the clients.
+        """
+        if self.clients is None:
+            raise ValueError("training needs a folder for the clients' state")
+        self.config.lora.ranks(self.rows.shards)
+        if (quorum := self.config.aggregate.quorum) > self.cohort:
+            raise ConfigError(
+                f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
+                f"(train.participation of {len(self.rows.shards)} clients)"
+            )
+        engine = InProcess(
+            self.base,
+            self.task,
+            self.examples,
+            self.rows.shards,
+            local_settings(self.config.train),
+            ClientStore(self.clients),
+            bank_size=self.bank,
+            held_out=self.held_out,
+            evaluation=partial(self.evaluate, answers=0),
+            up=self.config.wire.up,
+        )
+        return Debug(engine) if self.config.train.engine == "debug" else engine
+
+    @cached_property
+    def spare(self) -> int:
+        """Clients asked in excess of the cohort."""
+        return 0
+
+    @cached_property
+    def federation(self) -> Federation:
+        """What ``federate`` runs."""
+        config, train, engine = self.config, self.config.train, self.engine
+        metric = config.eval.metric or next(iter(self.kind.metrics))
+        return Federation(
+            method=self.method,
+            engine=engine,
+            aggregation=Aggregation(
+                compose(config.aggregate.rules), config.aggregate.weights, config.aggregate.quorum
+            ),
+            ranks=config.lora.ranks,
+            seed=config.seed,
+            server_seed=config.server_seed,
+            rounds=train.rounds,
+            lr=partial(
+                learning_rate,
+                lr=train.lr,
+                rounds=train.rounds,
+                schedule=train.schedule,
+                warmup_rounds=train.warmup_rounds,
+            ),
+            participation=train.participation,
+            metric=metric,
+            higher_is_better=self.kind.metrics[metric],
+            evaluate=self.evaluate,
+            per_client=config.data.client_test is not None,
+            eval_every=config.eval.every,
+            patience=config.eval.patience,
+            spare=self.spare,
+        )
+
+    def evaluate(self, adapter: AdapterState, answers: int | None = None) -> Evaluation:
+        """Metrics of an adapter on the test and the validation rows; see ``score``."""
+        metrics = self.score(self.test, adapter, answers)
+        if self.config.eval.rows == "validation":
+            return Evaluation(metrics, metrics)
+        rows = self.validation
+        return Evaluation(metrics, {} if rows is None else self.score(rows, adapter, answers=0))
+
+    def score(
+        self, examples: Examples, adapter: AdapterState, answers: int | None = None
+    ) -> Metrics:
+        """The task's metrics of an adapter; with ``answers`` (left out: ``eval.generate``) also
+        those of the answers generated for so many rows."""
+        metrics = evaluate(self.base, self.task, examples, adapter)
+        how = self.config.eval
+        count = how.generate if answers is None else answers
+        if count and self.kind.answers:
+            with self.base.holding(adapter):
+                metrics |= answer_metrics(self.base, examples, count, how.answer)
+        return metrics
+
+    def prepare(self) -> None:
+        """Make all parts that a run needs. Refusals that take no model come first."""
+        for part in ("method", "labels", "federation", "start", "test", "validation", "data"):
+            getattr(self, part)
+
+    @cached_property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of how the run was set up."""
+        config, found = self.config, list[str]()
+        if self.rows.note:
+            found.append(self.rows.note)
+        if self.rows.dropped:
+            found.append(f"{self.rows.dropped} training rows belong to no client and are not used")
+        if empty := self._without_text():
+            found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
+        for what, examples in (("training", self.examples), (config.eval.rows, self.test)):
+            if examples.truncated:
+                found.append(
+                    f"{examples.truncated} of {len(examples)} {what} rows are longer than "
+                    f"{config.data.max_length} tokens (data.max_length) and were truncated"
+                )
+        found.append(self._trained_on[1])
+        found += self._loaded[1] if "_loaded" in vars(self) else ()
+        if isinstance(config.train.bank, int) and self.bank < min(config.train.bank, self.cohort):
+            found.append(
+                f"train.bank = {config.train.bank} does not fit in memory; {self.bank_plan}"
+            )
+        else:
+            found.append(str(self.bank_plan))
+        if self.method.personal_roles:
+            kept = "+".join(sorted(self.method.personal_roles))
+            found.append(
+                f"each client keeps its own {kept}, in clients/ of the run's folder: metrics are "
+                "means over clients, and adapter/ holds only the server's part"
+            )
+        return [note for note in found if note]
+
+    def _without_text(self) -> int:
+        """How many training rows are blank in every text column; 0 for a task without any."""
+        if "text" not in self.columns:
+            return 0
+        names, source = self.columns["text"], self.config.data.train
+        names = [names] if isinstance(names, str) else names
+        columns = [tables.texts(self.rows.train, name, source) for name in names]
+        return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut(Mapping[str, Examples]):
+    """Each client's held-out rows, tokenised whenever asked for, so that nothing is kept.
+
+    Faulty rows were reported when all training rows were encoded.
+    """
+
+    task: Task
+    rows: Rows
+    source: str
+
+    def __getitem__(self, client: str) -> Examples:
+        chosen = self.rows.held_out[client]
+        return self.task.encode_test(self.rows.train.take(chosen.tolist()), self.source)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows.held_out)
+
+    def __len__(self) -> int:
+        return len(self.rows.held_out)
+
+
+def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:
+    """A hash of who holds which rows, and of the rows as tokens."""
+    digest = hashlib.sha256()
+    for client, rows in shards.items():
+        digest.update(client.encode())
+        digest.update(rows.numpy().tobytes())
+    for examples in encoded:
+        for tensor in (examples.tokens, examples.offsets, examples.targets):
+            digest.update(tensor.numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def base_dtype(wanted: str, device: str) -> torch.dtype:
+    """What the base is loaded in for this ``model.dtype``, before any measurement."""
+    half = wanted == "bf16" or (wanted == "auto" and device == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
+def lora_settings(lora: LoraConfig) -> LoraSettings:
+    """Where and how large the configured adapters are."""
+    return LoraSettings(
+        rank=lora.largest,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=tuple(lora.target_modules),
+        layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
+        rslora=lora.rslora,
+    )
+
+
+def local_settings(train: TrainConfig) -> LocalSettings:
+    """How the configured clients train in a round."""
+    steps = 5 if train.local_steps is None and train.local_epochs is None else train.local_steps
+    return LocalSettings(
+        steps=steps,
+        epochs=train.local_epochs,
+        batch_size=train.batch_size,
+        optimizer=train.optimizer,
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        max_grad_norm=train.max_grad_norm,
+        b_lr_ratio=train.b_lr_ratio,
+    )
+
+
+def revisits(train: TrainConfig, sizes: Sequence[int]) -> bool:
+    """Whether training sees each row at least once on average; ``sizes`` are those of shards."""
+    settings = local_settings(train)
+    visits = sum(settings.num_steps(size) * min(size, train.batch_size) for size in sizes)
+    return train.rounds * train.participation * visits >= sum(sizes)

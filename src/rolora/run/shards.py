@@ -1,0 +1,155 @@
+"""The rows of a run: read from their sources, split into test, validation and client shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rolora.algorithm.seeding import generator
+from rolora.config.schema import DataConfig, PartitionConfig
+from rolora.data import partition, tables
+from rolora.data.partition import Partition
+from rolora.errors import ConfigError, DataError, NotHere
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a run, as pyarrow tables: who trains on which, and what is held out.
+
+    ``shards`` and ``held_out`` map clients to int64 row indices into ``train``; the two are
+    disjoint. ``dropped`` rows belong to no client; ``note`` says what the split had to adjust.
+    ``label`` names the label column, where the data has one.
+    """
+
+    train: Any
+    test: Any
+    validation: Any | None
+    shards: Mapping[str, Tensor]
+    held_out: Mapping[str, Tensor]
+    label: str | None = None
+    dropped: int = 0
+    note: str = ""
+
+    def table(self) -> dict[str, Any]:
+        """The split as the run folder keeps it: rows and labels per client."""
+        label = self.label
+        names = self.train[label].to_pylist() if label else []
+        clients = []
+        for client, rows in self.shards.items():
+            counts = Counter(str(names[row]) for row in rows.tolist()) if label else {}
+            ordered = dict(sorted(counts.items()))
+            clients.append({"id": client, "num_examples": len(rows), "labels": ordered})
+        return {"clients": clients, "dropped": self.dropped, "note": self.note}
+
+
+def load_rows(
+    data: DataConfig, how: PartitionConfig, *, seed: int, root: Path, offline: bool = False
+) -> Rows:
+    """Read the configured sources and split them; relative paths start from ``root``.
+
+    Test and validation shares are cut off first and do not depend on the seed, so that runs with
+    other seeds are evaluated on the same rows. Raises DataError or ConfigError.
+    """
+    try:
+        return _load_rows(data, how, seed, root, offline)
+    except NotHere as missing:
+        if data.made_by is None:
+            raise
+        text = f"{missing}; how to make them: {data.made_by}"
+        raise NotHere(text, missing.source, missing.path) from None
+
+
+def _load_rows(
+    data: DataConfig, how: PartitionConfig, seed: int, root: Path, offline: bool
+) -> Rows:
+    read = partial(tables.read_table, root=root, offline=offline)
+    per_file = tables.is_glob(data.train, root=root)
+    if per_file != (how.scheme == "files"):
+        raise ConfigError(
+            "partition.scheme = 'files' goes with a data.train pattern like 'data/site-*.jsonl'; "
+            f"here scheme is {how.scheme!r} and data.train is {data.train!r}"
+        )
+    if per_file:
+        train, owners = tables.joined(tables.read_clients(data.train, root=root))
+    else:
+        train, owners = read(data.train, split=data.train_split), []
+    left = torch.arange(train.num_rows)
+    test, left = _part(data.test, "test", train, left, partial(read, split=data.test_split))
+    validation = None
+    if data.validation is not None:
+        validation, left = _part(
+            data.validation, "validation", train, left, partial(read, split="validation")
+        )
+    held = [owners[row] for row in left.tolist()] if owners else []
+    split = _partition(data, how, train.take(left.tolist()), held, seed)
+    shards, held_out = {}, {}
+    for client, chosen in split.shards.items():
+        shards[client], kept = hold_out(left[chosen], data.client_test or 0, seed, client)
+        if len(kept):
+            held_out[client] = kept
+    label = data.label if data.label in train.column_names else None
+    return Rows(train, test, validation, shards, held_out, label, split.dropped, split.note)
+
+
+def digest(rows: Rows) -> str:
+    """A hash of all rows, however they are split."""
+    found = hashlib.sha256()
+    for table in (rows.train, rows.test, rows.validation):
+        for row in table.to_pylist() if table is not None else ():
+            found.update(json.dumps(row, default=str).encode())
+        found.update(b"|")
+    return found.hexdigest()[:32]
+
+
+def hold_out(rows: Tensor, share: float, seed: int, client: str) -> tuple[Tensor, Tensor]:
+    """A client's rows (int64 indices) to train on, and the share that it never trains on."""
+    count = int(len(rows) * share)
+    order = torch.randperm(len(rows), generator=generator(seed, "held out", client))
+    return rows[order[count:]].sort().values, rows[order[:count]].sort().values
+
+
+def _part(
+    wanted: str | float,
+    purpose: str,
+    train: Any,
+    left: Tensor,
+    read: Callable[[str], Any],
+) -> tuple[Any, Tensor]:
+    """Rows for one purpose, from another source or as a share of ``train``; the rows then left."""
+    if isinstance(wanted, str):
+        return read(wanted), left
+    order = left[torch.randperm(len(left), generator=generator(0, purpose))]
+    count = round(wanted * train.num_rows)
+    if not 0 < count < len(left):
+        raise DataError(
+            f"data.{purpose} = {wanted} of {train.num_rows} rows leaves no rows on one side"
+        )
+    return train.take(order[:count].sort().values.tolist()), order[count:].sort().values
+
+
+def _partition(
+    data: DataConfig, how: PartitionConfig, rows: Any, owners: Sequence[str], seed: int
+) -> Partition:
+    """``rows`` dealt out to clients; ``owners`` names each row's client, for scheme "files"."""
+    rng, at_least = generator(seed, "partition"), how.min_examples
+    if how.scheme == "iid":
+        return partition.iid(rows.num_rows, how.clients, rng, min_examples=at_least)
+    if how.scheme == "files":
+        return partition.by_field(owners, min_examples=at_least)
+    if how.scheme == "by_field":
+        values = tables.texts(rows, how.field or "", data.train)
+        return partition.by_field(values, min_examples=at_least)
+    labels = tables.labels(rows, data.label, data.train)
+    if how.scheme == "by_label":
+        k = how.labels_per_client
+        return partition.by_label(labels, how.clients, k, rng, min_examples=at_least)
+    return partition.dirichlet(labels, how.clients, how.alpha, rng, min_examples=at_least)
