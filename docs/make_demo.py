@@ -45,7 +45,7 @@ def draw(runs: list[Run]) -> Figure:
 
 
 def table(runs: list[Run]) -> str:
-    """Each method at equal rounds and at equal megabytes, as Markdown."""
+    """What each method reached at equal rounds and at equal megabytes, in Markdown."""
     metric = primary_metric(runs)
     equal = standing(runs, metric, "megabytes")
     assert equal is not None

@@ -1,9 +1,9 @@
 """Writes the tables of docs/results.md and its pictures from the records of the studies.
 
-    python experiments/run_studies.py     # hours; finished runs are kept
+    python experiments/run_studies.py     # hours; what is on disk is not run again
     python docs/make_results.py
 
-Every number on the page between two marks comes from experiments/records; published numbers come
+Every number on the page between two marks comes from experiments/records; what a paper says comes
 from the ``.published.json`` beside the experiment.
 """
 
@@ -28,9 +28,9 @@ HERE = Path(__file__).parent
 PAGE = HERE / "results.md"
 EXPERIMENTS = HERE.parent / "experiments"
 AXES = {"rounds": "equal rounds", "megabytes": "equal bytes up"}
-LATE = 4  # evaluations, the same number after each of RoLoRA's phases
-CHANCE = 0.20  # of ten digits; below this a network has learned next to nothing
-BROKEN = 0.10  # bold in a map: this far behind the other method, or diverged
+LATE = 4  # evaluations, as many after each of RoLoRA's phases
+CHANCE = 0.20  # below this a network that tells ten digits apart has learned next to nothing
+BROKEN = 0.10  # a method that is so far behind the other, or diverged, is set in bold in a map
 
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
@@ -38,7 +38,7 @@ Table = tuple[tuple[str, ...], Callable[[Records], list[str]]]
 
 
 def read_records() -> dict[str, Record]:
-    """Study name -> record."""
+    """All records by the name of their study."""
     found = sorted((EXPERIMENTS / "records").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
 
@@ -89,13 +89,13 @@ def compared(record: Record) -> list[str]:
 
 
 def lately(runs: Iterable[Sequence[Sequence[float]]]) -> str:
-    """The metric over the last few evaluations of every run: a single one may be luck."""
+    """The metric at the last few evaluations of every run: a single one may be a lucky moment."""
     values = [point[2] for run in runs for point in run[-LATE:]]
     return f"{percent(fmean(values))} ({percent(min(values))})"
 
 
 def tried(record: Record) -> list[str]:
-    """Accuracy at each rate, on the validation rows of the tuning seed."""
+    """What each method made of each rate, on the validation rows of the tuning seed."""
     validated = "Rates tried, with accuracy on validation rows of the tuning seed:"
     methods = record["cells"][0]["tuning"]["methods"]
     head = ["`train.lr`", *(trial["values"]["train.lr"] for trial in methods[0]["trials"])]
@@ -111,7 +111,7 @@ def said(mean: float | None) -> str:
 
 
 def label(method: str) -> str:
-    """As the user wrote it: 'rolora (orthogonal_a=True)' is 'rolora+orthogonal_a=true'."""
+    """A method as it was asked for: 'rolora (orthogonal_a=True)' is 'rolora+orthogonal_a=true'."""
     name, _, options = method.partition(" (")
     return "+".join([name, *options.removesuffix(")").lower().split(", ")]) if options else name
 
@@ -127,7 +127,7 @@ def at_equal(cell: Record, method: str, axis: str) -> Mapping[str, Any] | None:
 
 
 def chosen(record: Record) -> dict[str, str]:
-    """Method -> its chosen rate, starred at the end of the grid."""
+    """Method -> the rate that was chosen for it; one at the end of its grid has a mark."""
     tuning = record["cells"][0].get("tuning")
     if tuning is None:
         return {m: own[0].partition("=")[2] for m, own in record["alone"].items() if own}
@@ -136,7 +136,7 @@ def chosen(record: Record) -> dict[str, str]:
 
 
 def setting(record: Record) -> str:
-    """The setting of a table, in one line."""
+    """What a table was run with, in a line."""
     seeds = ", ".join(map(str, record["seeds"]))
     tuning = record["cells"][0].get("tuning")
     text = f"`experiments/{record['config']}`, seeds {seeds}"
@@ -150,7 +150,7 @@ def setting(record: Record) -> str:
 
 
 def published(record: Record) -> dict[str, str]:
-    """Method -> published number, if the experiment has any."""
+    """Method -> what the paper says, if there is anything beside the experiment."""
     found = read_published(EXPERIMENTS / record["config"])
     return {} if found is None else {m: f"{value:.1f}" for m, value in found.results.items()}
 
@@ -222,7 +222,7 @@ def clients(records: Records) -> list[str]:
 
 
 def changed(study: str, key: str, usual: str) -> Table:
-    """A table over one setting; trec-top is its usual value."""
+    """The table of one thing changed, with trec-top at its usual value."""
 
     def lines(records: Records) -> list[str]:
         cells = {usual: records["trec-top"]["cells"][0], **cells_of(records[study], key)}
@@ -237,13 +237,13 @@ def cells_of(record: Record, key: str) -> dict[str, Record]:
 
 
 def fifty(records: Records) -> list[str]:
-    """50 clients, both methods at the rate chosen with 50."""
+    """50 clients, both methods at the rate that a search at 50 chose for them."""
     record = records["snippets-50-rate"]
     return by_value("train.lr", cells_of(record, "train.lr"), record)
 
 
 def spent(records: Records) -> list[str]:
-    """Total time, and the largest error of the exact methods."""
+    """How long all of it took, and how exact the exact methods were."""
     hours = sum(record["core_hours"] for record in records.values())
     errors = [
         max(rounds, default=0.0)
@@ -258,7 +258,7 @@ def spent(records: Records) -> list[str]:
     ]
 
 
-# table -> the studies it needs, and the function that makes it
+# table -> the studies that it needs, and how it is made of them
 TABLES: Mapping[str, Table] = {
     "spent": ((), spent),
     "mnist": (("mnist",), lambda records: compared(records["mnist"])),
@@ -304,7 +304,7 @@ def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) ->
 
 
 def page(text: str, records: Records) -> str:
-    """The page with every table between its marks rewritten."""
+    """The page with every table between its marks written anew."""
     for name, (needed, lines) in TABLES.items():
         missing = [study for study in needed if study not in records]
         shown = [f"*Not run yet: {', '.join(missing)}.*"] if missing else lines(records)
