@@ -129,8 +129,8 @@ def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
     assert (made.RECORDS / "again.json").read_text() == before
 
 
-def test_a_name_that_is_no_study_is_refused_in_one_line(made: Any) -> None:
-    with pytest.raises(SystemExit, match="no study is called 'trek'; there are mnist, "):
+def test_an_unknown_study_is_refused_in_one_line(made: Any) -> None:
+    with pytest.raises(SystemExit, match="unknown study 'trek'; known: mnist, "):
         made.main(["trek"])
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.printing import out_console, print_json, print_sources
+from rolora.cli.printing import out_console, print_json, working
 
 
 def demo(
@@ -15,9 +15,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
 ) -> None:
     """Fetch a real model and texts, run three methods on a few seeds, and say what came out."""
-    from rolora.cli.display import follow, results_table, working
+    from rolora.cli.progress import follow
+    from rolora.cli.results import results_table
     from rolora.demo import side_by_side as demonstration
-    from rolora.report.narrative import verdicts
+    from rolora.report.narrative import conclusions
     from rolora.results.runs import load_run, summarise
 
     with working("fetching the model and the data, once"):
@@ -34,8 +35,9 @@ def demo(
                 out_console.print(f"{what:8}{' '.join(text.split())}", markup=False)
             out_console.print()
     out_console.print(results_table(summarise(found)))
-    for verdict in verdicts(found):
-        out_console.print(f"\n{verdict.budget}: {verdict.headline}. {verdict.text}", markup=False)
+    for conclusion in conclusions(found):
+        text = f"{conclusion.headline}. {conclusion.text}"
+        out_console.print(f"\n{conclusion.budget}: {text}", markup=False)
     out_console.print(f"\n{demonstration.MEANING}", markup=False)
     for what, path in (
         ("report", ready.out / "report.html"),
@@ -57,7 +59,7 @@ def fetch(
     json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
 ) -> None:
     """Fetch real models and rows for the demonstrations and experiments."""
-    from rolora.cli.display import working
+    from rolora.cli.tables import print_sources
     from rolora.demo import fetch as fetching
     from rolora.demo.sources import SOURCES
 

@@ -8,47 +8,50 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.printing import out_console, print_json, print_scores, print_sets
+from rolora.cli.options import Json, Overrides, names
+from rolora.cli.printing import out_console, print_json, working
 from rolora.errors import ConfigError
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as eval.generate=500")
-    ] = None,
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    overrides: Overrides = None,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="rows with the columns that the run was trained on; a pattern: each file"
-        ),
+        typer.Option(help="rows with the run's columns; a pattern measures each file separately"),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="of lm-evaluation-harness, comma-separated: mmlu,humaneval")
+        str | None,
+        typer.Option(help="tasks of lm-evaluation-harness, comma-separated: mmlu,humaneval"),
     ] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="with task files of your own")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="of each task, its first rows")] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="a folder with your own task files")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="use only the first rows of each task")
+    ] = None,
     allow_code: Annotated[
         bool,
         typer.Option("--allow-code", help="run programs that the model writes, on this machine"),
     ] = False,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Json = False,
 ) -> None:
-    """Measure a finished run, or an adapter folder, on other rows or on well-known tasks."""
+    """Measure a finished run, or an adapter folder, on other rows or on standard tasks."""
     if (data is None) == (tasks is None):
-        raise ConfigError("say what to measure on: --data ROWS, or --tasks NAMES of the harness")
+        raise ConfigError("choose what to measure on: --data ROWS, or --tasks NAMES of the harness")
     if data is not None:
         on_rows(path, overrides or [], data, model, json)
         return
-    from rolora.cli.display import working
+    from rolora.cli.results import print_scores
     from rolora.run.evaluation import find_adapter
     from rolora.run.harness import run_tasks
 
     trained = find_adapter(path, model, overrides or [])
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    with working("loading tasks and model, then asking"):
-        scores = run_tasks(trained, names, task_folder, limit, allow_code)
+    with working("loading the tasks and the model, then evaluating"):
+        scores = run_tasks(trained, names(tasks), task_folder, limit, allow_code)
     if json:
         print_json([dataclasses.asdict(score) for score in scores])
     else:
@@ -56,8 +59,8 @@ def evaluate(
 
 
 def on_rows(path: Path, overrides: list[str], data: str, model: str | None, json: bool) -> None:
-    """Metrics of one set of rows; of each file where ``data`` is a pattern."""
-    from rolora.cli.display import working
+    """The metrics on one set of rows, or on each file if ``data`` is a pattern."""
+    from rolora.cli.results import print_sets
     from rolora.data.tables import files_of, is_glob
     from rolora.run.evaluation import evaluate_adapter, evaluate_each
 
@@ -76,4 +79,4 @@ def on_rows(path: Path, overrides: list[str], data: str, model: str | None, json
         print_json(metrics)
         return
     for name, value in metrics.items():
-        out_console.print(f"{name:20} {value:.4f}", markup=False)
+        out_console.print(f"{name:20} {value:.4f}")

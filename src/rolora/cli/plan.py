@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.printing import print_json, print_plan
+from rolora.cli.printing import print_json, working
 
 
 def plan(
@@ -21,7 +21,7 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
 ) -> None:
     """Say what a run needs: memory, traffic, work and disk. Fetches no weights, trains nothing."""
-    from rolora.cli.display import working
+    from rolora.cli.tables import print_plan
     from rolora.config.load import load_config
     from rolora.plan.needs import make_plan
 
