@@ -46,7 +46,7 @@ def line(row: MethodRow) -> str:
 
 
 def page(text: str) -> str:
-    """The page with its table written anew."""
+    """The page with its table rewritten."""
     return put(text, "methods", table())
 
 

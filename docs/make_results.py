@@ -97,7 +97,7 @@ def lately(runs: Iterable[Sequence[Sequence[float]]]) -> str:
 
 def tried(record: Record) -> list[str]:
     """What each method made of each rate, on the validation rows of the tuning seed."""
-    validated = "The rates that were tried, by accuracy on validation rows of the tuning seed:"
+    validated = "Rates tried, with accuracy on validation rows of the tuning seed:"
     methods = record["cells"][0]["tuning"]["methods"]
     head = ["`train.lr`", *(trial["values"]["train.lr"] for trial in methods[0]["trials"])]
     rows = [
@@ -145,7 +145,7 @@ def setting(record: Record) -> str:
     if tuning:
         grid = ", ".join(t["values"]["train.lr"] for t in tuning["methods"][0]["trials"])
         over = ", ".join(map(str, tuning["seeds"]))
-        text += f"; rates from {grid}, chosen by validation rows on seed {over}"
+        text += f"; rates from {grid}, chosen on validation rows of seed {over}"
     if record["rates_of"]:
         text += f"; rates as chosen in `{record['rates_of']}`"
     return f"{text}; {record['core_hours']:.1f} core-hours ({record['cells'][0]['made']['cpu']})."
@@ -255,7 +255,7 @@ def spent(records: Records) -> list[str]:
         if method != "fedit"
     ]
     return [
-        f"The {len(records)} studies so far took {hours:.1f} core-hours of training. The largest "
+        f"The {len(records)} studies took {hours:.1f} core-hours of training. The largest "
         f"aggregation error of RoLoRA and FFA-LoRA in any round was {max(errors):.1e}."
     ]
 

@@ -94,8 +94,8 @@ def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_
         *("| `rolora` | 80.0 | diverged |", "| `fedit` | 80.0 | diverged |"),
     ]
     assert lines[5] == (
-        "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen by validation "
-        "rows on seed 100; 0.3 core-hours (a processor)."
+        "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen on validation "
+        "rows of seed 100; 0.3 core-hours (a processor)."
     )
 
 
