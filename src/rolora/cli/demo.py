@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rolora.cli.options import Json
 from rolora.cli.printing import out_console, print_json, working
 
 
@@ -32,19 +33,19 @@ def demo(
     if llm:
         for prompt, plain, tuned in demonstration.before_and_after(runs[0]):
             for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
-                out_console.print(f"{what:8}{' '.join(text.split())}", markup=False)
+                out_console.print(f"{what:8}{' '.join(text.split())}")
             out_console.print()
     out_console.print(results_table(summarise(found)))
     for conclusion in conclusions(found):
         text = f"{conclusion.headline}. {conclusion.text}"
-        out_console.print(f"\n{conclusion.budget}: {text}", markup=False)
-    out_console.print(f"\n{demonstration.MEANING}", markup=False)
+        out_console.print(f"\n{conclusion.budget}: {text}")
+    out_console.print(f"\n{demonstration.MEANING}")
     for what, path in (
         ("report", ready.out / "report.html"),
         ("adapter", runs[0].folder.adapter),
         ("config", ready.file),
     ):
-        out_console.print(f"{what:9}{path}", markup=False)
+        out_console.print(f"{what:9}{path}")
 
 
 def fetch(
@@ -56,7 +57,11 @@ def fetch(
         Path | None,
         typer.Option("--from", help="read the files from this folder, without a network"),
     ] = None,
+<<<<<<< HEAD
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+=======
+    json: Json = False,
+>>>>>>> report
 ) -> None:
     """Fetch real models and data sets for the demo and the experiments."""
     from rolora.cli.tables import print_sources
@@ -74,4 +79,4 @@ def fetch(
         print_json(made)
     else:
         for name, path in made.items():
-            out_console.print(f"{name:14}{path}", markup=False)
+            out_console.print(f"{name:14}{path}")

@@ -225,6 +225,8 @@ def main() -> None:
     """The ``rolora`` command: every error is one line and a documented exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    # a forked worker that raised in the middle of a library's code would leave its locks held
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         app()
     except (NotHere, ModelNotHere) as error:
