@@ -57,11 +57,7 @@ def fetch(
         Path | None,
         typer.Option("--from", help="read the files from this folder, without a network"),
     ] = None,
-<<<<<<< HEAD
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-=======
     json: Json = False,
->>>>>>> report
 ) -> None:
     """Fetch real models and data sets for the demo and the experiments."""
     from rolora.cli.tables import print_sources
