@@ -180,12 +180,15 @@ def not_diverged(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def primary_metric(runs: Sequence[RunRecord]) -> str:
-    """The first of ``METRICS`` that every run has measured. DataError if there is none."""
+    """The first metric that every run has measured, those of ``METRICS`` before a task's other ones.
+
+    DataError if there is none.
+    """
     measured = [{name for line in run.rounds for name in line["metrics"]} for run in runs]
     for run, names in zip(runs, measured, strict=True):
         if not names:
             raise DataError(f"{run.path} has no evaluated round yet: resume it, or leave it out")
-    for metric in METRICS:
+    for metric in (*METRICS, *runs[0].rounds[0]["metrics"]):
         if all(metric in names for names in measured):
             return metric
     found = "; ".join(sorted({", ".join(sorted(names)) for names in measured}))
