@@ -116,7 +116,7 @@ def _round(experiment: Experiment, number: int, tensors: dict[str, Tensor]) -> M
     engine = run.engine
     assert isinstance(engine, InProcess)
     clients, cohort = engine.clients(), []
-    ranks = run.ranks(clients)
+    ranks = config.lora.ranks(clients)
     for client in sample_cohort(list(clients), run.participation, run.seed, number, 0):
         info = ClientInfo(client, clients[client], ranks[client], number)
         steps = engine.settings.num_steps(info.num_examples)

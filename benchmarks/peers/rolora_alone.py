@@ -34,7 +34,7 @@ def trainer(file: Path, name: str, orders: Connection) -> None:
         run, server = experiment.federation, experiment.start.server
         orders.send(None)
         while number := orders.recv():
-            rank = run.ranks([name])[name]
+            rank = experiment.config.lora.ranks([name])[name]
             info = ClientInfo(name, run.engine.clients()[name], rank, number)
             assigned = Assignment(info, server.adapter)
             job = Job(replace(server, round=number - 1), (assigned,), run.seed, run.lr(number))

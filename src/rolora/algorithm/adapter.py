@@ -163,6 +163,11 @@ class AdapterState(Mapping[str, Tensor]):
         found = (layer_of(name) for name in self if role_of(name) == "A")
         return [layer for layer in found if f"{layer}.lora_B.weight" in self._tensors]
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of its lora_A; 0 without any."""
+        return max((len(t) for name, t in self.items() if role_of(name) == "A"), default=0)
+
     def num_bytes(self) -> int:
         """Payload bytes: elements × width, summed over tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -49,20 +50,23 @@ def strategy(
     reducer: Reducer | None = None,
     weights: Literal["num_examples", "uniform"] = "num_examples",
     quorum: int = 1,
+    server_seed: int | None = None,
     **fedavg: Any,
 ) -> LoraStrategy:
     """A strategy for ``flwr.serverapp`` that replaces FedAvg and takes its keywords too.
 
     ``method`` is a name, or a Method such as ``get_method("rolora", first="A")``; ``reducer``
     combines the updates (default: their mean); ``weights`` are the weights of the mean; ``quorum``
-    is the number of usable replies that a round needs. Raises ConfigError for a method whose
-    clients need more than Flower's ClientApp has.
+    is the number of usable replies that a round needs; reducers draw from ``server_seed`` (default:
+    a random one, so that clients cannot predict it). Raises ConfigError for a method whose clients
+    need more than Flower's ClientApp has.
     """
     found = get_method(method) if isinstance(method, str) else method
     _require_stateless_clients(found)
     if quorum < 1:
         raise ConfigError(f"quorum is {quorum}, expected at least 1")
-    return LoraStrategy(found, Aggregation(reducer or mean(), weights, quorum), **fedavg)
+    seed = secrets.randbits(63) if server_seed is None else server_seed
+    return LoraStrategy(found, Aggregation(reducer or mean(), weights, quorum), seed, **fedavg)
 
 
 def _require_stateless_clients(method: Method) -> None:
@@ -73,11 +77,9 @@ def _require_stateless_clients(method: Method) -> None:
             "use 'fedit', which averages plain LoRA, or run it with rolora compare"
         )
     asked = [(round, step) for round in (1, 2) for step in (0, 1)]
-    hooks = (method.gradient, method.penalty)
+    hooks = (method.download, method.upload, method.gradient, method.penalty)
     if (
-        method.download is not whole_adapter
-        or method.upload is not as_trained
-        or hooks != (None, None)
+        hooks != (whole_adapter, as_trained, None, None)
         or method.needs_gradient
         or any(method.trainable(round, step) != method.shared(round) for round, step in asked)
     ):
@@ -99,9 +101,11 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
     counts every round.
     """
 
-    def __init__(self, method: Method, aggregation: Aggregation, **fedavg: Any) -> None:
+    def __init__(
+        self, method: Method, aggregation: Aggregation, server_seed: int, **fedavg: Any
+    ) -> None:
         super().__init__(**fedavg)
-        self.method, self.aggregation = method, aggregation
+        self.method, self.aggregation, self.server_seed = method, aggregation, server_seed
         self._begin()
 
     def _begin(self) -> None:
@@ -184,12 +188,12 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         ]
         named = {u.client: u.num_examples for u in reversed(updates) if isinstance(u, Update)}
         counts = named | self.counts
-        rank = max(t.shape[0] for name, t in state.adapter.items() if role_of(name) == "A")
+        rank, received = state.adapter.rank, state.adapter
         cohort = {
-            node: Assignment(ClientInfo(node, counts.get(node, 0), rank, round), state.adapter)
+            node: Assignment(ClientInfo(node, counts.get(node, 0), rank, round), received)
             for node in self.asked
         }
-        rng = generator(0, "aggregate", round, state.attempt)  # for reducers that draw; none does
+        rng = generator(self.server_seed, "aggregate", round, state.attempt)
         replies = [*updates, *silent]
         self.state, report = step(self.method, self.aggregation, state, cohort, replies, rng)
         self.counts |= {node: counts[node] for node in report.accepted}

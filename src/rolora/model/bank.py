@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rolora.algorithm.adapter import AdapterState, Specs, TensorSpec, through_core
+from rolora.algorithm.adapter import AdapterState, Roles, Specs, TensorSpec, role_of, through_core
 from rolora.errors import ConfigError
 from rolora.model.segments import add_low_rank, segment_linear
 
@@ -93,6 +93,13 @@ class Bank:
         if core not in self.leaves:
             return lora_b
         return through_core(lora_b, self.leaves[core], self.leaves.get(f"{layer}.lora_gain.weight"))
+
+    def train(self, roles: Roles) -> list[Tensor]:
+        """Have the leaves of these roles collect gradients, and no others; returns them."""
+        for name, leaf in self.leaves.items():
+            leaf.requires_grad_(role_of(name) in roles)
+            leaf.grad = None
+        return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
     def keep(self, clients: int) -> None:
         """Drop all but the first ``clients``: those that have taken their last step leave."""
@@ -187,7 +194,7 @@ def attach(
     b_std: float = 0.0,
     rank: int,
     scaling: float,
-    dropout: float,
+    dropout: float = 0.0,
 ) -> Bank:
     """Freeze ``model`` and put a bank under these modules (dotted paths), in place.
 
@@ -195,6 +202,20 @@ def attach(
     present values unless they are ``missing`` from the checkpoint. Returns the empty bank.
 
     Raises ConfigError for a rank above a layer's narrower side, and for modules of other kinds.
+
+    Two clients with two rows each, in one pass over the frozen model:
+
+    >>> import torch, rolora
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    >>> bank = rolora.attach(model, ["0", "1"], [], rank=2, scaling=1.0)
+    >>> adapter = rolora.get_method("fedit").init(bank.specs, torch.Generator().manual_seed(0))
+    >>> bank.load([adapter, adapter])
+    >>> _ = bank.train(frozenset({"B"}))
+    >>> model(torch.ones(4, 3)).square().sum().backward()
+    >>> bank.leaves["base_model.model.0.lora_B.weight"].grad.shape  # (clients, out, rank)
+    torch.Size([2, 4, 2])
+
+    Clients with different numbers of rows: set ``bank.rows = (3, 1)`` before the pass.
     """
     model.requires_grad_(False)
     tensors: list[TensorSpec] = []

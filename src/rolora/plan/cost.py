@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.data.examples import Batch
 from rolora.model.bank import row_keys
 from rolora.plan.meta_model import Outline
@@ -105,8 +105,7 @@ def step_cost(
     try:
         with base.running(batch, sizes, keys) as given, outline.mode:
             bank.load([start] * len(sizes), base.device)
-            for name, leaf in bank.leaves.items():
-                leaf.requires_grad_(role_of(name) in roles)
+            bank.train(roles)
             # two passes, because the counter of products keeps gradients alive
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as products:
                 task.loss(base.model, given)[0].sum().backward()  # type: ignore[no-untyped-call]

@@ -180,15 +180,18 @@ def not_diverged(runs: Sequence[RunRecord]) -> list[RunRecord]:
 
 
 def primary_metric(runs: Sequence[RunRecord]) -> str:
-    """The first metric that every run has measured, those of ``METRICS`` before a task's other ones.
+    """The first metric that all runs have, those of ``METRICS`` before others.
 
     DataError if there is none.
     """
-    measured = [{name for line in run.rounds for name in line["metrics"]} for run in runs]
+    measured = [
+        list(dict.fromkeys(name for line in run.rounds for name in line["metrics"])) for run in runs
+    ]
     for run, names in zip(runs, measured, strict=True):
         if not names:
             raise DataError(f"{run.path} has no evaluated round yet: resume it, or leave it out")
-    for metric in (*METRICS, *runs[0].rounds[0]["metrics"]):
+    candidates: list[str] = [*METRICS, *measured[0]]
+    for metric in candidates:
         if all(metric in names for names in measured):
             return metric
     found = "; ".join(sorted({", ".join(sorted(names)) for names in measured}))

@@ -1,10 +1,4 @@
-"""Start and resume runs: the library behind the commands.
-
->>> import rolora
->>> config = rolora.load_config("questions.toml")           # doctest: +SKIP
->>> for result in rolora.start(config, "runs/q").rounds():  # doctest: +SKIP
-...     print(result.round, dict(result.metrics))
-"""
+"""Start and resume runs: the library behind the commands."""
 
 from __future__ import annotations
 

@@ -110,9 +110,7 @@ def train_group(
             if staying < bank.clients:
                 done[:0] = [_leave(bank, k, active[k], total) for k in range(staying, bank.clients)]
                 optimizer = _shrink(bank, optimizer, staying, settings, lr)
-            for name, leaf in bank.leaves.items():
-                leaf.requires_grad_(role_of(name) in trainable(step))
-                leaf.grad = None
+            bank.train(trainable(step))
             keys = row_keys(seeds[:staying], step, sizes)
             losses = _losses(base, task, batch, sizes, keys)
             total_loss = losses.sum()

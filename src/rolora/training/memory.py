@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.algorithm.method import Method
 from rolora.data.examples import Examples, collate
 from rolora.model.base import Base
@@ -102,8 +102,7 @@ def activation_bytes(
         return tensor
 
     with base.holding(start):
-        for name, leaf in base.bank.leaves.items():
-            leaf.requires_grad_(role_of(name) in roles)
+        base.bank.train(roles)
         adapter = [*base.bank.leaves.values(), *base.bank.deltas.values()]
         standing = [*base.model.parameters(), *base.model.buffers(), *adapter]
         with base.running(batch) as given, saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -16,6 +16,7 @@ import torch
 from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo
 from rolora.algorithm.ledger import Arrival, Ledger, after_round, record_arrivals
 from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
@@ -84,9 +85,10 @@ class RoundResult:
 class Federation:
     """Everything that defines a run; nothing in it changes while it runs.
 
-    ``ranks`` maps clients to their LoRA ranks. ``seed`` is sent to the clients, whose batches and
-    dropout follow from it; cohorts and the server's random draws follow from ``server_seed``, which
-    is not (None: from ``seed``). ``evaluate`` measures an adapter on the server's rows; ``metric``
+    ``lr`` maps a round to its learning rate, ``ranks`` clients to their LoRA ranks (None: all have
+    the server's). ``seed`` is sent to the clients, whose batches and dropout follow from it;
+    cohorts and the server's random draws follow from ``server_seed``, which is not sent (None: from
+    ``seed``). ``evaluate`` measures an adapter on the server's rows; ``metric``
     is the validation metric that early stopping and the best round go by. ``patience`` counts
     evaluations without improvement. ``spare`` clients are drawn beyond the cohort, for an engine
     that uses the first ones to answer.
@@ -94,11 +96,11 @@ class Federation:
 
     method: Method
     engine: Engine
-    aggregation: Aggregation
-    ranks: Callable[[Iterable[str]], Mapping[str, int]]
-    seed: int
     rounds: int
     lr: Callable[[int], float]
+    aggregation: Aggregation = field(default_factory=lambda: Aggregation(mean()))
+    ranks: Callable[[Iterable[str]], Mapping[str, int]] | None = None
+    seed: int = 0
     server_seed: int | None = None
     participation: float = 1.0
     metric: str = "accuracy"
@@ -143,6 +145,43 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     result can be killed at any moment and continue from the last one. Raises NoQuorum after
     ``run.max_attempts`` attempts at one round (a resumed run starts counting anew) and ConfigError
     if validation does not measure ``run.metric``.
+
+    A federation on your own model: an engine that knows the clients and trains a cohort.
+
+    >>> import torch, rolora
+    >>> class Mine:
+    ...     def __init__(self, model, rows):
+    ...         self.model, self.rows = model, rows
+    ...         self.bank = rolora.attach(model, ["0"], ["2"], rank=2, scaling=2.0)
+    ...     def clients(self):
+    ...         return {name: len(y) for name, (x, y) in self.rows.items()}
+    ...     def run(self, method, job):
+    ...         for assigned in job.cohort:
+    ...             x, y = self.rows[assigned.info.id]
+    ...             self.bank.load([assigned.received])
+    ...             leaves = self.bank.train(method.trainable(job.round, 0))
+    ...             optimizer = torch.optim.SGD(leaves, job.lr)
+    ...             for _ in range(20):
+    ...                 optimizer.zero_grad()
+    ...                 loss = torch.nn.functional.cross_entropy(self.model(x), y)
+    ...                 loss.backward()
+    ...                 optimizer.step()
+    ...             sent = self.bank.take(0).only(method.shared(job.round))
+    ...             yield rolora.Update(assigned.info.id, sent, len(y), {"loss": loss.item()})
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> def rows(count):
+    ...     x = torch.randn(count, 8, generator=rng)
+    ...     return x, (x[:, 0] > 0).long()
+    >>> layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)
+    >>> engine = Mine(torch.nn.Sequential(*layers), {"ann": rows(40), "bob": rows(20)})
+    >>> method = rolora.get_method("rolora")
+    >>> federation = rolora.Federation(method=method, engine=engine, rounds=6, lr=lambda round: 0.5)
+    >>> start = rolora.ServerState(method.init(engine.bank.specs, rng))
+    >>> results = list(rolora.federate(federation, rolora.RunState(start)))
+    >>> [result.factors for result in results[1:4]]
+    [('B', 'head'), ('A', 'head'), ('B', 'head')]
+    >>> results[-1].loss < results[1].loss, results[-1].aggregation_error < 1e-6
+    (True, True)
     """
     if state.server.round == 0 and state.server.attempt == 0:
         started = time.perf_counter()
@@ -180,7 +219,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     # largest shard first, then by id: clients with as many steps then share a bank, and their
     # updates come in the order of use
     order = sorted(ids, key=lambda id: (-clients[id], id))
-    ranks = run.ranks(clients)
+    ranks = _ranks(run, server, clients)
     drawn = tuple(ClientInfo(id, clients[id], ranks[id], round) for id in order)
     cohort = {
         info.id: Assignment(info, method.download(server, info))
@@ -254,10 +293,16 @@ def _evaluated(
     )
 
 
+def _ranks(run: Federation, server: ServerState, clients: Iterable[str]) -> Mapping[str, int]:
+    if run.ranks is None:
+        return dict.fromkeys(clients, server.adapter.rank)
+    return run.ranks(clients)
+
+
 def _all_clients(run: Federation, server: ServerState) -> Iterator[Assignment]:
     """Every client with the adapter that it would receive now."""
     clients = run.engine.clients()
-    ranks = run.ranks(clients)
+    ranks = _ranks(run, server, clients)
     for client, count in sorted(clients.items()):
         info = ClientInfo(client, count, ranks[client], server.round)
         yield Assignment(info, run.method.download(server, info))
