@@ -66,8 +66,8 @@ def added_up(passed: Sequence[Exchange], times: int) -> dict[str, Any]:
     }
 
 
-def parcels(passed: Sequence[Exchange]) -> Mapping[str, list[int]]:
-    """Bytes of the bodies of rolora's parcels, "down" and "up"."""
+def message_bodies(passed: Sequence[Exchange]) -> Mapping[str, list[int]]:
+    """Bytes of the bodies of rolora's messages, "down" and "up"."""
     found: dict[str, list[int]] = {"down": [], "up": []}
     for one in passed:
         if one.path.endswith("pull-object"):

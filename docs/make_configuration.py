@@ -16,17 +16,17 @@ from rolora.sites.site_config import SiteConfig
 HEAD = """\
 # Configuration
 
-A run is one TOML file. Any key can be overridden on the command line: `rolora run c.toml
-train.lr=1e-3 method.name=ffa_lora`. Paths are relative to the TOML file. An unknown key is an error
-that names the nearest one. This page is written from the schema by `docs/make_configuration.py`.
+A run is one TOML file. Override any key on the command line: `rolora run c.toml train.lr=1e-3
+method.name=ffa_lora`. Paths are relative to the TOML file. An unknown key is an error that
+suggests the nearest one. `docs/make_configuration.py` writes this page from the schema.
 """
 SITE = """\
-What one site brings to every run ([deploy.md](deploy.md)); written and read at the site only. Paths
-are relative to this file."""
+The settings of one site ([deploy.md](deploy.md)). The file stays at the site; paths are relative to
+it."""
 
 
 def kind(annotation: Any) -> str:
-    """The values that a key takes, in words."""
+    """A key's type in words."""
     if isinstance(annotation, type):
         return {
             "str": "text",

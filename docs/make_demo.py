@@ -1,4 +1,4 @@
-"""Write the tables of docs/demo.md, and docs/demo.png, from the runs of the demonstrations.
+"""Writes the tables of docs/demo.md, and docs/demo.png, from the runs of the demo.
 
 python docs/make_demo.py questions demo/runs/questions-1/*-seed*
 python docs/make_demo.py prompts demo/runs/prompts-1/*-seed*
@@ -13,15 +13,15 @@ from matplotlib.figure import Figure
 
 from rolora.files import write_file
 from rolora.report.figures import DASHES, MARKERS, PALETTE, rendered
-from rolora.report.narrative import score
-from rolora.results.ranking import standing
-from rolora.results.runs import Run, by_method, load_run, mean_sd, primary_metric, summarise
+from rolora.report.narrative import format_metric
+from rolora.results.ranking import rank_methods
+from rolora.results.runs import RunRecord, by_method, load_run, mean_sd, primary_metric, summarise
 
 PAGE, PICTURE = (Path(__file__).with_name(name) for name in ("demo.md", "demo.png"))
 
 
-def draw(runs: list[Run]) -> Figure:
-    """Accuracy against rounds and against megabytes sent: means over seeds, bands of one sd."""
+def draw(runs: list[RunRecord]) -> Figure:
+    """Accuracy against rounds and megabytes sent: means over seeds, bands of one sd."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for style, (method, seeds) in enumerate(by_method(runs).items()):
@@ -44,12 +44,12 @@ def draw(runs: list[Run]) -> Figure:
     return figure
 
 
-def table(runs: list[Run]) -> str:
-    """What each method reached at equal rounds and at equal megabytes, in Markdown."""
+def table(runs: list[RunRecord]) -> str:
+    """The result of each method at equal rounds and at equal megabytes, in Markdown."""
     metric = primary_metric(runs)
-    equal = standing(runs, metric, "megabytes")
+    equal = rank_methods(runs, metric, "megabytes")
     assert equal is not None
-    at_equal = {place.method: score(place.mean, place.sd) for place in equal.places}
+    at_equal = {place.method: format_metric(place.mean, place.sd) for place in equal.places}
     rows = summarise(runs)
     lines = [
         f"| method | {metric}, {rows[0].rounds} rounds | {metric}, {equal.budget:.1f} MB up "
@@ -58,7 +58,8 @@ def table(runs: list[Run]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| `{row.method}` | {score(row.final_mean, row.final_sd)} | {at_equal[row.method]} "
+            f"| `{row.method}` | {format_metric(row.final_mean, row.final_sd)} "
+            f"| {at_equal[row.method]} "
             f"| {row.megabytes_up:.1f} | {row.megabytes_down:.1f} | {row.aggregation_error:.1e} "
             f"| {row.seconds:.0f} |"
         )
@@ -73,7 +74,7 @@ def table(runs: list[Run]) -> str:
 
 
 def main(demo: str, *paths: str) -> None:
-    """Put the table of these runs between the demo's marks, and draw the questions' curves."""
+    """Replace the table between the demo's marks; for the questions, draw the curves too."""
     runs = [load_run(path) for path in paths]
     text = PAGE.read_text(encoding="utf-8")
     before, mark, rest = text.partition(f"<!-- demo:{demo} -->\n")

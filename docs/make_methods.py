@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pages import put
 
-from rolora.cli.printing import turns, yes_or_no
+from rolora.cli.tables import roles_cell, yes_or_no
 from rolora.files import write_file
 from rolora.methods import get_method
 from rolora.plan.method_table import MethodRow, describe_methods, travels
@@ -31,12 +31,12 @@ def line(row: MethodRow) -> str:
     sends = row.up != ("nothing", "nothing")
     cells = [
         f"[`{row.name}`](#{row.name})",
-        turns(row.trains),
-        turns(row.up),
-        turns(row.down),
+        roles_cell(row.trains),
+        roles_cell(row.up),
+        roles_cell(row.down),
         f"{(first.bytes_up + second.bytes_up) // 2:,}",
         f"{(second.bytes_down + third.bytes_down) // 2:,}",
-        turns((row.keeps, row.keeps)),
+        roles_cell((row.keeps, row.keeps)),
         yes_or_no(row.exact),
         yes_or_no(row.ranks if sends else None),
         yes_or_no(row.secure if sends else None),
@@ -46,7 +46,7 @@ def line(row: MethodRow) -> str:
 
 
 def page(text: str) -> str:
-    """The page with its table written anew."""
+    """The page with its table rewritten."""
     return put(text, "methods", table())
 
 

@@ -16,6 +16,16 @@ from benchmarks.tables import blocks  # noqa: E402
 from rolora.files import write_file  # noqa: E402
 
 PAGE = Path(__file__).with_name("performance.md")
+VERSIONS = re.compile(r"; (Python .*\.)$")
+
+
+def shared_versions(tables: dict[str, str]) -> dict[str, str]:
+    """The tables, with the versions in a block of their own if all records have the same."""
+    found = {match[1] if (match := VERSIONS.search(table)) else "" for table in tables.values()}
+    if len(found) != 1 or "" in found:
+        return {**tables, "versions": "Versions are under each table."}
+    short = {name: VERSIONS.sub(".", table) for name, table in tables.items()}
+    return {**short, "versions": f"All tables: {found.pop()}"}
 
 
 def page(text: str, tables: dict[str, str]) -> str:
@@ -30,5 +40,5 @@ def page(text: str, tables: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    tables = blocks(ROOT / "benchmarks" / "records")
+    tables = shared_versions(blocks(ROOT / "benchmarks" / "records"))
     write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), tables))

@@ -13,7 +13,7 @@ BLOCK = re.compile(r"<!-- printed -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def printed(text: str) -> str:
-    """What the first command on the page prints."""
+    """The output of the first command on the page."""
     command = re.findall(r"^rolora .*$", text, re.MULTILINE)[0]
     words = [sys.executable, "-m", *shlex.split(command)]
     done = subprocess.run(words, cwd=PAGE.parent.parent, capture_output=True, text=True, check=True)
@@ -21,7 +21,7 @@ def printed(text: str) -> str:
 
 
 def page() -> str:
-    """The page with what its command prints now."""
+    """The page with its command's current output."""
     text = PAGE.read_text()
     block = f"<!-- printed -->\n\n```\n{printed(text)}\n```\n\n<!-- end -->"
     return BLOCK.sub(lambda _: block, text)

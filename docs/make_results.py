@@ -1,10 +1,10 @@
-"""Writes the tables of docs/results.md and its pictures from the records of the studies.
+"""Writes the tables and pictures of docs/results.md from the records of the studies.
 
-    python experiments/run_studies.py     # hours; what is on disk is not run again
+    python experiments/run_studies.py     # hours; runs on disk are not repeated
     python docs/make_results.py
 
-Every number on the page between two marks comes from experiments/records; what a paper says comes
-from the ``.published.json`` beside the experiment.
+Every number between two marks on the page comes from experiments/records; published numbers come
+from the ``.published.json`` next to the experiment's configuration.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ HERE = Path(__file__).parent
 PAGE = HERE / "results.md"
 EXPERIMENTS = HERE.parent / "experiments"
 AXES = {"rounds": "equal rounds", "megabytes": "equal bytes up"}
-LATE = 4  # evaluations, as many after each of RoLoRA's phases
-CHANCE = 0.20  # below this a network that tells ten digits apart has learned next to nothing
-BROKEN = 0.10  # a method that is so far behind the other, or diverged, is set in bold in a map
+LATE = 4  # evaluations, two after each of RoLoRA's phases
+CHANCE = 0.20  # accuracy below which a classifier of ten digits has learned next to nothing
+BROKEN = 0.10  # a method this far behind the other is set in bold, like one that diverged
 
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
@@ -38,13 +38,13 @@ Table = tuple[tuple[str, ...], Callable[[Records], list[str]]]
 
 
 def read_records() -> dict[str, Record]:
-    """All records by the name of their study."""
+    """All records, by study."""
     found = sorted((EXPERIMENTS / "records").glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
 
 
 def percent(value: float, sd: float | None = None) -> str:
-    """'86.9 ± 0.4' of fractions."""
+    """'86.9 ± 0.4', from fractions."""
     return f"{100 * value:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
 
 
@@ -58,15 +58,16 @@ def signed(found: Mapping[str, Any] | None) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, the first column to the left."""
+    """A Markdown table; all but the first column are right-aligned."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def compared(record: Record) -> list[str]:
-    """Each method of a study with one cell: its rate, its result, how far from the first method.
+    """A study with one cell: each method's rate, result and difference from the first method.
 
-    The differences are of pairs: at equal bytes both have sent what the thriftier of the two sends.
+    Each difference is between two methods: at equal bytes, both have sent what the one that sends
+    less has sent.
     """
     (cell,) = record["cells"]
     first = cell["reference"]
@@ -96,28 +97,29 @@ def lately(runs: Iterable[Sequence[Sequence[float]]]) -> str:
 
 def tried(record: Record) -> list[str]:
     """What each method made of each rate, on the validation rows of the tuning seed."""
-    validated = "The rates that were tried, by accuracy on validation rows of the tuning seed:"
+    validated = "Rates tried, with accuracy on validation rows of the tuning seed:"
     methods = record["cells"][0]["tuning"]["methods"]
     head = ["`train.lr`", *(trial["values"]["train.lr"] for trial in methods[0]["trials"])]
     rows = [
-        [f"`{one['method']}`", *(said(trial["mean"]) for trial in one["trials"])] for one in methods
+        [f"`{one['method']}`", *(percent_or_diverged(trial["mean"]) for trial in one["trials"])]
+        for one in methods
     ]
     return [validated, "", *table(head, rows)]
 
 
-def said(mean: float | None) -> str:
-    """An accuracy, if there is one."""
+def percent_or_diverged(mean: float | None) -> str:
+    """An accuracy, or that it diverged."""
     return "diverged" if mean is None else percent(mean)
 
 
 def label(method: str) -> str:
-    """A method as it was asked for: 'rolora (orthogonal_a=True)' is 'rolora+orthogonal_a=true'."""
+    """A method as it is given to compare: 'rolora (first=A)' -> 'rolora+first=a'."""
     name, _, options = method.partition(" (")
     return "+".join([name, *options.removesuffix(")").lower().split(", ")]) if options else name
 
 
 def at_equal(cell: Record, method: str, axis: str) -> Mapping[str, Any] | None:
-    """The difference of this method from the first at an equal budget of both."""
+    """This method's difference from the first at an equal budget."""
     for budget in cell["pairs"].get(method, ()):
         for place in budget["places"]:
             if budget["equal"] == axis and place["method"] == method:
@@ -127,7 +129,7 @@ def at_equal(cell: Record, method: str, axis: str) -> Mapping[str, Any] | None:
 
 
 def chosen(record: Record) -> dict[str, str]:
-    """Method -> the rate that was chosen for it; one at the end of its grid has a mark."""
+    """The rate chosen for each method; '*' marks one at the end of its grid."""
     tuning = record["cells"][0].get("tuning")
     if tuning is None:
         return {m: own[0].partition("=")[2] for m, own in record["alone"].items() if own}
@@ -136,27 +138,27 @@ def chosen(record: Record) -> dict[str, str]:
 
 
 def setting(record: Record) -> str:
-    """What a table was run with, in a line."""
+    """The setting of a table, in a line."""
     seeds = ", ".join(map(str, record["seeds"]))
     tuning = record["cells"][0].get("tuning")
     text = f"`experiments/{record['config']}`, seeds {seeds}"
     if tuning:
         grid = ", ".join(t["values"]["train.lr"] for t in tuning["methods"][0]["trials"])
         over = ", ".join(map(str, tuning["seeds"]))
-        text += f"; rates from {grid}, chosen by validation rows on seed {over}"
+        text += f"; rates from {grid}, chosen on validation rows of seed {over}"
     if record["rates_of"]:
         text += f"; rates as chosen in `{record['rates_of']}`"
     return f"{text}; {record['core_hours']:.1f} core-hours ({record['cells'][0]['made']['cpu']})."
 
 
 def published(record: Record) -> dict[str, str]:
-    """Method -> what the paper says, if there is anything beside the experiment."""
+    """The published result of each method, if the experiment has any."""
     found = read_published(EXPERIMENTS / record["config"])
     return {} if found is None else {m: f"{value:.1f}" for m, value in found.results.items()}
 
 
 def by_value(key: str, cells: Mapping[str, Record], record: Record) -> list[str]:
-    """One line for each value of ``key``, one column a method of ``record``."""
+    """A line for each value of ``key``, a column for each method of ``record``."""
     first, *others = record["methods"]
     rows = []
     for value, cell in sorted(cells.items(), key=lambda one: float(one[0])):
@@ -170,7 +172,7 @@ def by_value(key: str, cells: Mapping[str, Record], record: Record) -> list[str]
 
 
 def broken_map(record: Record) -> list[str]:
-    """Rate against another key: the first method's accuracy / the second's, bold where it broke."""
+    """Rate against another key: both methods' accuracies, bold where one broke down."""
     rate, other = record["cells"][0]["cell"]
     lines: dict[str, dict[str, str]] = {}
     for cell in record["cells"]:
@@ -183,7 +185,7 @@ def broken_map(record: Record) -> list[str]:
 
 
 def two(results: Mapping[str, float], method: str) -> str:
-    """One method's accuracy in a map."""
+    """A method's accuracy in a map."""
     if method not in results:
         return "**diverged**"
     behind = max(results.values()) - results[method] > BROKEN or results[method] < CHANCE
@@ -191,7 +193,7 @@ def two(results: Mapping[str, float], method: str) -> str:
 
 
 def lost(records: Sequence[tuple[str, Record]]) -> list[str]:
-    """The relative aggregation error of FedAvg of LoRA: first ten rounds, and last ten."""
+    """The relative aggregation error of FedIT in the first and the last ten rounds."""
     rows = []
     for said, cell in records:
         error = cell["errors"]["fedit"]
@@ -200,7 +202,7 @@ def lost(records: Sequence[tuple[str, Record]]) -> list[str]:
 
 
 def aggregation(records: Records) -> list[str]:
-    """Clients, then local steps."""
+    """The aggregation error by number of clients, then by local steps."""
     by_clients = [
         (f"{cell['cell']['partition.clients']} clients, 3 local steps", cell)
         for cell in records["error-clients"]["cells"]
@@ -215,14 +217,14 @@ def aggregation(records: Records) -> list[str]:
 
 
 def clients(records: Records) -> list[str]:
-    """Accuracy against the number of clients, as many samples in all."""
+    """Accuracy by number of clients, with the same number of samples in all."""
     cells = {str(n): records[f"snippets-{n}"]["cells"][0] for n in (3, 20, 50)}
     usual = records["snippets-20"]
     return [*by_value("partition.clients", cells, usual), "", *tried(usual)]
 
 
 def changed(study: str, key: str, usual: str) -> Table:
-    """The table of one thing changed, with trec-top at its usual value."""
+    """The table of a study that changes one key; trec-top has its usual value."""
 
     def lines(records: Records) -> list[str]:
         cells = {usual: records["trec-top"]["cells"][0], **cells_of(records[study], key)}
@@ -232,18 +234,18 @@ def changed(study: str, key: str, usual: str) -> Table:
 
 
 def cells_of(record: Record, key: str) -> dict[str, Record]:
-    """A study's cells by the value of the one key in which they differ."""
+    """A study's cells by the value of the key in which they differ."""
     return {str(cell["cell"][key]): cell for cell in record["cells"]}
 
 
 def fifty(records: Records) -> list[str]:
-    """50 clients, both methods at the rate that a search at 50 chose for them."""
+    """50 clients, each method at the rate that tuning with 50 clients chose."""
     record = records["snippets-50-rate"]
     return by_value("train.lr", cells_of(record, "train.lr"), record)
 
 
 def spent(records: Records) -> list[str]:
-    """How long all of it took, and how exact the exact methods were."""
+    """How long everything took, and the largest aggregation error of the exact methods."""
     hours = sum(record["core_hours"] for record in records.values())
     errors = [
         max(rounds, default=0.0)
@@ -253,12 +255,12 @@ def spent(records: Records) -> list[str]:
         if method != "fedit"
     ]
     return [
-        f"The {len(records)} studies so far took {hours:.1f} core-hours of training. The largest "
+        f"The {len(records)} studies took {hours:.1f} core-hours of training. The largest "
         f"aggregation error of RoLoRA and FFA-LoRA in any round was {max(errors):.1e}."
     ]
 
 
-# table -> the studies that it needs, and how it is made of them
+# table -> the studies that it needs, and how it is made from them
 TABLES: Mapping[str, Table] = {
     "spent": ((), spent),
     "mnist": (("mnist",), lambda records: compared(records["mnist"])),
@@ -278,7 +280,7 @@ TABLES: Mapping[str, Table] = {
 
 
 def draw(record: Record) -> Figure:
-    """Accuracy over rounds, and over megabytes sent up: mean over seeds, and their range."""
+    """Accuracy against rounds and megabytes sent: means over seeds, bands from least to most."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.4), layout="constrained")
         names = ("round", "MB sent up by all clients")
@@ -292,7 +294,7 @@ def draw(record: Record) -> Figure:
 
 
 def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) -> None:
-    """One line a method."""
+    """A line for each method."""
     for style, (method, seeds) in enumerate(methods.items()):
         runs = list(seeds.values())
         x = [point[column] for point in runs[0]]
@@ -304,7 +306,7 @@ def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) ->
 
 
 def page(text: str, records: Records) -> str:
-    """The page with every table between its marks written anew."""
+    """The page with every table between its marks replaced."""
     for name, (needed, lines) in TABLES.items():
         missing = [study for study in needed if study not in records]
         shown = [f"*Not run yet: {', '.join(missing)}.*"] if missing else lines(records)

@@ -21,7 +21,7 @@ CLIENTS, COHORT, LEAVES = 1_000_000, 1_000, 10
 
 
 def measured(record: dict[str, Any]) -> list[str]:
-    """What one update and one round cost the server."""
+    """Server time per update and per round."""
     lines = [
         "| adapter | method | MB up = down, a client | ms an update | ms a round "
         "| checkpoint, ms |",
@@ -29,9 +29,9 @@ def measured(record: dict[str, Any]) -> list[str]:
     ]
     for shape, adapter in record["adapters"].items():
         for method, cost in adapter["methods"].items():
-            if method == "fedit":  # its error costs more than in proportion to the cohort
-                each = f"{cost['round_seconds'] * 1e3 / cost['cohort']:.2f}, of {cost['cohort']}"
-                whole = "in it"
+            if method == "fedit":  # the error's cost is not linear in the cohort
+                each = f"{cost['round_seconds'] * 1e3 / cost['cohort']:.2f} (of {cost['cohort']})"
+                whole = "included"
             else:
                 each = f"{cost['seconds_per_update'] * 1e3:.2f}"
                 whole = f"{cost['seconds_per_round'] * 1e3:.0f}"
@@ -46,8 +46,8 @@ def summing(record: dict[str, Any]) -> list[str]:
     """How fast updates go into a running sum."""
     reading = record["machine"]["read_bytes_per_second"]
     lines = [
-        f"| adapter | float32 sum, GB/s | of memory's {reading / 1e9:.1f} | float64 sum, GB/s "
-        "| of memory's |",
+        f"| adapter | float32 sum, GB/s | share of memory read, {reading / 1e9:.1f} GB/s "
+        "| float64 sum, GB/s | share |",
         "|---|---|---|---|---|",
     ]
     for shape, speed in record["summing"].items():
@@ -60,7 +60,7 @@ def summing(record: dict[str, Any]) -> list[str]:
 
 
 def waiting(record: dict[str, Any]) -> list[str]:
-    """A round of ten clients while others wait."""
+    """A round of ten clients out of more and more."""
     lines = [
         "| clients in all | server ms a round of 10 | of it drawing the cohort | manifest after "
         "20 rounds, bytes | bytes for each client that took part |",
@@ -77,7 +77,7 @@ def waiting(record: dict[str, Any]) -> list[str]:
 
 
 def paper(record: dict[str, Any]) -> list[str]:
-    """A round of the million: computed from the constants."""
+    """A round with a million clients, computed from the constants."""
     lines = [
         f"| adapter | method | GB up = down, a round | one server, s | {LEAVES} leaves, s each "
         "| MB from a leaf to the root |",
@@ -103,7 +103,7 @@ TABLES = {"measured": measured, "summing": summing, "waiting": waiting, "paper":
 
 
 def page(text: str, record: dict[str, Any]) -> str:
-    """The page with every table between its marks written anew."""
+    """The page with every table between its marks rewritten."""
     for name, table in TABLES.items():
         text = put(text, f"scale:{name}", table(record))
     return text

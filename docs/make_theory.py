@@ -22,13 +22,13 @@ FEW = Setting(samples=20)
 
 
 def markdown(cells: Cells) -> str:
-    """A table whose first row is its head; columns of numbers, so to the right."""
+    """A right-aligned table; the first row is its head."""
     head, *lines = (f"| {' | '.join(line)} |" for line in cells)
     return "\n".join([head, f"|{'---:|' * len(cells[0])}", *lines])
 
 
 def over_seeds() -> str:
-    """How the claims fare on seeds 0 to 19 of the default setting."""
+    """The claims over seeds 0 to 19 of the default setting."""
     outcomes = [simulate(draw_problem(Setting(seed=seed))) for seed in range(SEEDS)]
     until = [outcome.rounds_until(GOAL) or 0 for outcome in outcomes]
     assert all(until)
@@ -39,7 +39,7 @@ def over_seeds() -> str:
     ffa = [outcome.rounds[-1].loss_ffa for outcome in outcomes]
     return (
         f"Over seeds 0 to {SEEDS - 1}: sin θ is below {GOAL:g} after {min(until)} to {max(until)} "
-        f"rounds; the slowest round of all left {max(slowest):.3f} of sin θ, the theorem allows "
+        f"rounds; the slowest round multiplied sin θ by {max(slowest):.3f}, the theorem allows "
         f"{outcomes[0].factor:.3f}; FFA-LoRA's loss is {statistics.fmean(ffa):.3f} ± "
         f"{statistics.stdev(ffa):.3f}."
     )

@@ -1,4 +1,4 @@
-"""What the scripts that write a page share: tables between marks, and small pictures."""
+"""Shared by the page scripts: tables between marks, and small pictures."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Runs the studies that docs/results.md is made of, and writes a record of each.
+"""Runs the studies behind docs/results.md and writes a record of each.
 
     python experiments/run_studies.py               # all of studies.toml, one after another
     python experiments/run_studies.py trec rank     # these
     python docs/make_results.py                     # the page, from the records
 
-A study is one comparison (``rolora compare``) for each combination of its ``cells``. Whatever is on
-disk in ``runs/studies`` is not run again, so a study goes on where it was stopped. Each process
-uses as many threads as OMP_NUM_THREADS says; the records were made with one.
+A study is one comparison (``rolora compare``) for each combination of its ``cells``. Runs that are
+already in ``runs/studies`` are not repeated, so a stopped study continues. A process uses
+OMP_NUM_THREADS threads; the records were made with one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import rolora
 from rolora.comparison.folder import ComparisonFolder
 from rolora.errors import AllDiverged
 from rolora.files import write_file
-from rolora.results.export import outcome
-from rolora.results.runs import Run, by_method, load_run, primary_metric, sound
+from rolora.results.export import export_results
+from rolora.results.runs import RunRecord, by_method, load_run, not_diverged, primary_metric
 from rolora.training.local import NonFiniteLoss
 
 HERE = Path(__file__).parent
@@ -42,8 +42,8 @@ FOLDER = Path("runs") / "studies"
 class Study:
     """One or several comparisons of the same methods.
 
-    ``cells`` maps keys to values, each combination of which is a comparison; ``rates_of`` names the
-    study whose tuned values are used, where this one does not ``tune``.
+    ``cells`` maps keys to values; each combination is a comparison. ``rates_of`` names the study
+    whose tuned values are used if this one does not ``tune``.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Study:
     rates_of: str | None = None
 
     def each(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the cells' values; a single empty one if there are none."""
+        """Every combination of the values; one empty combination if there are no cells."""
         for values in itertools.product(*self.cells.values()):
             yield dict(zip(self.cells, values, strict=True))
 
@@ -69,16 +69,16 @@ def studies() -> dict[str, Study]:
 
 
 def tuned(name: str) -> dict[str, list[str]]:
-    """Method -> the values that another study chose, as overrides."""
+    """The values that another study chose for each method, as overrides."""
     record = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
     methods = record["cells"][0]["tuning"]["methods"]
     return {m["method"]: [f"{k}={v}" for k, v in m["best"].items()] for m in methods}
 
 
 def run(study: Study, console: Console) -> None:
-    """Run what is not on disk yet, then write the record."""
+    """Run what is missing on disk, then write the record."""
     only = {} if study.rates_of is None else tuned(study.rates_of)
-    cells = [compared(study, cell, only, console) for cell in study.each()]
+    cells = [run_cell(study, cell, only, console) for cell in study.each()]
     record = {
         "study": study.name,
         "config": study.config,
@@ -101,54 +101,54 @@ def text_of(record: Mapping[str, Any]) -> str:
     return "\n".join([*rest[:-1], ' "cells": [', cells, " ]", last]) + "\n"
 
 
-def compared(
+def run_cell(
     study: Study, cell: Mapping[str, Any], only: Mapping[str, Sequence[str]], console: Console
 ) -> dict[str, Any]:
-    """One comparison, run to its end; what it came to."""
+    """Run one comparison to its end and return its part of the record."""
     overrides = [*study.overrides, *(f"{key}={value}" for key, value in cell.items())]
     out = FOLDER / study.name / ("-".join(map(str, cell.values())) or "whole")
     config = rolora.load_config(HERE / study.config, overrides)
     own = {method: only.get(method, ()) for method in study.methods}
     tuning = (study.tune, study.tune_seeds)
-    with contextlib.suppress(AllDiverged):  # there is no page about none, but a line in the map
+    with contextlib.suppress(AllDiverged):  # there is no page then, but a line in the map
         for one in rolora.compare(config, study.methods, study.seeds, out, own, *tuning):
-            console.print(f"{one.folder.path}: {followed(one, study.name, console)}")
-    return found(out, study, cell)
+            console.print(f"{one.folder.path}: {train(one, study.name, console)}")
+    return read_cell(out, study, cell)
 
 
-def followed(one: Any, name: str, console: Console) -> str:
-    """Run it to its end; what it came to, in a line."""
+def train(one: Any, name: str, console: Console) -> str:
+    """Train one run to its end and return a line about its result."""
     started = time.monotonic()
     try:
         for result in one.rounds():
             console.print(f"{name}: {one.folder.path}: round {result.round}", end="\r")
-        said = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+        text = ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
     except NonFiniteLoss as error:
-        said = f"diverged: {error}"
-    return f"{said}   {time.monotonic() - started:.0f} s"
+        text = f"diverged: {error}"
+    return f"{text}   {time.monotonic() - started:.0f} s"
 
 
-def found(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
-    """What a comparison's folder says, with every curve."""
+def read_cell(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The results in a comparison's folder, with all curves."""
     finals = [load_run(out / f"{m}-seed{s}") for s in study.seeds for m in study.methods]
     every = finals + [load_run(path.parent) for path in out.glob("tuning/*/config.toml")]
     seconds = sum(line["seconds"] for one in every for line in one.rounds)
     made = {key: finals[0].provenance[key] for key in ("versions", "cpu", "threads", "git_commit")}
     record = {"cell": dict(cell), "core_seconds": round(seconds * made["threads"]), "made": made}
-    runs = sound(finals) if any(one.diverged is None for one in finals) else []
+    runs = not_diverged(finals) if any(one.diverged is None for one in finals) else []
     if not runs:
         return {**record, "diverged": {one.path.name: one.diverged for one in finals}}
     first, *others = by_method(runs)
     pairs = {
-        other: outcome([*by_method(runs)[first], *by_method(runs)[other]])["budgets"]
+        other: export_results([*by_method(runs)[first], *by_method(runs)[other]])["budgets"]
         for other in others
     }
-    whole = outcome(finals, ComparisonFolder(out).tuning())
-    del whole["budgets"]  # of all methods together; those of pairs allow more
+    whole = export_results(finals, ComparisonFolder(out).tuning())
+    del whole["budgets"]  # all methods share these; pairs of methods have larger ones
     return {**record, **whole, "pairs": pairs, "curves": curves(runs), "errors": errors(runs)}
 
 
-def curves(runs: Sequence[Run]) -> dict[str, dict[int, list[list[float]]]]:
+def curves(runs: Sequence[RunRecord]) -> dict[str, dict[int, list[list[float]]]]:
     """Method -> seed -> [round, megabytes up, metric] of every evaluated round."""
     metric = primary_metric(runs)
     return {
@@ -160,7 +160,7 @@ def curves(runs: Sequence[Run]) -> dict[str, dict[int, list[list[float]]]]:
     }
 
 
-def errors(runs: Sequence[Run]) -> dict[str, list[float]]:
+def errors(runs: Sequence[RunRecord]) -> dict[str, list[float]]:
     """Method -> mean over seeds of the relative aggregation error, round by round."""
     lines = {
         method: [[line["aggregation_error"] for line in one.rounds] for one in own]
@@ -173,10 +173,10 @@ def errors(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def main(names: Sequence[str]) -> None:
-    """Run the studies of these names, or all."""
+    """Run the named studies, or all."""
     known = studies()
     if unknown := [name for name in names if name not in known]:
-        sys.exit(f"no study is called {unknown[0]!r}; there are {', '.join(known)}")
+        sys.exit(f"unknown study {unknown[0]!r}; known: {', '.join(known)}")
     console = Console(stderr=True)
     for name in names or known:
         run(known[name], console)

@@ -1,4 +1,4 @@
-"""Runs across sites without a network: a carrier of function calls, and three tiny sites."""
+"""Runs across sites without a network: a transport of function calls, and three tiny sites."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tiny_site import write_rows
 
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
-from rolora.flower.membership import Lost
-from rolora.flower.message import Parcel
+from rolora.flower.membership import NoReply
+from rolora.flower.message import SiteMessage
 from rolora.run import runs
 from rolora.run.runs import Run
 from rolora.sites.coordinator import prepare_remote
@@ -21,29 +21,31 @@ from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
 
 NAMES = ("ann", "bob", "cy")
-Spoil = Callable[[str, Parcel, Parcel], Parcel | Lost]  # site, question, its answer
+Spoil = Callable[
+    [str, SiteMessage, SiteMessage], SiteMessage | NoReply
+]  # site, question, its answer
 
 
-def honest(site: str, question: Parcel, reply: Parcel) -> Parcel | Lost:
+def honest(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
     return reply
 
 
 @dataclass
 class Calls:
-    """A carrier of function calls. ``away`` sites are not there; what passed is kept."""
+    """A transport of function calls. ``away`` sites are not there; what passed is kept."""
 
     sites: dict[int, Site]
     spoil: Spoil = honest
     away: set[str] = field(default_factory=set)
-    passed: list[tuple[str, Parcel, Parcel | Lost]] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    passed: list[tuple[str, SiteMessage, SiteMessage | NoReply]] = field(default_factory=list)
+    notified: list[str] = field(default_factory=list)
 
     def nodes(self) -> Sequence[int]:
         return [node for node, site in self.sites.items() if site.config.name not in self.away]
 
     def ask(
-        self, questions: Mapping[int, Parcel], seconds: float
-    ) -> Iterator[tuple[int, Parcel | Lost]]:
+        self, questions: Mapping[int, SiteMessage], seconds: float
+    ) -> Iterator[tuple[int, SiteMessage | NoReply]]:
         for node, question in reversed(list(questions.items())):
             name = self.sites[node].config.name
             reply = self.spoil(name, question, self.sites[node].answer(question))
@@ -86,7 +88,7 @@ def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
     return Calls(sites, spoil)
 
 
-def remote(config: RunConfig, out: Path, carrier: Calls) -> Run:
+def remote(config: RunConfig, out: Path, transport: Calls) -> Run:
     return runs.start(
-        config, out, partial(prepare_remote, carrier=carrier, tell=carrier.told.append)
+        config, out, partial(prepare_remote, transport=transport, notify=transport.notified.append)
     )

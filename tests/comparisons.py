@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rolora.comparison.grid import Comparison, plan
-from rolora.comparison.queue import make_search, turns
+from rolora.comparison.queue import queued_runs
 from rolora.config.load import load_config
-from rolora.results.export import outcome
+from rolora.results.export import export_results
 from rolora.results.runs import load_run
 
 METHODS = ("rolora", "fedit")
@@ -28,13 +28,12 @@ def planned(
     tune_seeds: Sequence[int] = (100,),
 ) -> Comparison:
     config = load_config(site, [*SMALL, *overrides])
-    search = make_search(config, tune, methods, tune_seeds, 1)
-    return plan(config, dict.fromkeys(methods, ()), seeds, search)
+    return plan(config, dict.fromkeys(methods, ()), seeds, tune, tune_seeds, tune_rounds=1)
 
 
 def finish(comparison: Comparison, path: Path) -> Path:
-    for turn in turns(comparison, path):
-        list(turn.run.rounds())
+    for queued in queued_runs(comparison, path):
+        list(queued.run.rounds())
     return path
 
 
@@ -49,7 +48,7 @@ def everything(path: Path) -> dict[str, object]:
     for run in sorted([*path.glob("*-seed*"), *path.glob("tuning/*-seed*")]):
         adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
         found[run.name] = (lines(run), hashlib.sha256(adapter).hexdigest())
-    table = outcome([load_run(run) for run in sorted(path.glob("*-seed*"))])
+    table = export_results([load_run(run) for run in sorted(path.glob("*-seed*"))])
     for row in table["methods"]:
         del row["seconds"]
     return {**found, "table": table}

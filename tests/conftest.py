@@ -24,7 +24,7 @@ WIDE = {
     "test_method_runs",
     "test_plan",
     "test_report",
-    "test_report_verdicts",
+    "test_report_conclusions",
     "test_runs",
     "test_scale",
     "test_server_optimizers",

@@ -22,7 +22,7 @@ from tiny_site import write_rows
 
 from rolora.config.load import load_config
 from rolora.run import runs
-from rolora.sites.local_trial import rehearse
+from rolora.sites.local_trial import make_trial
 
 NAMES = ("ann", "bob", "cy")
 ROLORA = ("-m", "rolora")
@@ -82,7 +82,7 @@ def make_place(folder: Path) -> Path:
 
 @dataclass
 class Command:
-    """A ``rolora`` command that runs; what it says is in ``log``."""
+    """A ``rolora`` command that runs; its output is in ``log``."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -102,7 +102,7 @@ class Command:
             )
         return cls(process, log)
 
-    def said(self) -> str:
+    def output(self) -> str:
         """All output so far."""
         return self.log.read_text()
 
@@ -122,13 +122,20 @@ class Loopback:
     """A federation's folder, served, and the sites that were started by hand."""
 
     folder: Path
-    served: Command
+    served: Command | None = None
     sites: dict[str, Command] = field(default_factory=dict)
 
     @property
     def place(self) -> Path:
         """Where runs go."""
         return self.folder.parent
+
+    def serve(self) -> None:
+        """Start ``rolora federation serve``, as systemd would, and wait until it serves."""
+        log = self.folder / "serve.log"
+        log.write_text("")
+        self.served = command = Command.start(log, "federation", "serve", "--folder", self.folder)
+        until(lambda: "start runs on it" in command.output(), 180, "the SuperLink")
 
     def join(self, *names: str, program: Sequence[str] = (*ROLORA, "site")) -> None:
         """Start these sites' processes, unless they run, and wait until they are connected."""
@@ -140,7 +147,7 @@ class Loopback:
                 file = self.folder / "sites" / name / "site.toml"
                 self.sites[name] = Command.start(log, "--config", file, program=program)
         commands = [self.sites[name] for name in names]
-        until(lambda: all("connected" in c.said() for c in commands), 60, f"{names} to connect")
+        until(lambda: all("connected" in c.output() for c in commands), 180, f"{names} to connect")
 
     def leave(self, *names: str, number: int = signal.SIGTERM) -> None:
         """End these sites' processes."""
@@ -160,15 +167,31 @@ class Loopback:
 
     def reached(self, out: str, round: int) -> None:
         """Wait until this round is committed."""
-        until(lambda: any(r["round"] == round for r in rounds(self.place / out)), what=f"{round=}")
+        until(lambda: self.at(out, round), what=f"{round=}")
+
+    def at(self, out: str, round: int) -> bool:
+        """Whether this round is committed."""
+        return any(line["round"] == round for line in rounds(self.place / out))
 
     def kill_superlink(self) -> None:
-        """Kill the SuperLink's process and wait until there is another."""
+        """Kill the SuperLink's process; ``rolora federation serve`` ends and names it."""
         (killed,) = processes(str(self.folder / "state.db"))
         os.kill(killed, signal.SIGKILL)
-        until(
-            lambda: set(processes(str(self.folder / "state.db"))) - {killed}, what="a new SuperLink"
-        )
+        assert self.served is not None
+        assert self.served.ended(60) == 1, self.served.output()
+        assert "the SuperLink ended with status -9" in self.served.output().splitlines()[-1]
+
+    def serve_again(self, run: Command, out: str, round: int) -> Command:
+        """Serve after ``kill_superlink``, and wait for this round; the run that goes on.
+
+        Flower ends a run whose SuperLink was away for a minute: it is resumed.
+        """
+        self.serve()
+        until(lambda: self.at(out, round) or run.process.poll() is not None, what=f"{round=}")
+        if run.process.poll() in (None, 0):
+            return run
+        assert "continue with: rolora resume" in run.output().splitlines()[-1]
+        return self.run(out, resume=True)
 
     def coordinator(self, out: str) -> int:
         """The process of a run's app."""
@@ -177,17 +200,17 @@ class Loopback:
     def close(self) -> None:
         """End everything."""
         self.leave(*list(self.sites))
-        self.served.end()
+        if self.served is not None:
+            self.served.end()
 
 
 @contextlib.contextmanager
 def federation(folder: Path, config: Path, *overrides: str) -> Iterator[Loopback]:
     """``rolora federation serve`` on a new folder with this configuration's rows dealt out."""
-    rehearse(folder, str(config), overrides, len(NAMES), free_port())
-    command = Command.start(folder / "serve.log", "federation", "serve", "--folder", folder)
-    opened = Loopback(folder, command)
+    make_trial(folder, str(config), overrides, len(NAMES), free_port())
+    opened = Loopback(folder)
     try:
-        until(lambda: "runs go to it" in command.said(), 60, "the SuperLink")
+        opened.serve()
         yield opened
     finally:
         opened.close()

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from rolora.flower.message import Parcel
+from rolora.flower.message import SiteMessage
 from rolora.sites.node import serve
 from rolora.sites.site import Site
 from rolora.sites.site_config import read_site
 
-Lie = Callable[[Parcel], Parcel]
-before: dict[str, Parcel] = {}  # the last honest answer
+Lie = Callable[[SiteMessage], SiteMessage]
+before: dict[str, SiteMessage] = {}  # the last honest answer
 
 
 def head(**changed: Any) -> Lie:
@@ -30,7 +30,7 @@ def head(**changed: Any) -> Lie:
 def values(spoil: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
     """Other values under the right names: the payload's float32 numbers, changed."""
 
-    def lie(reply: Parcel) -> Parcel:
+    def lie(reply: SiteMessage) -> SiteMessage:
         ((title, packed),) = load(reply.body).items()
         spoilt = spoil(packed.view(torch.float32).clone()).contiguous()
         return replace(reply, body=save({title: spoilt.view(-1).view(torch.uint8)}))
@@ -41,7 +41,7 @@ def values(spoil: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
 def title(text: str) -> Lie:
     """The right number of bytes under another title, which says names, shapes and format."""
 
-    def lie(reply: Parcel) -> Parcel:
+    def lie(reply: SiteMessage) -> SiteMessage:
         ((_, packed),) = load(reply.body).items()
         return replace(reply, body=save({text: packed}))
 
@@ -67,12 +67,12 @@ LIES: dict[str, tuple[str, Lie]] = {
         values(lambda numbers: numbers.to(torch.bfloat16).view(torch.uint8).clone()),
     ),
     "more rows": ("num_examples is 900", head(num_examples=900)),
-    "a negative number of rows": ("expected a whole number", head(num_examples=-5)),
-    "stale": ("it is of round", lambda reply: before["reply"]),
+    "a negative number of rows": ("expected an integer", head(num_examples=-5)),
+    "stale": ("it is for round", lambda reply: before["reply"]),
     "another name": ("calls itself", head(site="ann")),
     "another protocol": ("protocol 99", head(protocol=99)),
-    "says that it failed": ("out of luck", lambda reply: Parcel({"error": "out of luck"})),
-    "says that it lacks tensors, twice": ("could not put the adapter together", head(lacks=True)),
+    "says that it failed": ("out of luck", lambda reply: SiteMessage({"error": "out of luck"})),
+    "says that it lacks tensors, twice": ("could not assemble the adapter", head(lacks=True)),
 }
 
 
@@ -81,11 +81,11 @@ def main() -> None:
     settings = read_site(sys.argv[sys.argv.index("--config") + 1])
     site = Site(settings)
 
-    def answer(question: Parcel) -> Parcel:
+    def answer(question: SiteMessage) -> SiteMessage:
         reply = site.answer(question)
         if question.head.get("ask") != "train":
             return reply
-        lies, round = list(LIES.values()), question.whole("round")
+        lies, round = list(LIES.values()), question.integer("round")
         told = lies[round - 1][1](reply) if round <= len(lies) else reply
         before["reply"] = reply
         return told

@@ -15,7 +15,7 @@ from rich.console import Console
 from rolora.algorithm.adapter import Roles
 from rolora.algorithm.method import Method
 from rolora.cli import main as cli
-from rolora.cli import printing
+from rolora.cli import tables
 from rolora.methods import METHODS, get_method, method_names
 from rolora.plan import method_table
 from rolora.plan.method_table import MethodRow, describe_methods, travels
@@ -91,9 +91,9 @@ def test_a_client_that_comes_for_the_first_time_is_sent_all_that_there_is() -> N
 
 def printed(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
     console = Console(width=width, highlight=False, soft_wrap=True, no_color=True)
-    monkeypatch.setattr(printing, "out_console", console)
+    monkeypatch.setattr(tables, "out_console", console)
     with console.capture() as captured:
-        printing.print_methods(describe_methods())
+        tables.print_methods(describe_methods())
     return captured.get().splitlines()
 
 

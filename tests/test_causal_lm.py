@@ -393,9 +393,9 @@ def test_the_likeliest_choice_is_picked_by_sum_and_by_mean_per_token(base: Base)
     ("options", "right", "message"),
     [
         ([["a", "b"]], [2], "row 1: answer 2 is not one of the 2 choices"),
-        ([["a", "b"]], ["C"], "row 1: answer 'C' is none"),
-        ([["a", "a"]], ["a"], "row 1: answer 'a' is none"),
-        ([["a", "b"]], [None], "row 1: answer None is none"),
+        ([["a", "b"]], ["C"], "row 1: answer 'C' is not one"),
+        ([["a", "a"]], ["a"], "row 1: answer 'a' is not one"),
+        ([["a", "b"]], [None], "row 1: answer None is not one"),
         ([["a"]], [0], "row 1: 'options' must be a list of at least two"),
         (["a b"], [0], "row 1: 'options' must be a list of at least two"),
     ],

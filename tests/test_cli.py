@@ -62,7 +62,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
         ("model.path=model/none.gguf", 2, "does not exist"),
         ('lora.target_modules=["quary"]', 2, "no layer is named quary"),
         ("lora.layers=top:9", 2, "lora.layers = 'top:9'"),
-        ("lora.init_from=model", 2, "no PEFT adapter"),
+        ("lora.init_from=model", 2, "is not a PEFT adapter"),
         ("device=cuda", 2, "device = 'cpu'"),
         ("train.lr=1e30", 1, "is not finite in round"),
         ("eval.metric=f2", 2, "eval.metric 'f2'"),
@@ -119,13 +119,13 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
         ("method.name=ravan method.heads=0", "heads = 0 does not divide lora.rank = 2"),
         ("method.name=hetlora method.gamma=0", "gamma must be in (0, 1], not 0.0"),
         ("method.name=hetlora method.gamma=1.5", "gamma must be in (0, 1], not 1.5"),
-        ("method.name=lora_a2 method.keep=0", "keep lies in (0, 1], not 0.0"),
-        ("method.name=lora_a2 method.keep=2", "keep lies in (0, 1], not 2.0"),
-        ("method.name=fedmomentum method.energy=0", "energy lies in (0, 1], not 0.0"),
-        ("method.name=fedmomentum method.energy=1.1", "energy lies in (0, 1], not 1.1"),
-        ("method.name=fedrot_lora method.softness=2", "softness lies in [0, 1], not 2.0"),
-        ("method.name=lora_fair method.ridge=-1", "ridge is at least 0, not -1.0"),
-        ("method.name=la_lora train.local_steps=1", "train.local_steps is at least 2"),
+        ("method.name=lora_a2 method.keep=0", "keep must be in (0, 1], not 0.0"),
+        ("method.name=lora_a2 method.keep=2", "keep must be in (0, 1], not 2.0"),
+        ("method.name=fedmomentum method.energy=0", "energy must be in (0, 1], not 0.0"),
+        ("method.name=fedmomentum method.energy=1.1", "energy must be in (0, 1], not 1.1"),
+        ("method.name=fedrot_lora method.softness=2", "softness must be in [0, 1], not 2.0"),
+        ("method.name=lora_fair method.ridge=-1", "ridge must be at least 0, not -1.0"),
+        ("method.name=la_lora train.local_steps=1", "set train.local_steps to at least 2"),
         ("train.b_lr_ratio=0", "train.b_lr_ratio: Input should be greater than 0"),
         ("aggregate.server_lr=-1", "aggregate.server_lr: Input should be greater than 0"),
     ],
@@ -337,4 +337,4 @@ def test_resuming_a_finished_run_across_sites_waits_for_nobody(
     (out / "config.toml").write_text(text.replace("[federation]", '[federation]\non = "away"'))
     monkeypatch.setattr("rolora.cli.main.across_sites", lambda *_: pytest.fail("asked for sites"))
     code, said, _ = rolora(monkeypatch, capsys, "resume", out)
-    assert (code, said.splitlines()[0]) == (0, "nothing was left to do")
+    assert (code, said.splitlines()[0]) == (0, "nothing left to do")

@@ -14,9 +14,10 @@ import pytest
 from comparisons import GRID, METHODS, SMALL, everything, finish, lines, planned
 from tiny_site import write_rows
 
+from rolora.comparison.budget import Timing
 from rolora.comparison.folder import ComparisonFolder
-from rolora.comparison.grid import Comparison, Search, plan
-from rolora.comparison.queue import QueuedRun, compare, turns
+from rolora.comparison.grid import Comparison, plan
+from rolora.comparison.queue import QueuedRun, compare, queued_runs
 from rolora.config.load import load_config, read_toml
 from rolora.errors import BudgetSpent, ConfigError, RoloraError
 from rolora.results.runs import load_run
@@ -81,14 +82,14 @@ def test_no_test_row_is_looked_at_while_settings_are_chosen(
 ) -> None:
     other = Path(shutil.copytree(site.parent, tmp_path / "site")) / site.name
     write_rows(other.parent / "test.csv", 30, ["cat", "cat", "good"])
-    for turn in turns(planned(other), tmp_path / "all"):
-        if turn.planned.stage == "final":
+    for queued in queued_runs(planned(other), tmp_path / "all"):
+        if queued.planned.stage == "final":
             break
-        list(turn.run.rounds())
+        list(queued.run.rounds())
     chosen = (tmp_path / "all" / "tuning.json").read_bytes()
     assert chosen == (whole / "tuning.json").read_bytes()
     before, after = (lines(path / "rolora-seed0") for path in (whole, tmp_path / "all"))
-    list(turn.run.rounds())
+    list(queued.run.rounds())
     after = lines(tmp_path / "all" / "rolora-seed0")
     assert before[0]["metrics"] != after[0]["metrics"]  # of the table they are what is measured
 
@@ -97,10 +98,10 @@ def test_the_choice_follows_the_validation_rows(site: Path, whole: Path, tmp_pat
     other = Path(shutil.copytree(site.parent, tmp_path / "site")) / site.name
     write_rows(other.parent / "validation.csv", 30, ["cat"])
     comparison = planned(other, "data.validation=validation.csv")
-    for turn in turns(comparison, tmp_path / "all"):
-        if turn.planned.stage == "final":
+    for queued in queued_runs(comparison, tmp_path / "all"):
+        if queued.planned.stage == "final":
             break
-        list(turn.run.rounds())
+        list(queued.run.rounds())
     tuning, old = (ComparisonFolder(path).tuning() for path in (tmp_path / "all", whole))
     assert tuning is not None
     assert old is not None
@@ -136,13 +137,13 @@ def test_a_personal_method_is_tuned_by_the_adapters_of_its_clients(
 
 def test_the_choice_is_on_disk_before_a_run_of_the_table_is(site: Path, tmp_path: Path) -> None:
     path, stages = tmp_path / "all", []
-    for turn in turns(planned(site, seeds=[0]), path):
-        stages.append(turn.planned.stage)
+    for queued in queued_runs(planned(site, seeds=[0]), path):
+        stages.append(queued.planned.stage)
         finals, chosen = list(path.glob("*-seed0")), (path / "tuning.json").is_file()
         assert (bool(finals), chosen) == (
             (False, False) if stages[-1] == "tuning" else (True, True)
         )
-        list(turn.run.rounds())
+        list(queued.run.rounds())
     assert stages == ["tuning"] * 4 + ["final"] * 2
 
 
@@ -168,8 +169,8 @@ def test_the_table_uses_the_best_values_fresh_seeds_and_no_validation_row(whole:
 def stop_after(comparison: Comparison, path: Path, rounds: int) -> int:
     """Leave the comparison after so many rounds of all its runs, as a crash would."""
     done = 0
-    for turn in turns(comparison, path):
-        for _ in turn.run.rounds():
+    for queued in queued_runs(comparison, path):
+        for _ in queued.run.rounds():
             done += 1
             if done == rounds:
                 return done
@@ -212,13 +213,13 @@ def test_a_finished_comparison_runs_nothing_again_and_gives_the_same_page(
     site: Path, whole: Path
 ) -> None:
     page = (whole / "report.html").read_bytes()
-    assert list(turns(planned(site), whole)) == []
+    assert list(queued_runs(planned(site), whole)) == []
     assert (whole / "report.html").read_bytes() == page
 
 
 def test_runs_go_with_the_bank_and_dtype_of_the_first(site: Path, tmp_path: Path) -> None:
     path = tmp_path / "all"
-    queue = turns(planned(site, methods=["rolora", "fedit"], seeds=[0], tune=()), path)
+    queue = queued_runs(planned(site, methods=["rolora", "fedit"], seeds=[0], tune=()), path)
     first = next(queue)
     list(first.run.rounds())
     file = path / "rolora-seed0" / "config.toml"
@@ -244,7 +245,7 @@ def test_with_other_settings_a_comparison_is_not_taken_up(
 ) -> None:
     comparison = planned(site, *changed.pop("overrides", []), **changed)
     with pytest.raises(ConfigError) as caught:
-        list(turns(comparison, whole))
+        list(queued_runs(comparison, whole))
     assert says in str(caught.value)
     assert "is of another comparison" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -261,7 +262,7 @@ def test_with_other_rows_a_comparison_is_not_taken_up(
     with pytest.raises(
         ConfigError, match=r"the rows of data\.train, data\.test or data\.validation"
     ):
-        list(turns(comparison, tmp_path / "all"))
+        list(queued_runs(comparison, tmp_path / "all"))
 
 
 def test_with_another_base_model_a_comparison_is_not_taken_up(site: Path, tmp_path: Path) -> None:
@@ -269,28 +270,28 @@ def test_with_another_base_model_a_comparison_is_not_taken_up(site: Path, tmp_pa
 
     other = Path(shutil.copytree(site.parent, tmp_path / "site")) / site.name
     comparison = planned(other, seeds=[0], tune=())
-    queue = turns(comparison, tmp_path / "all")
+    queue = queued_runs(comparison, tmp_path / "all")
     list(next(queue).run.rounds())
     queue.close()
     with_other_weights(other.parent)
     with pytest.raises(ConfigError, match="the base model changed since the comparison began"):
-        list(turns(comparison, tmp_path / "all"))
+        list(queued_runs(comparison, tmp_path / "all"))
 
 
 def test_a_folder_that_is_no_comparison_or_in_use_is_refused(site: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ConfigError, match="exists and is no comparison"):
-        list(turns(planned(site), tmp_path / "mine"))
-    queue = turns(planned(site), tmp_path / "all")
+    with pytest.raises(ConfigError, match="exists and is not a comparison"):
+        list(queued_runs(planned(site), tmp_path / "mine"))
+    queue = queued_runs(planned(site), tmp_path / "all")
     next(queue)
     with pytest.raises(ConfigError, match="is in use by another process"):
-        next(turns(planned(site), tmp_path / "all"))
+        next(queued_runs(planned(site), tmp_path / "all"))
 
 
 def test_a_run_left_before_its_end_stops_the_queue(site: Path, tmp_path: Path) -> None:
-    queue = turns(planned(site), tmp_path / "all")
+    queue = queued_runs(planned(site), tmp_path / "all")
     next(queue)
-    with pytest.raises(RoloraError, match="was left before its end"):
+    with pytest.raises(RoloraError, match="did not reach its end"):
         next(queue)
 
 
@@ -300,10 +301,10 @@ def test_a_value_that_diverges_is_not_chosen_and_the_others_are_tried(
     comparison = planned(site, seeds=[0], methods=["fedit"], tune=["train.lr=1e30,1e-2"])
     for _ in range(2):  # what diverged is not tried again
         seen = []
-        for turn in turns(comparison, tmp_path / "all"):
-            seen.append(turn.planned.path.name)
+        for queued in queued_runs(comparison, tmp_path / "all"):
+            seen.append(queued.planned.path.name)
             try:
-                list(turn.run.rounds())
+                list(queued.run.rounds())
             except NonFiniteLoss:
                 break
     assert seen == ["fedit-train.lr=1e-2-seed100", "fedit-seed0"]
@@ -317,7 +318,7 @@ def test_a_value_that_diverges_is_not_chosen_and_the_others_are_tried(
 def test_a_budget_between_runs_is_spent_before_the_next_is_begun(
     site: Path, tmp_path: Path
 ) -> None:
-    queue = turns(planned(site), tmp_path / "all", budget=1e-6)
+    queue = queued_runs(planned(site), tmp_path / "all", budget=1e-6)
     list(next(queue).run.rounds())
     with pytest.raises(BudgetSpent, match=r"1 of 10 runs are done, about .* core-hours are left"):
         next(queue)
@@ -325,11 +326,11 @@ def test_a_budget_between_runs_is_spent_before_the_next_is_begun(
 
 
 def test_the_estimate_falls_as_rounds_are_done(site: Path, tmp_path: Path) -> None:
-    turn: QueuedRun = next(turns(planned(site), tmp_path / "all"))
-    tally = turn.tally.plus(0, True, 1.0).plus(1, True, 3.0)
+    queued: QueuedRun = next(queued_runs(planned(site), tmp_path / "all"))
+    done = [*queued.done, Timing(0, True, 1.0), Timing(1, True, 3.0)]
     # 1 round of 1 is done; 3 of the same, and 6 of 2 rounds with 3 evaluations each
-    assert turn.seconds_left(tally, 1) == 3 * (2 + 2) + 6 * (2 * 2 + 3)
-    assert turn.seconds_left(tally, 0) == 2 + 1 + 3 * (2 + 2) + 6 * (2 * 2 + 3)
+    assert queued.seconds_left(done, 1) == 3 * (2 + 2) + 6 * (2 * 2 + 3)
+    assert queued.seconds_left(done, 0) == 2 + 1 + 3 * (2 + 2) + 6 * (2 * 2 + 3)
 
 
 def test_variants_that_are_the_same_are_refused(site: Path) -> None:
@@ -340,9 +341,8 @@ def test_variants_that_are_the_same_are_refused(site: Path) -> None:
 
 def test_a_search_names_what_it_cannot_do(site: Path) -> None:
     config = load_config(site)
-    grid = {"rolora": {"train.lr": ("1", "2")}}
     with pytest.raises(ConfigError, match="tuning needs at least one seed"):
-        plan(config, {"rolora": ()}, [0], Search(grid, (), 1))
+        plan(config, {"rolora": ()}, [0], tune=["train.lr=1,2"], tune_seeds=[])
 
 
 def test_the_public_function_tunes_too(site: Path, whole: Path, tmp_path: Path) -> None:

@@ -31,8 +31,11 @@ def test_a_run_of_the_table_that_diverges_is_named_and_the_rest_is_done(
     found = json.loads(out)
     assert found["diverged"].keys() == {f"fedit-seed{seed}" for seed in (0, 1, 2)}
     assert [row["method"] for row in found["methods"]] == ["rolora"]
-    assert "fedit-seed0: diverged, and goes no further" in err
-    assert "fedit-seed2 diverged and is in no mean" in (tmp_path / "all/report.html").read_text()
+    assert "fedit-seed0: diverged; skipping it" in err
+    assert (
+        "fedit-seed2 diverged and is left out of every mean"
+        in (tmp_path / "all/report.html").read_text()
+    )
 
 
 def test_a_spent_budget_stops_between_rounds_and_more_of_it_goes_on(
@@ -49,7 +52,7 @@ def test_a_spent_budget_stops_between_rounds_and_more_of_it_goes_on(
     last = err.splitlines()[-1]
     assert last.startswith("rolora: the budget is spent (")
     assert "0 of 3 runs are done" in last
-    assert "go on with the same command and a larger --budget" in last
+    assert "continue with the same command and a larger --budget" in last
     assert [line["round"] for line in lines(path / "tuning/rolora-train.lr=1e-2-seed100")] == [0]
     code, _, err = rolora(monkeypatch, capsys, *words, "--budget", "0.000001s")
     assert (code, "round 1" in err) == (5, False)  # nothing is even begun
@@ -108,7 +111,7 @@ def test_published_numbers_stand_beside_ours(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "published.json: it: Invalid JSON"),
+        ("{", "published.json: Invalid JSON"),
         (
             '{"source": "s", "setting": "s", "metric": "accuracy", "unit": "%"}',
             "unit: Input should",
@@ -138,20 +141,20 @@ def test_damaged_published_numbers_are_one_line_that_names_the_file(
     ("words", "code", "says"),
     [
         (["--tune", "train.lr=1e-3"], 2, "one value leaves nothing to choose"),
-        (["--tune", GRID, "--tune-seeds", "2,3"], 2, "seed 2 is among --seeds and --tune-seeds"),
+        (["--tune", GRID, "--tune-seeds", "2,3"], 2, "seed 2 is in --seeds and --tune-seeds"),
         (["--tune", GRID, "--tune-rounds", "0"], 2, "a run needs at least one round"),
         (["--tune", GRID, "--tune-seeds", "x"], 2, "--tune-seeds 'x': give whole numbers"),
-        (["--tune", GRID, "--tune-seeds", "7,7"], 2, "tuning seed 7 is there twice"),
+        (["--tune", GRID, "--tune-seeds", "7,7"], 2, "tuning seed 7 is listed twice"),
         (["--tune", "train.lr=fast,slow"], 2, "train.lr: Input should be a valid number"),
         (["--tune", "train.rates=1,2"], 2, "unknown key 'train.rates'"),
-        (["--tune", GRID, "fedit:train.lr=1"], 2, "fedit:train.lr is fixed and in --tune"),
-        (["--tune-seeds", "7"], 2, "go with --tune"),
-        (["--tune-rounds", "7"], 2, "go with --tune"),
-        (["--budget", "0h"], 2, "nothing can be done in no time"),
+        (["--tune", GRID, "fedit:train.lr=1"], 2, "fedit:train.lr is both fixed and in --tune"),
+        (["--tune-seeds", "7"], 2, "need --tune with a grid"),
+        (["--tune-rounds", "7"], 2, "need --tune with a grid"),
+        (["--budget", "0h"], 2, "must be more than zero"),
         (["--budget", "8"], 2, "give core-hours such as 8h"),
         (["--seeds", "0,-1"], 2, "--seeds '0,-1': give whole numbers"),
-        (["--seeds", "3,3"], 2, "seed 3 is there twice"),
-        (["--methods", "rolora,rolora"], 2, "method 'rolora' is there twice"),
+        (["--seeds", "3,3"], 2, "seed 3 is listed twice"),
+        (["--methods", "rolora,rolora"], 2, "method 'rolora' is listed twice"),
         (["--methods", "rolora,rolora+first=B"], 0, ""),
         (["--methods", "rolora+first=C"], 2, "method.first"),
         (["--methods", "rolora+last=A"], 2, "method.last"),
@@ -159,8 +162,12 @@ def test_damaged_published_numbers_are_one_line_that_names_the_file(
         (["fedit:seed=7"], 2, "fedit:seed=7: that would change what is compared"),
         (["fedit:data.train=other.csv"], 2, "that would change what is compared"),
         (["fedit:method.name=rolora"], 2, "that would change what is compared"),
-        (["fedti:train.lr=1"], 2, "'fedti', not compared: did you mean 'fedit'?"),
-        (["federation.on=x"], 2, "compare runs on this machine alone"),
+        (
+            ["fedti:train.lr=1"],
+            2,
+            "'fedti' is not among the compared methods: did you mean 'fedit'?",
+        ),
+        (["federation.on=x"], 2, "compare runs on this machine only"),
         (["data.train=none.csv"], 3, "none.csv"),
     ],
 )
@@ -173,9 +180,7 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
     code: int,
     says: str,
 ) -> None:
-    monkeypatch.setattr(
-        "rolora.cli.queue_display.follow", lambda *_: (_ for _ in ()).throw(Reached)
-    )
+    monkeypatch.setattr("rolora.cli.progress.follow", lambda *_: (_ for _ in ()).throw(Reached))
     out = tmp_path / "all"
     if code == 0:
         with pytest.raises(Reached):

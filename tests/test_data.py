@@ -205,7 +205,7 @@ def test_an_absolute_path_does_not_depend_on_root(tmp_path: Path) -> None:
         (
             "a.txt",
             "hello",
-            "a.txt: unknown file type; use one of .csv, .tsv, .json, .jsonl, ",
+            "a.txt: unknown file type; use one of .csv, .tsv, .json, .jsonl, .parquet",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -260,7 +261,7 @@ def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_of_contributing_is_a_method_by_being_dropped_in(tmp_path: Path) -> None:
-    (example,) = blocks(ROOT / "CONTRIBUTING.md", "python")
+    example, *_ = blocks(ROOT / "CONTRIBUTING.md", "python")
     shutil.copytree(ROOT / "src", tmp_path / "src")
     (tmp_path / "src" / "rolora" / "methods" / "example.py").write_text(example)
     source = str(tmp_path / "src")
@@ -271,3 +272,32 @@ def test_the_example_of_contributing_is_a_method_by_being_dropped_in(tmp_path: P
     options = ("-k", "example", "-p", "no:cacheprovider", "-p", "no:xdist")
     told = call("pytest", suite, *options, f"--rootdir={ROOT}", PYTHONPATH=source)
     assert int(re.findall(r"(\d+) passed", told)[0]) > 15
+
+
+@pytest.mark.slow
+def test_the_reducer_and_the_task_of_contributing_are_used_by_name(folder: Path) -> None:
+    """Both come from a package beside rolora, with the entry points that the page shows."""
+    page = ROOT / "CONTRIBUTING.md"
+    _, *files = blocks(page, "python")
+    for text in files:
+        file = folder / text.splitlines()[0].removeprefix("# ")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    info = folder / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    groups = [tomllib.loads(text)["project"]["entry-points"] for text in blocks(page, "toml")]
+    lines = [
+        f"[{group}]\n{name} = {where}\n"
+        for points in groups
+        for group, own in points.items()
+        for name, where in own.items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    path = os.pathsep.join([str(folder), str(ROOT / "src")])
+    call("rolora", "init", "mydata.csv", "--model", "models/minilm", PYTHONPATH=path)
+    chosen = ("model.task=error_rate", "aggregate.reducer=midrange")
+    short = ("train.rounds=1", "partition.clients=3")
+    call("rolora", "run", "rolora.toml", *chosen, *short, PYTHONPATH=path)
+    last = (folder / "runs" / "mydata" / "rounds.jsonl").read_text().splitlines()[-1]
+    assert 0 <= json.loads(last)["metrics"]["error_rate"] <= 1

@@ -152,7 +152,7 @@ def test_another_protocol_is_wrong_and_another_version_is_told(place: Path) -> N
     with coordinator(place, json.dumps(old).encode()) as address:
         found = bad(site(place, superlink=address))
     assert f"protocol {PROTOCOL + 1} there, {PROTOCOL} here" in found["coordinator"]
-    assert "install the same rolora" in found["coordinator"]
+    assert "install the same version of rolora" in found["coordinator"]
     with coordinator(place, json.dumps({**versions(), "torch": "2.0.0"}).encode()) as address:
         settings = site(place, superlink=address)
         assert "coordinator" not in bad(settings)
@@ -162,7 +162,7 @@ def test_another_protocol_is_wrong_and_another_version_is_told(place: Path) -> N
 def test_a_coordinator_that_says_no_versions_is_no_fault(place: Path) -> None:
     with coordinator(place, b"<html>") as address:
         settings = site(place, superlink=address)
-        assert "does not say its versions" in looked_at(settings)["coordinator"]
+        assert "does not tell its versions" in looked_at(settings)["coordinator"]
 
 
 def test_a_refused_key_is_told(place: Path) -> None:

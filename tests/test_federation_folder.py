@@ -1,11 +1,14 @@
-"""Claims about the coordinator's folder and a site's file: one mistake is one line, and no more."""
+"""The coordinator's folder and a site's file: a mistake is reported in one line."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,14 @@ import pytest
 from rolora.config.load import make_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.sites import folder as folders
-from rolora.sites.fleet import fleet_client, node_keys
+from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
 from rolora.sites.node import last_node
+from rolora.sites.processes import running
 from rolora.sites.serve import require_free
 from rolora.sites.site_config import read_site
 from rolora.sites.submit import run_remotely
+from rolora.sites.superlink import allowed
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def test_a_federation_that_is_neither_a_folder_nor_known_to_flower_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"^federaton is no folder of rolora federation"):
+    with pytest.raises(ConfigError, match=r"^federaton is neither a federation folder nor"):
         run_remotely(across("federaton"), tmp_path / "run", print)
     assert not list(tmp_path.iterdir())
 
@@ -75,7 +80,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port} cannot be served"):
+        with pytest.raises(ConfigError, match=f"cannot listen on port {port}"):
             require_free(port)
     require_free(port)
 
@@ -108,8 +113,8 @@ def test_a_site_whose_certificate_is_none_is_told_which(
     file = federation.path / "sites" / "ann" / "site.toml"
     file.write_text(file.read_text().replace("ca.crt", wrong))
     site = read_site(file)
-    with pytest.raises(ConfigError, match=wrong):
-        fleet_client(site, node_keys(site)[0])
+    with pytest.raises(ConfigError, match=wrong), Fleet.open(site):
+        pass
 
 
 def across(on: Path | str) -> Any:
@@ -131,8 +136,37 @@ def test_a_process_goes_on_as_the_node_of_its_own_folder_and_not_of_a_copy(tmp_p
 def test_a_name_that_no_site_may_have_is_refused_alike_in_both_places(
     name: str, federation: FederationFolder, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{re.escape(repr(name))} is no name for a site"):
+    with pytest.raises(ConfigError, match=f"{re.escape(repr(name))} is not a valid site name"):
         federation.add_site(name)
     (tmp_path / "site.toml").write_text(f'name = "{name}"\ndata = "rows.csv"\n')
-    with pytest.raises(ConfigError, match=f"{re.escape(repr(name))} is no name for a site"):
+    with pytest.raises(ConfigError, match=f"{re.escape(repr(name))} is not a valid site name"):
         read_site(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize("client", ["192.0.2.7", "::ffff:192.0.2.7", "2001:db8::1", "nonsense"])
+def test_another_machine_reaches_the_sites_interface_and_no_other(client: str) -> None:
+    assert allowed("/v1/fleet/pull-messages", (client, 1))
+    assert not allowed("/v1/control/start-run", (client, 1))
+    assert not allowed("/v1/control/start-run", None)
+
+
+@pytest.mark.parametrize("client", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+def test_this_machine_reaches_every_interface(client: str) -> None:
+    assert allowed("/v1/control/start-run", (client, 1))
+
+
+def test_a_program_that_ends_is_named_with_its_status_and_its_last_line(tmp_path: Path) -> None:
+    code = "print('\\033[91mERROR\\033[0m : out of luck\\n'); raise SystemExit(3)"
+    command = [sys.executable, "-c", code]
+    with running("the SuperLink", command, tmp_path / "log", os.environ) as program:
+        program.process.wait()
+        assert program.fault() == (
+            f"the SuperLink ended with status 3: ERROR : out of luck ({tmp_path / 'log'})"
+        )
+
+
+def test_a_program_ends_with_the_block_that_runs_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with running("a site", command, tmp_path / "log", os.environ) as program:
+        assert program.fault() is None
+    assert program.process.returncode == -signal.SIGTERM

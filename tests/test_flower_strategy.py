@@ -1,4 +1,4 @@
-"""Claims about the strategy for Flower projects of one's own, and about the project of its page."""
+"""The strategy for other Flower projects, and the project on its page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ import peft
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 from loopback import Command, free_port, until
@@ -37,7 +36,7 @@ from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.algorithm.reduce import Reducer, clip, mean, median
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, NoQuorum
 from rolora.flower import freeze, moving, strategy
 from rolora.methods import get_method
 
@@ -314,7 +313,7 @@ def unfrozen(message: Message) -> Message:
 
 
 GOOD = saved(np.zeros((4, 2), np.float32))
-COUNT = "has no 'num-examples' from 1 to 536870911"
+COUNT = "expected one MetricRecord with 'num-examples' from 1 to 536870911"
 UNREADABLE = "its arrays cannot be read"
 FAULTS: dict[str, tuple[Answer, str]] = {
     "NaN": (with_value(math.nan), f"{B} has values that are not finite"),
@@ -324,7 +323,7 @@ FAULTS: dict[str, tuple[Answer, str]] = {
     "missing": (edited(lambda t: {n: t[n] for n in t if n != B}), f"{B} is missing"),
     "nothing": (edited(lambda t: ArrayRecord()), "is missing"),
     "extra": (edited(lambda t: {**t, "lora_C": t[B]}), "lora_C was not asked for"),
-    "both factors": (unfrozen, f"{A} is frozen in this round and came back changed"),
+    "both factors": (unfrozen, f"{A} is frozen in this round but came back changed"),
     "text": (with_bytes(saved(np.array(["a"] * 8))), UNREADABLE),
     "cut short": (with_bytes(GOOD[:-3]), UNREADABLE),
     "a header of far more": (with_bytes(promising(10**15)), UNREADABLE),
@@ -338,9 +337,9 @@ FAULTS: dict[str, tuple[Answer, str]] = {
     "NaN rows": (lambda m: honest(m, num_examples=math.nan), COUNT),
     "rows in a list": (lambda m: honest(m, num_examples=[7]), COUNT),
     "no metrics": (without_metrics, COUNT),
-    "two records": (with_two_records, "it sent 2 ArrayRecords, expected one"),
+    "two records": (with_two_records, "expected one ArrayRecord, got 2"),
     "an error": (lambda m: Message(Error(1, "out of\nmemory"), reply_to=m), "out of memory"),
-    "silence": (lambda m: None, "no answer within the time that it had"),
+    "silence": (lambda m: None, "no answer before the deadline"),
 }
 
 
@@ -402,14 +401,14 @@ def test_a_round_without_enough_good_replies_changes_nothing_and_its_phase_comes
     assert (metrics[2]["accepted"], metrics[2]["rejected"]) == (2, 1)
     assert "aggregation_error" not in metrics[2]
     (line,) = said("nothing is averaged")
-    assert "2 good replies, and a round needs 3" in line
-    assert "the next round does round 2 of the method again" in line
+    assert "2 usable replies, but a round needs 3" in line
+    assert "the next round repeats round 2 of the method" in line
     stalled, _ = run(but(12, lambda m: None, round=2), rounds=2, used=used)
     assert same(state_in(stalled.arrays), state_in(run()[0].arrays))
 
 
 def test_a_run_in_which_no_round_was_averaged_fails_and_says_so() -> None:
-    with pytest.raises(AggregationError, match="no round was averaged: none had 1 good replies"):
+    with pytest.raises(NoQuorum, match="no round was averaged: none had 1 usable replies"):
         run(lambda m: None if is_train(m) else honest(m), rounds=2)
 
 
@@ -510,7 +509,7 @@ def test_the_methods_of_plain_clients_are_these_and_others_are_refused_in_one_li
     assert able == {"rolora", "ffa_lora", "fedit", "fedsvd", "lora_fair"}
     assert "keep" in refused["local"]
     assert all("use 'rolora'" in refused[name] for name in ("local", "fedsa_lora", "la_lora"))
-    assert "changes the base weights too" in refused["fedex_lora"]
+    assert "also changes the base weights" in refused["fedex_lora"]
     assert "use 'fedit'" in refused["centralized"]
     assert not any("\n" in text for text in refused.values())
     with pytest.raises(ConfigError, match="unknown method 'roloro': did you mean 'rolora'"):
@@ -524,7 +523,7 @@ def test_a_method_that_trains_by_local_step_or_downloads_by_client_is_refused() 
     by_step_ = replace(rolora_, trainable=lambda round, step: rolora_.shared(round + step))
     by_client = replace(rolora_, download=lambda server, client: server.adapter)
     for method in (by_step_, by_client):
-        with pytest.raises(ConfigError, match="plain Flower clients keep nothing"):
+        with pytest.raises(ConfigError, match="a ClientApp keeps none"):
             strategy(method)
 
 
@@ -572,7 +571,7 @@ def test_initial_arrays_that_are_no_adapter_are_refused_in_one_line(case: str) -
     with pytest.raises(ConfigError) as found:
         strategy().start(Nodes(honest), ArrayRecord(dict(tensors)), num_rounds=1)
     assert reason in str(found.value)
-    assert "hand over ArrayRecord(peft.get_peft_model_state_dict(model))" in str(found.value)
+    assert "pass ArrayRecord(peft.get_peft_model_state_dict(model))" in str(found.value)
     assert "\n" not in str(found.value)
 
 
@@ -626,7 +625,7 @@ def test_a_client_without_the_strategy_s_message_is_told_so(folder: Path) -> Non
         with pytest.raises(ConfigError, match="the message's config has no 'trainable'"):
             moving(START, config)
     base = AutoModelForSequenceClassification.from_pretrained(folder)
-    with pytest.raises(ConfigError, match="trains B,head, and the model has no such parameter"):
+    with pytest.raises(ConfigError, match="trains B,head, but the model has no such parameter"):
         freeze(base, {"trainable": "B,head"})
 
 

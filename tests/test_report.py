@@ -23,7 +23,8 @@ from rolora.report.figures import (
     aggregation_errors,
     elided,
     key,
-    save_split_picture,
+    save_picture,
+    split_figure,
 )
 from rolora.report.page import write_report
 from rolora.report.svg import inline_svg
@@ -233,13 +234,13 @@ def test_a_picture_takes_its_colours_from_the_page(html: str) -> None:
 def test_a_split_is_saved_as_the_picture_its_name_says(
     runs: list[Path], tmp_path: Path, name: str, start: bytes
 ) -> None:
-    save_split_picture(load_run(runs[0]).partition, tmp_path / "new" / name)
+    save_picture(split_figure(load_run(runs[0]).partition), tmp_path / "new" / name)
     assert (tmp_path / "new" / name).read_bytes().startswith(start)
 
 
 def test_a_split_is_saved_in_no_other_format(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"saved as \.png or \.svg, not as 'split\.pdf'"):
-        save_split_picture(load_run(runs[0]).partition, tmp_path / "split.pdf")
+        save_picture(split_figure(load_run(runs[0]).partition), tmp_path / "split.pdf")
 
 
 def test_a_report_on_no_run_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Claims about answers that cannot be used, sites that are away, and who is let in at all."""
+"""Answers that cannot be used, sites that are away, and sites that are refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tiny_site import write_rows
 from transformers import AutoTokenizer
 
 from rolora.errors import NoQuorum
-from rolora.flower.membership import Lost
-from rolora.flower.message import Parcel, ParcelError, named, names_of
-from rolora.flower.transport import replies_in_time
+from rolora.flower.membership import NoReply
+from rolora.flower.message import MessageError, SiteMessage, compress_names, expand_names
+from rolora.flower.transport import first_replies
 from rolora.sites.site import Site
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -36,10 +36,10 @@ def test_every_lie_is_rejected_with_its_reason_and_the_others_are_used(
 ) -> None:
     lies = list(LIES.values())
 
-    def lie(site: str, question: Parcel, reply: Parcel) -> Parcel | Lost:
+    def lie(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
         if site != "site-cy" or question.head["ask"] != "train":
             return reply
-        round = question.whole("round")
+        round = question.integer("round")
         told = lies[round - 1][1](reply) if round <= len(lies) else reply
         before["reply"] = reply
         return told
@@ -58,7 +58,7 @@ def test_every_lie_is_rejected_with_its_reason_and_the_others_are_used(
 @pytest.mark.parametrize(
     ("of", "said"),
     [
-        ("rounds later", "it is of round"),
+        ("rounds later", "it is for round"),
         ("the other factor", "header is not that"),
         ("nothing", "out of reach"),
     ],
@@ -66,16 +66,16 @@ def test_every_lie_is_rejected_with_its_reason_and_the_others_are_used(
 def test_an_answer_of_another_round_or_phase_is_never_averaged(
     of: str, said: str, place: Path, tmp_path: Path
 ) -> None:
-    first: dict[str, Parcel] = {}
+    first: dict[str, SiteMessage] = {}
 
-    def late(site: str, question: Parcel, reply: Parcel) -> Parcel | Lost:
+    def late(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
         if site != "site-bob" or question.head["ask"] != "train":
             return reply
         old = first.setdefault("reply", reply)
-        if question.whole("round") != 2:
+        if question.integer("round") != 2:
             return reply
         if of == "nothing":
-            return Lost("out of reach")
+            return NoReply("out of reach")
         head = old.head if of == "rounds later" else {**old.head, "round": 2}
         return replace(old, head=head)
 
@@ -85,10 +85,10 @@ def test_an_answer_of_another_round_or_phase_is_never_averaged(
     assert "site-bob" in third.clients
 
 
-def test_the_first_of_two_answers_counts_and_silence_is_named() -> None:
-    one, two = Parcel({"n": 1}), Parcel({"n": 2})
-    found = dict(replies_in_time([(1, one), (1, two), (9, one)], {1, 2}))
-    assert found == {1: one, 2: Lost("no answer within the time that it had")}
+def test_the_first_of_two_answers_counts_and_a_missing_one_is_reported() -> None:
+    one, two = SiteMessage({"n": 1}), SiteMessage({"n": 2})
+    found = dict(first_replies([(1, one), (1, two), (9, one)], {1, 2}))
+    assert found == {1: one, 2: NoReply("no answer before the deadline")}
 
 
 @pytest.mark.parametrize("differs", ["base model", "tokenizer"])
@@ -100,10 +100,10 @@ def test_a_site_with_another_model_is_refused_by_hash_and_the_others_go_on(
         tokenizer = AutoTokenizer.from_pretrained(other)
         tokenizer.add_tokens(["hearts"])
         tokenizer.save_pretrained(other)
-    carrier = calls(place, tmp_path)
-    carrier.sites[12] = changed(carrier.sites[12], model=str(other))
-    *_, last = remote(configuration(place, "train.rounds=2"), tmp_path / "run", carrier).rounds()
-    (told,) = [line for line in carrier.told if "refused" in line]
+    transport = calls(place, tmp_path)
+    transport.sites[12] = changed(transport.sites[12], model=str(other))
+    *_, last = remote(configuration(place, "train.rounds=2"), tmp_path / "run", transport).rounds()
+    (told,) = [line for line in transport.notified if "refused" in line]
     assert f"site site-cy is refused: it has another {differs}" in told
     assert "the coordinator's is" in told
     assert set(last.cohort) <= {"site-ann", "site-bob"}
@@ -112,33 +112,33 @@ def test_a_site_with_another_model_is_refused_by_hash_and_the_others_go_on(
 def test_a_site_whose_label_the_coordinator_may_not_read_is_refused(
     place: Path, tmp_path: Path
 ) -> None:
-    carrier = calls(place, tmp_path)
-    carrier.sites[12] = changed(carrier.sites[12], columns=["text"])
+    transport = calls(place, tmp_path)
+    transport.sites[12] = changed(transport.sites[12], columns=["text"])
     with pytest.raises(NoQuorum, match=r"site-cy.csv has no column 'label'"):
-        remote(configuration(place, "federation.wait=0.1"), tmp_path / "run", carrier)
+        remote(configuration(place, "federation.wait=0.1"), tmp_path / "run", transport)
 
 
 def test_a_label_that_only_one_site_has_is_learned_by_all(place: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.csv", 9, ["good", "bad", "cat", "dog"][:3])
-    carrier = calls(place, tmp_path)
+    transport = calls(place, tmp_path)
     for node, label in ((10, "good"), (11, "bad"), (12, "cat")):
         write_rows(tmp_path / f"{label}.csv", 8, [label])
-        carrier.sites[node] = changed(carrier.sites[node], data=str(tmp_path / f"{label}.csv"))
-    run = remote(configuration(place, "train.rounds=1"), tmp_path / "run", carrier)
+        transport.sites[node] = changed(transport.sites[node], data=str(tmp_path / f"{label}.csv"))
+    run = remote(configuration(place, "train.rounds=1"), tmp_path / "run", transport)
     assert run.experiment.labels == ("bad", "cat", "good")
 
 
 def test_too_few_sites_for_a_quorum_are_waited_for_and_then_given_up(
     place: Path, tmp_path: Path
 ) -> None:
-    carrier = calls(place, tmp_path)
+    transport = calls(place, tmp_path)
     config = configuration(
         place, "train.participation=1.0", "aggregate.quorum=2", "federation.wait=1.5"
     )
-    rounds = remote(config, tmp_path / "run", carrier).rounds()
+    rounds = remote(config, tmp_path / "run", transport).rounds()
     next(rounds), next(rounds)
-    carrier.away = {"site-ann", "site-bob"}
-    with pytest.raises(NoQuorum, match="1 sites are there, too few for a cohort of 2"):
+    transport.away = {"site-ann", "site-bob"}
+    with pytest.raises(NoQuorum, match="1 sites are connected, too few for a cohort of 2"):
         next(rounds)
 
 
@@ -151,17 +151,17 @@ def test_of_a_cohort_with_a_spare_site_the_first_to_answer_are_used(
         assert len(result.cohort) == 3
         assert len(result.clients) == 2
         (reason,) = result.rejected.values()
-        assert reason.startswith("not waited for")
+        assert reason.startswith("not needed")
 
 
 def test_a_spare_site_stands_in_for_one_that_fails(place: Path, tmp_path: Path) -> None:
-    def fails(site: str, question: Parcel, reply: Parcel) -> Parcel | Lost:
+    def fails(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
         train = question.head["ask"] == "train"
-        return Lost("gone") if site == "site-cy" and train else reply
+        return NoReply("gone") if site == "site-cy" and train else reply
 
     config = configuration(place, "train.rounds=2", "federation.spare=1")
-    carrier: Calls = calls(place, tmp_path, fails)
-    results = list(remote(config, tmp_path / "run", carrier).rounds())[1:]
+    transport: Calls = calls(place, tmp_path, fails)
+    results = list(remote(config, tmp_path / "run", transport).rounds())[1:]
     assert [sorted(result.clients) for result in results] == [["site-ann", "site-bob"]] * 2
 
 
@@ -173,9 +173,10 @@ def test_names_travel_as_roles_where_that_says_it_all() -> None:
         "v.lora_B.weight",
         "head",
     ]
-    assert named(everything[:3:2], everything) == '["A"]'
+    assert compress_names(everything[:3:2], everything) == '["A"]'
     for chosen in (everything, everything[:3:2], everything[:1], everything[1:3], []):
-        assert sorted(names_of(named(chosen, everything), everything)) == sorted(chosen)
+        text = compress_names(chosen, everything)
+        assert sorted(expand_names(text, everything)) == sorted(chosen)
     for wrong in ('["C"]', '"A"', "7", "{", '[["A"]]', '["q.lora_A"]'):
-        with pytest.raises(ParcelError, match="not all tensors"):
-            names_of(wrong, everything)
+        with pytest.raises(MessageError, match="does not select tensors"):
+            expand_names(wrong, everything)

@@ -13,8 +13,8 @@ from calls import calls, configuration, make_place, remote
 from rolora.algorithm.adapter import tensor_hash
 from rolora.config.load import load_config
 from rolora.errors import ConfigError
-from rolora.flower.message import Parcel
-from rolora.flower.transport import pause
+from rolora.flower.message import SiteMessage
+from rolora.flower.transport import poll_interval
 from rolora.run import runs
 from rolora.run.runs import Run
 from rolora.sites.coordinator import prepare_remote
@@ -89,11 +89,11 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
 def test_what_sites_cannot_have_is_refused_in_one_line_before_anyone_is_waited_for(
     overrides: tuple[str, ...], said: str, place: Path, tmp_path: Path
 ) -> None:
-    carrier = calls(place, tmp_path)
+    transport = calls(place, tmp_path)
     with pytest.raises(ConfigError, match=said) as caught:
-        remote(configuration(place, *overrides), tmp_path / "run", carrier)
+        remote(configuration(place, *overrides), tmp_path / "run", transport)
     assert "\n" not in str(caught.value)
-    assert carrier.passed == []
+    assert transport.passed == []
     assert not (tmp_path / "run").exists()
 
 
@@ -102,10 +102,10 @@ def test_cohorts_come_from_the_server_s_seed_which_no_site_and_no_page_is_shown(
 ) -> None:
     drawn = {}
     for seed in (7341998265, 5120377481):
-        carrier, out = calls(place, tmp_path / f"{seed}"), tmp_path / f"run-{seed}"
-        run = remote(configuration(place, f"server_seed={seed}", FEW), out, carrier)
+        transport, out = calls(place, tmp_path / f"{seed}"), tmp_path / f"run-{seed}"
+        run = remote(configuration(place, f"server_seed={seed}", FEW), out, transport)
         drawn[seed] = [result.cohort for result in run.rounds()]
-        sent = [f"{question.head} {question.body!r}" for _, question, _ in carrier.passed]
+        sent = [f"{question.head} {question.body!r}" for _, question, _ in transport.passed]
         assert sent
         assert not [text for text in sent if str(seed) in text]
         assert load_config(out / "config.toml").server_seed == seed
@@ -124,7 +124,7 @@ def test_a_server_s_seed_that_is_not_set_is_drawn_once_for_a_run_and_kept(
         seeds.append(load_config(tmp_path / name / "config.toml").server_seed)
     assert None not in seeds
     assert len(set(seeds)) == 2
-    build = partial(prepare_remote, carrier=calls(place, tmp_path / "one-sites"), tell=print)
+    build = partial(prepare_remote, transport=calls(place, tmp_path / "one-sites"), notify=print)
     assert runs.resume(tmp_path / "one", build=build).experiment.config.server_seed == seeds[0]
 
 
@@ -132,14 +132,14 @@ def test_validation_rows_of_the_coordinator_do_not_go_with_parts_that_stay_at_th
     place: Path, tmp_path: Path
 ) -> None:
     config = configuration(place, "method.name=fedsa_lora", "data.validation=test.csv")
-    with pytest.raises(ConfigError, match="fedsa_lora leaves a part of each adapter at its site"):
+    with pytest.raises(ConfigError, match="fedsa_lora keeps a part of each adapter at its site"):
         remote(config, tmp_path / "run", calls(place, tmp_path))
 
 
 def test_a_site_that_the_table_of_ranks_leaves_out_is_refused_and_the_others_go_on(
     place: Path, tmp_path: Path
 ) -> None:
-    carrier = calls(place, tmp_path)
+    transport = calls(place, tmp_path)
     table = 'lora.rank={"site-ann" = 2, "site-bob" = 1}'
     config = configuration(
         place,
@@ -149,27 +149,27 @@ def test_a_site_that_the_table_of_ranks_leaves_out_is_refused_and_the_others_go_
         "train.rounds=2",
         "train.participation=1.0",
     )
-    *_, last = remote(config, tmp_path / "run", carrier).rounds()
+    *_, last = remote(config, tmp_path / "run", transport).rounds()
     assert last.cohort == ("site-ann", "site-bob")
-    (said,) = (line for line in carrier.told if "refused" in line)
+    (said,) = (line for line in transport.notified if "refused" in line)
     assert "lora.rank has no rank for client 'site-cy': add \"*\" = RANK" in said
 
 
 def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_path: Path) -> None:
-    carrier = calls(place, tmp_path)
-    run = remote(configuration(place), tmp_path / "run", carrier)
+    transport = calls(place, tmp_path)
+    run = remote(configuration(place), tmp_path / "run", transport)
     down = [result.bytes_down for result in run.rounds()][1:]
-    asked = [q for _, q, _ in carrier.passed if q.head["ask"] == "train"]
+    asked = [q for _, q, _ in transport.passed if q.head["ask"] == "train"]
     assert sum(len(q.body) for q in asked) <= sum(down) + 200 * len(asked)
     words = b"warm heart"
     assert not any(
-        words in reply.body for _, _, reply in carrier.passed if isinstance(reply, Parcel)
+        words in reply.body for _, _, reply in transport.passed if isinstance(reply, SiteMessage)
     )
     lines = (tmp_path / "ann" / "outgoing.log").read_text().splitlines()
     told = [json.loads(line) for line in lines]
-    mine = [reply for name, _, reply in carrier.passed if name == "site-ann"]
+    mine = [reply for name, _, reply in transport.passed if name == "site-ann"]
     assert [entry["bytes"] for entry in told] == [
-        len(r.body) for r in mine if isinstance(r, Parcel)
+        len(r.body) for r in mine if isinstance(r, SiteMessage)
     ]
     trained = [entry for entry in told if entry["asked"] == "train"]
     assert all(entry["tensors"] and entry["left"]["round"] for entry in trained)
@@ -182,11 +182,11 @@ def test_a_site_lets_go_of_one_run_s_model_before_it_loads_another_s(
         return Path("/proc/self/maps").read_text().count(str(place / "model"))
 
     def told_of(seed: int) -> None:
-        carrier = calls(place, tmp_path / str(seed))
-        remote(configuration(place, f"seed={seed}"), tmp_path / f"run{seed}", carrier)
-        asked.append([question for name, question, _ in carrier.passed if name == "site-ann"])
+        transport = calls(place, tmp_path / str(seed))
+        remote(configuration(place, f"seed={seed}"), tmp_path / f"run{seed}", transport)
+        asked.append([question for name, question, _ in transport.passed if name == "site-ann"])
 
-    asked: list[list[Parcel]] = []
+    asked: list[list[SiteMessage]] = []
     told_of(0)
     told_of(1)
     site = next(iter(calls(place, tmp_path / "own").sites.values()))
@@ -210,8 +210,8 @@ def test_a_site_lets_go_of_one_run_s_model_before_it_loads_another_s(
 def test_a_site_that_lost_what_it_held_is_sent_everything(place: Path, tmp_path: Path) -> None:
     config = configuration(place, "train.participation=1.0")
     *_, whole = remote(config, tmp_path / "a", calls(place, tmp_path / "1")).rounds()
-    carrier = calls(place, tmp_path / "2")
-    run = remote(config, tmp_path / "b", carrier)
+    transport = calls(place, tmp_path / "2")
+    run = remote(config, tmp_path / "b", transport)
     for result in run.rounds():
         last = result
         if result.round == 2:
@@ -219,8 +219,8 @@ def test_a_site_that_lost_what_it_held_is_sent_everything(place: Path, tmp_path:
                 file.unlink()
     lacked = [
         q.head["round"]
-        for _, q, r in carrier.passed
-        if isinstance(r, Parcel) and r.head.get("lacks")
+        for _, q, r in transport.passed
+        if isinstance(r, SiteMessage) and r.head.get("lacks")
     ]
     assert lacked == [3]
     assert bits(run, last) == {n: tensor_hash(t) for n, t in whole.state.server.adapter.items()}
@@ -231,7 +231,7 @@ def test_a_message_is_found_late_by_a_tenth_of_the_waiting_and_not_looked_for_al
 ):
     waited, looks = 0.0, 0
     while waited < 60:
-        late = pause(waited, longest=1.0)
+        late = poll_interval(waited, longest=1.0)
         assert late <= min(max(0.2, waited / 10), 1.0)
         waited, looks = waited + late, looks + 1
     assert looks < 80

@@ -31,15 +31,16 @@ def kill_site(fed: Loopback, round: int) -> None:
     fed.join(name)
 
 
-def kill_superlink(fed: Loopback, round: int) -> None:
+def kill_superlink(fed: Loopback, run: Command, round: int) -> Command:
     asked(fed, round, "ann")
     fed.kill_superlink()
+    return fed.serve_again(run, RUN, round)
 
 
 def kill_coordinator(fed: Loopback, run: Command, round: int) -> Command:
     asked(fed, round, "ann")
     os.kill(fed.coordinator(RUN), signal.SIGKILL)
-    assert run.ended() == 1, run.said()
+    assert run.ended() == 1, run.output()
     return fed.run(RUN, resume=True)
 
 
@@ -57,7 +58,7 @@ def test_twenty_rounds_with_kills_lose_no_committed_round_and_end_with_the_undis
             if round in SITE_KILLED:
                 kill_site(fed, round)
             elif round in SUPERLINK_KILLED:
-                kill_superlink(fed, round)
+                run = kill_superlink(fed, run, round)
             elif round == COORDINATOR_KILLED:
                 run = kill_coordinator(fed, run, round)
             fed.reached(RUN, round)
@@ -65,7 +66,7 @@ def test_twenty_rounds_with_kills_lose_no_committed_round_and_end_with_the_undis
             assert now[: len(kept)] == kept, f"a committed round was lost by round {round}"
             kept = now
             print(f"round {round}: {time.monotonic() - started:.0f} s", flush=True)
-        assert run.ended() == 0, run.said()
+        assert run.ended() == 0, run.output()
         undisturbed = here(fed.folder / "run.toml", tmp_path / "here")
     lines = rounds(out)
     assert [line["round"] for line in lines] == list(range(ROUNDS + 1))

@@ -94,8 +94,8 @@ def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_
         *("| `rolora` | 80.0 | diverged |", "| `fedit` | 80.0 | diverged |"),
     ]
     assert lines[5] == (
-        "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen by validation "
-        "rows on seed 100; 0.3 core-hours (a processor)."
+        "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen on validation "
+        "rows of seed 100; 0.3 core-hours (a processor)."
     )
 
 
@@ -129,8 +129,8 @@ def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
     assert (made.RECORDS / "again.json").read_text() == before
 
 
-def test_a_name_that_is_no_study_is_refused_in_one_line(made: Any) -> None:
-    with pytest.raises(SystemExit, match="no study is called 'trek'; there are mnist, "):
+def test_an_unknown_study_is_refused_in_one_line(made: Any) -> None:
+    with pytest.raises(SystemExit, match="unknown study 'trek'; known: mnist, "):
         made.main(["trek"])
 
 

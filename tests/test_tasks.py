@@ -106,7 +106,7 @@ def test_refusals_that_need_no_model_come_before_it_is_looked_for(tmp_path: Path
     file = make_site(tmp_path)
     for change, said in (
         ("aggregate.quorum=99", "aggregate.quorum = 99 can never be met"),
-        ('lora.rank={"x" = 2}', "one rank for all clients"),
+        ('lora.rank={"x" = 2}', "set lora.rank to one number"),
         ("data.label=lable", "no column 'lable'"),
     ):
         config = load_config(file, [change, "model.path=./gone"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from rolora.comparison.budget import Length, Tally, core_seconds
-from rolora.comparison.tuning import choose, grids, settings
-from rolora.comparison.variants import addressed, listed, variant_overrides
+from rolora.comparison.budget import Timing, core_seconds, estimate, rounds_left
+from rolora.comparison.tuning import choose, make_grids, settings
+from rolora.comparison.variants import addressee, checked_labels, variant_overrides
+from rolora.config.load import load_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.results.tuned import Tuning
 
@@ -20,7 +22,7 @@ def scored(*means: float | None) -> dict[tuple[str, ...], list[float | None]]:
 
 
 def test_a_grid_of_two_keys_holds_every_combination() -> None:
-    found = grids(["train.lr=1e-3,1e-2", "train.optimizer=adamw,sgd"], ["rolora"])
+    found = make_grids(["train.lr=1e-3,1e-2", "train.optimizer=adamw,sgd"], ["rolora"])
     assert settings(found["rolora"]) == [
         ("train.lr=1e-3", "train.optimizer=adamw"),
         ("train.lr=1e-3", "train.optimizer=sgd"),
@@ -30,7 +32,7 @@ def test_a_grid_of_two_keys_holds_every_combination() -> None:
 
 
 def test_a_method_may_have_a_grid_of_its_own() -> None:
-    found = grids(
+    found = make_grids(
         ["train.lr=1,2", "fedit:train.lr=3,4", "rolora:method.first=A,B"], ["rolora", "fedit"]
     )
     assert found == {
@@ -42,31 +44,31 @@ def test_a_method_may_have_a_grid_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("train.lr", "is not of the form train.lr=1e-3,3e-3,1e-2"),
-        ("train.lr=1e-3,,1e-2", "is not of the form"),
+        ("train.lr", "does not look like train.lr=1e-3,3e-3,1e-2"),
+        ("train.lr=1e-3,,1e-2", "does not look like"),
         ("train.lr=1e-3", "one value leaves nothing to choose"),
-        ("train.lr=1e-3,0.001", "a value is there twice"),
-        ("lora.rank=[4,2],[4,2]", "a value is there twice"),
+        ("train.lr=1e-3,0.001", "a value is repeated"),
+        ("lora.rank=[4,2],[4,2]", "a value is repeated"),
         ("lora.rank=[4,2]", "one value leaves nothing to choose"),
         ("data.test=a.csv,b.csv", "would change what is compared"),
         ("seed=1,2", "would change what is compared"),
         ("train.rounds=10,20", "would change what is compared"),
         ("method.name=rolora,fedit", "would change what is compared"),
-        ("fedti:train.lr=1,2", "'fedti', not compared: did you mean 'fedit'?"),
+        ("fedti:train.lr=1,2", "'fedti' is not among the compared methods: did you mean 'fedit'?"),
     ],
 )
 def test_what_is_no_grid_is_one_line_that_says_why(text: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        grids([text], ["rolora", "fedit"])
+        make_grids([text], ["rolora", "fedit"])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_key_given_twice_and_a_method_without_a_grid_are_refused() -> None:
-    with pytest.raises(ConfigError, match="has a grid already"):
-        grids(["train.lr=1,2", "train.lr=3,4"], ["rolora"])
-    with pytest.raises(ConfigError, match="gives rolora nothing to choose from"):
-        grids(["fedit:train.lr=1,2"], ["rolora", "fedit"])
+    with pytest.raises(ConfigError, match="already has a grid"):
+        make_grids(["train.lr=1,2", "train.lr=3,4"], ["rolora"])
+    with pytest.raises(ConfigError, match="gives rolora no values"):
+        make_grids(["fedit:train.lr=1,2"], ["rolora", "fedit"])
 
 
 def test_the_best_mean_is_chosen_and_of_equal_ones_the_first() -> None:
@@ -112,7 +114,10 @@ def test_a_best_value_at_the_edge_of_its_grid_is_said_to_be_there(
     assert tuned.at_edge == edge
     if edge:
         (said,) = tuned.cautions
-        assert f"is the {edge['train.lr']} that was tried; a {edge['train.lr'][:-2]}r one" in said
+        assert (
+            f"is the {edge['train.lr']} value that was tried; a {edge['train.lr'][:-2]}r one"
+            in said
+        )
 
 
 def test_the_edge_goes_by_size_and_not_by_order_and_words_have_none() -> None:
@@ -132,11 +137,11 @@ def test_a_record_is_read_back_as_it_was_written() -> None:
 
 def test_a_method_with_options_is_a_name_and_overrides() -> None:
     assert variant_overrides("rolora+first=A") == ["method.first=A"]
-    assert listed(" rolora, rolora+first=A ") == ["rolora", "rolora+first=A"]
+    assert checked_labels([" rolora", " rolora+first=A "]) == ["rolora", "rolora+first=A"]
     labels = ["rolora", "rolora+first=A"]
-    assert addressed("rolora+first=A:train.lr=1", labels) == ("rolora+first=A", "train.lr=1")
-    assert addressed("rolora:train.lr=1", labels) == ("rolora", "train.lr=1")
-    assert addressed("train.cache=a:b", labels) == ("", "train.cache=a:b")
+    assert addressee("rolora+first=A:train.lr=1", labels) == ("rolora+first=A", "train.lr=1")
+    assert addressee("rolora:train.lr=1", labels) == ("rolora", "train.lr=1")
+    assert addressee("train.cache=a:b", labels) == ("", "train.cache=a:b")
 
 
 @pytest.mark.parametrize("wrong", ["rolora+first", "rolora+=A", "rolora+first="])
@@ -145,10 +150,10 @@ def test_an_option_without_name_or_value_is_refused(wrong: str) -> None:
         variant_overrides(wrong)
 
 
-@pytest.mark.parametrize("text", ["", " , "])
-def test_a_list_without_a_method_is_refused(text: str) -> None:
+@pytest.mark.parametrize("labels", [[], [""], [" ", ""]])
+def test_a_list_without_a_method_is_refused(labels: list[str]) -> None:
     with pytest.raises(ConfigError, match="at least one method"):
-        listed(text)
+        checked_labels(labels)
 
 
 @pytest.mark.parametrize(
@@ -164,17 +169,19 @@ def test_a_budget_of_nothing_or_in_another_unit_is_refused(text: str) -> None:
         core_seconds(text)
 
 
-def test_the_length_of_what_is_left_of_a_run_counts_its_evaluations() -> None:
-    assert Length.of(7, every=3) == Length(rounds=7, evaluations=4)  # rounds 0, 3, 6 and 7
-    assert Length.of(7, every=3, done=0) == Length(rounds=7, evaluations=3)
-    assert Length.of(7, every=3, done=6) == Length(rounds=1, evaluations=1)
-    assert Length.of(7, every=3, done=7) == Length(rounds=0, evaluations=0)
+def test_the_rounds_left_of_a_run_end_with_an_evaluation(site: Path) -> None:
+    config = load_config(site, ["train.rounds=7", "eval.every=3"])
+    evaluated = [0, 3, 6, 7]
+    assert rounds_left(config) == [Timing(n, n in evaluated) for n in range(8)]
+    assert rounds_left(config, done=0) == [Timing(n, n in evaluated) for n in range(1, 8)]
+    assert rounds_left(config, done=6) == [Timing(7, True)]
+    assert rounds_left(config, done=7) == []
 
 
 def test_an_estimate_tells_training_from_evaluation() -> None:
-    tally = Tally().plus(0, True, 10.0).plus(1, False, 2.0)
-    assert tally.estimate(Length(rounds=4, evaluations=2)) == 4 * 2.0 + 2 * 10.0
-    later = tally.plus(2, True, 12.0)
-    assert later.estimate(Length(rounds=4, evaluations=2)) == 4 * 2.0 + 2 * 10.0
-    assert later.seconds == 24.0
-    assert Tally().plus(0, True, 10.0).estimate(Length(1, 1)) is None
+    first, left = Timing(0, True, 10.0), [Timing(n, n > 2) for n in range(1, 5)]
+    done = [first, Timing(1, False, 2.0)]
+    assert estimate(done, left) == 4 * 2.0 + 2 * 10.0
+    assert estimate([*done, Timing(2, True, 12.0)], left) == 4 * 2.0 + 2 * 10.0
+    assert estimate(done, [Timing(0, True), *left]) == 4 * 2.0 + 3 * 10.0
+    assert estimate([first], left) is None

@@ -29,14 +29,14 @@ from benchmarks.benches.whole_job import apart
 from benchmarks.harness import Party, Running
 from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
-from benchmarks.site_bytes import added_up, parcels, sorted_out
+from benchmarks.site_bytes import added_up, message_bodies, sorted_out
 from benchmarks.wiretap import Exchange, Tap
 from rolora.config.load import load_config
 from rolora.files import write_file
 from rolora.sites.folder import FederationFolder
 from rolora.sites.keys import LOOPBACK
-from rolora.sites.local_trial import rehearse
-from rolora.sites.node import REST
+from rolora.sites.local_trial import make_trial
+from rolora.sites.node import IDLE_LONGEST
 
 SITES = 3
 STEPS, TOKENS, BATCH = 20, 32, 4
@@ -91,7 +91,7 @@ def federation(place: Place, name: str, model: Path, rounds: int, steps: int, to
     )
     file, folder = place.scratch / f"{name}.toml", place.scratch / name
     write_file(file, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    rehearse(folder, str(file), (), SITES, free_ports(1))
+    make_trial(folder, str(file), (), SITES, free_ports(1))
     return folder
 
 
@@ -131,7 +131,7 @@ def count_bytes(place: Place) -> None:
             counted(place, "RoBERTa-Large's shape", large(place), rounds),
             counted_bare(place, "MiniLM", rounds),
         ],
-        "idle": {"looks": REST, "heartbeats": HEARTBEAT},  # seconds between two
+        "idle": {"looks": IDLE_LONGEST, "heartbeats": HEARTBEAT},  # seconds between two
     }
     write_file(place.records / "across-sites-bytes.json", json.dumps(record, indent=1) + "\n")
 
@@ -163,7 +163,7 @@ def counted(place: Place, name: str, model: Path, rounds: int) -> Mapping[str, A
         party = place.party("rolora_sites", folder, rounds, adapter)
         passed = tap.between(*asked(party, place.environment(), "prepare", "run", "after")["clock"])
         sizes = elements(adapter)
-        bodies = parcels(passed)
+        bodies = message_bodies(passed)
     row = added_up(passed, SITES * rounds)
     if sizes["lora_A"] != sizes["lora_B"]:
         raise ValueError("the two factors differ in size")

@@ -1,4 +1,4 @@
-"""Writing so that a file or folder is there whole or not at all, whenever the power goes; locks.
+"""Atomic writes of files and folders, whenever the power goes; and lock files.
 
 New bytes go under a temporary name in the same folder, are flushed to the disk, and are renamed
 into place; then the folder that holds the name is flushed.
@@ -7,11 +7,14 @@ into place; then the folder that holds the name is flushed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rolora.errors import ConfigError
 
 TEMPORARY = ".part-"
 
@@ -61,13 +64,19 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold this lock file for as long as the block, or this process, lasts.
+    """Hold the lock file ``path`` until the block, or this process, ends.
 
-    Raises BlockingIOError if another process holds it, unless told to ``wait``.
+    Raises ConfigError if another process holds it, unless told to ``wait``.
     """
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise ConfigError(f"{path.parent} is in use by another process") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def is_locked(path: Path) -> bool:
@@ -75,7 +84,7 @@ def is_locked(path: Path) -> bool:
     try:
         with locked(path):
             return False
-    except BlockingIOError:
+    except ConfigError:
         return True
 
 

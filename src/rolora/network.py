@@ -1,20 +1,19 @@
-"""Whether a hub answers at all, asked once and quickly: its own client asks for half a minute."""
+"""Whether a server answers, asked once: the hub's own client tries for half a minute."""
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
+import httpx
 
 SECONDS = 5.0
 
 
-def is_reachable(address: str) -> bool:
-    """Whether anything at all comes back from this address, by the proxies of the environment."""
-    question = urllib.request.Request(address, method="HEAD")
+def is_reachable(url: str) -> bool:
+    """Whether a server answers at this URL, with whatever status, within 5 seconds.
+
+    The proxies of the environment are used.
+    """
     try:
-        with urllib.request.urlopen(question, timeout=SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it has nothing there, but it answered
-    except OSError:
+        httpx.head(url, timeout=SECONDS)
+    except httpx.HTTPError:
         return False
+    return True

@@ -1,80 +1,90 @@
-"""The command that compares methods: tune, run on fresh seeds, say who is ahead at which budget."""
+"""``rolora compare``: tune each method, run all on fresh seeds, and rank them at equal budgets."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from rolora.cli.options import ConfigPath, Json, Overrides
 from rolora.cli.printing import err_console, out_console, print_json
 from rolora.errors import ConfigError
 
-if TYPE_CHECKING:
-    from rolora.results.published import Published
-
 
 def compare(
-    config: Annotated[str, typer.Argument(metavar="CONFIG.toml", help="the run's TOML file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.lr=1e-3")
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     methods: Annotated[
-        str, typer.Option(help="comma-separated; the others are set against the first")
+        str, typer.Option(help="methods, comma-separated; the first is the reference")
     ] = "rolora,ffa_lora,fedit",
-    seeds: Annotated[str, typer.Option(help="of the table, comma-separated")] = "0,1,2",
+    seeds: Annotated[
+        str, typer.Option(help="seeds for the final table, comma-separated")
+    ] = "0,1,2",
     tune: Annotated[
         list[str] | None,
-        typer.Option(help="a grid such as train.lr=1e-3,3e-3,1e-2; again for another key"),
+        typer.Option(help="a grid such as train.lr=1e-3,3e-3,1e-2; repeat for another key"),
     ] = None,
     tune_seeds: Annotated[
-        str | None, typer.Option(help="to tune on, none of --seeds; default: 100,101")
+        str | None, typer.Option(help="seeds to tune on, not in --seeds; default: 100,101")
     ] = None,
     tune_rounds: Annotated[
-        int | None, typer.Option(help="of a run that tunes; default: train.rounds")
+        int | None, typer.Option(help="rounds of each tuning run; default: train.rounds")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="stop, to be resumed, after so many core-hours: 8h, 30m")
+        str | None, typer.Option(help="core-hours after which to stop (resumable): 8h, 30m")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="default: runs/NAME-compare")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="the comparison's folder; default: runs/NAME-compare")
+    ] = None,
+    json: Json = False,
 ) -> None:
     """Run several methods and seeds on the same rows, cohorts and batches, and compare them.
 
-    With --tune each method first gets its best values, on validation rows and on seeds that the
-    table does not use. The same command again goes on where it stopped.
+    With --tune, each method first gets its best values, chosen on validation rows and on seeds that
+    the final table does not use. Run the same command again to continue a stopped comparison.
 
-    An override may be for one method alone: fedit:train.lr=1e-3, also in --tune. A method may have
+    An override can be for one method only: fedit:train.lr=1e-3, also in --tune. A method can have
     options: rolora,rolora+first=A
     """
-    from rolora.cli.queue_display import follow_all
+    from rolora.cli.progress import follow_all
+    from rolora.cli.results import comparison_text
     from rolora.comparison.budget import core_seconds
-    from rolora.comparison.grid import plan
-    from rolora.comparison.queue import TUNE_SEEDS, make_search, turns
-    from rolora.comparison.variants import addressed, listed
+    from rolora.comparison.folder import ComparisonFolder
+    from rolora.comparison.grid import TUNE_SEEDS, plan
+    from rolora.comparison.queue import comparison_path, queued_runs
+    from rolora.comparison.variants import addressee, checked_labels
     from rolora.config.load import load_config
+    from rolora.results.export import export_results
     from rolora.results.published import read_published
+    from rolora.results.runs import load_run
 
-    labels = listed(methods)
-    meant: dict[str, list[str]] = {label: [] for label in ("", *labels)}
+    labels = checked_labels(methods.split(","))
+    own: dict[str, list[str]] = {label: [] for label in ("", *labels)}
     for text in overrides or []:
-        label, override = addressed(text, labels)
-        meant[label].append(override)
-    settings = load_config(config, meant.pop(""))
+        label, override = addressee(text, labels)
+        own[label].append(override)
+    settings = load_config(config, own.pop(""))
     if not tune and (tune_seeds is not None or tune_rounds is not None):
-        raise ConfigError("--tune-seeds and --tune-rounds go with --tune, a grid to choose from")
+        raise ConfigError("--tune-seeds and --tune-rounds need --tune with a grid")
     tuned_on = TUNE_SEEDS if tune_seeds is None else _seeds("--tune-seeds", tune_seeds)
-    search = make_search(settings, tune or [], labels, tuned_on, tune_rounds)
-    comparison = plan(settings, meant, _seeds("--seeds", seeds), search)
-    given = None if budget is None else core_seconds(budget)
+    given = _seeds("--seeds", seeds)
+    comparison = plan(settings, own, given, tune or [], tuned_on, tune_rounds)
+    seconds = None if budget is None else core_seconds(budget)
     published = read_published(config)
-    path = out or Path("runs") / f"{settings.name}-compare"
+    folder = ComparisonFolder(comparison_path(settings, out))
     if comparison.cut_validation:
-        err_console.print(f"note: tuning is on {comparison.rows_in_words()}", markup=False)
-    with contextlib.closing(turns(comparison, path, published, given)) as queue:
+        err_console.print(f"note: tuning on {comparison.tuned_on()}")
+    with contextlib.closing(queued_runs(comparison, folder.path, published, seconds)) as queue:
         follow_all(queue)
-    _print(path, [run.path for run in comparison.final_runs(path, None)], published, json)
+    runs = [load_run(run.path) for run in comparison.final_runs(folder.path, None)]
+    if json:
+        found = export_results(runs, folder.tuning(), published)
+        print_json({**found, "report": str(folder.report)})
+    else:
+        out_console.print(comparison_text(runs, folder.tuning(), published))
+        out_console.print(f"\nreport   {folder.report}")
 
 
 def _seeds(option: str, text: str) -> tuple[int, ...]:
@@ -82,18 +92,3 @@ def _seeds(option: str, text: str) -> tuple[int, ...]:
     if not all(word.isdecimal() for word in words):
         raise ConfigError(f"{option} {text!r}: give whole numbers with commas, such as 0,1,2")
     return tuple(int(word) for word in words)
-
-
-def _print(path: Path, finals: list[Path], published: Published | None, as_json: bool) -> None:
-    from rolora.cli.compare_table import comparison_text
-    from rolora.comparison.folder import ComparisonFolder
-    from rolora.results.export import outcome
-    from rolora.results.runs import load_run
-
-    folder = ComparisonFolder(path)
-    runs, tuning = [load_run(run) for run in finals], folder.tuning()
-    if as_json:
-        print_json({**outcome(runs, tuning, published), "report": str(folder.report)})
-        return
-    out_console.print(comparison_text(runs, tuning, published))
-    out_console.print(f"\nreport   {folder.report}", markup=False)

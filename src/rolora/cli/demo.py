@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.printing import out_console, print_json, print_sources
+from rolora.cli.options import Json
+from rolora.cli.printing import out_console, print_json, working
 
 
 def demo(
@@ -15,9 +16,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
 ) -> None:
     """Fetch a real model and texts, run three methods on a few seeds, and compare the results."""
-    from rolora.cli.display import follow, results_table, working
+    from rolora.cli.progress import follow
+    from rolora.cli.results import results_table
     from rolora.demo import side_by_side as demonstration
-    from rolora.report.narrative import verdicts
+    from rolora.report.narrative import conclusions
     from rolora.results.runs import load_run, summarise
 
     with working("fetching the model and the data (once)"):
@@ -31,18 +33,19 @@ def demo(
     if llm:
         for prompt, plain, tuned in demonstration.before_and_after(runs[0]):
             for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
-                out_console.print(f"{what:8}{' '.join(text.split())}", markup=False)
+                out_console.print(f"{what:8}{' '.join(text.split())}")
             out_console.print()
     out_console.print(results_table(summarise(found)))
-    for verdict in verdicts(found):
-        out_console.print(f"\n{verdict.budget}: {verdict.headline}. {verdict.text}", markup=False)
-    out_console.print(f"\n{demonstration.MEANING}", markup=False)
+    for conclusion in conclusions(found):
+        text = f"{conclusion.headline}. {conclusion.text}"
+        out_console.print(f"\n{conclusion.budget}: {text}")
+    out_console.print(f"\n{demonstration.MEANING}")
     for what, path in (
         ("report", ready.out / "report.html"),
         ("adapter", runs[0].folder.adapter),
         ("config", ready.file),
     ):
-        out_console.print(f"{what:9}{path}", markup=False)
+        out_console.print(f"{what:9}{path}")
 
 
 def fetch(
@@ -54,10 +57,10 @@ def fetch(
         Path | None,
         typer.Option("--from", help="read the files from this folder, without a network"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    json: Json = False,
 ) -> None:
     """Fetch real models and data sets for the demo and the experiments."""
-    from rolora.cli.display import working
+    from rolora.cli.tables import print_sources
     from rolora.demo import fetch as fetching
     from rolora.demo.sources import SOURCES
 
@@ -72,4 +75,4 @@ def fetch(
         print_json(made)
     else:
         for name, path in made.items():
-            out_console.print(f"{name:14}{path}", markup=False)
+            out_console.print(f"{name:14}{path}")

@@ -7,23 +7,24 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.printing import out_console, print_json, print_sets
+from rolora.cli.options import Json, Overrides
+from rolora.cli.printing import out_console, print_json, working
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
     data: Annotated[
         str,
-        typer.Option(help="rows with the columns of the run's data; a pattern: each matching file"),
+        typer.Option(help="rows with the run's columns; a pattern measures each file separately"),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as eval.generate=500")
-    ] = None,
+    overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    json: Json = False,
 ) -> None:
     """Measure a finished run, or an adapter folder, on other rows."""
-    from rolora.cli.display import working
+    from rolora.cli.results import print_sets
     from rolora.data.tables import files_of, is_glob
     from rolora.run.evaluation import evaluate_adapter, evaluate_each
 
@@ -42,4 +43,4 @@ def evaluate(
         print_json(metrics)
         return
     for name, value in metrics.items():
-        out_console.print(f"{name:20} {value:.4f}", markup=False)
+        out_console.print(f"{name:20} {value:.4f}")

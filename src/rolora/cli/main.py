@@ -1,6 +1,6 @@
-"""The command line. Every command calls one library function and prints what it returns.
+"""The command line: every command calls one library function and prints the result.
 
-Results go to standard output, progress to standard error. Exit codes are in ``rolora.errors``.
+Results go to standard output, progress to standard error. ``rolora.errors`` has the exit codes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,11 +19,15 @@ import rolora
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.evaluate import evaluate
+from rolora.cli.options import ConfigPath, Json, Out, Overrides
 from rolora.cli.plan import plan
-from rolora.cli.printing import out_console, print_json, print_methods, print_results, print_runs
+from rolora.cli.printing import out_console, print_json, working
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError
+
+if TYPE_CHECKING:
+    from rolora.run.runs import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,12 +37,6 @@ app = typer.Typer(
     help="Federated LoRA fine-tuning with exact averages.",
     epilog="Exit codes: " + " · ".join(f"{code} {what}" for code, what in EXIT_CODES.items()),
 )
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="the run's TOML file")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as train.lr=1e-3")
-]
-Out = Annotated[Path | None, typer.Option(help="the new folder; default: runs/NAME")]
-Json = Annotated[bool, typer.Option("--json", help="print what a program would read")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,12 +61,11 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     on: Annotated[
-        str | None, typer.Option(help="run it across the sites of this federation folder")
+        str | None, typer.Option(help="run on the sites of this federation folder")
     ] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
-    from rolora.cli.display import working
     from rolora.config.load import load_config
     from rolora.run import runs
 
@@ -84,11 +81,11 @@ def run(
 @app.command()
 def resume(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
-    rounds: Annotated[int | None, typer.Option(help="train until this many rounds")] = None,
+    rounds: Annotated[int | None, typer.Option(help="the new total number of rounds")] = None,
     json: Json = False,
 ) -> None:
-    """Go on with a run from its last checkpoint, as if it had never stopped."""
-    from rolora.cli.display import working
+    """Continue a run from its last checkpoint, as if it had never stopped."""
+    from rolora.cli.results import print_results
     from rolora.config.load import load_config
     from rolora.run import runs
     from rolora.run.folder import RunFolder
@@ -98,13 +95,12 @@ def resume(
     if settings.federation.on and rounds is None and folder.report.is_file():
         _nothing_left(json)
         print_results(path, json)
-        return
-    if settings.federation.on:
+    elif settings.federation.on:
         across_sites(settings, path, json, rounds)
-        return
-    with working("loading the model and the data"):
-        resumed = runs.resume(path, rounds)
-    _follow(resumed, json)
+    else:
+        with working("loading the model and the data"):
+            resumed = runs.resume(path, rounds)
+        _follow(resumed, json)
 
 
 app.command()(compare)
@@ -113,16 +109,17 @@ app.command()(compare)
 @app.command()
 def report(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
-    out: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="the HTML page to write")] = Path("report.html"),
     json: Json = False,
 ) -> None:
     """Write one page about one or more runs: curves, tables, the split, the configuration."""
+    from rolora.cli.results import print_runs
     from rolora.report.page import write_report
 
     write_report(paths, out)
     print_runs(paths, json)
     if not json:
-        out_console.print(f"\nreport   {out}", markup=False)
+        out_console.print(f"\nreport   {out}")
 
 
 app.command("eval")(evaluate)
@@ -132,28 +129,30 @@ app.command("eval")(evaluate)
 def partition(
     config: ConfigPath,
     overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(help="png or svg")] = Path("partition.png"),
+    picture: Annotated[Path, typer.Option(help="the picture to save: .png or .svg")] = Path(
+        "partition.png"
+    ),
     show_masks: Annotated[
         bool, typer.Option("--show-masks", help="show which tokens of some rows are trained on")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show who holds which rows, and save a picture of it. Trains nothing."""
-    from rolora.cli.display import masked_text, split_table, working
+    """Show which client holds which rows, and save a picture of it. Trains nothing."""
+    from rolora.cli.tables import masked_text, split_table
     from rolora.config.load import load_config
-    from rolora.report.figures import save_split_picture
+    from rolora.report.figures import save_picture, split_figure
     from rolora.run.experiment import Experiment
     from rolora.run.runs import training_masks
 
     settings = load_config(config, overrides or [])
     rows = Experiment(settings).rows
     table = rows.table()
-    save_split_picture(table, picture)
+    save_picture(split_figure(table), picture)
     if json:
         print_json(table)
     else:
         out_console.print(split_table(table, rows.test.num_rows))
-        out_console.print(f"\npicture   {picture}", markup=False)
+        out_console.print(f"\npicture   {picture}")
     if show_masks:
         with working("loading the tokenizer"):
             masked = training_masks(settings, 3)
@@ -162,27 +161,30 @@ def partition(
 
 @app.command()
 def methods(json: Json = False) -> None:
-    """List the methods: what each trains, sends, and where it comes from."""
+    """List the methods: what each trains and sends, and its paper."""
+    from rolora.cli.tables import print_methods
     from rolora.plan.method_table import describe_methods
 
     rows = describe_methods()
     if json:
         print_json([dataclasses.asdict(row) for row in rows])
-        return
-    print_methods(rows)
+    else:
+        print_methods(rows)
 
 
 @app.command()
 def init(
     data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
-    out: Annotated[Path, typer.Option(help="the config to write")] = Path("rolora.toml"),
-    model: Annotated[str, typer.Option(help="a folder, hub name or .gguf file")] = "",
+    out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
+    model: Annotated[
+        str, typer.Option(help="the base model: a folder, a hub name or a .gguf file")
+    ] = "",
 ) -> None:
-    """Look at the columns of your file and write a commented config for it."""
+    """Look at the columns of your file and write a commented configuration for it."""
     from rolora.run.config_template import write_template
 
     write_template(data, out, model)
-    out_console.print(f"wrote {out}; next: rolora partition {out}", markup=False)
+    out_console.print(f"wrote {out}; next: rolora partition {out}")
 
 
 app.command()(theory)
@@ -195,7 +197,7 @@ app.command()(doctor)
 
 
 def _where(on: str | None) -> list[str]:
-    """The override that ``--on`` stands for; a folder is named from here, not from the config."""
+    """``--on`` as an override; a folder is relative to here, not to the configuration."""
     if on is None:
         return []
     return [f"federation.on={Path(on).resolve() if Path(on).is_dir() else on}"]
@@ -203,26 +205,28 @@ def _where(on: str | None) -> list[str]:
 
 def _nothing_left(as_json: bool) -> None:
     if not as_json:
-        out_console.print("nothing was left to do", markup=False)
+        out_console.print("nothing left to do")
 
 
-def _follow(started: Any, as_json: bool) -> None:
-    from rolora.cli.display import follow
+def _follow(run: Run, as_json: bool) -> None:
+    from rolora.cli.progress import follow
+    from rolora.cli.results import print_results
 
-    last = follow(started, started.experiment.config.name)
-    if last is None:
+    if follow(run, run.experiment.config.name) is None:
         _nothing_left(as_json)
-    print_results(started.folder.path, as_json)
+    print_results(run.folder.path, as_json)
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or a request to end. No library mistakes it for an error of its own."""
+    """Ctrl-C or SIGTERM; a BaseException, so that no library handles it as an error."""
 
 
 def main() -> None:
-    """The ``rolora`` command: one line and a documented exit code for whatever goes wrong."""
+    """The ``rolora`` command: every error is one line and a documented exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    # a forked worker that raised in the middle of a library's code would leave its locks held
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         app()
     except (NotHere, ModelNotHere) as error:
@@ -235,10 +239,10 @@ def main() -> None:
     except Interrupted:
         again = sys.argv[1:2] in (["compare"], ["site"], ["federation"])
         how = "the same command" if again else "rolora resume RUN"
-        _leave(f"interrupted; finished rounds are saved, go on with: {how}", 130)
+        _leave(f"interrupted; finished rounds are saved; continue with: {how}", 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        hint = "; free some, then: rolora resume RUN" if error.errno == errno.ENOSPC else ""
+        hint = "; free some space, then: rolora resume RUN" if error.errno == errno.ENOSPC else ""
         _leave(f"{os.strerror(error.errno) if error.errno else error}{where}{hint}", 1)
 
 

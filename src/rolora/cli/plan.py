@@ -7,28 +7,26 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.printing import print_json, print_plan
+from rolora.cli.options import ConfigPath, Json, Overrides, names
+from rolora.cli.printing import print_json, working
 
 
 def plan(
-    config: Annotated[str, typer.Argument(metavar="CONFIG.toml", help="the run's TOML file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as lora.rank=8")
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     methods: Annotated[
-        str | None, typer.Option(help="comma-separated; left out: the configured one")
+        str | None, typer.Option(help="methods, comma-separated; default: the configured one")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Json = False,
 ) -> None:
-    """Say what a run needs: memory, traffic, work and disk. Fetches no weights, trains nothing."""
-    from rolora.cli.display import working
+    """Estimate the memory, traffic, work and disk of a run. Fetches no weights, trains nothing."""
+    from rolora.cli.tables import print_plan
     from rolora.config.load import load_config
     from rolora.plan.needs import make_plan
 
     settings = load_config(config, overrides or [])
-    names = [name.strip() for name in (methods or "").split(",") if name.strip()]
     with working("running a step on shapes alone"):
-        made = make_plan(settings, names)
+        made = make_plan(settings, names(methods))
     if json:
         print_json(dataclasses.asdict(made))
     else:

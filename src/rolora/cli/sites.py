@@ -1,4 +1,4 @@
-"""The commands for runs across sites: of the site's operator, and of the coordinator."""
+"""The commands of a site's operator, and of the coordinator."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from rolora.cli.printing import err_console, out_console, print_json, print_results
+from rolora.cli.options import Json, names
+from rolora.cli.printing import err_console, out_console, print_json, working
 from rolora.errors import ConfigError, RoloraError
 
 federation = typer.Typer(
-    no_args_is_help=True, help="Keys and programs of a coordinator; a federation to try things on."
+    no_args_is_help=True, help="Make keys for a federation, serve it, or try one on this machine."
 )
 
 Folder = Annotated[Path, typer.Option(help="the federation's folder")]
@@ -23,21 +24,21 @@ PORT = 8000
 
 def site(
     config: Annotated[Path, typer.Option(help="the site's TOML file")] = Path("site.toml"),
-    check: Annotated[
-        bool, typer.Option("--check", help="look at everything, join nothing")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="check the setup without joining")] = False,
     run: Annotated[
-        str | None, typer.Option(help="with --check: a run's TOML, to try this site's rows on")
+        str | None,
+        typer.Option(help="with --check: a run's TOML, to check rows and model for"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Json = False,
     parent_pid: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Take part with this site's rows: connect, and train whenever the coordinator asks.
+    """Connect this site to its coordinator, and train on its rows when asked.
 
-    Rows never leave. What leaves is written to outgoing.log in the site's state folder.
+    Rows never leave the site. What does is listed in outgoing.log in its state folder.
     """
     _need_flower()
-    from rolora.sites.node import leave_with, serve
+    from rolora.sites.node import serve
+    from rolora.sites.processes import end_with_parent
     from rolora.sites.site import Site
     from rolora.sites.site_config import read_site
 
@@ -46,18 +47,18 @@ def site(
         _examine_site(settings, run, json)
         return
     if parent_pid is not None:
-        leave_with(parent_pid)
-    serve(settings, Site(settings).answer, _tell)
+        end_with_parent(parent_pid)
+    serve(settings, Site(settings).answer, _notify)
 
 
 def doctor(
-    place: Annotated[Path, typer.Argument(help="a site.toml, or a federation's folder")],
+    place: Annotated[Path, typer.Argument(help="a site.toml, or a federation folder")],
     run: Annotated[
-        str | None, typer.Option(help="for a site: a run's TOML, to try this site's rows on")
+        str | None, typer.Option(help="for a site: a run's TOML, to check its rows and model for")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Json = False,
 ) -> None:
-    """Say what is wrong with a setup, one line for each thing looked at."""
+    """Check the setup of a site or a coordinator, one line for each check."""
     _need_flower()
     from rolora.sites.doctor import examine_federation
     from rolora.sites.folder import FederationFolder
@@ -71,133 +72,126 @@ def doctor(
 
 @federation.command()
 def keys(
-    sites: Annotated[str, typer.Option(help="names of sites with commas, such as ann,bob")],
+    sites: Annotated[str, typer.Option(help="comma-separated names, such as ann,bob")],
     host: Annotated[
-        str | None, typer.Option(help="the name or address under which sites reach this machine")
+        str | None, typer.Option(help="the name or address by which sites reach this machine")
     ] = None,
-    port: Annotated[int, typer.Option(help="that the SuperLink listens on")] = PORT,
+    port: Annotated[int, typer.Option(help="the SuperLink's port")] = PORT,
     folder: Folder = Path("federation"),
 ) -> None:
-    """Make a CA, the server's certificate and a key for each site; add sites to a folder."""
+    """Make a CA, a server certificate and a key for each site, or add sites to a folder."""
     _need_flower()
     from rolora.sites.folder import FederationFolder
 
     if not folder.exists():
         if host is None:
-            raise ConfigError("a new federation needs --host: how sites reach this machine")
+            raise ConfigError("a new federation needs --host, by which sites reach this machine")
         made = FederationFolder.create(folder, host, port)
-        out_console.print(f"made {folder}: its own CA, a certificate for {host}", markup=False)
+        out_console.print(f"made {folder}: a CA, and a server certificate for {host}")
     else:
         made = FederationFolder.open(folder)
         if host not in (None, made.host):
-            raise ConfigError(f"{folder} is for {made.host}; make another folder for {host}")
+            raise ConfigError(f"{folder} is for {made.host}: make another folder for {host}")
     for name in _listed(sites):
         given = made.add_site(name)
-        out_console.print(f"site {name}: hand over {given} (its key is in there)", markup=False)
+        out_console.print(f"site {name}: give it {given}, which contains its key")
 
 
 @federation.command()
 def remove(
-    sites: Annotated[str, typer.Option(help="names of sites with commas, such as ann,bob")],
+    sites: Annotated[str, typer.Option(help="comma-separated names, such as ann,bob")],
     folder: Folder = Path("federation"),
 ) -> None:
-    """Shut sites out: their keys are refused from now on. The federation must be served."""
+    """Refuse these sites' keys from now on. The federation must be running."""
     _need_flower()
     from rolora.sites.folder import FederationFolder
 
     opened = FederationFolder.open(folder)
     for name in _listed(sites):
         opened.remove_site(name)
-        out_console.print(f"site {name}: its key is no longer accepted", markup=False)
+        out_console.print(f"site {name}: its key is no longer accepted")
 
 
 @federation.command()
 def serve(folder: Folder = Path("federation")) -> None:
-    """Run the coordinator's programs, and start them again when they end, until interrupted."""
+    """Run the coordinator's programs until interrupted; if one ends, end the others too."""
     _need_flower()
+    from rolora.sites import serve as programs
     from rolora.sites.folder import FederationFolder
-    from rolora.sites.serve import keep, serving
 
-    opened = FederationFolder.open(folder)
-    with serving(opened, _tell) as supervisor:
-        _tell(f"serving {opened.host}:{opened.port}; runs go to it with: --on {folder}")
-        keep(supervisor, opened)
+    programs.serve(FederationFolder.open(folder), _notify)
 
 
 @federation.command()
 def up(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG.toml]", help="left out: the demo's questions")
+        str | None, typer.Argument(metavar="[CONFIG.toml]", help="default: the demo's questions")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    sites: Annotated[int, typer.Option(min=1, help="among which the rows are split")] = 3,
-    port: Annotated[int, typer.Option(help="that the SuperLink listens on")] = PORT,
+    sites: Annotated[int, typer.Option(min=1, help="number of sites to split the rows among")] = 3,
+    port: Annotated[int, typer.Option(help="the SuperLink's port")] = PORT,
     folder: Folder = Path("federation"),
 ) -> None:
-    """Try a run of yours across sites on this machine: TLS, keys, real processes, split rows.
+    """Try a run across sites on this machine: TLS, keys, real processes, split rows.
 
-    A new folder gets keys, and each site its share of the configuration's rows. A folder that is
-    there already is started again.
+    A new folder gets keys, and each site its share of the configuration's rows; a folder that
+    exists is used as it is.
     """
     _need_flower()
     from rolora.sites.folder import FederationFolder
-    from rolora.sites.local_trial import rehearse
-    from rolora.sites.serve import keep, serving, site_program
+    from rolora.sites.local_trial import make_trial
+    from rolora.sites.serve import serve
 
     if not folder.exists():
         if config is None:
             from rolora.demo.side_by_side import classification_demo
 
             config, overrides = str(classification_demo(Path("demo")).file), []
-        rehearse(folder, config, overrides or [], sites, port)
+        make_trial(folder, config, overrides or [], sites, port)
     opened = FederationFolder.open(folder)
-    with serving(opened, _tell) as supervisor:
-        for name in opened.public:
-            supervisor.add(site_program(opened, opened.path / "sites" / name))
-        _tell(f"{len(opened.public)} sites are up; in another terminal:")
-        _tell(f"  rolora run {folder / 'run.toml'} --on {folder}")
-        keep(supervisor, opened)
+    _notify(f"starting {len(opened.public)} sites; once it serves, in another terminal:")
+    _notify(f"  rolora run {folder / 'run.toml'} --on {folder}")
+    serve(opened, _notify, list(opened.public))
 
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
-    """Run or resume on the sites of ``federation.on``, showing what the coordinator's app says."""
-    from rolora.cli.display import working
+    """Run or resume on the sites of ``federation.on``, showing the run's progress."""
+    from rolora.cli.results import print_results
     from rolora.sites.submit import run_remotely
 
     with working(f"running on {settings.federation.on}"):
-        run_remotely(settings, out, _tell, rounds)
+        run_remotely(settings, out, _notify, rounds)
     print_results(out, as_json)
 
 
 def _examine_site(settings: Any, run: str | None, as_json: bool) -> None:
-    from rolora.cli.display import working
     from rolora.config.load import load_config
     from rolora.sites.doctor import examine_site
 
     config = load_config(run) if run else None
-    with working("looking at rows, model and connection"):
+    with working("checking rows, model and connection"):
         found = list(examine_site(settings, config))
     _report(found, as_json)
 
 
 def _report(findings: Iterable[Any], as_json: bool) -> None:
-    """Print them; leave with 1 if one is not good."""
+    """Print the findings. RoloraError if one is not good."""
     found = list(findings)
     if as_json:
         print_json([{"what": f.what, "good": f.good, "detail": f.detail} for f in found])
     else:
         for one in found:
             mark = "ok  " if one.good else "BAD "
-            out_console.print(f"{mark} {one.what:14} {one.detail}", markup=False)
+            out_console.print(f"{mark} {one.what:14} {one.detail}")
     bad = [one.what for one in found if not one.good]
     if bad:
-        raise RoloraError(f"{len(bad)} of {len(found)} things are wrong: {', '.join(bad)}")
+        raise RoloraError(f"{len(bad)} of {len(found)} checks failed: {', '.join(bad)}")
 
 
 def _listed(text: str) -> list[str]:
-    if not (names := [name.strip() for name in text.split(",") if name.strip()]):
-        raise ConfigError("--sites names no site: give names with commas, such as ann,bob")
-    return names
+    if not (found := names(text)):
+        raise ConfigError("--sites is empty: give comma-separated names, such as ann,bob")
+    return found
 
 
 def _need_flower() -> None:
@@ -205,6 +199,6 @@ def _need_flower() -> None:
         raise ConfigError("runs across sites need Flower: pip install 'rolora[flower]'")
 
 
-def _tell(line: str) -> None:
-    err_console.print(line, markup=False)
+def _notify(line: str) -> None:
+    err_console.print(line)
     sys.stderr.flush()

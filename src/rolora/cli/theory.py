@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rolora.cli.options import Json
 from rolora.cli.printing import out_console, print_cells, print_json, tracked
 from rolora.errors import ConfigError, nearest
 
@@ -66,7 +67,7 @@ def theory(
         float, typer.Option(help="sine of the angle of each client's b_i* to b*, below 1")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="of every draw")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="print what a program would read")] = False,
+    json: Json = False,
 ) -> None:
     """Run the paper's linear model: RoLoRA's angle and its bound, FFA-LoRA's floor, FedAvg."""
     from rolora.files import write_file
@@ -108,14 +109,14 @@ def _print(
 
     print_cells(round_cells(outcome))
     for verdict in verdicts:
-        out_console.print(f"\n{MARKS[verdict.holds]}{verdict.text}", markup=False)
+        out_console.print(f"\n{MARKS[verdict.holds]}{verdict.text}")
     for name, rows in sweeps.items():
-        out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds", markup=False)
+        out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds")
         print_cells(sweep_cells(name, rows))
     out_console.print()
     for what, place in written.items():
         if place is not None:
-            out_console.print(f"{what}   {place}", markup=False)
+            out_console.print(f"{what}   {place}")
 
 
 def _places(out: Path) -> tuple[Path, Path | None]:

@@ -1,18 +1,17 @@
-"""What is compared: methods, seeds, how settings are tuned, and the runs that follow from it.
+"""What is compared: methods, seeds, how settings are tuned, and the runs that follow.
 
-Each method's settings are chosen on seeds of their own and on validation rows. The runs of the
-table use other seeds, are measured on test rows, and start only when the choice is on disk.
+Each method is tuned on tuning seeds and validation rows. The final runs use other seeds, are
+measured on test rows, and start only when the choice is on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rolora.comparison.budget import Length
-from rolora.comparison.tuning import Grid, Setting, refuse_unfair, settings
+from rolora.comparison.tuning import Grid, Setting, make_grids, refuse_unfair, settings
 from rolora.comparison.variants import method_of, variant_overrides
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
@@ -20,99 +19,85 @@ from rolora.errors import ConfigError
 from rolora.results.tuned import Tuning
 from rolora.run.experiment import Experiment
 
-VALIDATION = 0.1  # of the training rows, where the configuration has no validation rows
+TUNE_SEEDS = (100, 101)
+VALIDATION = 0.1  # of the training rows, if the configuration has no validation rows
 
 Stage = Literal["tuning", "final"]
 
 
 @dataclass(frozen=True)
-class Search:
-    """How settings are tuned: a grid for each method, the seeds, and the rounds of a run."""
-
-    grids: Mapping[str, Grid]
-    seeds: tuple[int, ...]
-    rounds: int
-
-
-@dataclass(frozen=True)
 class PlannedRun:
-    """A run of the comparison, done or not, in folder ``path``."""
+    """A run of the comparison, done or not, with the tuned values and its folder ``path``."""
 
     stage: Stage
     method: str
+    setting: Setting
     path: Path
     config: RunConfig
-
-    @property
-    def length(self) -> Length:
-        """Of the whole run."""
-        return Length.of(self.config.train.rounds, self.config.eval.every)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods (with overrides for each alone) on the same rows, cohorts and batches.
+    """Methods, each with overrides of its own, on the same rows, cohorts and batches.
 
-    ``methods`` is in the order of the table; the first is what the others are set against. With a
-    ``search``, ``config`` has validation rows.
+    ``methods`` is in the order of the table; the first is the reference. Each method that has a
+    grid is tuned on ``tune_seeds`` in runs of ``tune_rounds`` rounds; ``config`` then has
+    validation rows, and ``cut_validation`` tells whether they were cut from the training rows
+    because the configuration had none.
     """
 
     config: RunConfig
     methods: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
-    search: Search | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    tune_seeds: tuple[int, ...] = ()
+    tune_rounds: int = 0
     cut_validation: bool = False
 
-    def settings(self, method: str, seed: int, more: Sequence[str] = ()) -> RunConfig:
-        """The configuration of one run; ``more`` wins over what is for the method alone."""
+    def configured(self, method: str, seed: int, more: Sequence[str] = ()) -> RunConfig:
+        """The configuration of one run; ``more`` overrides the method's own overrides."""
         values, name = self.config.model_dump(mode="json", exclude_none=True), method_of(method)
         own = values["method"] if self.config.method.name == name else {"name": name}
         overrides = [*variant_overrides(method), *self.methods[method], *more]
         values = {**values, "method": own, "seed": seed}
         config = make_config(values, overrides, root=self.config.root)
-        _ = Experiment(config).method  # refuses before the first run starts
+        _ = Experiment(config).method  # raises before the first run starts
         return config
 
-    def tuning_run(self, path: Path, method: str, setting: Setting, seed: int) -> PlannedRun:
-        """One run of the tuning stage."""
-        if self.search is None:
-            raise ValueError("this comparison tunes nothing")
-        more = [*setting, "eval.rows=validation", f"train.rounds={self.search.rounds}"]
-        name = f"{method}-{'-'.join(setting)}-seed{seed}".replace("/", "_")
-        config = self.settings(method, seed, more)
-        return PlannedRun("tuning", method, path / "tuning" / name, config)
-
     def tuning_runs(self, path: Path) -> list[PlannedRun]:
-        """All runs of the tuning stage, seed by seed."""
-        if self.search is None:
-            return []
+        """The tuning runs, seed by seed."""
+        fixed = ("eval.rows=validation", f"train.rounds={self.tune_rounds}")
         return [
-            self.tuning_run(path, method, setting, seed)
-            for seed in self.search.seeds
-            for method, grid in self.search.grids.items()
+            PlannedRun(
+                "tuning",
+                method,
+                setting,
+                path / "tuning" / f"{method}-{'-'.join(setting)}-seed{seed}".replace("/", "_"),
+                self.configured(method, seed, (*setting, *fixed)),
+            )
+            for seed in self.tune_seeds
+            for method, grid in self.grids.items()
             for setting in settings(grid)
         ]
 
     def final_runs(self, path: Path, tuning: Tuning | None) -> list[PlannedRun]:
-        """The runs of the table, seed by seed; before the choice, with the grid's first setting."""
+        """The final runs, seed by seed; before the choice, with the first setting of the grid."""
+        first = {method: settings(grid)[0] for method, grid in self.grids.items()}
+        chosen = {m: tuning.best(m) if tuning else first.get(m, ()) for m in self.methods}
         return [
             PlannedRun(
                 "final",
                 method,
+                setting,
                 path / f"{method}-seed{seed}",
-                self.settings(method, seed, self._setting(method, tuning)),
+                self.configured(method, seed, setting),
             )
             for seed in self.seeds
-            for method in self.methods
+            for method, setting in chosen.items()
         ]
 
-    def _setting(self, method: str, tuning: Tuning | None) -> Setting:
-        if tuning is not None:
-            return tuning.best(method)
-        return settings(self.search.grids[method])[0] if self.search else ()
-
-    def rows_in_words(self) -> str:
-        """The rows that settings are tuned on."""
+    def tuned_on(self) -> str:
+        """A description of the rows that settings are tuned on."""
         source = self.config.data.validation
         if not isinstance(source, float):
             return f"validation rows ({source})"
@@ -121,11 +106,11 @@ class Comparison:
         return where + (unset if self.cut_validation else "") + "; no run trains on them"
 
     def record(self) -> dict[str, Any]:
-        """All that the results depend on, as JSON: a comparison goes on only with the same."""
-        tuned = self.search and {
-            "tune": {method: dict(grid) for method, grid in self.search.grids.items()},
-            "tune seeds": list(self.search.seeds),
-            "tune rounds": self.search.rounds,
+        """Everything that the results depend on, as JSON: only the same comparison is resumed."""
+        tuned = {
+            "tune": {method: dict(grid) for method, grid in self.grids.items()},
+            "tune seeds": list(self.tune_seeds),
+            "tune rounds": self.tune_rounds,
         }
         return {
             **self.config.model_dump(mode="json", exclude={"seed", "method", "federation"}),
@@ -133,7 +118,7 @@ class Comparison:
             "methods": list(self.methods),  # in the order of the table
             "alone": {method: list(own) for method, own in self.methods.items() if own},
             "seeds": list(self.seeds),
-            **(tuned or {}),
+            **(tuned if self.grids else {}),
         }
 
 
@@ -141,61 +126,74 @@ def plan(
     config: RunConfig,
     methods: Mapping[str, Sequence[str]],
     seeds: Sequence[int],
-    search: Search | None = None,
+    tune: Sequence[str] = (),
+    tune_seeds: Sequence[int] = TUNE_SEEDS,
+    tune_rounds: int | None = None,
 ) -> Comparison:
-    """A comparison, checked as a whole: every run's configuration is valid.
+    """A comparison whose runs all have valid configurations.
 
-    With a ``search`` and no validation rows, ``VALIDATION`` of the training rows become them.
-    Raises ConfigError in one line.
+    ``methods`` maps each method to its own overrides; ``tune`` holds grids (see ``make_grids``),
+    tried on ``tune_seeds`` in runs of ``tune_rounds`` rounds (None: ``train.rounds``). If there are
+    grids but no validation rows, ``VALIDATION`` of the training rows become them. ConfigError for
+    anything that cannot be compared.
     """
     if config.federation.on:
         raise ConfigError(
-            "compare runs on this machine alone: leave out federation.on, or start each method "
-            "with rolora run"
+            "compare runs on this machine only: remove federation.on, or start each method with "
+            "rolora run"
         )
     if not methods or not seeds:
-        raise ConfigError("compare needs at least one method and one seed")
-    _refuse_twice("seed", seeds)
-    cut = search is not None and config.data.validation is None
-    if search is not None:
-        _refuse_search(search, methods, seeds)
+        raise ConfigError("a comparison needs at least one method and one seed")
+    _refuse_repeated("seed", seeds)
+    grids = make_grids(tune, list(methods)) if tune else {}
+    rounds = config.train.rounds if tune_rounds is None else tune_rounds
+    cut = bool(tune) and config.data.validation is None
+    if tune:
+        _check_tuning(grids, methods, seeds, tune_seeds, rounds)
     if cut:
         data = config.data.model_copy(update={"validation": VALIDATION})
         config = config.model_copy(update={"data": data})
-    own = {method: tuple(overrides) for method, overrides in methods.items()}
-    for method, overrides in own.items():
+    for method, overrides in methods.items():
         for text in overrides:
-            if (key := text.partition("=")[0].strip()) != "train.rounds":
+            if (key := _key(text)) != "train.rounds":
                 refuse_unfair(key, f"{method}:{text}")
-    made = Comparison(config, own, tuple(seeds), search, cut)
-    finals = made.final_runs(Path(), None)
-    made.tuning_runs(Path())
+    own = {method: tuple(overrides) for method, overrides in methods.items()}
+    comparison = Comparison(config, own, tuple(seeds), grids, tuple(tune_seeds), rounds, cut)
+    comparison.tuning_runs(Path())
     alike: dict[str, str] = {}
-    for run in finals[: len(own)]:
+    for run in comparison.final_runs(Path(), None)[: len(own)]:
         other = alike.setdefault(run.config.model_dump_json(), run.method)
         if other != run.method:
             raise ConfigError(f"methods {other!r} and {run.method!r} are the same")
-    return made
+    return comparison
 
 
-def _refuse_search(
-    search: Search, methods: Mapping[str, Sequence[str]], seeds: Sequence[int]
+def _check_tuning(
+    grids: Mapping[str, Grid],
+    methods: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    tune_seeds: Sequence[int],
+    tune_rounds: int,
 ) -> None:
-    _refuse_twice("tuning seed", search.seeds)
-    if not search.seeds:
+    _refuse_repeated("tuning seed", tune_seeds)
+    if not tune_seeds:
         raise ConfigError("tuning needs at least one seed")
-    if search.rounds < 1:
-        raise ConfigError(f"--tune-rounds {search.rounds}: a run needs at least one round")
-    if both := sorted(set(search.seeds) & set(seeds)):
+    if tune_rounds < 1:
+        raise ConfigError(f"--tune-rounds {tune_rounds}: a run needs at least one round")
+    if both := sorted(set(tune_seeds) & set(seeds)):
         raise ConfigError(
-            f"seed {both[0]} is among --seeds and --tune-seeds: the table's seeds must be fresh"
+            f"seed {both[0]} is in --seeds and --tune-seeds: the final runs need fresh seeds"
         )
     for method, overrides in methods.items():
-        fixed = {text.partition("=")[0].strip() for text in overrides}
-        if key := next((key for key in search.grids[method] if key in fixed), None):
-            raise ConfigError(f"{method}:{key} is fixed and in --tune: leave out one of them")
+        if both_keys := grids[method].keys() & set(map(_key, overrides)):
+            key = min(both_keys)
+            raise ConfigError(f"{method}:{key} is both fixed and in --tune: remove one of them")
 
 
-def _refuse_twice(what: str, seeds: Sequence[int]) -> None:
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def _refuse_repeated(what: str, seeds: Sequence[int]) -> None:
     if again := [seed for seed in seeds if list(seeds).count(seed) > 1]:
-        raise ConfigError(f"{what} {again[0]} is there twice")
+        raise ConfigError(f"{what} {again[0]} is listed twice")

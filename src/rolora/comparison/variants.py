@@ -1,8 +1,8 @@
-"""The methods of a comparison as they are named: ``rolora``, or ``rolora+first=A`` with options.
+"""How a comparison names its methods: ``rolora``, or ``rolora+first=A`` with options.
 
 >>> variant_overrides("rolora+first=A")
 ['method.first=A']
->>> addressed("rolora+first=A:train.lr=1e-3", ["rolora", "rolora+first=A"])
+>>> addressee("rolora+first=A:train.lr=1e-3", ["rolora", "rolora+first=A"])
 ('rolora+first=A', 'train.lr=1e-3')
 """
 
@@ -14,12 +14,12 @@ from rolora.errors import ConfigError, nearest
 
 
 def method_of(label: str) -> str:
-    """The method's name: what stands before the options."""
+    """The method's name, without the options."""
     return label.partition("+")[0]
 
 
 def variant_overrides(label: str) -> list[str]:
-    """The options as overrides. ConfigError for one that is not of the form NAME=VALUE."""
+    """The options as overrides. ConfigError for one that does not look like NAME=VALUE."""
     options = label.split("+")[1:]
     for option in options:
         if not all(option.partition("=")):
@@ -27,26 +27,26 @@ def variant_overrides(label: str) -> list[str]:
     return [f"method.{option}" for option in options]
 
 
-def addressed(text: str, labels: Sequence[str]) -> tuple[str, str]:
-    """Whom an override is for (``""``: all), and the override: ``fedit:train.lr=1e-3``.
+def addressee(text: str, labels: Sequence[str]) -> tuple[str, str]:
+    """The method that an override is for (``""``: all), and the override: ``fedit:train.lr=1e-3``.
 
-    ConfigError if it is for a method that is not compared.
+    ConfigError if that method is not in the comparison.
     """
     for label in labels:
         if text.startswith(f"{label}:"):
             return label, text.removeprefix(f"{label}:")
     before, colon, _ = text.partition(":")
     if colon and "=" not in before:
-        raise ConfigError(f"{text!r} is for {before!r}, not compared: {nearest(before, labels)}")
+        hint = nearest(before, labels)
+        raise ConfigError(f"{text!r}: {before!r} is not among the compared methods: {hint}")
     return "", text
 
 
-def listed(text: str) -> list[str]:
-    """The labels of a comma-separated list. ConfigError if there is none, or one twice."""
-    labels = [label.strip() for label in text.split(",") if label.strip()]
-    if not labels:
-        raise ConfigError("compare needs at least one method")
-    if len(set(labels)) < len(labels):
-        again = next(label for label in labels if labels.count(label) > 1)
-        raise ConfigError(f"method {again!r} is there twice")
-    return labels
+def checked_labels(labels: Sequence[str]) -> list[str]:
+    """The labels, stripped. ConfigError if there is none, or one is repeated."""
+    found = [label.strip() for label in labels if label.strip()]
+    if not found:
+        raise ConfigError("a comparison needs at least one method")
+    if again := [label for label in found if found.count(label) > 1]:
+        raise ConfigError(f"method {again[0]!r} is listed twice")
+    return found

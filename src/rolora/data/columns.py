@@ -136,7 +136,7 @@ def guess_columns(table: pa.Table) -> Guess:
     seen = ", ".join(f"{column.name} ({column.kind})" for column in columns)
     raise DataError(
         "the columns are neither text and label, nor prompt and completion, nor messages: "
-        f"{seen}; write [data] by hand"
+        f"{seen}; name them in [data]"
     )
 
 

@@ -1,10 +1,8 @@
-"""The same run across real machines: sites that keep their rows, a coordinator, Flower between.
+"""Federations over Flower, by its public interface: a strategy for others' apps, and our engine.
 
-Only ``carrier``, ``apps`` and ``plain_server`` import flwr, and those that speak its Fleet API; the
-rest is plain functions from message to message, so that it can be tried without a network.
-
-For Flower projects of one's own, ``strategy`` takes the place of Flower's FedAvg in the ServerApp;
-``freeze`` and ``moving`` are for its ClientApp (docs/flower.md).
+``strategy`` replaces FedAvg in the ServerApp of any Flower project; ``freeze`` and ``moving`` are
+for its ClientApp (docs/flower.md). ``engine.Remote`` trains a run's cohorts at the sites of
+``rolora.sites``. Only ``fedavg`` and ``transport`` import flwr: the rest works without a network.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""For a ClientApp of one's own: which part of a PEFT model a round trains, and which part travels.
+"""For the ClientApp of a Flower project: what a round trains of a PEFT model, and what it sends.
 
-The strategy says it in the message's ConfigRecord, as ``trainable``: ``"B,head"`` or ``"A,head"``.
+The strategy names it in the message's ConfigRecord as ``trainable``: ``"B,head"`` or ``"A,head"``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ TRAINABLE = "trainable"
 
 
 def freeze(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Let gradients reach what this round trains of a PEFT model's active adapter, nothing else.
+    """Set ``requires_grad`` for the part of the active adapter that this round trains, only.
 
-    ``config`` is the message's ConfigRecord. To be called before the first backward pass; an
-    optimiser over all parameters may exist already, since it passes over those without a gradient.
-    Raises ConfigError where the message names nothing to train, or the model has nothing of it.
+    ``config`` is the message's ConfigRecord. Call it before the first backward pass; the optimiser
+    may exist already, since it skips parameters without a gradient. Raises ConfigError if the
+    message has no ``trainable``, or the model no such parameter.
     """
     roles, active = _trainable(config), getattr(model, "active_adapter", "default")
     parts = {
@@ -37,16 +37,15 @@ def freeze(model: nn.Module, config: Mapping[str, Any]) -> None:
         found += wanted
     if not found:
         raise ConfigError(
-            f"this round trains {','.join(sorted(roles))}, and the model has no such parameter: is "
-            "it what peft.get_peft_model returned?"
+            f"this round trains {','.join(sorted(roles))}, but the model has no such parameter: "
+            "was it made by peft.get_peft_model?"
         )
 
 
 def moving(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of ``peft.get_peft_model_state_dict(model)`` that this round trains and averages.
 
-    They are all that the strategy needs: half of the adapter, and the head. Raises ConfigError
-    where the message names nothing to train.
+    The strategy needs no others. Raises ConfigError if the message has no ``trainable``.
     """
     roles = _trainable(config)
     return {name: tensor for name, tensor in state.items() if role_of(name) in roles}

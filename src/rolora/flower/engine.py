@@ -1,7 +1,8 @@
-"""The second engine: the cohort trains at its sites, and what they answer is not believed.
+"""The engine for real machines: the cohort trains at its sites, and every answer is checked.
 
-``Remote`` asks the questions of ``rolora.sites.site``. It sends a site what the run's ledger says
-it lacks; a site that finds another adapter than the one meant says so and gets all of it.
+A site is sent the tensors that it lacks by the run's ledger, with a hash of the whole adapter that
+it should then have. If it has another one, it answers that it ``lacks`` some, and is sent all.
+The sites' side is ``rolora.sites.site``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from rolora.algorithm.method import Method
 from rolora.config.load import config_hash
 from rolora.config.schema import RunConfig
 from rolora.errors import NoQuorum
-from rolora.flower.membership import Lost, Member, Roster, checked
-from rolora.flower.message import Parcel, ParcelError, digest, named
+from rolora.flower.membership import Member, Membership, NoReply, checked
+from rolora.flower.message import MessageError, Scalar, SiteMessage, compress_names, digest
 from rolora.model.base import Base
 from rolora.training.engine import ClientMetrics, Job
 from rolora.training.rounds import cohort_size
@@ -30,17 +31,18 @@ from rolora.training.rounds import cohort_size
 
 @dataclass(frozen=True)
 class Remote:
-    """Runs cohorts at their sites. ``base`` and ``labels`` are what sites are compared with."""
+    """Runs cohorts at their sites, which must have the same ``base`` and know all ``labels``."""
 
-    roster: Roster
+    membership: Membership
     config: RunConfig
     base: Base
     labels: tuple[Any, ...]
 
     def clients(self) -> Mapping[str, int]:
-        """The sites that are there now: at least so many that a cohort of them can be a quorum.
+        """Site name -> number of rows, of the sites that can be reached now.
 
-        Raises NoQuorum if they are not within ``federation.wait`` seconds.
+        Waits until a cohort of them can be a quorum; raises NoQuorum if it cannot after
+        ``federation.wait`` seconds.
         """
         quorum, until = self.config.aggregate.quorum, time.monotonic() + self.config.federation.wait
         while True:
@@ -49,18 +51,18 @@ class Remote:
                 return {name: member.num_examples for name, member in present.items()}
             if time.monotonic() > until:
                 raise NoQuorum(
-                    f"{len(present)} sites are there, too few for a cohort of {quorum} "
-                    "(aggregate.quorum); finished rounds are saved, resume when others are back"
+                    f"{len(present)} sites are connected, too few for a cohort of {quorum} "
+                    "(aggregate.quorum); finished rounds are saved, resume when more are"
                 )
             time.sleep(1)
 
     def _present(self) -> Mapping[str, Member]:
-        return self.roster.present(self.base, self.labels)
+        return self.membership.present(self.base, self.labels)
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
-        """Ask every site of the cohort to train; yield what comes back, checked, as it comes."""
+        """Ask the sites of the cohort to train; yield each checked answer as it comes."""
 
-        def train(assigned: Assignment, whole: bool) -> Parcel:
+        def train(assigned: Assignment, whole: bool) -> SiteMessage:
             info, received = assigned.info, assigned.received
             held = job.ledger.held.get(info.id)
             has = None if whole else held
@@ -87,14 +89,12 @@ class Remote:
             if used == wanted:
                 break
         for client in waiting:
-            yield Failure(
-                client, f"not waited for: {wanted} others had answered (federation.spare)"
-            )
+            yield Failure(client, f"not needed: {wanted} others answered first (federation.spare)")
 
     def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
-        """Each site's metrics on its own held-out rows. No site has the server's test rows."""
+        """Each site's metrics on its held-out rows; sites do not have the server's test rows."""
 
-        def score(assigned: Assignment, whole: bool) -> Parcel:
+        def score(assigned: Assignment, whole: bool) -> SiteMessage:
             info, view = assigned.info, assigned.received
             return self._with_view("score", view, view, round=info.round, rank=info.rank)
 
@@ -104,56 +104,56 @@ class Remote:
                 metrics = json.loads(checked(reply).text("metrics"))
                 held_out = {str(k): float(v) for k, v in metrics.items()}
                 yield ClientMetrics(info.id, held_out)
-            except (ParcelError, ValueError, TypeError, AttributeError) as error:
-                self.roster.tell(f"site {info.id} was not evaluated: {error}")
+            except (MessageError, ValueError, TypeError, AttributeError) as error:
+                self.membership.notify(f"site {info.id} was not evaluated: {error}")
 
     def _asked(
-        self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], Parcel]
-    ) -> Iterator[tuple[Assignment, Parcel | Lost]]:
-        """Answers of a cohort; a site that lacks what it should hold is asked again with all."""
+        self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], SiteMessage]
+    ) -> Iterator[tuple[Assignment, SiteMessage | NoReply]]:
+        """The cohort's answers as they come. A site that ``lacks`` tensors is asked again."""
         until = time.monotonic() + self.config.federation.deadline
         present = self._present()
         left = {present[a.info.id].node: a for a in cohort if a.info.id in present}
         for assigned in cohort:
             if assigned.info.id not in present:
-                yield assigned, Lost("it is no longer there")
+                yield assigned, NoReply("it is no longer connected")
         for whole in (False, True):
             again = {}
             questions = {node: question(assigned, whole) for node, assigned in left.items()}
-            for node, reply in self.roster.carrier.ask(questions, until - time.monotonic()):
-                if not whole and isinstance(reply, Parcel) and reply.head.get("lacks") is True:
+            for node, reply in self.membership.transport.ask(questions, until - time.monotonic()):
+                if not whole and isinstance(reply, SiteMessage) and reply.head.get("lacks") is True:
                     again[node] = left[node]
                 else:
                     yield left[node], reply
             left = again
 
     def _with_view(
-        self, ask: str, view: AdapterState, missing: AdapterState, **head: str | int | float
-    ) -> Parcel:
+        self, ask: str, view: AdapterState, missing: AdapterState, **head: Scalar
+    ) -> SiteMessage:
         payload, _ = encode("fp32", missing, missing, {})
-        names = named(missing.keys(), view.keys())
-        return self.roster.question(ask, payload, view=digest(view), names=names, **head)
+        names = compress_names(missing.keys(), view.keys())
+        return self.membership.question(ask, payload, view=digest(view), names=names, **head)
 
     def _update(
-        self, method: Method, assigned: Assignment, reply: Parcel | Lost
+        self, method: Method, assigned: Assignment, reply: SiteMessage | NoReply
     ) -> Update | Failure:
         info, view = assigned.info, assigned.received
         up, like = self.config.wire.up, view.only(method.shared(info.round))
         try:
-            found = checked(reply)
-            if found.text("site") != info.id:
-                raise ParcelError(f"it now calls itself {found.text('site')!r}")
-            if found.whole("round") != info.round:
-                raise ParcelError(f"it is of round {found.whole('round')}, not {info.round}")
-            tensors = decode(up, found.body, like, sparse=method.sparse_upload)
-            metrics = {key: found.number(key) for key in ("loss", "steps")}
-            count = found.whole("num_examples")
-        except (ParcelError, WireError) as error:
+            answer = checked(reply)
+            if (name := answer.text("site")) != info.id:
+                raise MessageError(f"it now calls itself {name!r}")
+            if (round := answer.integer("round")) != info.round:
+                raise MessageError(f"it is for round {round}, not {info.round}")
+            tensors = decode(up, answer.body, like, sparse=method.sparse_upload)
+            metrics = {key: answer.number(key) for key in ("loss", "steps")}
+            count = answer.integer("num_examples")
+        except (MessageError, WireError) as error:
             return Failure(info.id, str(error))
         adapter = AdapterState(tensors, view.scaling)
-        return Update(info.id, adapter, count, metrics, body_bytes(found.body))
+        return Update(info.id, adapter, count, metrics, body_bytes(answer.body))
 
 
 def run_id(config: RunConfig, folder: Path) -> str:
-    """What sites call a run: a hash of what defines it and of where its folder is."""
+    """The run's id at its sites: a hash of its configuration and of its folder's path."""
     return hashlib.sha256(f"{config_hash(config)}{folder.resolve()}".encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""For a ServerApp of one's own: a Flower strategy that averages as a method of rolora says.
+"""For the ServerApp of a Flower project: a strategy that averages as a method of rolora does.
 
 >>> from rolora.flower import strategy
 >>> strategy("rolora", fraction_train=0.5).configrecord_key
@@ -7,15 +7,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from logging import INFO, WARNING
 from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg, Result
 
 from rolora.algorithm.adapter import (
@@ -32,12 +30,13 @@ from rolora.algorithm.method import Method, ServerState, as_trained, whole_adapt
 from rolora.algorithm.reduce import Reducer, mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, RoundReport, step
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, NoQuorum
 from rolora.flower.client import TRAINABLE
 from rolora.flower.records import adapter_in, comparable, update_in
 from rolora.methods import get_method
 
-PLAIN = Specs(  # a PEFT model's adapter at its smallest
+_log = logging.getLogger("flwr")  # the strategy's lines belong among those of Flower's FedAvg
+SMALLEST = Specs(
     (TensorSpec("x.lora_A.weight", "A", (1, 2)), TensorSpec("x.lora_B.weight", "B", (2, 1))),
     {"x": 1.0},
     {},
@@ -52,24 +51,25 @@ def strategy(
     quorum: int = 1,
     **fedavg: Any,
 ) -> LoraStrategy:
-    """A strategy for ``flwr.serverapp``, in the place of FedAvg, whose keywords it takes too.
+    """A strategy for ``flwr.serverapp`` that replaces FedAvg and takes its keywords too.
 
     ``method`` is a name, or a Method such as ``get_method("rolora", first="A")``; ``reducer``
-    combines the updates (left out, their mean); ``weights`` are those of a mean; ``quorum`` is how
-    many good replies a round needs. Raises ConfigError for a method that plain clients cannot do.
+    combines the updates (default: their mean); ``weights`` are the weights of the mean; ``quorum``
+    is the number of usable replies that a round needs. Raises ConfigError for a method whose
+    clients need more than Flower's ClientApp has.
     """
     found = get_method(method) if isinstance(method, str) else method
-    _refuse_what_plain_clients_cannot(found)
+    _require_stateless_clients(found)
     if quorum < 1:
         raise ConfigError(f"quorum is {quorum}, expected at least 1")
     return LoraStrategy(found, Aggregation(reducer or mean(), weights, quorum), **fedavg)
 
 
-def _refuse_what_plain_clients_cannot(method: Method) -> None:
+def _require_stateless_clients(method: Method) -> None:
     name = method.name
     if not method.federated:
         raise ConfigError(
-            f"method {name!r} trains on all rows in one place, and Flower's nodes keep theirs: "
+            f"method {name!r} trains on all rows in one place, but Flower's nodes keep theirs: "
             "use 'fedit', which averages plain LoRA, or run it with rolora compare"
         )
     asked = [(round, step) for round in (1, 2) for step in (0, 1)]
@@ -82,21 +82,21 @@ def _refuse_what_plain_clients_cannot(method: Method) -> None:
         or any(method.trainable(round, step) != method.shared(round) for round, step in asked)
     ):
         raise ConfigError(
-            f"method {name!r} needs clients that keep more than the shared adapter, and plain "
-            "Flower clients keep nothing: use 'rolora', or the whole engine (rolora run --on)"
+            f"method {name!r} needs clients that keep state of their own, but a ClientApp keeps "
+            "none: use 'rolora', or run it at sites (rolora run --on)"
         )
-    if len(method.init(PLAIN, generator(0))) > len(PLAIN.tensors):
+    if len(method.init(SMALLEST, generator(0))) > len(SMALLEST.tensors):
         raise ConfigError(
-            f"method {name!r} changes the base weights too, for which a PEFT model has no place: "
-            "use 'rolora', or the whole engine (rolora run --on)"
+            f"method {name!r} also changes the base weights, which a PEFT adapter cannot hold: "
+            "use 'rolora', or run it at sites (rolora run --on)"
         )
 
 
 class LoraStrategy(FedAvg):  # type: ignore[misc]
-    """FedAvg's sampling, messages and evaluation; rolora's ``step`` in the place of its average.
+    """FedAvg's sampling, messages and evaluation, with rolora's ``step`` as the average.
 
-    The state is rolora's: its ``round`` counts rounds that were averaged, and the phase follows it
-    alone. Flower's own loop counts every round.
+    ``state.round`` counts rounds that were averaged, and decides what is trained; Flower's loop
+    counts every round.
     """
 
     def __init__(self, method: Method, aggregation: Aggregation, **fedavg: Any) -> None:
@@ -107,48 +107,45 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
     def _begin(self) -> None:
         self.state = ServerState(AdapterState({}, {}))
         self.asked: tuple[str, ...] = ()
-        self.counts: dict[str, int] = {}  # node -> the number of examples that it first named
+        self.counts: dict[str, int] = {}  # node -> its number of examples when first accepted
 
     def start(self, *args: Any, **kwargs: Any) -> Result:
-        """Flower's loop, from the method's first round on.
-
-        Raises AggregationError if no round at all could be averaged.
-        """
+        """Flower's loop, from the method's first round. Raises NoQuorum if none was averaged."""
         self._begin()
         result = super().start(*args, **kwargs)
         if self.state.attempt and not self.state.round:
-            raise AggregationError(
-                f"no round was averaged: none had {self.aggregation.quorum} good replies (quorum); "
-                "the log says for each reply what was wrong"
+            raise NoQuorum(
+                f"no round was averaged: none had {self.aggregation.quorum} usable replies "
+                "(quorum); the log names what was wrong with each"
             )
         return result
 
     def summary(self) -> None:
         """Log the strategy's settings."""
-        log(INFO, "\t├──> Method: %s, quorum %d", self.method.name, self.aggregation.quorum)
+        _log.info("\t├──> Method: %s, quorum %d", self.method.name, self.aggregation.quorum)
         super().summary()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The whole adapter for every sampled node, and what it is to train in this round."""
+        """The whole adapter for every sampled node, and which part of it to train."""
         self.state = replace(self.state, adapter=adapter_in(arrays))
         roles = self.method.trainable(self.state.round + 1, 0)
         trained = ",".join(sorted(roles & {role_of(name) for name in self.state.adapter}))
         config[TRAINABLE] = trained
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self.asked = tuple(map(str, sorted(m.metadata.dst_node_id for m in messages)))
-        log(
-            INFO, "configure_train: round %d of the method trains %s", self.state.round + 1, trained
+        _log.info(
+            "configure_train: round %d of the method trains %s", self.state.round + 1, trained
         )
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next adapter, whole, and the metrics of the round; a bad reply is left out.
+        """The next adapter, whole, and the metrics of the round; unusable replies are left out.
 
-        Below the quorum the adapter stays as it is, and the next round repeats the phase.
+        Below the quorum the adapter stays as it is, and the next round repeats this one.
         """
         if not self.asked:
             return None, None
@@ -156,12 +153,11 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         report = self._step(came)
         accepted, rejected = report.accepted, report.rejected
         for node, reason in rejected.items():
-            log(WARNING, "aggregate_train: the reply of node %s is left out: %s", node, reason)
+            _log.warning("aggregate_train: the reply of node %s is left out: %s", node, reason)
         if not report.quorum_met:
-            log(
-                WARNING,
-                "aggregate_train: %d good replies, and a round needs %d: nothing is averaged, and "
-                "the next round does round %d of the method again",
+            _log.warning(
+                "aggregate_train: %d usable replies, but a round needs %d: nothing is averaged, "
+                "and the next round repeats round %d of the method",
                 len(accepted),
                 self.aggregation.quorum,
                 self.state.round + 1,
@@ -176,13 +172,13 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         return ArrayRecord(dict(self.state.adapter)), metrics
 
     def _step(self, replies: Iterable[Message]) -> RoundReport:
-        """Take the state through rolora's step; a node that did not answer has failed."""
+        """Advance the state by rolora's step; a node that did not answer has failed."""
         state, round = self.state, self.state.round + 1
         shared = state.adapter.only(self.method.shared(round))
         updates = [update_in(r, state.adapter, shared, self.weighted_by_key) for r in replies]
         came = {update.client for update in updates}
         silent = [
-            Failure(node, "no answer within the time that it had")
+            Failure(node, "no answer before the deadline")
             for node in self.asked
             if node not in came
         ]
@@ -200,12 +196,11 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         return report
 
     def _averaged(self, contents: list[Any], average: Any) -> MetricRecord | None:
-        """The metrics of these replies as one record; None if none can be used."""
+        """The average of these replies' metrics; None if none are usable."""
         usable = comparable(contents, self.weighted_by_key)
         if len(usable) < len(contents):
-            log(
-                WARNING,
-                "the metrics of %d replies are left out: not finite, or named otherwise than most",
+            _log.warning(
+                "the metrics of %d replies are left out: not finite, or not named as in most",
                 len(contents) - len(usable),
             )
         return average(usable, self.weighted_by_key) if usable else None
@@ -213,6 +208,12 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """FedAvg's, over the replies whose metrics can be averaged; others end no run."""
-        good, _ = self._check_and_log_replies(list(replies), is_train=False, validate=False)
-        return self._averaged([message.content for message in good], self.evaluate_metrics_aggr_fn)
+        """FedAvg's average over the replies with usable metrics; the others are left out."""
+        contents = []
+        for message in replies:
+            if message.has_error():
+                node, reason = message.metadata.src_node_id, message.error.reason
+                _log.warning("aggregate_evaluate: node %s failed: %s", node, reason)
+            else:
+                contents.append(message.content)
+        return self._averaged(contents, self.evaluate_metrics_aggr_fn)

@@ -1,4 +1,4 @@
-"""What travels between coordinator and site: a few plain values, and bytes."""
+"""What coordinator and site send each other: a few plain values, and bytes."""
 
 from __future__ import annotations
 
@@ -16,49 +16,50 @@ from rolora.errors import RoloraError
 
 PROTOCOL = 1
 SITE_NAME = re.compile(r"[\w-][\w.-]{0,63}")
-VERSIONS = "/rolora"  # where a coordinator says its versions, over HTTP
-Plain = str | int | float | bool
+VERSIONS = "/rolora"  # the path at which a coordinator serves its versions
+Scalar = str | int | float | bool
 
 
-def versions() -> dict[str, Plain]:
-    """What site and coordinator must agree on, or should."""
+def versions() -> dict[str, Scalar]:
+    """The protocol, which must be the same at site and coordinator, and versions of libraries."""
     return {"protocol": PROTOCOL, **{name: version(name) for name in ("rolora", "torch", "flwr")}}
 
 
-class ParcelError(RoloraError):
-    """A message that cannot be used; says what is wrong with it."""
+class MessageError(RoloraError):
+    """A message that cannot be used, and why."""
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """``head``: what is asked or answered; ``body``: bytes of ``algorithm.codec``, or text.
+class SiteMessage:
+    """A question to a site, or its answer.
 
-    ``tensors`` names what is in the body, for the sender's own log; it does not travel.
+    ``head`` holds plain values; ``body`` is a payload of ``algorithm.codec``, or JSON.
+    ``tensors`` lists what is in the body for the sender's log; it is not sent.
     """
 
-    head: Mapping[str, Plain]
+    head: Mapping[str, Scalar]
     body: bytes = b""
     tensors: tuple[str, ...] = ()
 
     def text(self, key: str) -> str:
-        """A text of the head. Raises ParcelError if it is missing or no text."""
+        """A string of the head. Raises MessageError if it is missing or has another type."""
         value = self.head.get(key)
         if not isinstance(value, str):
-            raise ParcelError(f"{key!r} is {value!r}, expected a text")
+            raise MessageError(f"{key!r} is {value!r}, expected a string")
         return value
 
-    def whole(self, key: str) -> int:
-        """A whole number >= 0 of the head. Raises ParcelError otherwise."""
+    def integer(self, key: str) -> int:
+        """An integer >= 0 of the head. Raises MessageError otherwise."""
         value = self.head.get(key)
         if type(value) is not int or value < 0:
-            raise ParcelError(f"{key!r} is {value!r}, expected a whole number")
+            raise MessageError(f"{key!r} is {value!r}, expected an integer of at least 0")
         return value
 
     def number(self, key: str) -> float:
-        """A number of the head, finite or not. Raises ParcelError otherwise."""
+        """A number of the head, finite or not. Raises MessageError otherwise."""
         value = self.head.get(key)
         if type(value) not in (int, float):
-            raise ParcelError(f"{key!r} is {value!r}, expected a number")
+            raise MessageError(f"{key!r} is {value!r}, expected a number")
         return float(value)  # type: ignore[arg-type]
 
 
@@ -68,20 +69,20 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 
-def named(chosen: Collection[str], everything: Collection[str]) -> str:
-    """The ``chosen`` names of ``everything`` in few bytes: by their roles where that says it."""
+def compress_names(chosen: Collection[str], everything: Collection[str]) -> str:
+    """JSON that selects ``chosen`` from ``everything``: roles if they suffice, else the names."""
     roles = {role_of(name) for name in chosen}
-    whole = {name for name in everything if role_of(name) in roles}
-    return json.dumps(sorted(roles if whole == set(chosen) else chosen))
+    with_roles = {name for name in everything if role_of(name) in roles}
+    return json.dumps(sorted(roles if with_roles == set(chosen) else chosen))
 
 
-def names_of(text: str, everything: Collection[str]) -> list[str]:
-    """What ``named`` has written. Raises ParcelError if it is anything else."""
+def expand_names(text: str, everything: Collection[str]) -> list[str]:
+    """The names that ``compress_names`` selected. Raises MessageError for any other text."""
+    wrong = MessageError("'names' does not select tensors of this model's adapter")
     try:
         listed = json.loads(text)
     except ValueError:
-        listed = None
-    wrong = ParcelError("'names' are not all tensors of this model's adapter")
+        raise wrong from None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise wrong
     found = [name for name in everything if name in listed or role_of(name) in listed]

@@ -1,6 +1,6 @@
-"""Flower's records as values of rolora: an adapter, an update, and metrics that may be averaged.
+"""From Flower's records to ours: an adapter, an update, and metrics that may be averaged.
 
-Nothing that a reply holds is believed. flwr itself is not imported: the records say what they are.
+Everything in a reply is checked. flwr is not imported: only the records' methods are used.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch import Tensor
 from rolora.algorithm.adapter import AdapterState, Failure, Update, layer_of, role_of
 from rolora.errors import ConfigError, one_line
 
-# a weight times a float32 value is exact in float64 below this; and no client has so many rows
+# below this a count times a float32 value is exact in float64; no client has so many rows
 MOST_EXAMPLES = 2**29 - 1
 
 
 def adapter_in(arrays: Any) -> AdapterState:
-    """The adapter in an ArrayRecord; every layer has scaling 1, since a record knows no other.
+    """The adapter in an ArrayRecord. Every layer gets scaling 1, since a record has none.
 
-    Raises ConfigError for anything but LoRA's matrices in pairs, and a head, under PEFT's names.
+    Raises ConfigError unless the arrays are pairs of LoRA matrices, and a head, by PEFT's names.
     """
     tensors = arrays.to_torch_state_dict()
     if fault := _unfit(tensors):
         raise ConfigError(
-            f"initial_arrays: {fault}; hand over ArrayRecord(peft.get_peft_model_state_dict(model))"
+            f"initial_arrays: {fault}; pass ArrayRecord(peft.get_peft_model_state_dict(model))"
         )
     return AdapterState(tensors, {layer_of(n): 1.0 for n in tensors if role_of(n) == "A"})
 
 
 def _unfit(tensors: Mapping[str, Tensor]) -> str | None:
-    """Why these tensors are no adapter that a strategy here can average, or ``None``."""
+    """Why these tensors are not an adapter that can be averaged, or None."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -53,10 +53,10 @@ def _unfit(tensors: Mapping[str, Tensor]) -> str | None:
 def update_in(
     message: Any, received: AdapterState, shared: AdapterState, key: str
 ) -> Update | Failure:
-    """What a reply says: an update of the ``shared`` tensors, or why it cannot be one.
+    """A reply as an update of the ``shared`` tensors, or why it is not one.
 
-    The reply may hold the whole adapter or its shared part; what was not shared must be as it was
-    ``received``. ``key`` names the number of examples in its MetricRecord.
+    The reply may hold the whole adapter or its shared part; the rest must be as ``received``.
+    ``key`` names the number of examples in its MetricRecord.
     """
     node = str(message.metadata.src_node_id)
     if message.has_error():
@@ -66,19 +66,19 @@ def update_in(
     content = message.content
     count = examples_in(content, key)
     if count is None:
-        return Failure(node, f"its one MetricRecord has no {key!r} from 1 to {MOST_EXAMPLES}")
+        return Failure(node, f"expected one MetricRecord with {key!r} from 1 to {MOST_EXAMPLES}")
     if len(content.array_records) != 1:
-        return Failure(node, f"it sent {len(content.array_records)} ArrayRecords, expected one")
+        return Failure(node, f"expected one ArrayRecord, got {len(content.array_records)}")
     (arrays,) = content.array_records.values()
     try:
         tensors = arrays.to_torch_state_dict()
-    except Exception as error:  # whatever numpy and torch make of a stranger's bytes
+    except Exception as error:  # whatever numpy and torch raise for arbitrary bytes
         return Failure(node, f"its arrays cannot be read: {one_line(error)}")
     for name in [n for n in tensors if n in received and n not in shared]:
         if not _same(tensors.pop(name), received[name]):
             return Failure(
                 node,
-                f"{name} is frozen in this round and came back changed: does the client call "
+                f"{name} is frozen in this round but came back changed: does the client call "
                 "rolora.flower.freeze?",
             )
     return Update(node, AdapterState(tensors, received.scaling), count, {})
@@ -89,7 +89,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def examples_in(content: Any, key: str) -> int | None:
-    """The number of examples in a reply's one MetricRecord, if it is a possible one."""
+    """The number of examples in a reply's only MetricRecord, or None if it is not valid."""
     if len(content.metric_records) != 1:
         return None
     (metrics,) = content.metric_records.values()
@@ -100,7 +100,7 @@ def examples_in(content: Any, key: str) -> int | None:
 
 
 def comparable(contents: Sequence[Any], key: str) -> list[Any]:
-    """The replies whose metrics can be averaged: finite, and named as in most of them."""
+    """The replies whose metrics can be averaged: finite, and named as in most replies."""
     layouts = {
         index: layout
         for index, content in enumerate(contents)
@@ -113,7 +113,7 @@ def comparable(contents: Sequence[Any], key: str) -> list[Any]:
 
 
 def _layout(content: Any, key: str) -> frozenset[tuple[str, int]] | None:
-    """The names of a reply's metrics, each with its length (-1 for a number); None if unsound."""
+    """The names of a reply's metrics with their lengths (-1: a number); None if not finite."""
     if examples_in(content, key) is None:
         return None
     (metrics,) = content.metric_records.values()

@@ -1,102 +1,102 @@
-"""Parcels in Flower's messages, and Flower's grid as the engine's carrier."""
+"""Site messages inside Flower's messages, sent and received through Flower's grid."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from rolora.flower.membership import Lost
-from rolora.flower.message import Parcel
+from rolora.flower.membership import NoReply
+from rolora.flower.message import SiteMessage
 
-KINDS = {"hello": "query", "ready": "query", "train": "train", "score": "evaluate"}
-BODY = "body"
-ERRORS = {
-    ErrorCode.MESSAGE_UNAVAILABLE: "no answer within the time that it had",
-    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer within the time that it had",
-    ErrorCode.NODE_UNAVAILABLE: "it has gone: it signed off, or gave no sign of life for a minute",
+TYPES = {
+    "hello": MessageType.QUERY,
+    "ready": MessageType.QUERY,
+    "train": MessageType.TRAIN,
+    "score": MessageType.EVALUATE,
 }
-LONGEST = 0.5  # seconds between looks for answers
+RECORD, BODY = "rolora", "body"
+LONGEST = 0.5  # seconds between polls for answers
+LATE = "no answer before the deadline"
 
 
-def packed(parcel: Parcel) -> RecordDict:
-    """A parcel as the content of a Flower message."""
-    return RecordDict({"rolora": ConfigRecord({**parcel.head, BODY: parcel.body})})
+def to_record(message: SiteMessage) -> RecordDict:
+    """The content of a Flower message that carries ``message``."""
+    return RecordDict({RECORD: ConfigRecord({**message.head, BODY: message.body})})
 
 
-def unpacked(content: RecordDict) -> Parcel:
-    """The parcel in a message's content; an empty one if there is none. Nothing is checked."""
-    record = content.config_records.get("rolora", ConfigRecord())
+def from_record(content: RecordDict) -> SiteMessage:
+    """The message in a Flower message's content, unchecked; an empty one if there is none."""
+    record = content.config_records.get(RECORD, ConfigRecord())
     head = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool)}
     body = record.get(BODY, b"")
-    return Parcel(head, body if isinstance(body, bytes) else b"")
+    return SiteMessage(head, body if isinstance(body, bytes) else b"")
 
 
-def pause(waited: float, longest: float) -> float:
-    """Seconds until the next look for a message, after waiting so many for it.
+def poll_interval(waited: float, longest: float) -> float:
+    """Seconds to the next poll for a message after waiting ``waited`` seconds for it.
 
-    A look costs a kilobyte on the wire, so the pause grows; a message is late by it at most, which
-    is a tenth of the waiting, or 0.2 s.
+    A poll costs a kilobyte on the wire, so the interval grows with the waiting: a message is
+    noticed at most a tenth of the waiting late, or 0.2 s, and never later than ``longest``.
     """
     return min(max(waited / 10, 0.2), longest)
 
 
-class GridCarrier:
-    """Flower's grid: nodes are SuperNodes that are connected."""
+class GridTransport:
+    """The ``Transport`` of Flower's grid: the nodes are connected SuperNodes."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
     def nodes(self) -> Sequence[int]:
-        """The SuperNodes whose heartbeat is fresh."""
+        """The SuperNodes that have sent a heartbeat lately."""
         return list(self.grid.get_node_ids())
 
     def ask(
-        self, questions: Mapping[int, Parcel], seconds: float
-    ) -> Iterator[tuple[int, Parcel | Lost]]:
-        """Push every question, then look for answers until all are there or time is up."""
-        return replies_in_time(self._arriving(questions, seconds), set(questions))
+        self, questions: Mapping[int, SiteMessage], seconds: float
+    ) -> Iterator[tuple[int, SiteMessage | NoReply]]:
+        """Push every question, then poll for answers until all have come or the time is up."""
+        return first_replies(self._arriving(questions, seconds), set(questions))
 
     def _arriving(
-        self, questions: Mapping[int, Parcel], seconds: float
-    ) -> Iterator[tuple[int, Parcel | Lost]]:
-        messages = [
-            Message(packed(parcel), node, KINDS[parcel.text("ask")], ttl=max(seconds, 1.0))
-            for node, parcel in questions.items()
-        ]
-        if not messages:
+        self, questions: Mapping[int, SiteMessage], seconds: float
+    ) -> Iterator[tuple[int, SiteMessage | NoReply]]:
+        if not questions or seconds <= 0:
             return
+        # they expire after the deadline here, so that Flower never reports an expired one
+        messages = [
+            Message(to_record(question), node, TYPES[question.text("ask")], ttl=seconds + 1)
+            for node, question in questions.items()
+        ]
         sent = zip(self.grid.push_messages(messages), questions, strict=True)
         waiting = {id: node for id, node in sent if id}
-        asked = time.monotonic()
-        while waiting:
+        start = time.monotonic()
+        while waiting and (waited := time.monotonic() - start) < seconds:
             for reply in self.grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is None:
-                    continue
-                if reply.has_error():
-                    about = reply.error
-                    yield node, Lost(ERRORS.get(about.code) or about.reason or str(about.code))
-                else:
-                    yield node, unpacked(reply.content)
-            waited = time.monotonic() - asked
-            if waited > seconds:
-                return
+                if node is not None:
+                    yield node, _content(reply)
             if waiting:
-                time.sleep(pause(waited, LONGEST))
+                time.sleep(poll_interval(waited, LONGEST))
 
 
-def replies_in_time(
-    arriving: Iterable[tuple[int, Parcel | Lost]], asked: set[int]
-) -> Iterator[tuple[int, Parcel | Lost]]:
-    """Those that came, each node once and only if it was asked; ``Lost`` for the others."""
+def _content(reply: Message) -> SiteMessage | NoReply:
+    if reply.has_error():
+        reason = reply.error.reason or f"error {reply.error.code}"
+        return NoReply(f"Flower reports: {' '.join(reason.split())}")
+    return from_record(reply.content)
+
+
+def first_replies(
+    arriving: Iterable[tuple[int, SiteMessage | NoReply]], asked: set[int]
+) -> Iterator[tuple[int, SiteMessage | NoReply]]:
+    """The first reply of each node that was asked, as it arrives; ``NoReply`` for the others."""
     left = set(asked)
     for node, reply in arriving:
         if node in left:
             left.remove(node)
             yield node, reply
     for node in sorted(left):
-        yield node, Lost("no answer within the time that it had")
+        yield node, NoReply(LATE)

@@ -23,6 +23,7 @@ from rolora.model.bank import row_keys
 from rolora.plan.meta_model import Outline
 from rolora.tasks.registry import Task
 
+
 @dataclass(frozen=True)
 class StepCost:
     """One optimiser step of all clients in a bank.

@@ -1,4 +1,4 @@
-"""Runs as one HTML page that opens offline: the reading in words, tables, figures, settings."""
+"""Runs as one HTML page that opens offline: conclusions, tables, figures, settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from rolora.files import write_file
 from rolora.report import figures, narrative
 from rolora.report.pictures import pictures
 from rolora.report.svg import inline_svg
-from rolora.results.published import Published, beside
-from rolora.results.ranking import standing
+from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
-    Run,
+    RunRecord,
     by_method,
     differing,
     load_run,
+    not_diverged,
     primary_metric,
-    sound,
     summarise,
 )
 from rolora.results.tuned import Tuning
@@ -34,9 +33,9 @@ def write_report(
     tuning: Tuning | None = None,
     published: Published | None = None,
 ) -> Path:
-    """Write one self-contained HTML page about ``runs`` to ``out``, and return ``out``.
+    """Write a self-contained HTML page about ``runs`` to ``out``, and return ``out``.
 
-    ``tuning`` is how their settings were chosen, ``published`` what a paper says of the same
+    ``tuning`` is how their settings were chosen, ``published`` the published results of the same
     methods. The same arguments give the same bytes. Raises ConfigError or DataError (see
     ``load_run`` and ``primary_metric``).
     """
@@ -50,14 +49,12 @@ def write_report(
 
 
 def render(
-    every: Sequence[Run], tuning: Tuning | None = None, published: Published | None = None
+    every: Sequence[RunRecord], tuning: Tuning | None = None, published: Published | None = None
 ) -> str:
     """The page's HTML."""
-    runs = sound(every)
-    metric = primary_metric(runs)
-    groups = by_method(runs)
-    rows = summarise(runs)
-    verdicts = narrative.verdicts(runs)
+    runs = not_diverged(every)
+    metric, groups = primary_metric(runs), by_method(runs)
+    conclusions = narrative.conclusions(runs)
     names = {run.name for run in runs}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -67,35 +64,36 @@ def render(
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "score": narrative.score,
-        "megabytes": narrative.megabytes,
-        "apart": narrative.apart,
-        "spending": narrative.spending,
+        function.__name__: function
+        for function in (
+            *(narrative.format_metric, narrative.format_difference),
+            *(narrative.format_megabytes, narrative.format_spent),
+        )
     }
     return environment.get_template("page.html.j2").render(
         title=names.pop() if len(names) == 1 else f"{len(groups)} methods compared",
-        about=narrative.about(runs),
-        verdicts=verdicts,
+        about=narrative.describe_runs(runs),
+        conclusions=conclusions,
         reference=next(iter(groups)),
         cautions=narrative.cautions(every, tuning.keys if tuning else ()),
         tuning=tuning,
         published=published,
-        beside=beside(published, runs) if published else [],
+        beside=beside_published(published, runs) if published else [],
         metric=metric,
         direction=narrative.direction(metric),
-        rows=rows,
+        rows=summarise(runs),
         rounding=figures.ROUNDING,
         palette=list(enumerate(figures.PALETTE)),
         keys={m: (n, inline_svg(figures.key(n), f"key-{n}")) for n, m in enumerate(groups)},
-        pictures=pictures(runs, groups, metric, standing(runs, metric, "megabytes"), verdicts),
+        pictures=pictures(runs, groups, metric, conclusions),
         rejected=_rejected(every),
         configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
-        **_origins(every),
+        **_provenance(every),
     )
 
 
-def _rejected(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
-    """(run, client, reason, rounds) of every kind of refusal."""
+def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, str]]:
+    """(run, client, reason, rounds) of all rejected updates."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         for line in run.rounds:
@@ -104,20 +102,20 @@ def _rejected(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
     return [(*what, ", ".join(map(str, rounds))) for what, rounds in found.items()]
 
 
-def _origins(runs: Sequence[Run]) -> dict[str, Any]:
-    """What each run was made with: ``shared`` by all, and a table of the rest, one row a run.
+def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """What all runs have in common (``shared``), and a table of the rest, one row for each run.
 
-    The folder it ran in is left out: a page is made to be shown to others.
+    The folder that a run was started from is left out: pages are made to be shared.
     """
     tables = []
     for run in runs:
         made = {key: value for key, value in run.provenance.items() if key != "root"}
         tables.append({**made.pop("versions", {}), **made})
-    names = list(dict.fromkeys(name for table in tables for name in table))
+    names = dict.fromkeys(name for table in tables for name in table)
     apart = differing(tables)
     rows = zip(runs, tables, strict=True)
     return {
         "shared": [f"{name} {tables[0][name]}" for name in names if name not in apart],
-        "origin_names": apart,
-        "origins": [(run.label, [table.get(n, "") for n in apart]) for run, table in rows],
+        "provenance_names": apart,
+        "provenance": [(run.label, [table.get(n, "") for n in apart]) for run, table in rows],
     }

@@ -2,153 +2,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from matplotlib.figure import Figure
 
 from rolora.report import figures, narrative
 from rolora.report.figures import Series
-from rolora.report.forest_plot import forest
-from rolora.report.narrative import Verdict
+from rolora.report.forest_plot import forest_plot
+from rolora.report.narrative import Conclusion
 from rolora.report.svg import inline_svg
 from rolora.results.paired import CONFIDENCE
-from rolora.results.ranking import Ranking
-from rolora.results.runs import Run, mean_sd
+from rolora.results.ranking import rank_methods
+from rolora.results.runs import RunRecord, mean_sd
 from rolora.tasks.registry import higher_is_better
 
-Groups = Mapping[str, Sequence[Run]]
-Points = dict[int, tuple[float, float]]
+Groups = Mapping[str, Sequence[RunRecord]]
+Points = dict[int, tuple[float, float]]  # round -> (x, y)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page; ``methods`` are what its legend names."""
+    """A figure of the page; ``methods`` are the entries of its legend.
 
+    ``name`` is the id of its SVG element, ``description`` what a screen reader announces.
+    """
+
+    name: str
     title: str
-    svg: str
+    description: str
+    figure: Figure
     caption: str
     methods: tuple[str, ...] = ()
 
+    @property
+    def svg(self) -> str:
+        """The figure as an SVG element."""
+        return inline_svg(self.figure, self.name, self.description)
+
 
 def pictures(
-    runs: Sequence[Run],
-    groups: Groups,
-    metric: str,
-    equal_upload: Ranking | None,
-    verdicts: Sequence[Verdict],
+    runs: Sequence[RunRecord], groups: Groups, metric: str, conclusions: Sequence[Conclusion]
 ) -> list[Picture]:
-    """All figures that these runs have numbers for."""
-    makers = (
+    """All figures for which these runs have numbers."""
+    found = (
         _metric_by_round(groups, metric),
-        _metric_by_megabyte(groups, metric, equal_upload),
-        _differences(groups, metric, verdicts),
+        _metric_by_megabyte(runs, groups, metric),
+        _differences(groups, metric, conclusions),
         _aggregation_error(groups),
         _client_spread(groups, metric),
         _training_loss(groups),
         *_splits(runs),
     )
-    return [picture for picture in makers if picture is not None]
+    return [picture for picture in found if picture is not None]
 
 
-def _series(groups: Groups, points: Callable[[Run], Points]) -> dict[str, Series]:
-    """Method -> its mean line, over the rounds that all of its seeds have."""
+def _series(groups: Groups, points: Callable[[RunRecord], Points]) -> dict[str, Series]:
+    """The mean line of each method, over the rounds that all of its seeds have."""
     found = {}
     for style, (method, runs) in enumerate(groups.items()):
         each = [points(run) for run in runs]
         rounds = sorted(set.intersection(*(set(own) for own in each)))
-        spread = [mean_sd([own[round][1] for own in each]) for round in rounds]
         if rounds:
             xs = [mean_sd([own[round][0] for own in each])[0] for round in rounds]
-            found[method] = Series(style, xs, [mean for mean, _ in spread], [s for _, s in spread])
+            ys = [mean_sd([own[round][1] for own in each]) for round in rounds]
+            found[method] = Series(style, xs, [mean for mean, _ in ys], [sd for _, sd in ys])
     return found
 
 
-def _missing(groups: Groups, found: Mapping[str, Any], why: str) -> str:
-    absent = [method for method in groups if method not in found]
+def _by_round(run: RunRecord, key: str) -> Points:
+    """A field of the lines of ``rounds.jsonl``, where it is known."""
+    values = ((line["round"], line[key]) for line in run.rounds)
+    return {round: (round, value) for round, value in values if value is not None}
+
+
+def _missing(groups: Groups, drawn: Iterable[str], why: str) -> str:
+    absent = [method for method in groups if method not in drawn]
     return f" Not drawn, because {why}: {', '.join(absent)}." if absent else ""
 
 
 def _band(groups: Groups) -> str:
-    many = any(len(runs) > 1 for runs in groups.values())
-    return " Lines are means over seeds, bands one standard deviation." if many else ""
+    several = any(len(runs) > 1 for runs in groups.values())
+    return " Lines are means over seeds, bands one standard deviation." if several else ""
 
 
 def _metric_by_round(groups: Groups, metric: str) -> Picture:
-    def points(run: Run) -> Points:
-        return {int(point.round): (point.round, point.value) for point in run.curve(metric)}
-
-    found = _series(groups, points)
-    svg = inline_svg(
-        figures.curves(list(found.values()), metric, "round"),
-        "rounds",
-        f"{metric} against rounds for {', '.join(found)}",
+    lines = _series(
+        groups, lambda run: {int(p.round): (p.round, p.value) for p in run.curve(metric)}
     )
-    caption = f"{narrative.direction(metric).capitalize()}.{_band(groups)}"
-    caption += _missing(groups, found, "its seeds share no evaluated round")
-    return Picture(f"{metric} against rounds", svg, caption, tuple(found))
+    return Picture(
+        "rounds",
+        f"{metric} against rounds",
+        f"{metric} against rounds for {', '.join(lines)}",
+        figures.curves(list(lines.values()), metric, "round"),
+        f"{narrative.direction(metric).capitalize()}.{_band(groups)}"
+        + _missing(groups, lines, "its seeds share no evaluated round"),
+        tuple(lines),
+    )
 
 
-def _metric_by_megabyte(groups: Groups, metric: str, equal: Ranking | None) -> Picture | None:
-    def points(run: Run) -> Points:
+def _metric_by_megabyte(runs: Sequence[RunRecord], groups: Groups, metric: str) -> Picture | None:
+    def points(run: RunRecord) -> Points:
         curve = run.curve(metric)
         return {int(p.round): (p.up, p.value) for p in curve} if curve[-1].up else {}
 
-    found = _series(groups, points)
-    if not found:
+    lines = _series(groups, points)
+    if not lines:
         return None
-    mark = equal.budget if equal is not None and len(equal.places) > 1 else None
-    svg = inline_svg(
-        figures.curves(list(found.values()), metric, "MB sent up, all clients", budget=mark),
+    ranking = rank_methods(runs, metric, "megabytes")
+    budget = ranking.budget if ranking is not None and len(ranking.places) > 1 else None
+    caption = "The fair axis where communication is the cost: all that clients have uploaded."
+    if budget is not None:
+        sent = narrative.format_megabytes(budget)
+        caption += f" Dotted: {sent} MB, the most that all methods have sent."
+    return Picture(
         "megabytes",
-        f"{metric} against megabytes sent up for {', '.join(found)}",
+        f"{metric} against megabytes sent",
+        f"{metric} against megabytes sent up for {', '.join(lines)}",
+        figures.curves(list(lines.values()), metric, "MB sent up, all clients", budget=budget),
+        caption + _missing(groups, lines, "it sends nothing"),
+        tuple(lines),
     )
-    caption = "The fair axis where sending is what costs: all that clients have uploaded so far."
-    if mark is not None:
-        caption += f" Dotted: {narrative.megabytes(mark)} MB, the most that all methods have sent."
-    caption += _missing(groups, found, "it sends nothing")
-    return Picture(f"{metric} against megabytes sent", svg, caption, tuple(found))
 
 
-def _differences(groups: Groups, metric: str, verdicts: Sequence[Verdict]) -> Picture | None:
-    found = {one.title: one.differences for one in verdicts if one.differences}
-    if not found:
+def _differences(groups: Groups, metric: str, conclusions: Sequence[Conclusion]) -> Picture | None:
+    paired = {one.title: one.differences for one in conclusions if one.differences}
+    if not paired:
         return None
-    reference = next(own.reference for each in found.values() for own in each.values())
-    styles = {method: style for style, method in enumerate(groups)}
-    svg = inline_svg(
-        forest(found, styles, metric, reference),
-        "differences",
-        f"difference in {metric} from {reference} at each kind of equal budget",
-    )
-    several = [one.interval for each in found.values() for one in each.values()]
+    every = [difference for own in paired.values() for difference in own.values()]
+    reference = every[0].reference
     caption = f"Each method minus {reference}, seed by seed, at an equal budget of each kind. "
-    if any(several):
+    if any(difference.interval for difference in every):
         caption += f"Bars: {CONFIDENCE:.0%} confidence intervals of the mean difference; one that "
-        caption += "leaves out zero is a difference that these seeds show."
+        caption += "excludes zero is a difference that these seeds show."
     else:
         caption += f"{narrative.NO_INTERVAL.capitalize()}."
-    return Picture(f"Difference from {reference}", svg, caption)
+    return Picture(
+        "differences",
+        f"Difference from {reference}",
+        f"difference in {metric} from {reference} at each kind of equal budget",
+        forest_plot(paired, _styles(groups), metric, reference),
+        caption,
+    )
 
 
 def _aggregation_error(groups: Groups) -> Picture | None:
-    def points(run: Run) -> Points:
-        errors = ((line["round"], line["aggregation_error"]) for line in run.rounds)
-        return {round: (round, error) for round, error in errors if error is not None}
-
-    found = _series(groups, points)
-    if not found:
+    lines = _series(groups, lambda run: _by_round(run, "aggregation_error"))
+    if not lines:
         return None
-    svg = inline_svg(
-        figures.aggregation_errors(list(found.values())),
+    return Picture(
         "errors",
-        f"aggregation error of each round for {', '.join(found)}",
-    )
-    caption = (
+        "Aggregation error",
+        f"aggregation error of each round for {', '.join(lines)}",
+        figures.aggregation_errors(list(lines.values())),
         "How far the server's B·A is from the mean of the clients' B·A, relative to that mean. In "
-        "the grey band the average is exact; lines there are set apart only to be "
-        "seen." + _missing(groups, found, "the server cannot know it")
+        "the grey band the average is exact; lines there are spread only to be seen."
+        + _missing(groups, lines, "the server cannot know it"),
+        tuple(lines),
     )
-    return Picture("Aggregation error", svg, caption, tuple(found))
 
 
 def _client_spread(groups: Groups, metric: str) -> Picture | None:
@@ -160,61 +171,58 @@ def _client_spread(groups: Groups, metric: str) -> Picture | None:
             clients[method] = values
     if not clients:
         return None
-    styles = {method: style for style, method in enumerate(groups)}
     worst = min if higher_is_better(metric) else max
-    svg = inline_svg(
-        figures.client_spread(clients, styles, metric, worst),
+    return Picture(
         "clients",
+        f"{metric} of each client",
         f"{metric} of each client for {', '.join(clients)}",
-    )
-    caption = (
+        figures.client_spread(clients, _styles(groups), metric, worst),
         "On each client's own held-out rows, at the last evaluation, clients of all seeds together."
         " A dot's area is the number of clients; bar: mean; triangle: worst client."
-        + _missing(groups, clients, "its clients were not measured")
+        + _missing(groups, clients, "its clients were not measured"),
     )
-    return Picture(f"{metric} of each client", svg, caption)
 
 
 def _training_loss(groups: Groups) -> Picture | None:
-    def points(run: Run) -> Points:
-        losses = ((line["round"], line["loss"]) for line in run.rounds)
-        return {round: (round, loss) for round, loss in losses if loss is not None}
-
-    found = _series(groups, points)
-    if not found:
+    lines = _series(groups, lambda run: _by_round(run, "loss"))
+    if not lines:
         return None
-    figure = figures.curves(list(found.values()), "training loss", "round")
-    svg = inline_svg(figure, "loss", f"training loss of each round for {', '.join(found)}")
-    caption = f"Mean over the round's clients, weighted by their rows.{_band(groups)}"
-    return Picture("Training loss", svg, caption, tuple(found))
+    return Picture(
+        "loss",
+        "Training loss",
+        f"training loss of each round for {', '.join(lines)}",
+        figures.curves(list(lines.values()), "training loss", "round"),
+        f"Mean over the round's clients, weighted by their rows.{_band(groups)}",
+        tuple(lines),
+    )
 
 
-def _splits(runs: Sequence[Run]) -> list[Picture]:
-    """One picture for each split there is: seeds differ in it, methods do not."""
-    found: list[list[Run]] = []
+def _splits(runs: Sequence[RunRecord]) -> list[Picture]:
+    """One picture for each split: seeds differ in it, methods do not."""
+    splits: list[list[RunRecord]] = []
     for run in runs:
-        same = next((own for own in found if own[0].partition == run.partition), None)
-        found.append([run]) if same is None else same.append(run)
-    return [_split(own, number, len(found)) for number, own in enumerate(found)]
+        same = next((own for own in splits if own[0].partition == run.partition), None)
+        splits.append([run]) if same is None else same.append(run)
+    return [_split(own, number, len(splits)) for number, own in enumerate(splits)]
 
 
-def _split(runs: Sequence[Run], number: int, of: int) -> Picture:
+def _split(runs: Sequence[RunRecord], number: int, of: int) -> Picture:
     partition = runs[0].partition
     sizes = [client["num_examples"] for client in partition["clients"]]
-    svg = inline_svg(
-        figures.split_figure(partition),
-        f"split-{number}",
-        f"training rows of {len(sizes)} clients, {min(sizes)} to {max(sizes)} rows each",
-    )
+    dropped = partition.get("dropped", 0)
     caption = f"{len(sizes)} clients hold {min(sizes):,} to {max(sizes):,} rows each."
-    for said in (partition.get("note"), _dropped(partition.get("dropped", 0))):
-        caption += f" {said[0].upper()}{said[1:]}." if said else ""
+    for note in (partition.get("note"), dropped and f"{dropped:,} rows are held by no client"):
+        caption += f" {note[0].upper()}{note[1:]}." if note else ""
     if of > 1:
         caption += f" The split of {', '.join(run.label for run in runs)}."
     return Picture(
-        "Who holds which rows" + (f" ({number + 1} of {of})" if of > 1 else ""), svg, caption
+        f"split-{number}",
+        "Who holds which rows" + (f" ({number + 1} of {of})" if of > 1 else ""),
+        f"training rows of {len(sizes)} clients, {min(sizes)} to {max(sizes)} rows each",
+        figures.split_figure(partition),
+        caption,
     )
 
 
-def _dropped(rows: int) -> str:
-    return f"{rows:,} rows are held by no client" if rows else ""
+def _styles(groups: Groups) -> dict[str, int]:
+    return {method: style for style, method in enumerate(groups)}

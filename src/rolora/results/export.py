@@ -1,80 +1,64 @@
-"""What a comparison came to, as a program reads it: budgets, differences, tuning, published."""
+"""The results of a comparison as JSON: rankings, differences, tuning, published numbers."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any
 
-from rolora.results.paired import CONFIDENCE, Difference, differences
-from rolora.results.published import Published, beside
-from rolora.results.ranking import Place, Ranking, standings
-from rolora.results.runs import Run, by_method, primary_metric, sound, summarise
+from pydantic import TypeAdapter
+
+from rolora.results.paired import CONFIDENCE, differences
+from rolora.results.published import Published, beside_published
+from rolora.results.ranking import Ranking, rankings
+from rolora.results.runs import RunRecord, by_method, not_diverged, primary_metric, summarise
 from rolora.results.tuned import Tuning
 
 
-def outcome(
-    every: Sequence[Run], tuning: Tuning | None = None, published: Published | None = None
+def export_results(
+    every: Sequence[RunRecord], tuning: Tuning | None = None, published: Published | None = None
 ) -> dict[str, Any]:
-    """JSON: each method's row, and its place and difference at an equal budget of each kind.
+    """Each method's summary, and its place and difference at an equal budget of each kind.
 
-    Numbers that are not finite are null.
+    Numbers that are not finite become None. AllDiverged if every run did.
     """
-    runs = sound(every)
+    runs = not_diverged(every)
     metric, reference = primary_metric(runs), next(iter(by_method(runs)))
-    found: dict[str, Any] = {
+    found = {
         "metric": metric,
         "reference": reference,
         "confidence": CONFIDENCE,
-        "methods": [dataclasses.asdict(row) for row in summarise(runs)],
-        "budgets": [_standing(at, reference) for at in standings(runs, metric)],
+        "methods": summarise(runs),
+        "budgets": [_budget(ranking, reference) for ranking in rankings(runs, metric)],
         "diverged": {run.path.name: run.diverged for run in every if run.diverged is not None},
-        "tuning": tuning and tuning.model_dump(mode="json"),
-        "published": None,
+        "tuning": tuning,
+        "published": published
+        and {**published.model_dump(), "beside": beside_published(published, runs)},
     }
-    if published is not None:
-        rows = [dataclasses.asdict(row) for row in beside(published, runs)]
-        found["published"] = {**published.model_dump(mode="json"), "beside": rows}
-    cleaned: dict[str, Any] = _finite(found)
-    return cleaned
+    exported: dict[str, Any] = json.loads(TypeAdapter(Any).dump_json(found))
+    return exported
 
 
-def _standing(at: Ranking, reference: str) -> dict[str, Any]:
-    apart = differences(at, reference)
-    ranked = [(True, place) for place in at.places] + [(False, p) for p in at.references]
-    return {
-        "equal": at.axis,
-        "budget": at.budget,
-        "places": [_place(ranks, place, apart.get(place.method)) for ranks, place in ranked],
-        "late": list(at.late),
-    }
-
-
-def _place(ranks: bool, place: Place, apart: Difference | None) -> dict[str, Any]:
-    spent = place.spent
-    return {
-        "method": place.method,
-        "ranked": ranks,
-        "mean": place.mean,
-        "sd": place.sd,
-        "seeds": list(place.seeds),
-        "values": list(place.values),
-        "rounds": spent.round,
-        "megabytes_up": spent.up,
-        "megabytes_down": spent.down,
-        "trained_rows": spent.rows,
-        "difference": apart
-        and {k: v for k, v in dataclasses.asdict(apart).items() if k != "method"},
-    }
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
+def _budget(ranking: Ranking, reference: str) -> dict[str, Any]:
+    paired = differences(ranking, reference)
+    places = []
+    for place in ranking.everyone:
+        difference = paired.get(place.method)
+        fields = difference and dataclasses.asdict(difference)
+        places.append(
+            {
+                "method": place.method,
+                "ranked": place in ranking.places,
+                "mean": place.mean,
+                "sd": place.sd,
+                "seeds": place.seeds,
+                "values": place.values,
+                "rounds": place.spent.round,
+                "megabytes_up": place.spent.up,
+                "megabytes_down": place.spent.down,
+                "trained_rows": place.spent.rows,
+                "difference": fields and {k: v for k, v in fields.items() if k != "method"},
+            }
+        )
+    return {"equal": ranking.axis, "budget": ranking.budget, "places": places, "late": ranking.late}

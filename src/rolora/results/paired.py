@@ -1,32 +1,34 @@
-"""One method's metric minus another's, seed by seed, with a confidence interval.
+"""The difference between two methods, paired by seed, with a confidence interval.
 
-Runs of one seed share rows, shards, cohorts and batches, so most of what makes seeds differ is in
-both numbers and falls out of their difference. The interval is Student's t over the differences:
-mean ± t(0.975, n − 1) · sd / √n (Student 1908, "The probable error of a mean"). It takes the
-differences for independent and about normal, which with a handful of seeds nothing can show.
+Runs of one seed share rows, shards, cohorts and batches, so most of the variation between seeds is
+in both methods' numbers and cancels in their difference. The interval is that of the paired t-test:
+mean ± t(0.975, n − 1) · sd / √n (Student 1908, "The probable error of a mean"). It assumes that the
+differences are independent and roughly normal, which a handful of seeds cannot confirm.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit
+from scipy.stats import ttest_rel
 
 from rolora.results.ranking import Place, Ranking
 
 CONFIDENCE = 0.95
-LEAST_SEEDS = 3  # with two, t is 12.7: an interval that says nothing
+MIN_SEEDS = 3  # with two seeds t is 12.7: the interval is too wide to be of use
 
 
 @dataclass(frozen=True)
 class Difference:
-    """``method`` minus ``reference``: in each of ``seeds``, and the mean over them.
+    """``method`` minus ``reference``: for each of ``seeds``, and the mean over them.
 
-    ``interval`` holds the mean of all seeds there could be with probability ``CONFIDENCE``; None
-    with fewer than ``LEAST_SEEDS`` seeds, or where a difference is not finite.
+    ``interval`` is the confidence interval of the mean; None with fewer than ``MIN_SEEDS`` seeds,
+    or if a difference is not finite.
     """
 
     method: str
@@ -37,8 +39,8 @@ class Difference:
     interval: tuple[float, float] | None
 
     @property
-    def decided(self) -> bool | None:
-        """Whether the interval leaves out zero; None without an interval."""
+    def significant(self) -> bool | None:
+        """Whether the interval excludes zero; None without an interval."""
         if self.interval is None:
             return None
         low, high = self.interval
@@ -46,34 +48,39 @@ class Difference:
 
 
 def difference(place: Place, reference: Place) -> Difference | None:
-    """Over the seeds that both have exactly one run of; None if there is no such seed."""
-    mine, theirs = _by_seed(place), _by_seed(reference)
-    seeds = tuple(sorted(mine.keys() & theirs.keys()))
+    """The difference over the seeds that both ran exactly once; None without such a seed."""
+    ours, theirs = _by_seed(place), _by_seed(reference)
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
     if not seeds:
         return None
-    each = tuple(mine[seed] - theirs[seed] for seed in seeds)
+    values = [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+    each = tuple(a - b for a, b in zip(*values, strict=True))
     mean = statistics.fmean(each)
-    return Difference(place.method, reference.method, seeds, each, mean, interval(each))
+    return Difference(place.method, reference.method, seeds, each, mean, interval(*values))
 
 
-def interval(differences: tuple[float, ...]) -> tuple[float, float] | None:
-    """The confidence interval of their mean (see above)."""
-    count = len(differences)
-    if count < LEAST_SEEDS or not all(map(math.isfinite, differences)):
+def interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
+    """The confidence interval of the mean difference between paired values."""
+    each = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(each) < MIN_SEEDS or not all(map(math.isfinite, each)):
         return None
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(count)
-    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
-    return mean - reach, mean + reach
+    if min(each) == max(each):  # t is not defined without any spread
+        return each[0], each[0]
+    with warnings.catch_warnings():
+        # differences that are equal but for rounding give a correct, very narrow interval
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        low, high = ttest_rel(ours, theirs).confidence_interval(CONFIDENCE)
+    return float(low), float(high)
 
 
-def differences(at: Ranking, reference: str) -> dict[str, Difference]:
-    """Method -> its difference from ``reference``, for every other method that has a place."""
-    against = at.place(reference)
-    if against is None:
+def differences(ranking: Ranking, reference: str) -> dict[str, Difference]:
+    """The difference of every other method of the ranking from ``reference``, by method."""
+    places = {place.method: place for place in ranking.everyone}
+    base = places.pop(reference, None)
+    if base is None:
         return {}
-    others = (place for place in (*at.places, *at.references) if place is not against)
-    found = (difference(place, against) for place in others)
-    return {one.method: one for one in found if one is not None}
+    found = {method: difference(place, base) for method, place in places.items()}
+    return {method: one for method, one in found.items() if one is not None}
 
 
 def _by_seed(place: Place) -> dict[int, float]:

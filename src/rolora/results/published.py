@@ -1,6 +1,6 @@
-"""What a paper says of the methods that a configuration compares, to stand beside our numbers.
+"""Published results of the compared methods, to be shown beside ours.
 
-Beside ``NAME.toml`` may lie ``NAME.published.json``::
+They are read from ``NAME.published.json`` next to the configuration ``NAME.toml``::
 
     {"source": "arXiv:2502.01755, table 1", "setting": "RoBERTa-Large, 50 clients, rank 4",
      "metric": "accuracy", "unit": "percent", "results": {"rolora": 94.80, "fedit": 93.00}}
@@ -16,11 +16,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rolora.errors import DataError
-from rolora.results.runs import Run, by_method, mean_sd
+from rolora.results.runs import RunRecord, by_method, mean_sd
 
 
 class Published(BaseModel):
-    """Published results of methods by name, in ``unit``; ``setting`` says what they were got in."""
+    """Published results by method, in ``unit``, and the setting they were measured in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,20 +32,20 @@ class Published(BaseModel):
 
     @property
     def scale(self) -> float:
-        """What our metrics are multiplied by to be in ``unit``."""
+        """The factor that converts our metrics to ``unit``."""
         return 100.0 if self.unit == "percent" else 1.0
 
     @property
     def digits(self) -> int:
-        """Decimals that numbers in ``unit`` are shown with."""
+        """The number of decimals to show."""
         return 2 if self.unit == "percent" else 3
 
 
 @dataclass(frozen=True)
-class Beside:
-    """Ours and theirs of one method, in the published unit; None for what there is not.
+class BesidePublished:
+    """Our result and the published one of a method, in the published unit; None where missing.
 
-    Ours is the mean over seeds at the last evaluated round, and its sample sd.
+    Ours is the mean over seeds at the last evaluated round, with the sample standard deviation.
     """
 
     method: str
@@ -53,39 +53,39 @@ class Beside:
     sd: float | None
     theirs: float | None
 
-    def said(self, digits: int) -> tuple[str, str]:
-        """Ours and theirs in words."""
+    def cells(self, digits: int) -> tuple[str, str]:
+        """Our result and theirs as text."""
         spread = "" if self.sd is None else f" ± {self.sd:.{digits}f}"
         ours = "not measured" if self.ours is None else f"{self.ours:.{digits}f}{spread}"
         return ours, "" if self.theirs is None else f"{self.theirs:.{digits}f}"
 
 
 def read_published(config: str | Path) -> Published | None:
-    """What lies beside this configuration; None if nothing does. DataError if it is damaged."""
+    """The published results next to this configuration, if any. DataError for a damaged file."""
     file = Path(config).expanduser().with_suffix(".published.json")
     if not file.is_file():
         return None
     try:
-        return Published.model_validate_json(file.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        fault = error.errors()[0] if isinstance(error, ValidationError) else {"msg": "no UTF-8"}
-        where = ".".join(map(str, fault.get("loc", ())))
-        raise DataError(f"{file}: {where or 'it'}: {fault['msg']}") from None
+        return Published.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = [str(file), ".".join(map(str, first["loc"])), first["msg"]]
+        raise DataError(": ".join(filter(None, where))) from None
 
 
-def beside(published: Published, runs: Sequence[Run]) -> list[Beside]:
-    """One row for each method that ran, then for each that was only published."""
+def beside_published(published: Published, runs: Sequence[RunRecord]) -> list[BesidePublished]:
+    """One row for each method that ran, then one for each that was only published."""
     groups = by_method(runs)
     names = {method: str(own[0].config["method"]["name"]) for method, own in groups.items()}
-    rows, found = [], set[str]()
+    rows, matched = [], set[str]()
     for method, own in groups.items():
-        # a name that one row alone has stands for it whatever its options are
-        plain = list(names.values()).count(names[method]) == 1
-        key = names[method] if plain else method
-        found.add(key)
+        # options do not matter where only one group has this method's name
+        unique = list(names.values()).count(names[method]) == 1
+        key = names[method] if unique else method
+        matched.add(key)
         last = [curve[-1].value for run in own if (curve := run.curve(published.metric))]
         mean, sd = mean_sd(last) if len(last) == len(own) else (None, None)
         ours, spread = (None if x is None else x * published.scale for x in (mean, sd))
-        rows.append(Beside(method, ours, spread, published.results.get(key)))
-    rest = [Beside(m, None, None, x) for m, x in published.results.items() if m not in found]
-    return rows + rest
+        rows.append(BesidePublished(method, ours, spread, published.results.get(key)))
+    others = published.results.items()
+    return rows + [BesidePublished(m, None, None, x) for m, x in others if m not in matched]

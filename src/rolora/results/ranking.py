@@ -1,4 +1,4 @@
-"""Who is ahead at an equal budget: of rounds, of bytes sent, or of rows trained on."""
+"""Methods ranked at an equal budget: of rounds, of bytes sent, or of rows trained on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rolora.results.runs import Point, Run, better, by_method, mean_sd
+from rolora.results.runs import Point, RunRecord, by_method, gain, mean_sd
 
 Axis = Literal["rounds", "megabytes", "rows"]
 AXES: tuple[Axis, ...] = ("rounds", "megabytes", "rows")
 
+Curves = Mapping[str, Sequence[tuple[int, Sequence[Point]]]]  # method -> (seed, curve) of each run
+
 
 @dataclass(frozen=True)
 class Place:
-    """A method at a common budget.
+    """One method at the common budget.
 
-    ``values`` are the metric in the runs of ``seeds``, in this order; ``spent`` is the mean over
-    them of what the budget came to on every axis.
+    ``values`` holds the metric of the run of each of ``seeds``, in the same order; ``spent`` is the
+    mean over these runs of what they had used by then, on every axis.
     """
 
     method: str
@@ -29,12 +31,12 @@ class Place:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean over the seeds."""
         return mean_sd(self.values)[0]
 
     @property
     def sd(self) -> float | None:
-        """Sample standard deviation over the seeds; None for a single one."""
+        """The sample standard deviation over the seeds; None for a single seed."""
         return mean_sd(self.values)[1]
 
 
@@ -42,11 +44,11 @@ class Place:
 class Ranking:
     """Methods at an equal budget, best first.
 
-    The budget is the largest that every run of a seed has reached: it is equal within each seed,
-    and ``budget`` is its mean over seeds. Where methods have other seeds than each other, it is the
-    largest that every run has reached. ``references`` are methods that send nothing, such as
-    training alone or on all rows in one place: they compete with no federated method, and have no
-    place on the megabytes axis. ``late`` are methods that were first evaluated beyond the budget.
+    Each seed has its own budget: the most that all of its runs have reached. ``budget`` is the mean
+    over seeds. If the methods ran on different seeds, the budget is the most that every run has
+    reached. ``references`` are methods that send nothing (local training, centralized training):
+    they are not ranked and have no place on the megabytes axis. ``late`` names methods whose first
+    evaluation lies beyond the budget.
     """
 
     axis: Axis
@@ -55,26 +57,26 @@ class Ranking:
     references: tuple[Place, ...]
     late: tuple[str, ...]
 
-    def place(self, method: str) -> Place | None:
-        """The place of this method, if it has one."""
-        every = (*self.places, *self.references)
-        return next((place for place in every if place.method == method), None)
+    @property
+    def everyone(self) -> tuple[Place, ...]:
+        """The ranked methods, then the references."""
+        return self.places + self.references
 
 
-def standings(runs: Sequence[Run], metric: str) -> list[Ranking]:
-    """The standing on every axis that has one."""
-    found = (standing(runs, metric, axis) for axis in AXES)
-    return [at for at in found if at is not None]
+def rankings(runs: Sequence[RunRecord], metric: str) -> list[Ranking]:
+    """The ranking on every axis that has one."""
+    found = (rank_methods(runs, metric, axis) for axis in AXES)
+    return [ranking for ranking in found if ranking is not None]
 
 
-def standing(runs: Sequence[Run], metric: str, axis: Axis) -> Ranking | None:
-    """Who is ahead at an equal budget on this axis; None if there is no such.
+def rank_methods(runs: Sequence[RunRecord], metric: str, axis: Axis) -> Ranking | None:
+    """The ranking at an equal budget on one axis; None if nothing was spent on it.
 
     Between two evaluated rounds the metric is interpolated linearly.
     """
     groups = by_method(runs)
     silent = {m for m, own in groups.items() if not any(run.curve(metric)[-1].up for run in own)}
-    curves = {
+    curves: Curves = {
         method: [(run.seed, run.curve(metric)) for run in own]
         for method, own in groups.items()
         if axis != "megabytes" or method not in silent
@@ -82,31 +84,27 @@ def standing(runs: Sequence[Run], metric: str, axis: Axis) -> Ranking | None:
     budgets = _budgets(curves, axis)
     if not budgets or min(budgets.values()) == 0:
         return None
-    started = {
-        method: own
-        for method, own in curves.items()
-        if all(_spent(curve[0], axis) <= budgets[seed] for seed, curve in own)
-    }
-    places = []
-    for method, own in started.items():
-        at = [_reached(curve, axis, budgets[seed]) for seed, curve in own]
-        spent = Point(*(statistics.fmean(column) for column in zip(*at, strict=True)))
-        seeds = tuple(seed for seed, _ in own)
-        places.append(Place(method, seeds, tuple(point.value for point in at), spent))
-    places.sort(key=lambda place: better(metric, place.mean), reverse=True)
+    places, late = [], []
+    for method, own in curves.items():
+        if any(_spent(curve[0], axis) > budgets[seed] for seed, curve in own):
+            late.append(method)
+            continue
+        points = [_at_budget(curve, axis, budgets[seed]) for seed, curve in own]
+        spent = Point(*map(statistics.fmean, zip(*points, strict=True)))
+        seeds, values = tuple(seed for seed, _ in own), tuple(point.value for point in points)
+        places.append(Place(method, seeds, values, spent))
+    places.sort(key=lambda place: gain(metric, place.mean), reverse=True)
     return Ranking(
         axis,
         statistics.fmean(budgets.values()),
         tuple(place for place in places if place.method not in silent),
         tuple(place for place in places if place.method in silent),
-        tuple(method for method in curves if method not in started),
+        tuple(late),
     )
 
 
-def _budgets(
-    curves: Mapping[str, Sequence[tuple[int, Sequence[Point]]]], axis: Axis
-) -> dict[int, float]:
-    """Seed -> the largest budget that each of its runs has reached (see ``Standing``)."""
+def _budgets(curves: Curves, axis: Axis) -> dict[int, float]:
+    """The budget of each seed (see ``Ranking``)."""
     ends: dict[int, float] = {}
     for own in curves.values():
         for seed, curve in own:
@@ -120,8 +118,8 @@ def _spent(point: Point, axis: Axis) -> float:
     return {"rounds": point.round, "megabytes": point.up, "rows": point.rows}[axis]
 
 
-def _reached(curve: Sequence[Point], axis: Axis, budget: float) -> Point:
-    """Where the curve, which begins before ``budget`` and ends after it, has spent it."""
+def _at_budget(curve: Sequence[Point], axis: Axis, budget: float) -> Point:
+    """The point of a curve, which begins before ``budget`` and ends after it, at the budget."""
     after = next(point for point in curve if _spent(point, axis) >= budget)
     before = next(point for point in reversed(curve) if _spent(point, axis) <= budget)
     if after.round <= before.round:

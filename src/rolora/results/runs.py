@@ -1,4 +1,4 @@
-"""What run folders say: curves of each run, and one row a method."""
+"""Run folders read back: the curve of each run, and a summary of each method."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
 
 METRICS = (
-    "accuracy",
-    "choice_accuracy",
-    "answer_accuracy",
-    "exact_match",
-    "perplexity",
-    "loss",
+    *("accuracy", "choice_accuracy", "answer_accuracy", "exact_match"),
+    *("perplexity", "loss"),
 )
 MEGABYTE = 1e6  # bytes
 
@@ -39,10 +35,10 @@ _ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 class Point(NamedTuple):
-    """A metric's ``value`` after a round, and what all clients had spent on it by then.
+    """The metric's ``value`` after a round, and what all clients had used by then.
 
-    ``up`` and ``down`` are megabytes (10⁶ bytes); ``rows`` counts training rows through the model,
-    a row as often as it was trained on (0 where a run does not say).
+    ``up`` and ``down`` are megabytes (10⁶ bytes). ``rows`` counts the training rows that went
+    through the model, repetitions included (0 if the run does not record it).
     """
 
     round: float
@@ -53,12 +49,12 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """What one run folder holds.
+class RunRecord:
+    """The content of a run folder.
 
-    ``method`` is the method's name with its options; ``config`` is nested as in the TOML;
-    ``rounds`` are the lines of ``rounds.jsonl`` in order; ``diverged`` says where training became
-    NaN or infinite, if it did.
+    ``method`` is the method's name with its options; ``config`` is nested as in the TOML file;
+    ``rounds`` are the lines of ``rounds.jsonl``; ``diverged`` is the message of a run whose loss
+    became NaN or infinite, else None.
     """
 
     path: Path
@@ -77,23 +73,22 @@ class Run:
         return "/".join(self.path.parts[-2:])
 
     def curve(self, metric: str) -> list[Point]:
-        """Every evaluated round."""
+        """A point for each evaluated round."""
         batch = self.config.get("train", {}).get("batch_size")
         up = accumulate(line["bytes_up"] for line in self.rounds)
         down = accumulate(line["bytes_down"] for line in self.rounds)
         rows = accumulate(trained_rows(line.get("clients", {}), batch) for line in self.rounds)
-        spent = zip(self.rounds, up, down, rows, strict=True)
         return [
             Point(line["round"], u / MEGABYTE, d / MEGABYTE, n, line["metrics"][metric])
-            for line, u, d, n in spent
+            for line, u, d, n in zip(self.rounds, up, down, rows, strict=True)
             if metric in line["metrics"]
         ]
 
 
 def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | None) -> int:
-    """Rows that the clients of a round trained on: whole passes over the shard, and a part of one.
+    """The rows that a round's clients trained on; 0 if ``batch_size`` is None.
 
-    Each pass ends with a short batch (see ``training.local.batches``). 0 if ``batch_size`` is None.
+    Each pass over a shard ends with a short batch (see ``training.local.batches``).
     """
     total = 0
     if batch_size is None:
@@ -106,13 +101,13 @@ def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | N
 
 
 @dataclass(frozen=True)
-class Row:
-    """One method over its runs; every number is a mean over them.
+class Summary:
+    """One method; every number is a mean over its runs.
 
-    ``final`` is the metric at the last evaluated round, ``best`` at its best round, ``final_sd``
-    the sample standard deviation (None for a single run). Megabytes are 10⁶ bytes over the whole
-    run and all clients; ``trained_rows`` as in ``Point``; ``aggregation_error`` is the mean over
-    rounds (None where unknown).
+    ``final_mean`` is the metric at the last evaluated round, ``best_mean`` at the best round,
+    ``final_sd`` the sample standard deviation (None for a single run). Megabytes are 10⁶ bytes over
+    the whole run and all clients; ``trained_rows`` is ``Point.rows`` at the end;
+    ``aggregation_error`` is the mean over rounds (None if unknown).
     """
 
     method: str
@@ -130,12 +125,13 @@ class Row:
     seconds: float
 
 
-def load_run(path: str | Path) -> Run:
-    """Read a run folder. ConfigError if ``path`` is none, DataError for a file that is broken."""
+def load_run(path: str | Path) -> RunRecord:
+    """Read a run folder. ConfigError if ``path`` is not one, DataError for a damaged file."""
     folder = Path(path).resolve()
     files = [folder / name for name in ("config.toml", "rounds.jsonl", "partition.json")]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ConfigError(f"{path} is no run folder (no {' and no '.join(missing)} in it)")
+        verb = "is" if len(missing) == 1 else "are"
+        raise ConfigError(f"{path} is not a run folder: {' and '.join(missing)} {verb} missing")
     try:
         config = tomllib.loads(files[0].read_text(encoding="utf-8"))
         partition = json.loads(files[2].read_text(encoding="utf-8"))
@@ -148,13 +144,13 @@ def load_run(path: str | Path) -> Run:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: config.toml or partition.json is damaged ({error!r})") from None
     if not shards:
-        raise DataError(f"{path}: partition.json names no client")
+        raise DataError(f"{path}: partition.json lists no clients")
     if options:
         method += f" ({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
     rounds = tuple(_read_rounds(files[1]))
     marker = folder / "diverged.txt"
     diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
-    return Run(folder, name, method, seed, config, provenance, rounds, partition, diverged)
+    return RunRecord(folder, name, method, seed, config, provenance, rounds, partition, diverged)
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
@@ -164,92 +160,97 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             raise DataError(
-                f"{where} is no JSON: rolora resume {file.parent} repairs a line cut off by a crash"
+                f"{where} is not valid JSON; if a crash cut it off, rolora resume {file.parent} "
+                "repairs it"
             ) from None
         for key, kind in _ROUND_FIELDS.items():
             if not isinstance(line, dict) or not isinstance(line.get(key, ...), kind):
-                raise DataError(f"{where}: {key!r} is missing or not of its type")
+                raise DataError(f"{where}: {key!r} is missing or of the wrong type")
         if not all(isinstance(value, int | float) for value in line["metrics"].values()):
             raise DataError(f"{where}: a metric is not a number")
         yield line
 
 
-def sound(runs: Sequence[Run]) -> list[Run]:
-    """The runs that did not diverge. AllDiverged if all of them did."""
+def not_diverged(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs that did not diverge. AllDiverged if every run did."""
     found = [run for run in runs if run.diverged is None]
     if runs and not found:
-        raise AllDiverged(f"every run diverged, {runs[0].path} like the others: {runs[0].diverged}")
+        raise AllDiverged(f"every run diverged; the first is {runs[0].path}: {runs[0].diverged}")
     return found
 
 
-def primary_metric(runs: Sequence[Run]) -> str:
-    """The first of ``METRICS`` that every run has measured. DataError if there is none."""
+def primary_metric(runs: Sequence[RunRecord]) -> str:
+    """The first metric that every run has measured, those of ``METRICS`` before a task's other ones.
+
+    DataError if there is none.
+    """
     measured = [{name for line in run.rounds for name in line["metrics"]} for run in runs]
     for run, names in zip(runs, measured, strict=True):
         if not names:
-            raise DataError(f"{run.path} has no evaluated round yet: train on, or leave it out")
-    for metric in METRICS:
+            raise DataError(f"{run.path} has no evaluated round yet: resume it, or leave it out")
+    for metric in (*METRICS, *runs[0].rounds[0]["metrics"]):
         if all(metric in names for names in measured):
             return metric
     found = "; ".join(sorted({", ".join(sorted(names)) for names in measured}))
-    raise DataError(f"these runs have no metric in common ({found}): report them apart")
+    raise DataError(f"these runs have no metric in common ({found}): report them separately")
 
 
-def better(metric: str, value: float) -> float:
-    """A number that is larger the better ``value`` is; what is not finite is worst."""
+def gain(metric: str, value: float) -> float:
+    """``value`` with its sign set so that larger is better; minus infinity if it is not finite."""
     if not math.isfinite(value):
         return -math.inf
     return value if higher_is_better(metric) else -value
 
 
-def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+def by_method(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
     """The runs of each method, in the order of their first run; a folder given twice counts once.
 
-    Only runs that differ in nothing but name and seed are averaged: where runs of one method differ
-    in another setting, each setting is a row of its own and its label says so.
+    Runs are grouped only if nothing but name and seed differs. Runs of one method with different
+    settings form groups of their own, whose labels name the settings.
     """
-    methods: dict[str, list[Run]] = {}
+    methods: dict[str, list[RunRecord]] = {}
     for run in {run.path: run for run in runs}.values():
         methods.setdefault(run.method, []).append(run)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunRecord]] = {}
     for method, members in methods.items():
-        settings = [dict(flat(run.config)) for run in members]
+        settings = [dict(flatten(run.config)) for run in members]
+        keys = differing(settings)
         for run, own in zip(members, settings, strict=True):
-            apart = (f"{key}={own.get(key, 'unset')}" for key in differing(settings))
-            groups.setdefault(", ".join((method, *apart)), []).append(run)
+            label = [method, *(f"{key}={own.get(key, 'unset')}" for key in keys)]
+            groups.setdefault(", ".join(label), []).append(run)
     return groups
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all of ``settings``, but for name and seed."""
+    """The keys, other than name and seed, whose values are not equal in all of ``settings``."""
     keys = sorted(set().union(*settings) - {"name", "seed", "offline"})
     return [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
 
 
-def flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every entry of a nested table."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def summarise(runs: Sequence[Run]) -> list[Row]:
-    """One row a method, best final metric first (see ``by_method`` for what counts as one)."""
+def summarise(runs: Sequence[RunRecord]) -> list[Summary]:
+    """A summary of each method (see ``by_method``), best final metric first."""
     metric = primary_metric(runs)
-    rows = [_row(method, members, metric) for method, members in by_method(runs).items()]
-    return sorted(rows, key=lambda row: better(metric, row.final_mean), reverse=True)
+    rows = [_summary(method, members, metric) for method, members in by_method(runs).items()]
+    return sorted(rows, key=lambda row: gain(metric, row.final_mean), reverse=True)
 
 
-def _row(method: str, runs: Sequence[Run], metric: str) -> Row:
+def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
     curves = [run.curve(metric) for run in runs]
     values = [[point.value for point in curve] for curve in curves]
     final, sd = mean_sd([each[-1] for each in values])
-    best = [max(each, key=lambda value: better(metric, value)) for each in values]
+    best = [max(each, key=lambda value: gain(metric, value)) for each in values]
     lines = [line for run in runs for line in run.rounds]
     errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
-    return Row(
+    return Summary(
         method=method,
         seeds=tuple(sorted(run.seed for run in runs)),
         runs=len(runs),
@@ -267,6 +268,6 @@ def _row(method: str, runs: Sequence[Run], metric: str) -> Row:
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for one value, or where one is not finite."""
-    many = len(values) > 1 and all(map(math.isfinite, values))
-    return statistics.fmean(values), statistics.stdev(values) if many else None
+    """Mean and sample standard deviation (None for one value, or if a value is not finite)."""
+    several = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.fmean(values), statistics.stdev(values) if several else None

@@ -1,4 +1,4 @@
-"""How the settings of a comparison were chosen: what ``tuning.json`` holds."""
+"""How the settings of a comparison were chosen: the content of ``tuning.json``."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """What is written to a file as it is."""
+    """A part of the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Trial(Record):
-    """One setting, its score for each tuning seed (None: diverged), and their mean."""
+    """One setting, its result for each tuning seed (None: diverged), and their mean."""
 
     values: dict[str, str]
     scores: list[float | None]
     mean: float | None
 
     @property
-    def said(self) -> str:
-        """Its score in words."""
+    def result(self) -> str:
+        """The mean as text."""
         return "diverged" if self.mean is None else f"{self.mean:.3f}"
 
 
 class Tuned(Record):
-    """What was tried for a method, and the best; ``at_edge`` names the keys whose best value is
-    the smallest or largest of the grid, so that a better one may lie beyond."""
+    """All trials of a method, and its best values.
+
+    ``at_edge`` names the keys whose best value is the smallest or largest of the grid, so that a
+    better value may lie beyond it.
+    """
 
     method: str
     trials: list[Trial]
@@ -36,22 +39,17 @@ class Tuned(Record):
     at_edge: dict[str, Literal["smallest", "largest"]]
 
     @property
-    def said(self) -> str:
-        """The best values in words."""
-        return ", ".join(f"{key} = {value}" for key, value in self.best.items())
-
-    @property
     def cautions(self) -> list[str]:
         """A sentence for each key whose grid may be too narrow."""
         return [
-            f"{self.method}: the best {key}, {self.best[key]}, is the {end} that was tried; "
+            f"{self.method}: the best {key}, {self.best[key]}, is the {end} value that was tried; "
             f"a {end.removesuffix('st')}r one may be better"
             for key, end in self.at_edge.items()
         ]
 
 
 class Tuning(Record):
-    """How the settings of a comparison were chosen; ``rows`` says on what, in words."""
+    """The tuning of a comparison; ``rows`` describes the rows that the metric was measured on."""
 
     metric: str
     rows: str
@@ -62,9 +60,9 @@ class Tuning(Record):
     @property
     def keys(self) -> set[str]:
         """All keys that were tuned for a method."""
-        return {key for one in self.methods for key in one.best}
+        return {key for tuned in self.methods for key in tuned.best}
 
     def best(self, method: str) -> tuple[str, ...]:
-        """The best setting of a method, as overrides."""
-        (tuned,) = (one for one in self.methods if one.method == method)
-        return tuple(f"{key}={value}" for key, value in tuned.best.items())
+        """The best values of a method, as overrides."""
+        (best,) = (tuned.best for tuned in self.methods if tuned.method == method)
+        return tuple(f"{key}={value}" for key, value in best.items())

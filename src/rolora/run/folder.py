@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,9 @@ class RunFolder:
                 raise ConfigError(f"{path} is not a run folder: {name} is missing")
         return cls(path)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the folder for this process. ConfigError if another process is writing to it."""
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(locked(self.path / ".lock"))
-            except BlockingIOError:
-                raise ConfigError(f"{self.path} is in use by another process") from None
-            yield
+        return locked(self.path / ".lock")
 
     def commit(self, result: RoundResult) -> None:
         """Save the state after a round (or a failed attempt at one), then its line."""

@@ -11,19 +11,19 @@ from rolora.config.schema import DataConfig, RunConfig
 from rolora.data import tables
 from rolora.errors import ConfigError
 from rolora.flower.engine import Remote, run_id
-from rolora.flower.membership import Carrier, Roster
+from rolora.flower.membership import Membership, Transport
 from rolora.run.experiment import Experiment, data_hash
 from rolora.run.shards import Rows
 
 
 def prepare_remote(
-    config: RunConfig, folder: Path, carrier: Carrier, tell: Callable[[str], None]
+    config: RunConfig, folder: Path, transport: Transport, notify: Callable[[str], None]
 ) -> Experiment:
     """Wait for the sites, agree with them on labels and model, and set up the run.
 
-    ``tell`` gets a line for every site that joins or is refused. The server's seed is drawn here
-    unless it is set: sites know ``config.seed``, and must not be able to predict what is drawn from
-    the other. Raises ConfigError for what is impossible across sites, NoQuorum if too few come.
+    ``notify`` receives a line for each site that joins or is refused. The server's seed is drawn
+    here unless it is set: sites know ``config.seed``, and must not be able to predict what is drawn
+    from the other. Raises ConfigError for what is impossible across sites, NoQuorum for too few.
     """
     test_source, validation_source = _evaluation_sources(config.data)
     _refuse(config)
@@ -39,10 +39,10 @@ def prepare_remote(
     if validation_source is not None:
         validation = read(validation_source, split="validation")
     rows = Rows(None, test, validation, shards={}, held_out={})
-    roster = Roster(carrier, config, run_id(config, folder), tell)
-    labels = tuple(roster.gather())
+    membership = Membership(transport, config, run_id(config, folder), notify)
+    labels = tuple(membership.gather())
     here = Experiment(config, rows=rows, labels=labels)
-    engine = Remote(roster, config, here.base, labels)
+    engine = Remote(membership, config, here.base, labels)
     members = engine.clients()
     return Experiment(
         config,
@@ -63,8 +63,7 @@ def prepare_remote(
 
 
 def _evaluation_sources(data: DataConfig) -> tuple[str, str | None]:
-    """Where the coordinator's test and validation rows are. ConfigError for a share of the sites'
-    rows, which never leave them."""
+    """The sources of test and validation rows. ConfigError for a share of the sites' rows."""
     if isinstance(data.test, str) and not isinstance(data.validation, float):
         return data.test, data.validation
     raise ConfigError(
@@ -83,7 +82,7 @@ def _refuse(config: RunConfig) -> None:
         )
     if config.data.validation is not None and method.personal_roles:
         raise ConfigError(
-            f"{method.name} leaves a part of each adapter at its site, which does not have the "
+            f"{method.name} keeps a part of each adapter at its site, which does not have the "
             "coordinator's validation rows: remove data.validation; data.client_test evaluates "
             "each site's adapter on the site's own rows"
         )

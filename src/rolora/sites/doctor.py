@@ -1,10 +1,9 @@
-"""What is wrong with a site's or a coordinator's setup: one line for each thing looked at."""
+"""What is wrong with the setup of a site or a coordinator: one finding for each thing checked."""
 
 from __future__ import annotations
 
 import datetime
 import email.utils
-import http.client
 import json
 import socket
 import ssl
@@ -14,13 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 from rolora.config.schema import RunConfig
 from rolora.data import tables
-from rolora.errors import ConfigError, RoloraError
+from rolora.errors import RoloraError
 from rolora.files import is_locked
-from rolora.flower.message import PROTOCOL, VERSIONS, Parcel, Plain, versions
+from rolora.flower.message import PROTOCOL, VERSIONS, Scalar, SiteMessage, versions
 from rolora.sites import keys
-from rolora.sites.fleet import activate, fleet_client, leave, node_keys
+from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
 from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
@@ -29,12 +30,12 @@ from rolora.training.memory import free_bytes, phases, plan_bank
 
 SKEW = 240  # seconds: Flower accepts a signature for 300
 SOON = datetime.timedelta(days=30)
-PATIENCE = 10.0  # seconds for a connection
+TIMEOUT = 10.0  # seconds for a connection
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, whether it is as it should be, and what was found or is to be done."""
+    """What was checked, whether it is good, and what was found or is to be done."""
 
     what: str
     good: bool
@@ -42,11 +43,11 @@ class Finding:
 
 
 def examine_site(site: SiteConfig, config: RunConfig | None) -> Iterator[Finding]:
-    """Everything that a site needs to join; with a run's configuration also all that the run needs.
+    """Check all that a site needs to join and, given a run's configuration, to take part in it.
 
-    Nothing is left behind and nothing leaves the site but a signed hello to the SuperLink.
+    Nothing is left behind, and nothing leaves the site but a signed hello to the SuperLink.
     """
-    yield Finding("versions", True, _versions())
+    yield _own_versions()
     try:
         table = table_here(site)
         columns = ", ".join(table.column_names)
@@ -57,58 +58,59 @@ def examine_site(site: SiteConfig, config: RunConfig | None) -> Iterator[Finding
         yield Finding("rows", False, str(error))
         return
     if config is not None:
-        yield from _rehearse(site, config)
-    yield from _connection(site)
+        yield from _try_run(site, config)
+    try:
+        yield from _connection(site)
+    except RoloraError as error:
+        yield Finding("connection", False, str(error))
 
 
 def examine_federation(folder: FederationFolder) -> Iterator[Finding]:
-    """Everything that a coordinator needs."""
-    yield Finding("versions", True, _versions())
+    """Check all that a coordinator needs."""
+    yield _own_versions()
     try:
         for name in ("ca.crt", "server.crt"):
-            yield _dates(folder.path / name)
-        yield Finding("port", *_serves(folder))
-        for name, status in folder.status().items():
-            seen = "has never connected" if status == "registered" else status
-            yield Finding(f"site {name}", status == "online", seen)
-        unknown = set(folder.public) - set(folder.status())
-        for name in sorted(unknown):
-            yield Finding(f"site {name}", False, "its key is not registered yet")
-    except RoloraError as error:
-        yield Finding("SuperLink", False, f"{error} (start it with: rolora federation serve)")
-
-
-def _versions() -> str:
-    return ", ".join(f"{name} {value}" for name, value in versions().items())
-
-
-def _serves(folder: FederationFolder) -> tuple[bool, str]:
-    try:
+            yield _validity(folder.path / name)
         folder.require_served()
-    except ConfigError as error:
-        return False, str(error)
-    return True, f"served; sites connect to {folder.host}:{folder.port}"
+        yield Finding("port", True, f"served; sites connect to {folder.host}:{folder.port}")
+        status = folder.status()
+    except RoloraError as error:
+        yield Finding("SuperLink", False, str(error))
+        return
+    for name, state in status.items():
+        detail = "has never connected" if state == "registered" else state
+        yield Finding(f"site {name}", state == "online", detail)
+    for name in sorted(set(folder.public) - set(status)):
+        yield Finding(f"site {name}", False, "its key is not registered yet")
 
 
-def _rehearse(site: SiteConfig, config: RunConfig) -> Iterator[Finding]:
-    """Answer the first two questions of a run in a folder that is thrown away."""
+def _own_versions() -> Finding:
+    listed = ", ".join(f"{name} {value}" for name, value in versions().items())
+    return Finding("versions", True, listed)
+
+
+def _try_run(site: SiteConfig, config: RunConfig) -> Iterator[Finding]:
+    """Answer the first two questions of a run, in a temporary state folder."""
     with tempfile.TemporaryDirectory() as scratch:
         trial = Site(site.model_copy(update={"state": scratch}))
-        head: dict[str, Plain] = {"protocol": PROTOCOL, "run": "00000000"}
+        head: dict[str, Scalar] = {"protocol": PROTOCOL, "run": "00000000"}
         body = config.model_dump_json(exclude_none=True).encode()
-        hello = trial.answer(Parcel({**head, "ask": "hello"}, body))
+        hello = trial.answer(SiteMessage({**head, "ask": "hello"}, body))
         if "error" in hello.head:
             yield Finding("run", False, hello.text("error"))
             return
         labels = json.loads(hello.text("labels"))
         yield Finding("labels", True, ", ".join(map(str, labels)) or "none: the task has no labels")
-        ready = trial.answer(Parcel({**head, "ask": "ready"}, hello.text("labels").encode()))
+        ready = trial.answer(SiteMessage({**head, "ask": "ready"}, hello.text("labels").encode()))
         if "error" in ready.head:
             yield Finding("model", False, ready.text("error"))
             return
-        found = f"base {ready.text('base')[:12]}, tokenizer {ready.text('tokenizer')[:12]}"
-        agreed = site.base is None or ready.text("base").startswith(site.base)
-        yield Finding("model", agreed, found if agreed else f"{found}; expected base {site.base}")
+        base = ready.text("base")
+        detail = f"base {base[:12]}, tokenizer {ready.text('tokenizer')[:12]}"
+        if site.base is None or base.startswith(site.base):
+            yield Finding("model", True, detail)
+        else:
+            yield Finding("model", False, f"{detail}; expected base {site.base}")
         yield _memory(trial)
 
 
@@ -121,125 +123,118 @@ def _memory(trial: Site) -> Finding:
     size = run.config.train.batch_size
     plan = plan_bank(base, engine.task, engine.examples, start, kinds, size, 1)
     need, free = max(plan.activations.values()), free_bytes(base.device.type)
-    said = f"a step keeps {need / 1e6:,.0f} MB beside the model; {free / 1e6:,.0f} MB are free"
-    return Finding("memory", need < free, said)
+    detail = f"a step needs {need / 1e6:,.0f} MB beside the model; {free / 1e6:,.0f} MB are free"
+    return Finding("memory", need < free, detail)
 
 
 def _connection(site: SiteConfig) -> Iterator[Finding]:
+    key, certificates = site.path(site.key), site.path(site.certificates)
+    if key is not None:
+        keys.read_private_key(key)
+        private = not stat.S_IMODE(key.stat().st_mode) & 0o077
+        yield Finding(
+            "key", private, str(site.key) if private else f"others can read {key}: chmod 600"
+        )
+    if certificates is not None:
+        yield _validity(certificates)
     try:
-        if site.key is not None:
-            path = site.root / Path(site.key).expanduser()
-            keys.read_private_key(path)
-            open_to_others = stat.S_IMODE(path.stat().st_mode) & 0o077
-            yield Finding(
-                "key",
-                not open_to_others,
-                f"others can read {path}: chmod 600" if open_to_others else site.key,
-            )
-        if site.certificates is not None:
-            yield _dates(site.root / Path(site.certificates).expanduser())
-        answered = list(_reach(site))
-        yield from answered
-        if not answered[0].good:
-            return
-        lock = site.folder / ".lock"
-        if lock.exists() and is_locked(lock):
-            yield Finding("accepted", True, "the site is running and connected now")
-            return
-        key, public = node_keys(site)
-        with fleet_client(site, key) as client:
-            node = activate(client, public, register=site.key is None)
-            leave(client, node)
-        yield Finding("accepted", True, f"the SuperLink knows this site as node {node}")
+        answer = _get_versions(site.superlink, certificates)
     except RoloraError as error:
-        yield Finding("connection", False, str(error))
-
-
-def _reach(site: SiteConfig) -> Iterator[Finding]:
-    """Name, port, certificate, clock and versions; the first finding is good if it answers."""
-    host, _, port = site.superlink.rpartition(":")
-    try:
-        if site.certificates is None:
-            connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
-        else:
-            trusted = str(site.root / Path(site.certificates).expanduser())
-            context = ssl.create_default_context(cafile=trusted)
-            connection = http.client.HTTPSConnection(
-                host, int(port), timeout=PATIENCE, context=context
-            )
-        connection.request("GET", VERSIONS)
-        answer = connection.getresponse()
-        date, body = answer.headers.get("date"), answer.read(10_000)
-        connection.close()
-    except socket.gaierror:
-        why = f"no machine is called {host!r}: is superlink right in site.toml?"
-    except ssl.SSLCertVerificationError as error:
-        why = _certificate_fault(error, host)
-    except ValueError:  # after the error of certificates, which is one too
-        why = f"superlink = {site.superlink!r} is not of the form host:port"
-    except ssl.SSLError as error:
-        why = f"no TLS at {site.superlink} ({error.reason}): does the coordinator use it?"
-    except ConnectionRefusedError:
-        why = f"nothing listens at {site.superlink}: is rolora federation serve running there?"
-    except TimeoutError:
-        why = f"{site.superlink} does not answer within {PATIENCE:.0f} s: is a firewall in between?"
-    except (OSError, http.client.HTTPException) as error:
-        why = f"{site.superlink}: {error} (is it TLS there, and certificates missing here?)"
-    else:
-        yield _clock(site, date)
-        yield _agreement(body if answer.status == 200 else b"")
+        yield Finding("superlink", False, str(error))
         return
-    yield Finding("superlink", False, why)
+    clock = _clock(site, answer.headers.get("date"))
+    yield clock
+    yield _other_versions(answer.content if answer.status_code == 200 else b"")
+    if not clock.good:
+        return
+    lock = site.folder / ".lock"
+    if lock.exists() and is_locked(lock):
+        yield Finding("accepted", True, "the site is running and connected now")
+        return
+    with Fleet.open(site) as fleet:
+        node = fleet.activate(register=site.key is None)
+        fleet.deactivate(node)
+    yield Finding("accepted", True, f"the SuperLink knows this site as node {node}")
 
 
-def _agreement(body: bytes) -> Finding:
+def _get_versions(address: str, certificates: Path | None) -> httpx.Response:
+    """The coordinator's answer when asked for its versions. RoloraError says why there is none."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise RoloraError(f"superlink = {address!r} is not of the form host:port")
+    scheme = "http" if certificates is None else "https"
+    verify = True if certificates is None else ssl.create_default_context(cafile=certificates)
+    try:
+        return httpx.get(f"{scheme}://{address}{VERSIONS}", verify=verify, timeout=TIMEOUT)
+    except httpx.TransportError as error:
+        raise RoloraError(_fault(error, host, address)) from None
+
+
+def _fault(error: httpx.TransportError, host: str, address: str) -> str:
+    """What keeps a site from reaching the coordinator, and what to do."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, socket.gaierror):
+        return f"no machine is called {host!r}: is superlink right in site.toml?"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return _certificate_fault(cause.verify_message, host)
+    if isinstance(cause, ssl.SSLError):
+        return f"no TLS at {address} ({cause.reason}): does the coordinator use it?"
+    if isinstance(cause, ConnectionRefusedError):
+        return f"nothing listens at {address}: is rolora federation serve running there?"
+    if isinstance(error, httpx.TimeoutException):
+        return f"{address} does not answer within {TIMEOUT:.0f} s: is a firewall in between?"
+    return f"{address}: {error} (does the coordinator use TLS, and certificates is not set here?)"
+
+
+def _certificate_fault(reason: str, host: str) -> str:
+    if "mismatch" in reason.lower() or "doesn't match" in reason:
+        return f"the server's certificate is not for {host!r}: make it with --host {host}"
+    if "expired" in reason or "not yet valid" in reason:
+        return f"{reason}: renew it, or is the clock wrong?"
+    return f"the server's certificate is signed by another CA than certificates names ({reason})"
+
+
+def _other_versions(body: bytes) -> Finding:
     """The coordinator's versions beside these. Only the protocol must be the same."""
     try:
         theirs = dict(json.loads(body))
     except (ValueError, TypeError):
-        return Finding("coordinator", True, "does not say its versions: no rolora federation serve")
-    other = [
+        return Finding(
+            "coordinator", True, "does not tell its versions: not a rolora federation serve"
+        )
+    differences = "; ".join(
         f"{name} {theirs.get(name)} there, {value} here"
         for name, value in versions().items()
         if theirs.get(name) != value
-    ]
-    same_protocol = theirs.get("protocol") == PROTOCOL
-    if not other:
-        return Finding("coordinator", True, "has the same versions")
-    fault = "" if same_protocol else "install the same rolora at both: "
-    return Finding("coordinator", same_protocol, fault + "; ".join(other))
+    )
+    if theirs.get("protocol") != PROTOCOL:
+        return Finding(
+            "coordinator", False, f"install the same version of rolora at both: {differences}"
+        )
+    return Finding("coordinator", True, differences or "has the same versions")
 
 
 def _clock(site: SiteConfig, date: str | None) -> Finding:
-    theirs = email.utils.parsedate_to_datetime(date) if date else None
-    if theirs is None:
+    if date is None:
         return Finding("superlink", True, f"{site.superlink} answers")
+    theirs = email.utils.parsedate_to_datetime(date)
     skew = (datetime.datetime.now(datetime.UTC) - theirs).total_seconds()
     if abs(skew) > SKEW:
         ahead = "ahead of" if skew > 0 else "behind"
-        why = f"this clock is {abs(skew):.0f} s {ahead} the SuperLink's: set both by NTP"
-        return Finding("superlink", False, why)
-    return Finding(
-        "superlink", True, f"{site.superlink} answers, clocks agree to {abs(skew):.0f} s"
-    )
+        detail = f"this clock is {abs(skew):.0f} s {ahead} the SuperLink's: set both by NTP"
+        return Finding("superlink", False, detail)
+    detail = f"{site.superlink} answers, clocks agree to {abs(skew):.0f} s"
+    return Finding("superlink", True, detail)
 
 
-def _certificate_fault(error: ssl.SSLCertVerificationError, host: str) -> str:
-    said = error.verify_message
-    if "mismatch" in said.lower() or "doesn't match" in said:
-        return f"the server's certificate is not for {host!r}: make it with --host {host}"
-    if "expired" in said or "not yet valid" in said:
-        return f"{said}: renew it, or is the clock wrong?"
-    return f"the server's certificate is signed by another CA than certificates names ({said})"
-
-
-def _dates(path: Path) -> Finding:
+def _validity(path: Path) -> Finding:
+    """Whether a certificate is valid now, and for a while."""
     certificate, now = keys.read_certificate(path), datetime.datetime.now(datetime.UTC)
     since, until = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if not since <= now <= until:
-        detail = (
-            f"valid from {since:%Y-%m-%d} to {until:%Y-%m-%d}: renew it, or is the clock wrong?"
-        )
-        return Finding(path.name, False, detail)
+        valid = f"valid from {since:%Y-%m-%d} to {until:%Y-%m-%d}"
+        return Finding(path.name, False, f"{valid}: renew it, or is the clock wrong?")
     left = until - now
     return Finding(path.name, left > SOON, f"valid until {until:%Y-%m-%d} ({left.days} days)")

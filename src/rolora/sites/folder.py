@@ -1,4 +1,4 @@
-"""A federation's folder at the coordinator: keys, the SuperLink's database, its logs."""
+"""A federation's folder at the coordinator: keys, the SuperLink's database, logs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from rolora.sites.site_config import site_name
 PORT = 8000
 
 SITE = """\
-# What this site brings to every run. Try it with: rolora site --config site.toml --check
+# What this site contributes to every run. Check it with: rolora site --config site.toml --check
 name = "{name}"
 data = "rows.csv"          # this site's rows: csv, jsonl, parquet or a datasets folder
-# columns = ["text", "label"]   # all that a run may read; left out: whatever is in the file
-# model = "models/base"    # the base model here; left out: what the run's configuration says
-# text = "text"            # columns here; left out: the run's
+# columns = ["text", "label"]   # the columns that a run may read; default: all in the file
+# model = "models/base"    # where the base model is here; default: as in the run's configuration
+# text = "text"            # names of columns here; default: the run's
 # label = "label"
 # device = "cuda"
 superlink = "{host}:{port}"
@@ -39,8 +39,8 @@ key = "{name}.key"
 
 @dataclass(frozen=True)
 class FederationFolder:
-    """What ``rolora federation keys`` makes. Everything in it is for the coordinator alone, but
-    each ``sites/NAME`` folder, which is for that site."""
+    """What ``rolora federation keys`` makes. Each ``sites/NAME`` is for that site, all else for the
+    coordinator only."""
 
     path: Path
     host: str
@@ -48,22 +48,22 @@ class FederationFolder:
 
     @classmethod
     def open(cls, path: Path) -> FederationFolder:
-        """The folder at ``path``. ConfigError if it is none."""
+        """The folder at ``path``. ConfigError if it is not a federation's."""
         file = path / "federation.toml"
         if not file.is_file():
             raise ConfigError(
-                f"{path} is no federation (no federation.toml in it): make one with "
+                f"{path} is not a federation folder: federation.toml is missing; make one with "
                 f"rolora federation keys --folder {path} --host HOST --sites NAME,NAME"
             )
         values = read_toml(file)
         host, port = values.get("host"), values.get("port")
         if not isinstance(host, str) or type(port) is not int:
-            raise ConfigError(f"{file} is damaged: it needs a host and a port")
+            raise ConfigError(f"{file} is damaged: it needs host and port")
         return cls(path.resolve(), host, port)
 
     @classmethod
     def create(cls, path: Path, host: str, port: int) -> FederationFolder:
-        """A new folder with a certificate authority and the server's certificate for ``host``."""
+        """A new folder with a CA and a certificate for ``host``. ConfigError if it exists."""
         if path.exists():
             raise ConfigError(f"{path} exists and is never overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,18 +75,14 @@ class FederationFolder:
             (part / "public").mkdir()
             write_file(part / "federation.toml", tomli_w.dumps({"host": host, "port": port}))
         folder = cls(path.resolve(), host, port)
-        folder.home.mkdir()
-        connection = {"address": folder.address, "root-certificates": str(folder.path / "ca.crt")}
-        write_file(
-            folder.home / "config.toml",
-            tomli_w.dumps({"superlink": {"default": "rolora", "rolora": connection}}),
-        )
+        (folder.path / "flwr").mkdir()
+        here = {
+            "address": f"127.0.0.1:{port}",
+            "root-certificates": str(folder.path / "ca.crt"),
+        }
+        settings = {"superlink": {"default": "rolora", "rolora": here}}
+        write_file(folder.path / "flwr" / "config.toml", tomli_w.dumps(settings))
         return folder
-
-    @property
-    def address(self) -> str:
-        """Where the coordinator's own processes find the SuperLink."""
-        return f"127.0.0.1:{self.port}"
 
     @property
     def lock(self) -> Path:
@@ -94,17 +90,12 @@ class FederationFolder:
         return self.path / "serve.lock"
 
     @property
-    def home(self) -> Path:
-        """Flower's own configuration and apps."""
-        return self.path / "flwr"
-
-    @property
     def public(self) -> dict[str, Path]:
         """Site name -> its public key."""
         return {file.stem: file for file in sorted((self.path / "public").glob("*.pub"))}
 
     def add_site(self, name: str) -> Path:
-        """Keys for one more site; the folder to hand to it. ConfigError if it has some."""
+        """Make keys for one more site; the folder to give to it. ConfigError if it has keys."""
         try:
             site_name(name)
         except ValueError as error:
@@ -121,14 +112,14 @@ class FederationFolder:
         return site
 
     def remove_site(self, name: str) -> None:
-        """Have a running SuperLink refuse this site's key from now on. ConfigError if it has none.
+        """Have the running SuperLink refuse this site's key from now on.
 
-        The folder that was handed to it goes too, so that the name can be given again.
+        Its folder goes too, so that the name can be used again. ConfigError if it has no key.
         """
         public = self.path / "public" / f"{name}.pub"
         if not public.exists():
             listed = ", ".join(self.public) or "none"
-            raise ConfigError(f"no site is called {name!r}; there are: {listed}")
+            raise ConfigError(f"there is no site {name!r}; the sites are: {listed}")
         known = self._known()
         if name in known:
             self.require_served()
@@ -141,27 +132,28 @@ class FederationFolder:
         """ConfigError if no process serves this federation."""
         if not is_locked(self.lock):
             raise ConfigError(
-                f"nothing serves {self.path}: rolora federation serve --folder {self.path}"
+                f"{self.path} is not being served: start it with "
+                f"rolora federation serve --folder {self.path}"
             )
 
     @property
     def environment(self) -> dict[str, str]:
-        """For Flower's programs: nothing is installed at run time, nobody is told of the use."""
+        """For Flower's programs: no installation at run time, no telemetry."""
         programs = str(Path(sys.executable).parent)
         return {
             **os.environ,
             "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
-            "FLWR_HOME": str(self.home),
+            "FLWR_HOME": str(self.path / "flwr"),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
         }
 
     def superlink(self) -> list[str]:
-        """The command that serves the SuperLink, so that its state survives it."""
-        everywhere = "127.0.0.1" if self.host in keys.LOOPBACK else "0.0.0.0"
+        """The command that serves the SuperLink; its state is in ``state.db``."""
+        interface = "127.0.0.1" if self.host in keys.LOOPBACK else "0.0.0.0"
         return [
             *(sys.executable, "-m", "rolora.sites.superlink"),
-            *("--host", everywhere, "--port", str(self.port)),
+            *("--host", interface, "--port", str(self.port)),
             *("--ssl-ca-certfile", str(self.path / "ca.crt")),
             *("--ssl-certfile", str(self.path / "server.crt")),
             *("--ssl-keyfile", str(self.path / "server.key")),
@@ -171,10 +163,10 @@ class FederationFolder:
         ]
 
     def superexec(self) -> list[str]:
-        """The command that runs the coordinator's part of a run."""
+        """The command that starts the coordinator's app of each run."""
         return [
-            *(str(Path(sys.executable).parent / "flower-superexec"),),
-            *("--runtime-api-address", self.address),
+            str(Path(sys.executable).parent / "flower-superexec"),
+            *("--runtime-api-address", f"127.0.0.1:{self.port}"),
             *("--root-certificates", str(self.path / "ca.crt")),
             *("--superexec-auth-secret-file", str(self.secret)),
             *("--parent-pid", str(os.getpid())),
@@ -182,20 +174,18 @@ class FederationFolder:
 
     @property
     def secret(self) -> Path:
-        """What lets the SuperExec take runs from the SuperLink."""
+        """The secret with which the SuperExec identifies itself to the SuperLink."""
         file = self.path / "superexec.secret"
         if not file.exists():
-            handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as new:
-                new.write(os.urandom(32).hex().encode())
+            keys.write_secret(file, os.urandom(32).hex().encode())
         return file
 
-    def register(self, tell: Callable[[str], None]) -> bool:
-        """Tell a running SuperLink of the sites it does not know; whether it took all of them.
+    def register(self, notify: Callable[[str], None]) -> bool:
+        """Register the public keys that the running SuperLink does not know; whether all could be.
 
-        ``tell`` gets a line for each. A key that is refused keeps no other site out.
+        ``notify`` receives a line for each. A key that is refused does not stop the others.
         """
-        known, all_taken = self._known(), True
+        known, complete = self._known(), True
         for name, public in self.public.items():
             if name in known:
                 continue
@@ -203,21 +193,21 @@ class FederationFolder:
             try:
                 known[name] = str(flwr(register, self.environment)["node-id"])
             except RoloraError as error:
-                tell(f"the key of site {name} ({public}) could not be registered: {error}")
-                all_taken = False
+                notify(f"cannot register the key of site {name} ({public}): {error}")
+                complete = False
                 continue
             write_file(self.path / "nodes.json", json.dumps(known))
-            tell(f"registered the key of site {name}")
-        return all_taken
+            notify(f"registered the key of site {name}")
+        return complete
 
     def status(self) -> dict[str, str]:
-        """Site name -> what a running SuperLink says of it: online, offline, registered."""
+        """Site name -> its status at the running SuperLink: online, offline, registered."""
         listed = flwr(("supernode", "list", "rolora"), self.environment)["nodes"]
         status = {node["node-id"]: str(node["status"]) for node in listed}
         return {name: status.get(id, "unknown") for name, id in self._known().items()}
 
     def _known(self) -> dict[str, str]:
-        """Site name -> node id, of the sites that the SuperLink's database holds."""
+        """Site name -> node id, of the sites in the SuperLink's database."""
         file = self.path / "nodes.json"
         if not file.exists() or not (self.path / "state.db").exists():
             return {}
@@ -225,7 +215,7 @@ class FederationFolder:
 
 
 def flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """What Flower's command line answers, as JSON. RoloraError in one line where it fails."""
+    """The JSON answer of Flower's command line. RoloraError, one line, if it fails."""
     command = [str(Path(sys.executable).parent / "flwr"), *arguments, "--format", "json"]
     done = subprocess.run(
         command,
@@ -241,6 +231,6 @@ def flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, 
     except ValueError:
         answer = {}
     if done.returncode or not answer.get("success"):
-        said = str(answer.get("error-message") or done.stderr or done.stdout)
-        raise RoloraError(f"flwr {' '.join(arguments[:2])}: {' '.join(said.split())[-300:]}")
+        fault = str(answer.get("error-message") or done.stderr or done.stdout)
+        raise RoloraError(f"flwr {' '.join(arguments[:2])}: {' '.join(fault.split())[-300:]}")
     return dict(answer)

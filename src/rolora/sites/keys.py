@@ -1,4 +1,4 @@
-"""Keys and certificates of a federation: an own CA, the server's certificate, a key per site."""
+"""Keys and certificates of a federation: its CA, the server's certificate, a key for each site."""
 
 from __future__ import annotations
 
@@ -12,113 +12,135 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from rolora.errors import ConfigError
 from rolora.files import write_file
 
-YEARS = datetime.timedelta(days=3650)
+VALID_FOR = datetime.timedelta(days=3650)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def make_authority(folder: Path, name: str) -> None:
-    """``ca.key`` and ``ca.crt``: whoever trusts the certificate trusts what the key signs."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = _named(f"{name} CA")
+    """Write ``ca.key`` and ``ca.crt``, a certificate authority."""
+    key, subject = ec.generate_private_key(ec.SECP384R1()), _name(f"{name} CA")
+    only_certificates = x509.KeyUsage(
+        key_cert_sign=True,
+        crl_sign=True,
+        digital_signature=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
     certificate = (
-        _certificate(subject, subject, key.public_key())
+        _certificate(subject, subject, key)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(_usage(sign=True), critical=True)
+        .add_extension(only_certificates, critical=True)
         .sign(key, hashes.SHA384())
     )
-    _write_secret(folder / "ca.key", _private(key))
-    write_file(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
+    _write_pair(folder / "ca", key, certificate)
 
 
 def make_server(folder: Path, hosts: Sequence[str]) -> None:
-    """``server.key`` and ``server.crt``, valid for these host names and addresses and this machine.
+    """Write ``server.key`` and ``server.crt`` for these names or addresses, and for loopback.
 
-    Signed by the authority in the same folder.
+    The authority in the same folder signs them.
     """
-    authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    signer = read_private_key(folder / "ca.key")
+    authority, signer = read_certificate(folder / "ca.crt"), read_private_key(folder / "ca.key")
     key = ec.generate_private_key(ec.SECP384R1())
     names = [_alternative(host) for host in dict.fromkeys((*hosts, *LOOPBACK))]
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     certificate = (
-        _certificate(
-            _named(hosts[0] if hosts else "localhost"), authority.subject, key.public_key()
-        )
+        _certificate(_name(hosts[0]), authority.subject, key)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
-        )
-        .add_extension(_usage(sign=False), critical=True)
+        .add_extension(issuer, critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(signer, hashes.SHA384())
     )
-    _write_secret(folder / "server.key", _private(key))
-    write_file(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
+    _write_pair(folder / "server", key, certificate)
 
 
 def make_site(private: Path, public: Path) -> None:
-    """A site's key pair: the private one stays at the site, the public one with the coordinator."""
+    """Write a site's key pair: the private key is for the site, the public one is registered."""
     key = ec.generate_private_key(ec.SECP384R1())
-    _write_secret(private, _private(key))
-    encoding = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    write_file(public, key.public_key().public_bytes(*encoding) + b"\n")
+    write_secret(private, _private_pem(key))
+    ssh = key.public_key().public_bytes(Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    write_file(public, ssh + b"\n")
 
 
 def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A private key in PEM or OpenSSH form. ConfigError if it is none, or not of P-384's kind."""
+    """An elliptic-curve private key in PEM or OpenSSH form. ConfigError if it is not one."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"key {path} cannot be read: {error.strerror}") from None
-    read = (
-        serialization.load_ssh_private_key
-        if b"OPENSSH" in content
-        else serialization.load_pem_private_key
-    )
+        raise ConfigError(f"cannot read key {path}: {error.strerror}") from None
     try:
-        key = read(content, None)
+        if b"OPENSSH" in content:
+            key: object = serialization.load_ssh_private_key(content, None)
+        else:
+            key = serialization.load_pem_private_key(content, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(
-            f"{path} is no private key of an elliptic curve without a passphrase; "
+            f"{path} is not an elliptic-curve private key without a passphrase; "
             "rolora federation keys makes one"
         )
     return key
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """A certificate in PEM form. ConfigError if it is none."""
+    """A certificate in PEM form. ConfigError if it is not one."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"certificate {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"cannot read certificate {path}: {error.strerror}") from None
     except ValueError:
-        raise ConfigError(f"{path} is no certificate in PEM form") from None
+        raise ConfigError(f"{path} is not a certificate in PEM form") from None
+
+
+def public_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The public half of a key, in PEM form."""
+    public_format = serialization.PublicFormat.SubjectPublicKeyInfo
+    return key.public_key().public_bytes(Encoding.PEM, public_format)
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a new file that from the start only its owner can read."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(handle)
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # a site's clock may be behind
-        .not_valid_after(now + YEARS)
+    return x509.CertificateBuilder(
+        issuer_name=issuer,
+        subject_name=subject,
+        public_key=key.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - datetime.timedelta(hours=1),  # a site's clock may be behind
+        not_valid_after=now + VALID_FOR,
     )
 
 
-def _named(name: str) -> x509.Name:
+def _write_pair(path: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+    """Write ``path`` with the suffixes .key and .crt."""
+    write_secret(path.with_suffix(".key"), _private_pem(key))
+    write_file(path.with_suffix(".crt"), certificate.public_bytes(Encoding.PEM))
+
+
+def _name(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
@@ -129,32 +151,7 @@ def _alternative(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _usage(sign: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign,
-        key_cert_sign=sign,
-        crl_sign=sign,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-
-
-def _write_secret(path: Path, content: bytes) -> None:
-    """A file that its owner alone can read, from the first byte on."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(handle)

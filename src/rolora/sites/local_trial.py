@@ -1,4 +1,4 @@
-"""A configuration's rows dealt out to site folders, so that its run can be tried across sites."""
+"""A configuration's rows split among site folders, to try its run across sites on one machine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rolora.sites.folder import FederationFolder
 from rolora.sites.keys import LOOPBACK
 
 
-def rehearse(path: Path, file: str, overrides: Sequence[str], sites: int, port: int) -> None:
-    """A federation on this machine, in a new folder: keys, each site's rows, and ``run.toml``.
+def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port: int) -> None:
+    """Make a federation folder for this machine: keys, each site's rows, and ``run.toml``.
 
-    The rows are split as the configuration says, among ``sites`` clients unless each has a file
-    of its own, and sites are called like clients. So ``run.toml`` gives the same adapter with and
-    without ``--on``.
+    The rows are split as the configuration says, among ``sites`` clients unless the partition
+    fixes their number. Sites have the clients' names, so ``run.toml`` gives the same adapter with
+    and without ``--on``.
     """
     config = load_config(file, overrides)
     if config.partition.scheme in ("iid", "dirichlet", "by_label"):

@@ -1,45 +1,88 @@
-"""The coordinator's programs: the SuperLink, the SuperExec, and for trying also the sites."""
+"""The coordinator's programs: SuperLink, SuperExec, and in a trial also the sites.
+
+They run and end together. Nothing is started again here: that is for systemd (deploy/). The app
+of a run under way outlives a failure, but not an interruption, and goes on with the next SuperLink.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rolora.errors import ConfigError, RoloraError
 from rolora.files import locked
 from rolora.sites.folder import FederationFolder
-from rolora.sites.supervise import Program, Supervisor
+from rolora.sites.processes import Program, running
 
-READY = 60.0  # seconds for the SuperLink to answer
-AGAIN = 30.0  # seconds until keys that the SuperLink did not take are tried again
+READY_WITHIN = 60.0  # seconds for the SuperLink to answer
+REGISTER_AGAIN = 30.0  # seconds until keys that the SuperLink refused are tried again
 
 
-@contextmanager
-def serving(folder: FederationFolder, tell: Callable[[str], None]) -> Iterator[Supervisor]:
-    """SuperLink and SuperExec, running and started again when they end, until this is left.
+def serve(
+    folder: FederationFolder, notify: Callable[[str], None], sites: Sequence[str] = ()
+) -> None:
+    """Run the federation, and the processes of these ``sites``, until interrupted.
 
-    Raises ConfigError if the folder is served or its port taken, RoloraError if the SuperLink does
-    not come up.
+    ``notify`` receives lines to show, such as that a site has ended. If the SuperLink or the
+    SuperExec ends, the others are ended too and RoloraError is raised. Raises ConfigError if the
+    folder is being served already or its port is taken.
     """
-    supervisor = Supervisor(tell)
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder.lock))
-        except BlockingIOError:
-            raise ConfigError(f"{folder.path} is being served already") from None
+    environment = folder.environment
+
+    def start(name: str, command: Sequence[str], log: Path) -> Program:
+        return stack.enter_context(running(name, command, log, environment))
+
+    with ExitStack() as stack:
+        stack.enter_context(locked(folder.lock))
         require_free(folder.port)
-        held.callback(supervisor.end)
-        link = _program(folder, "superlink", folder.superlink())
-        supervisor.add(link)
-        wait_for(folder, link)
-        folder.register(tell)
-        supervisor.add(_program(folder, "superexec", folder.superexec()))
-        yield supervisor
+        link = start("the SuperLink", folder.superlink(), folder.path / "superlink.log")
+        _wait_for(folder, link)
+        folder.register(notify)
+        executor = start("the SuperExec", folder.superexec(), folder.path / "superexec.log")
+        trial = []
+        for name in sites:
+            place = folder.path / "sites" / name
+            command = [sys.executable, "-m", "rolora", "site", "--config", str(place / "site.toml")]
+            command += ["--parent-pid", str(os.getpid())]
+            trial.append(start(f"site {name}", command, place / "site.log"))
+        notify(f"serving {folder.host}:{folder.port}; start runs on it with: --on {folder.path}")
+        try:
+            _watch(folder, [link, executor], trial, notify)
+        except KeyboardInterrupt:
+            os.killpg(executor.process.pid, signal.SIGTERM)  # with the app of a run under way
+            raise
+
+
+def _watch(
+    folder: FederationFolder,
+    needed: Sequence[Program],
+    sites: Sequence[Program],
+    notify: Callable[[str], None],
+) -> None:
+    """Register keys that are added to the folder, until a needed program has ended."""
+    registered: set[str] = set()
+    due = 0.0
+    alive = list(sites)
+    while True:
+        for program in needed:
+            if fault := program.fault():
+                raise RoloraError(fault)
+        for site in [site for site in alive if site.fault()]:
+            alive.remove(site)
+            notify(f"{site.fault()}; the others go on without it")
+        public = set(folder.public)
+        if public != registered and time.monotonic() >= due:
+            if folder.register(notify):
+                registered = public
+            else:
+                due = time.monotonic() + REGISTER_AGAIN
+        time.sleep(1)
 
 
 def require_free(port: int) -> None:
@@ -50,49 +93,21 @@ def require_free(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise ConfigError(
-                f"port {port} cannot be served ({error.strerror}): is another program, or another "
-                "federation, on it? rolora federation keys --port gives a new federation another"
+                f"cannot listen on port {port} ({error.strerror}): is another program, or another "
+                "federation, using it? rolora federation keys --port sets a new federation's"
             ) from None
 
 
-def site_program(folder: FederationFolder, site: Path) -> Program:
-    """``rolora site`` with this folder's site.toml, which ends when this process does."""
-    command = [sys.executable, "-m", "rolora", "site", "--config", str(site / "site.toml")]
-    command += ["--parent-pid", str(os.getpid())]
-    return Program(f"site {site.name}", command, site / "site.log", folder.environment)
-
-
-def keep(supervisor: Supervisor, folder: FederationFolder) -> None:
-    """Watch until interrupted; keys that are added to the folder meanwhile are registered."""
-    taken: set[str] = set()
-    due = 0.0
-    while True:
-        supervisor.look()
-        public = set(folder.public)
-        if public != taken and time.monotonic() >= due:
-            if folder.register(supervisor.tell):
-                taken = public
-            else:
-                due = time.monotonic() + AGAIN
-        time.sleep(1)
-
-
-def wait_for(folder: FederationFolder, link: Program) -> None:
+def _wait_for(folder: FederationFolder, link: Program) -> None:
     """Return when the SuperLink answers. RoloraError if it ends or does not answer in time."""
-    until = time.monotonic() + READY
+    until = time.monotonic() + READY_WITHIN
     while True:
         try:
             folder.status()
             return
         except RoloraError as error:
-            if link.process is None or link.process.poll() is not None:
-                raise RoloraError(
-                    f"the SuperLink ended: {link.last_line()[-200:]} ({link.log})"
-                ) from None
+            if fault := link.fault():
+                raise RoloraError(fault) from None
             if time.monotonic() > until:
                 raise RoloraError(f"the SuperLink does not answer: {error} ({link.log})") from None
         time.sleep(0.5)
-
-
-def _program(folder: FederationFolder, name: str, command: Sequence[str]) -> Program:
-    return Program(name, command, folder.path / f"{name}.log", folder.environment)

@@ -1,4 +1,4 @@
-"""``site.toml``: what one site brings to every run, and where the coordinator is."""
+"""``site.toml``: what one site contributes to every run, and where the coordinator is."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rolora.flower.message import SITE_NAME
 
 
 def site_name(name: str) -> str:
-    """The name, if a site may be called so, else ValueError: it is a file's name and a client's."""
+    """The name, which is also a file's. ValueError if it is not valid."""
     if not SITE_NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is no name for a site: up to 64 letters, digits, '-', '_' and '.', which is "
-            "not the first"
+            f"{name!r} is not a valid site name: use up to 64 letters, digits, '-', '_' and '.', "
+            "not beginning with '.'"
         )
     return name
 
 
 class SiteConfig(Section):
-    """``site.toml``: what one site brings; written and read at the site only."""
+    """``site.toml``: what one site contributes; written and read at the site only."""
 
     name: Annotated[str, AfterValidator(site_name)] = Field(
         description="the client id, the same in every run"
@@ -56,9 +56,13 @@ class SiteConfig(Section):
         """Where the site keeps its state."""
         return self.root / Path(self.state).expanduser()
 
+    def path(self, value: str | None) -> Path | None:
+        """A path from this file, such as ``key``, if it is set."""
+        return None if value is None else self.root / Path(value).expanduser()
+
 
 def read_site(path: str | Path) -> SiteConfig:
-    """A site's configuration; paths in it start from its folder. ConfigError in one line."""
+    """A site's configuration; its paths are relative to the file. ConfigError, one line."""
     values = read_toml(path, "rolora federation keys writes one")
     try:
         root = Path(path).expanduser().resolve().parent

@@ -1,4 +1,4 @@
-"""One run as a site sees it: its configuration with the site's paths, its model, its rows."""
+"""One run at a site: its configuration with the site's paths, its model, its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rolora.algorithm.seeding import generator
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
-from rolora.flower.message import ParcelError
+from rolora.flower.message import MessageError
 from rolora.run.experiment import Experiment, local_settings
 from rolora.run.shards import Rows, hold_out
 from rolora.sites.site_config import SiteConfig
@@ -50,7 +50,7 @@ class SiteRun:
         return self.experiment.method
 
     def view_of_rank(self, rank: int) -> AdapterState:
-        """Names and shapes of what a client of this rank is sent; the values are the start's."""
+        """An adapter with the names and shapes of what a client of this rank is sent."""
         specs, rng = self.experiment.base.specs, generator(self.config.seed, "init")
         start = ServerState(self.method.init(specs, rng))
         return self.method.download(start, ClientInfo(self.site.name, 0, rank, 1))
@@ -77,9 +77,9 @@ def config_here(site: SiteConfig, folder: Path) -> RunConfig:
     try:
         values = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise ParcelError("this site has not received the run's configuration") from None
+        raise MessageError("this site has not received the run's configuration") from None
     except ValueError:
-        raise ParcelError("the run's configuration is not valid JSON") from None
+        raise MessageError("the run's configuration is not valid JSON") from None
     config = make_config(values, root=site.root)
     own: dict[str, Any] = {"train": site.data}
     if site.text is not None:
@@ -99,7 +99,7 @@ def config_here(site: SiteConfig, folder: Path) -> RunConfig:
 
 
 def table_here(site: SiteConfig) -> Any:
-    """The site's rows as a pyarrow table, with the columns that a run may read and no other.
+    """The site's rows as a pyarrow table with only the columns that a run may read.
 
     Raises DataError if the file, or one of these columns, is missing.
     """

@@ -1,10 +1,9 @@
-"""Flower's SuperLink behind a gate: from other machines it answers the sites' requests alone.
+"""Flower's SuperLink behind a gate: other machines may only use the sites' interface.
 
-Whoever asks for /rolora is told which versions the coordinator has.
-
-Flower serves three interfaces on one port. Who reaches the Control API may start runs and register
-keys, and the code of a run is executed where the coordinator is; Flower asks such a caller for
-nothing. So requests that do not come from this machine get the sites' interface and no other.
+Flower serves three interfaces on one port. Whoever reaches the Control API may register keys and
+start runs, whose code is executed on the coordinator, and Flower asks for no credentials. So
+requests from other machines reach the Fleet API and nothing else, except that /rolora answers
+everyone with the coordinator's versions.
 
 Run as ``python -m rolora.sites.superlink`` with the arguments of ``flower-superlink``.
 """
@@ -19,11 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from flwr.supercore.app_utils import start_parent_process_monitor
-from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
-from flwr.superlink.main import create_app
 
 from rolora.flower.message import VERSIONS, versions
+from rolora.sites.flower_internals import superlink
+from rolora.sites.processes import end_with_parent
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
@@ -33,7 +31,7 @@ FOR_SITES = "/v1/fleet/"
 
 @dataclass(frozen=True)
 class Gate:
-    """An ASGI application that lets other machines through to the sites' interface only."""
+    """An ASGI application that lets other machines reach the sites' interface only."""
 
     app: Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -53,7 +51,7 @@ async def _answer(send: Send, status: int, body: bytes) -> None:
 
 
 def allowed(path: str, client: tuple[str, int] | None) -> bool:
-    """Whether a client at this address may ask for this path."""
+    """Whether a client at this address may request this path."""
     if path.startswith(FOR_SITES):
         return True
     try:
@@ -65,11 +63,11 @@ def allowed(path: str, client: tuple[str, int] | None) -> bool:
 
 
 def main() -> None:
-    """Serve until interrupted, or until the process that started this one is gone."""
-    start_parent_process_monitor(os.getppid())
-    config = _parse_superlink_lifespan_config()
+    """Serve until interrupted, or until the process that started this one has ended."""
+    end_with_parent(os.getppid())
+    app, config = superlink()
     uvicorn.run(
-        app=Gate(create_app(config, SuperLinkLifespan)),
+        app=Gate(app),
         host=config.host,
         port=config.port,
         ssl_keyfile=config.ssl_keyfile,

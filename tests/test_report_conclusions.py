@@ -12,9 +12,9 @@ import pytest
 import tomli_w
 
 from rolora.errors import ConfigError, DataError
-from rolora.report.narrative import Verdict, cautions, verdicts
+from rolora.report.narrative import Conclusion, cautions, conclusions
 from rolora.report.page import write_report
-from rolora.results.ranking import standing
+from rolora.results.ranking import rank_methods
 from rolora.results.runs import load_run, summarise
 
 MEGABYTE = 1_000_000
@@ -61,8 +61,8 @@ def write(
     return path
 
 
-def said(*folders: Path) -> list[Verdict]:
-    return verdicts([load_run(folder) for folder in folders])
+def said(*folders: Path) -> list[Conclusion]:
+    return conclusions([load_run(folder) for folder in folders])
 
 
 def test_a_row_holds_the_mean_sd_megabytes_and_aggregation_error_of_the_json_lines(
@@ -134,10 +134,10 @@ def test_a_lead_over_or_of_a_single_seed_is_said_to_be_one(
         for method, mean in (("rolora", 0.8), ("fedit", 0.7))
         for seed in range(seeds[method])
     ]
-    verdict = said(*runs)[0]
+    conclusion = said(*runs)[0]
     alone = " and ".join(method for method in seeds if seeds[method] == 1)
-    assert verdict.headline == "rolora leads, on too few seeds"
-    assert f"{alone} ran on one seed" in verdict.text
+    assert conclusion.headline == "rolora leads, on too few seeds"
+    assert f"{alone} ran on one seed" in conclusion.text
 
 
 def test_at_equal_megabytes_the_metric_is_interpolated_between_evaluated_rounds(
@@ -145,7 +145,7 @@ def test_at_equal_megabytes_the_metric_is_interpolated_between_evaluated_rounds(
 ) -> None:
     half = write(tmp_path / "half", [0.1, None, 0.6], "rolora", up=MEGABYTE // 2)  # 1 MB in all
     whole = write(tmp_path / "whole", [0.2, None, 0.8], "fedit", up=MEGABYTE)  # 2 MB in all
-    at = standing([load_run(half), load_run(whole)], "accuracy", "megabytes")
+    at = rank_methods([load_run(half), load_run(whole)], "accuracy", "megabytes")
     assert at is not None
     assert at.budget == 1.0
     assert {place.method: place.mean for place in at.places} == pytest.approx(
@@ -158,8 +158,11 @@ def test_methods_are_compared_at_the_last_round_that_all_of_them_have_reached(
 ) -> None:
     short = write(tmp_path / "short", [0.1, 0.6], "rolora")
     long = write(tmp_path / "long", [0.1, 0.5, 0.9], "fedit")
-    verdict = said(short, long)[0]
-    assert (verdict.budget, verdict.headline) == ("after 1 round", "rolora leads, on too few seeds")
+    conclusion = said(short, long)[0]
+    assert (conclusion.budget, conclusion.headline) == (
+        "after 1 round",
+        "rolora leads, on too few seeds",
+    )
     assert summarise([load_run(short), load_run(long)])[0].method == "fedit"  # at its own end
 
 
@@ -200,9 +203,9 @@ def test_a_diverged_method_is_not_ranked_and_does_not_hide_the_others(tmp_path: 
         write(tmp_path / "a", [9.0, math.nan], "fedit", metric="perplexity"),
         write(tmp_path / "b", [9.0, 3.0], "rolora", metric="perplexity"),
     ]
-    for verdict in said(*runs):
-        assert verdict.headline == "perplexity 3.000"
-        assert verdict.text.endswith("Not ranked, because perplexity is not finite: fedit.")
+    for conclusion in said(*runs):
+        assert conclusion.headline == "perplexity 3.000"
+        assert conclusion.text.endswith("Not ranked, because perplexity is not finite: fedit.")
     assert "nan" in write_report(runs, tmp_path / "page.html").read_text()
 
 
@@ -223,10 +226,10 @@ def test_what_makes_a_comparison_uneven_is_said(tmp_path: Path) -> None:
     other = fast / "config.toml"
     other.write_text(other.read_text().replace("2.6.0", "2.7.0").replace("rows of", "other rows"))
     assert cautions([load_run(folder) for folder in (slow, again, fast)]) == [
-        "train.lr is not the same in all runs: 0.001 (rolora); 0.01 (fedit).",
-        "rolora has several runs of seed 0, counted one by one.",
+        "train.lr differs between runs: 0.001 (rolora); 0.01 (fedit).",
+        "rolora has several runs of seed 0; each one counts.",
         "Runs of seed 0 did not train on the same rows and shards.",
-        "Library versions are not the same in all runs (listed below).",
+        "Library versions differ between runs (listed below).",
     ]
 
 
@@ -274,17 +277,17 @@ def damage(run: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "error", "says"),
     [
-        ("cut off", DataError, "line 2 is no JSON: rolora resume"),
-        ("not text", DataError, "line 1 is no JSON"),
+        ("cut off", DataError, "line 2 is not valid JSON; if a crash cut it off, rolora resume"),
+        ("not text", DataError, "line 1 is not valid JSON"),
         ("a field gone", DataError, "line 1: 'bytes_up' is missing"),
         ("a word as metric", DataError, "line 2: a metric is not a number"),
         ("never evaluated", DataError, "no evaluated round yet"),
         ("empty", DataError, "no evaluated round yet"),
         ("no toml", DataError, "config.toml or partition.json is damaged"),
         ("no method", DataError, "config.toml or partition.json is damaged"),
-        ("no clients", DataError, "names no client"),
+        ("no clients", DataError, "lists no clients"),
         ("no labels", DataError, "config.toml or partition.json is damaged"),
-        ("gone", ConfigError, "is no run folder (no config.toml in it)"),
+        ("gone", ConfigError, "is not a run folder: config.toml is missing"),
     ],
 )
 def test_a_damaged_or_unevaluated_run_folder_is_one_line_that_names_it(

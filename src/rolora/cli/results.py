@@ -1,0 +1,150 @@
+"""The results of runs and comparisons as tables for a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rolora.cli.printing import out_console, print_cells, print_json, table
+from rolora.report.narrative import (
+    TITLES,
+    cautions,
+    conclusions,
+    format_budget,
+    format_difference,
+    format_megabytes,
+    format_metric,
+    format_rounds,
+)
+from rolora.results.paired import CONFIDENCE, differences
+from rolora.results.published import Published, beside_published
+from rolora.results.ranking import Ranking, rankings
+from rolora.results.runs import (
+    RunRecord,
+    Summary,
+    by_method,
+    load_run,
+    not_diverged,
+    primary_metric,
+    summarise,
+)
+from rolora.results.tuned import Tuning
+
+
+def print_runs(paths: Sequence[Path], as_json: bool) -> None:
+    """The summary of one or more run folders."""
+    rows = summarise([load_run(path) for path in paths])
+    if as_json:
+        print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        out_console.print(results_table(rows))
+
+
+def print_results(path: Path, as_json: bool) -> None:
+    """The summary of a finished run, and where its report and adapter are."""
+    print_runs([path], as_json)
+    if not as_json:
+        out_console.print(f"\nreport    {path / 'report.html'}")
+        out_console.print(f"adapter   {path / 'adapter'}")
+
+
+def results_table(rows: Sequence[Summary]) -> Table:
+    """A row for each method."""
+    metric = f"{rows[0].metric if rows else 'metric'} (mean ± sd)"
+    return table(
+        ["method", metric, "seeds", "best", "MB up", "MB down", "agg. error", "s"],
+        [
+            [
+                row.method,
+                format_metric(row.final_mean, row.final_sd),
+                ",".join(map(str, row.seeds)),
+                f"{row.best_mean:.3f}",
+                f"{row.megabytes_up:.2f}",
+                f"{row.megabytes_down:.2f}",
+                "unknown" if row.aggregation_error is None else f"{row.aggregation_error:.1e}",
+                f"{row.seconds:.0f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def comparison_text(
+    every: Sequence[RunRecord], tuning: Tuning | None = None, published: Published | None = None
+) -> Group:
+    """How settings were tuned, the ranking at each kind of equal budget, and published numbers."""
+    runs = not_diverged(every)
+    metric, methods = primary_metric(runs), list(by_method(runs))
+    parts: list[RenderableType] = [] if tuning is None else [*_tuning(tuning), ""]
+    found = {one.axis: one for one in conclusions(runs)}
+    width = max(map(len, methods))
+    for ranking in rankings(runs, metric):
+        if one := found.get(ranking.axis):
+            title = f"{TITLES[ranking.axis]}, {format_budget(ranking)}: {one.headline}"
+            parts += [_bold(title), _ranking(ranking, metric, methods[0], width), one.text, ""]
+    if published is not None:
+        parts += [*_published(published, runs), ""]
+    notes = cautions(every, tuning.keys if tuning else ())
+    return Group(*parts, *(f"note: {note}" for note in notes))
+
+
+def _bold(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def _ranking(ranking: Ranking, metric: str, reference: str, width: int) -> Table:
+    """Every method's place at one budget, and its difference from the reference."""
+    paired = differences(ranking, reference)
+    minus = f"minus {reference}"
+    if any(difference.interval for difference in paired.values()):
+        minus += f" [{CONFIDENCE:.0%}]"
+    rows = []
+    for place in ranking.everyone:
+        difference, spent = paired.get(place.method), place.spent
+        rows.append(
+            [
+                place.method,
+                format_metric(place.mean, place.sd),
+                format_difference(difference) if difference else "",
+                format_rounds(spent.round),
+                format_megabytes(spent.up),
+                format_megabytes(spent.down),
+            ]
+        )
+    head = ["method", metric, minus, "round", "MB up", "MB down"]
+    return table(head, rows, align="lrlr", widths=(width, 13, 23, 7, 7, 7))
+
+
+def _tuning(tuning: Tuning) -> list[RenderableType]:
+    seeds = ", ".join(map(str, tuning.seeds))
+    title = f"tuned on seeds {seeds}, {tuning.rounds} rounds each, on {tuning.rows}"
+    rows = [
+        [
+            tuned.method,
+            ", ".join(f"{key} = {value}" for key, value in tuned.best.items()),
+            "   ".join(f"{' '.join(t.values.values())}: {t.result}" for t in tuned.trials),
+        ]
+        for tuned in tuning.methods
+    ]
+    notes = [f"note: {note}" for tuned in tuning.methods for note in tuned.cautions]
+    head = ["method", "best", f"{tuning.metric} with each value"]
+    return [_bold(title), table(head, rows, align="l"), *notes]
+
+
+def _published(published: Published, runs: Sequence[RunRecord]) -> list[RenderableType]:
+    rows = [[r.method, *r.cells(published.digits)] for r in beside_published(published, runs)]
+    title = f"{published.metric} beside {published.source}: {published.setting}"
+    return [_bold(title), table(["method", f"ours, {published.unit}", "published"], rows)]
+
+
+def print_sets(found: Mapping[str, Mapping[str, float]]) -> None:
+    """The metrics of several sets of rows, and their plain mean."""
+    names = list(next(iter(found.values())))
+    lines = [[name, *(f"{metrics[key]:.4f}" for key in names)] for name, metrics in found.items()]
+    means = [sum(metrics[key] for metrics in found.values()) / len(found) for key in names]
+    print_cells([["rows", *names], *lines, ["mean", *(f"{mean:.4f}" for mean in means)]])
