@@ -83,8 +83,8 @@ class Estimate:
             return 0
         if self.rows is None:
             return None
-        count = self.rows.train.num_rows + self.rows.test.num_rows
-        return round(count * self._length * self._width * int(self.outline.base.dtype.itemsize))
+        count = int(self.rows.train.num_rows + self.rows.test.num_rows)
+        return round(count * self._length * self._width * self.outline.base.dtype.itemsize)
 
     @property
     def _width(self) -> int:
