@@ -1,6 +1,7 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
 # make test      the kernel and the guards, about a minute
 # make test-all  all tests of one machine      make test-slow  real models and a browser, an hour
+# make test-processors   the tests that arithmetic decides, as other processors and with two threads
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo demo-llm test test-wide test-all test-slow test-flower soak-flower check results bench bench-gpu build clean
+.PHONY: install demo demo-llm test test-wide test-processors test-all test-slow test-flower soak-flower check results bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -34,6 +35,14 @@ test: install
 
 test-wide: install
 	$(PYTEST) -m "wide and not slow and not flower" -rs
+
+# what a processor can change: products, sums and random draws
+ARITHMETIC := $(addprefix tests/test_,segments.py bank.py dropout.py packing.py reduce.py)
+
+test-processors: install
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(ARITHMETIC)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PYTEST) $(ARITHMETIC)
+	ATEN_CPU_CAPABILITY=default $(subst THREADS=1,THREADS=2,$(PYTEST)) -n 0 $(ARITHMETIC)
 
 test-all: test test-wide
 

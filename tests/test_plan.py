@@ -148,7 +148,7 @@ def test_a_run_whose_rows_are_away_is_planned_at_its_worst_and_says_so(bare: Pat
     assert away.tokens == 4 * 32 > here.tokens
     said = " ".join(away.notes)
     assert "nyu-mll/glue:sst2 is not on this machine: 5 clients are assumed" in said
-    assert "every row is taken to have 32 tokens" in said
+    assert "every row is assumed to have 32 tokens" in said
     assert "2 labels are assumed" in said
     tables = values(bare.parent)
     del tables["train"]["local_steps"]

@@ -308,20 +308,20 @@ def test_a_row_of_a_sweep_is_the_mean_and_range_over_its_seeds() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"eta": 6.0}, r"not real; take at most 5\.26"),
+        ({"eta": 6.0}, r"not real; use at most 5\.26"),
         ({"eta": 0.0}, "eta = 0"),
         ({"eta": math.nan}, "eta = nan"),
         ({"delta0": 1.0}, "delta0 = 1"),
         ({"delta0": 0.0}, "delta0 = 0"),
-        ({"rounds": 0}, "rounds = 0: at least 1"),
+        ({"rounds": 0}, "rounds = 0: must be at least 1"),
         ({"samples": 0}, "samples = 0"),
         ({"clients": 0}, "clients = 0"),
-        ({"dimension": 1}, "dimension = 1: at least 2"),
+        ({"dimension": 1}, "dimension = 1: must be at least 2"),
         ({"noise": -0.1}, "noise = -0.1"),
         ({"noise": 1e200}, r"noise = 1e\+200"),
         ({"b_norm": 0.0}, "b_norm = 0"),
         ({"b_norm": 1e200}, r"b_norm = 1e\+200"),
-        ({"b_norm": 1e-200}, "b_norm = 1e-200: from 1e-30 to"),
+        ({"b_norm": 1e-200}, "b_norm = 1e-200: must be 1e-30 to"),
         ({"heterogeneity": 1.0}, "heterogeneity = 1"),
         ({"heterogeneity": 0.5, "width": 1}, "width of 2"),
         ({"samples": 10**7}, "at most 268,435,456"),
@@ -342,13 +342,13 @@ def test_verdicts_fail_where_the_claims_do(outcome: Outcome) -> None:
     assert [verdict.holds for verdict in theory_verdicts(outcome)] == [True, True, True, None]
     noisy = theory_verdicts(run(noise=0.1))
     assert [verdict.holds for verdict in noisy] == [False, True, True, None, None]
-    assert "leave about 0.022" in noisy[0].text
-    assert "factor 0.976 up to round" in noisy[1].text
+    assert "about 0.022 is expected" in noisy[0].text
+    assert "factor 0.976 only up to round" in noisy[1].text
     long = theory_verdicts(run(eta=1.2, samples=5))
     assert [verdict.holds for verdict in long[:2]] == [False, False]
     assert "above the bound in 59 rounds, first in round 2" in long[1].text
     notes = " ".join(verdict.text for verdict in long[4:])
-    assert all(words in notes for words in ("fewer rows", "do not determine", "long step"))
+    assert all(words in notes for words in ("fewer rows", "do not determine", "large step"))
 
 
 def test_the_page_has_the_numbers_of_the_command(outcome: Outcome) -> None:
@@ -410,11 +410,11 @@ def test_a_folder_gets_the_picture_and_the_numbers(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--eta", "6"), "take at most 5.26"),
+        (("--eta", "6"), "use at most 5.26"),
         (("--delta0", "1.5"), "delta0 = 1.5"),
-        (("--rounds", "0"), "rounds = 0: at least 1"),
+        (("--rounds", "0"), "rounds = 0: must be at least 1"),
         (("--sweep", "client"), "did you mean 'clients'?"),
-        (("--out", "x.pdf"), "ending in .png or .svg, or a folder"),
+        (("--out", "x.pdf"), "must end in .png or .svg, or be a folder"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_one_line_and_writes_nothing(

@@ -1,4 +1,4 @@
-"""The command for the paper's linear model: a table, what it says, a picture, sweeps."""
+"""``rolora theory``: the paper's linear model, with a table, its conclusions and a figure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rolora.cli.printing import out_console, print_cells, print_json, tracked
 from rolora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from rolora.report.theory_text import Verdict
+    from rolora.report.theory_text import Statement
     from rolora.theory.curves import Outcome
     from rolora.theory.sweeps import SweepRow
 
@@ -24,7 +24,7 @@ MARKS = {True: "holds   ", False: "fails   ", None: "note    "}
 
 
 def _from_file(context: typer.Context, file: str | None) -> str | None:
-    """Make what the file says the defaults of all options."""
+    """Use the file's values as defaults of the options."""
     from rolora.config.load import read_toml
 
     if file is not None:
@@ -43,7 +43,7 @@ def theory(
         str | None,
         typer.Argument(
             metavar="[CONFIG.toml]",
-            help="a file with values for these options; those given here win",
+            help="a file with values for these options; the command line wins",
             is_eager=True,
             callback=_from_file,
         ),
@@ -52,21 +52,21 @@ def theory(
         str | None, typer.Option(help="clients, dimension, samples, noise, heterogeneity or all")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="the picture (.png or .svg), or a folder for it and the numbers")
+        Path, typer.Option(help="the figure (.png or .svg), or a folder for figure and numbers")
     ] = Path("theory.png"),
-    dimension: Annotated[int, typer.Option(help="length of a, which is A of LoRA")] = 50,
-    samples: Annotated[int, typer.Option(help="rows of each client")] = 200,
-    clients: Annotated[int, typer.Option(help="that hold rows of their own")] = 5,
-    width: Annotated[int, typer.Option(help="length of b, which is B of LoRA")] = 50,
-    eta: Annotated[float, typer.Option(help="step of a")] = 0.25,
-    delta0: Annotated[float, typer.Option(help="sine of the angle of a to a* at first")] = 0.9,
-    rounds: Annotated[int, typer.Option(help="iterations of the paper: b, then a")] = 60,
+    dimension: Annotated[int, typer.Option(help="length of a (LoRA's A)")] = 50,
+    samples: Annotated[int, typer.Option(help="rows per client")] = 200,
+    clients: Annotated[int, typer.Option(help="number of clients")] = 5,
+    width: Annotated[int, typer.Option(help="length of b (LoRA's B)")] = 50,
+    eta: Annotated[float, typer.Option(help="step size of a")] = 0.25,
+    delta0: Annotated[float, typer.Option(help="initial sine of the angle between a and a*")] = 0.9,
+    rounds: Annotated[int, typer.Option(help="iterations of the paper (b, then a)")] = 60,
     b_norm: Annotated[float, typer.Option(help="norm of every b_i*")] = 1.0,
-    noise: Annotated[float, typer.Option(help="sd of what is added to each element of Y")] = 0.0,
+    noise: Annotated[float, typer.Option(help="standard deviation of the noise on Y")] = 0.0,
     heterogeneity: Annotated[
-        float, typer.Option(help="sine of the angle of each client's b_i* to b*, below 1")
+        float, typer.Option(help="sine of the angle between each b_i* and b*, below 1")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="of every draw")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
     json: Json = False,
 ) -> None:
     """Run the paper's linear model: RoLoRA's angle and its bound, FFA-LoRA's floor, FedAvg."""
@@ -101,7 +101,7 @@ def theory(
 
 def _print(
     outcome: Outcome,
-    verdicts: Sequence[Verdict],
+    verdicts: Sequence[Statement],
     sweeps: Mapping[str, Sequence[SweepRow]],
     written: Mapping[str, Path | None],
 ) -> None:
@@ -120,18 +120,18 @@ def _print(
 
 
 def _places(out: Path) -> tuple[Path, Path | None]:
-    """The picture's file, and the numbers' if ``out`` is a folder (it has no suffix, or is one)."""
+    """The files of the figure and, if ``out`` is a folder or has no suffix, of the numbers."""
     if not out.suffix or out.is_dir():
         return out / "theory.png", out / "theory.json"
     if out.suffix.lower() not in (".png", ".svg"):
-        raise ConfigError(f"--out {out}: a picture ending in .png or .svg, or a folder")
+        raise ConfigError(f"--out {out}: must end in .png or .svg, or be a folder")
     return out, None
 
 
 def _for_programs(
-    outcome: Outcome, verdicts: Sequence[Verdict], sweeps: Mapping[str, Sequence[SweepRow]]
+    outcome: Outcome, verdicts: Sequence[Statement], sweeps: Mapping[str, Sequence[SweepRow]]
 ) -> dict[str, Any]:
-    """Settings, an object a round, what was to be expected, and the sweeps if there are any."""
+    """The JSON of the command."""
     found: dict[str, Any] = {
         "settings": dataclasses.asdict(outcome.setting),
         "rounds": [dataclasses.asdict(one) for one in outcome.rounds],

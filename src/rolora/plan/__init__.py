@@ -1,1 +1,1 @@
-"""What a run needs, worked out on shapes alone."""
+"""What a run needs, computed from shapes alone."""

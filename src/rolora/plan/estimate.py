@@ -1,9 +1,9 @@
-"""What can be known of a run whose model need not be here: shapes, who trains, on rows how long."""
+"""What is known of a run without its weights: the model's shapes, the clients, the rows."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,19 +26,20 @@ from rolora.run.experiment import (
 from rolora.run.shards import Rows
 from rolora.tasks.registry import Head, Label, Task, TaskKind
 from rolora.training.precision import WORTH, bf16_speed, is_wide
+from rolora.training.rounds import cohort_size
 
-SAMPLE = 2000  # rows that are tokenised to see how long rows are
-DRAWS = 100  # of a bank's rows, to find how many tokens a step has at most
+SAMPLE = 2000  # rows that are tokenised to measure their length
+DRAWS = 100  # batches drawn to find a long one
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Estimate:
     """A run before it is built.
 
-    ``examples`` are some training rows, or one as long as can be; ``sizes`` maps client ->
-    num_examples; ``rows`` counts training rows (None: they are not here); ``weights`` is the bytes
-    of the model in memory, in ``dtype``; ``skips`` says that the layers below the adapters run
-    once and for all.
+    ``examples``: a sample of the training rows, or one row of the maximum length. ``sizes``:
+    client -> num_examples. ``rows``: None if the data is not on this machine. ``weights``: bytes of
+    the model in memory, in ``dtype``. ``cached``: the outputs of the layers below the adapters are
+    computed once and read from disk.
     """
 
     config: RunConfig
@@ -49,18 +50,27 @@ class Sketch:
     rows: Rows | None
     dtype: str
     weights: int
-    skips: bool
+    cached: bool
     notes: tuple[str, ...]
+    costs: dict[Hashable, StepCost | None] = field(default_factory=dict)
+
+    @property
+    def cohort(self) -> int:
+        """Clients of a round."""
+        return cohort_size(len(self.sizes), self.config.train.participation)
 
     @property
     def tokens(self) -> int:
-        """Of one client's step, on average."""
-        mean = float(self.examples.lengths.double().mean())
-        return max(1, round(mean * self.config.train.batch_size))
+        """Mean tokens of one client's step."""
+        return max(1, round(self._length * self.config.train.batch_size))
+
+    @property
+    def _length(self) -> float:
+        return float(self.examples.lengths.double().mean())
 
     @property
     def steps(self) -> float | None:
-        """A client's steps in a round, on average; None for epochs over rows that are not here."""
+        """Mean steps of a client in a round; None for epochs over rows that are not here."""
         settings = local_settings(self.config.train)
         if self.rows is None and settings.epochs is not None:
             return None
@@ -68,63 +78,55 @@ class Sketch:
 
     @property
     def cache(self) -> int | None:
-        """Bytes of what leaves the layers below the adapters, for all rows; None: not known."""
-        if not self.skips:
+        """Bytes on disk of the cached outputs for all rows; None if the rows are not here."""
+        if not self.cached:
             return 0
         if self.rows is None:
             return None
-        base = self.outline.base
-        rows = self.rows.train.num_rows + self.rows.test.num_rows
-        config: Any = base.model.config
-        width = int(config.hidden_size)
-        mean = float(self.examples.lengths.double().mean())
-        return int(rows * mean * width * base.dtype.itemsize + 0.5)
+        count = int(self.rows.train.num_rows + self.rows.test.num_rows)
+        return round(count * self._length * self._width * self.outline.base.dtype.itemsize)
+
+    @property
+    def _width(self) -> int:
+        config: Any = self.outline.base.model.config
+        return int(config.hidden_size)
 
     def batch(self, clients: int) -> Batch:
-        """Rows of a step of so many clients: of some draws the one with the most tokens."""
+        """A batch for so many clients: of ``DRAWS`` draws the one with the most tokens."""
         rng = generator(self.config.seed, "plan")
         size = clients * self.config.train.batch_size
         drawn = torch.randint(len(self.examples), (DRAWS, size), generator=rng)
         rows = drawn[self.examples.lengths[drawn].sum(dim=1).argmax()]
         base = self.outline.base
         batch = collate(self.examples, rows, base.tokenizer.pad_token_id)
-        if not self.skips:
+        if not self.cached:
             return batch
-        config: Any = base.model.config
-        shape = int(batch.lengths.sum()), int(config.hidden_size)
+        shape = int(batch.lengths.sum()), self._width
         with self.outline.mode:
             prefix = torch.empty(shape, dtype=base.dtype)
         return replace(batch, prefix=prefix)
 
-
-@dataclass(frozen=True)
-class Steps:
-    """Steps run on shapes alone, each once: methods that train the same share them."""
-
-    drawn: Sketch
-    seen: dict[Hashable, StepCost | None]
-
     def cost(self, start: AdapterState, roles: Roles, clients: int) -> StepCost | None:
-        """Of a bank of so many clients; None if it cannot be known."""
-        layout = frozenset((name, tensor.shape) for name, tensor in start.items())
-        key = (layout, roles, clients)
-        if key not in self.seen:
-            each = self.drawn.config.train.batch_size
-            batch = self.drawn.batch(clients)
+        """The cost of a step of so many clients; None if the model cannot run on shapes alone.
+
+        Computed once per layout, since methods that train the same tensors share it.
+        """
+        key = (frozenset((name, tensor.shape) for name, tensor in start.items()), roles, clients)
+        if key not in self.costs:
+            sizes = [self.config.train.batch_size] * clients
+            batch = self.batch(clients)
             try:
-                found = step_cost(
-                    self.drawn.outline, self.drawn.task, batch, [each] * clients, start, roles
-                )
-            except RuntimeError:  # a layer that looks at values, and here there are none
+                found = step_cost(self.outline, self.task, batch, sizes, start, roles)
+            except RuntimeError:  # a layer depends on values, and shapes have none
                 found = None
-            self.seen[key] = found
-        return self.seen[key]
+            self.costs[key] = found
+        return self.costs[key]
 
 
-def sketch(config: RunConfig) -> Sketch:
-    """The configured run in outline; rows are read where they are on this machine.
+def estimate_run(config: RunConfig) -> Estimate:
+    """The configured run, with its rows if they are on this machine.
 
-    Raises ConfigError or DataError as a run would for what is here.
+    Raises ConfigError or DataError as a run would.
     """
     here = Experiment(config.model_copy(update={"offline": True}))
     rows, notes = _rows(here)
@@ -142,7 +144,7 @@ def sketch(config: RunConfig) -> Sketch:
         examples = task.encode(rows.train.take(order.tolist()), config.data.train)
     else:
         examples = _longest(limit, here.kind)
-        notes.append(f"every row is taken to have {limit} tokens")
+        notes.append(f"every row is assumed to have {limit} tokens")
     if rows is not None:
         sizes = {client: len(shard) for client, shard in rows.shards.items()}
     else:
@@ -151,8 +153,8 @@ def sketch(config: RunConfig) -> Sketch:
         sizes = {f"{number:04d}": size for number in range(config.partition.clients)}
     stack = drawn.base.stack
     cached = bool(config.train.cache) and revisits(config.train, [*sizes.values()])
-    skips = cached and stack is not None and stack.lowest > 0
-    return Sketch(
+    cached = cached and stack is not None and stack.lowest > 0
+    return Estimate(
         config=config,
         outline=drawn,
         task=task,
@@ -161,25 +163,25 @@ def sketch(config: RunConfig) -> Sketch:
         rows=rows,
         dtype=dtype,
         weights=weights,
-        skips=skips,
+        cached=cached,
         notes=tuple(notes),
     )
 
 
 def _rows(here: Experiment) -> tuple[Rows | None, list[str]]:
-    """The rows, if all sources are on this machine; what to say if not."""
+    """The rows, or None and a note if a source is not on this machine."""
     try:
         return here.rows, []
     except NotHere as missing:
         clients = here.config.partition.clients
-        said = f"{missing.source} is not on this machine: {clients} clients are "
-        return None, [f"{said}assumed (partition.clients)"]
+        source = f"{missing.source} is not on this machine"
+        return None, [f"{source}: {clients} clients are assumed (partition.clients)"]
 
 
 def _outline(
     config: RunConfig, head: Head, labels: Sequence[Label], notes: list[str]
 ) -> tuple[Outline, str, int]:
-    """The model in outline, its dtype by name, and the bytes of its weights in memory."""
+    """The model's shapes, its dtype by name, and the bytes of its weights in memory."""
     wanted = config.model.dtype
 
     def of(dtype: torch.dtype) -> Outline:
@@ -200,7 +202,7 @@ def _outline(
         drawn = of(torch.bfloat16) if half else drawn
     if wanted == "auto":
         wanted = "bf16" if half else "fp32"
-        notes.append(f"model.dtype = 'auto' is taken to be {wanted}")
+        notes.append(f"model.dtype = 'auto' is assumed to be {wanted}")
     base = drawn.base
     if base.stack is not None:
         base.stack.checkpointing = config.train.recompute
@@ -212,14 +214,14 @@ def _outline(
 
 
 def _saved_by_quantising(model: Any, width: float) -> int:
-    """Bytes that linear layers below the head no longer take at ``width`` bytes per element."""
+    """Bytes saved if the linear layers below the head have ``width`` bytes per element."""
     encoder = model.get_submodule(model.base_model_prefix)
     linears = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
     return round(sum(w.numel() * (w.dtype.itemsize - width) for w in linears))
 
 
 def _longest(length: int, kind: TaskKind) -> Examples:
-    """One row as long as can be, of which all tokens are trained on."""
+    """One row of this length; of a language model's row every token is a target."""
     per_row, per_token = torch.zeros(1).long(), torch.ones(length, dtype=torch.uint8)
     targets = per_row if kind.labelled else per_token
     tokens = torch.full((length,), 2, dtype=torch.int32)

@@ -1,8 +1,7 @@
-"""A model without its weights: its configuration alone, built of tensors that only have shapes.
+"""A model without its weights, built from its configuration alone.
 
-torch's fake tensors know shape, dtype and which storage they share; every module and every
-operation on them is the real one, but nothing has memory and nothing is computed. So what a model
-of any size needs can be counted on any machine.
+torch's fake tensors have shape, dtype and storage identity but no memory. Modules and operations
+are the real ones, so the needs of a model of any size can be counted on any machine.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ SHAPES = Path(__file__).with_name("shapes")
 
 @dataclass(frozen=True)
 class NoTokenizer:
-    """What is asked of a tokenizer that is not here."""
+    """A stand-in for a tokenizer that is not on this machine."""
 
     pad_token_id: int
     is_fast: bool = True
@@ -46,10 +45,10 @@ class NoTokenizer:
 
 @dataclass(frozen=True)
 class Outline:
-    """A base model that has shapes only. Whatever runs it does so under ``mode``.
+    """A base model that has shapes only; it runs under ``mode``.
 
-    ``tokenizer`` says whether the base has one; ``stored_bytes`` is the size of its weights' files;
-    ``source`` says where the configuration is from.
+    ``tokenizer``: whether the model's tokenizer is on this machine. ``stored_bytes``: size of the
+    weights' files. ``source``: where the configuration was found.
     """
 
     base: Base
@@ -69,16 +68,16 @@ def outline(
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
 ) -> Outline:
-    """The base that ``load_base`` would give, of shapes alone. No weights are read or fetched.
+    """The base of ``load_base`` with shapes only. No weights are read or downloaded.
 
-    The configuration is that of a folder or GGUF file, of the hub's cache, of a file in
-    ``rolora/plan/shapes``, or else of the hub. The task's head is taken to be missing from the
-    checkpoint, as it is in one that was only pre-trained. Raises ConfigError as ``load_base``.
+    The configuration comes from a folder or GGUF file, the hub's cache, a file in
+    ``rolora/plan/shapes``, or the hub. The checkpoint is assumed to lack the task's head, as a
+    pre-trained one does. Raises ConfigError as ``load_base`` does.
     """
     place = locate(source, root, offline=True)
     with one_line_errors(source), quiet():
         config, found = _config(place, root, offline)
-        width = (getattr(config, "dtype", None) or torch.float32).itemsize  # as it is stored
+        width = (getattr(config, "dtype", None) or torch.float32).itemsize  # on disk
         if kind == "classification" and labels:
             config.update(label_names(labels))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -114,7 +113,7 @@ def _config(place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]
 
 
 def _tokenizer(place: dict[str, Any]) -> Any:
-    """The tokenizer if it is on this machine, else None."""
+    """The tokenizer, or None if it is not on this machine."""
     with contextlib.suppress(OSError, ValueError):
         return load_tokenizer(place)
     return None
@@ -131,7 +130,7 @@ def _head(model: Any) -> set[str]:
 
 
 def _files(place: dict[str, Any]) -> int:
-    """Bytes of the weights' files that are here."""
+    """Bytes of the weights' files on this machine."""
     folder = Path(place["pretrained_model_name_or_path"])
     files = [folder / place["gguf_file"]] if "gguf_file" in place else folder.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)

@@ -1,7 +1,7 @@
-"""What a run needs, said before anything is downloaded or trained: memory, traffic, work, disk.
+"""What a run needs, before anything is downloaded or trained: memory, traffic, work and disk.
 
-Nothing here is a table of methods. A method's tensors come from its own ``init``, what travels from
-a dry run of its own rounds, and a step's cost from running it on shapes alone.
+There is no table of methods: a method's tensors come from its ``init``, its traffic from a dry run
+of its rounds, and the cost of a step from running it on shapes alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
@@ -20,7 +21,7 @@ from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig, RunConfig
 from rolora.plan.dry_run import Travelled, Untrained, dry_run
-from rolora.plan.estimate import Sketch, Steps, sketch
+from rolora.plan.estimate import Estimate, estimate_run
 from rolora.run.experiment import Experiment
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
@@ -28,19 +29,18 @@ from rolora.training.engine import group_size
 from rolora.training.memory import bank_size, free_bytes
 from rolora.training.rounds import Best, Federation, RunState, cohort_size
 
-DRY_BYTES = 1 << 30  # that a dry run may move, unless four rounds are more
-ALIKE = 4  # clients that stand for all, where each does what every other does
+DRY_BYTES = 1 << 30  # the most that a dry run moves, unless four rounds move more
+ALIKE = 4  # clients that stand for all where all do the same
 
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """One of the two kinds of rounds in the steady state. Bytes, but ``flops``.
+    """One of the two kinds of rounds in the steady state. All in bytes except ``flops``.
 
-    ``factors`` is what is trained, of ``trained`` parameters. ``up`` and ``down`` are of one client
-    and round. ``flops`` are of one client's step, in multiplications and additions. ``activations``
-    is what a bank keeps for the backward pass, ``optimizer`` the optimiser's state, ``peak`` what
-    training takes at most: weights, adapters, optimiser and a step. None where the model's layers
-    cannot be run on shapes alone.
+    ``factors``: what is trained, with ``trained`` parameters. ``up`` and ``down``: per client and
+    round. ``flops``: one client's step. ``activations``: what a bank keeps for the backward pass.
+    ``optimizer``: the optimiser's state. ``peak``: the most that training takes, with weights,
+    adapters, optimiser and a step. None if the model cannot run on shapes alone.
     """
 
     factors: str
@@ -55,13 +55,13 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What a run with one method needs. Bytes, but ``flops`` and ``parameters``.
+    """What a run with one method needs. All in bytes except ``flops`` and ``parameters``.
 
-    ``parameters``: of an adapter by role. ``bank`` clients train at once, whose ``adapters`` are in
-    memory. ``first_down`` is what a client receives in its first round. ``up``, ``down`` and
-    ``flops`` are of the whole run (``counted`` says if every round was run dry, else the later ones
-    are taken to be like the first), ``checkpoints`` of those kept, ``personal`` of what clients
-    keep for themselves.
+    ``parameters``: of an adapter, by role. ``bank``: clients that train at once, with their
+    ``adapters`` in memory. ``first_down``: what a client receives in its first round. ``up``,
+    ``down`` and ``flops``: of the whole run, where ``counted`` says whether every round was run dry
+    (otherwise later rounds are assumed to be like the first). ``checkpoints``: those kept on disk,
+    with the final adapter. ``personal``: what clients keep on disk.
     """
 
     name: str
@@ -80,12 +80,12 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs, with each method asked about. ``weights``, ``stored``, ``cache`` in bytes.
+    """What a run needs, for each method asked about. ``weights``, ``stored``, ``cache`` in bytes.
 
-    ``parameters`` of the base model; ``weights`` in memory in ``dtype``, ``stored`` on disk;
-    ``source``: where its configuration was found. ``clients`` with ``rows`` rows (None: not known),
-    ``cohort`` of them in a round, who take ``steps`` steps on average (None: not known) of
-    ``tokens`` tokens. ``cache``: outputs of layers below the adapters (None: not known).
+    ``parameters``: of the base model. ``weights``: in memory, in ``dtype``; ``stored``: on disk.
+    ``source``: where its configuration was found. ``clients`` have ``rows`` rows in all (None:
+    unknown); a round has ``cohort`` of them, each with ``steps`` steps on average (None: unknown)
+    of ``tokens`` tokens. ``cache``: outputs of the layers below the adapters (None: unknown).
     """
 
     model: str
@@ -106,62 +106,52 @@ class Plan:
 
 
 def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
-    """The plan of a run; ``methods`` (left out: the configured one) are set side by side.
+    """The plan of a run, for each of ``methods`` (default: the configured one).
 
-    Needs the model's configuration only, and counts rows where they are on this machine. Raises
+    Needs the model's configuration only; rows are counted if they are on this machine. Raises
     ConfigError or DataError as a run would.
     """
-    drawn = sketch(config)
-    steps = Steps(drawn, {})
+    run = estimate_run(config)
     configs = [_with_method(config, name) for name in methods] or [config]
-    clients, base = len(drawn.sizes), drawn.outline.base
-    planned = tuple(_method_plan(one, drawn, steps) for one in configs)
-    blind = any(plan.peak is None for method in planned for plan in method.rounds)
-    said = "this model cannot be run on shapes alone: activations and work are not known"
+    planned = tuple(_method_plan(one, run) for one in configs)
+    notes = run.notes
+    if any(plan.peak is None for method in planned for plan in method.rounds):
+        notes += ("this model cannot be run on shapes alone: activations and work are unknown",)
     return Plan(
         model=config.model.path,
-        source=drawn.outline.source,
-        parameters=sum(p.numel() for p in base.model.parameters()),
-        dtype=drawn.dtype,
-        weights=drawn.weights,
-        stored=drawn.outline.stored_bytes,
-        clients=clients,
-        cohort=cohort_size(clients, config.train.participation),
-        rows=None if drawn.rows is None else sum(drawn.sizes.values()),
+        source=run.outline.source,
+        parameters=sum(p.numel() for p in run.outline.base.model.parameters()),
+        dtype=run.dtype,
+        weights=run.weights,
+        stored=run.outline.stored_bytes,
+        clients=len(run.sizes),
+        cohort=run.cohort,
+        rows=None if run.rows is None else sum(run.sizes.values()),
         rounds=config.train.rounds,
-        steps=drawn.steps,
-        tokens=drawn.tokens,
-        cache=drawn.cache,
+        steps=run.steps,
+        tokens=run.tokens,
+        cache=run.cache,
         methods=planned,
-        notes=(*drawn.notes, said) if blind else drawn.notes,
+        notes=notes,
     )
 
 
-def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
+def _method_plan(config: RunConfig, run: Estimate) -> MethodPlan:
     method = Experiment(config).method
-    specs = drawn.outline.base.specs
-    if method.needs_gradient:  # any will do: what counts here is shapes
-        any_gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}
-        specs = replace(specs, gradient=any_gradient)
-    start = method.init(specs, generator(config.seed, "init"))
+    start = _start(config, method, run)
     parameters = dict[str, int]()
     for name, tensor in start.items():
         parameters[role_of(name)] = parameters.get(role_of(name), 0) + tensor.numel()
     kinds = [[method.trainable(round, local) for local in (0, 1)] for round in (3, 4)]
-    trained = [roles for kind in kinds for roles in kind]
-    bank = 1 if not method.federated else _bank(config, drawn, steps, start, trained)
-    travelled, state = _dry_run(config, method, drawn, start)
+    bank = _bank(config, run, start, kinds[0] + kinds[1]) if method.federated else 1
+    travelled, state = _dry_run(config, method, run, start)
     rounds = tuple(
-        _round_plan(config, drawn, steps, start, kind, bank, method, travelled[2 + parity :: 2])
+        _round_plan(config, run, start, kind, bank, method, travelled[2 + parity :: 2])
         for parity, kind in enumerate(kinds)
     )
-    total = config.train.rounds
-    later = max(total - len(travelled), 0)
-    first = travelled[:total]
-    steady = travelled[2:]
-    usual = sum(t.up for t in steady) / len(steady)
-    usual_down = sum(t.down for t in steady) / len(steady)
-    cohort = cohort_size(len(drawn.sizes), config.train.participation)
+    flops = [plan.flops for plan in rounds if plan.flops is not None]
+    known = run.steps is not None and len(flops) == len(rounds)
+    steps = config.train.rounds * run.cohort * (run.steps or 0)
     return MethodPlan(
         name=method.name,
         parameters=parameters,
@@ -169,86 +159,92 @@ def _method_plan(config: RunConfig, drawn: Sketch, steps: Steps) -> MethodPlan:
         adapters=bank * start.num_bytes(),
         rounds=rounds[:1] if kinds[0] == kinds[1] else rounds,
         first_down=travelled[0].down,
-        up=round(cohort * (sum(t.up for t in first) + later * usual)),
-        down=round(cohort * (sum(t.down for t in first) + later * usual_down)),
-        counted=not later,
-        flops=_flops(config, drawn, rounds),
+        up=_total([each.up for each in travelled], config.train.rounds, run.cohort),
+        down=_total([each.down for each in travelled], config.train.rounds, run.cohort),
+        counted=len(travelled) >= config.train.rounds,
+        flops=steps * fmean(flops) if known else None,
         checkpoints=_checkpoints(config, state),
-        personal=_personal(config, method, drawn, start),
+        personal=_personal(config, method, run, start),
     )
 
 
-def _bank(
-    config: RunConfig, drawn: Sketch, steps: Steps, start: AdapterState, trained: Sequence[Roles]
-) -> int:
+def _start(config: RunConfig, method: Method, run: Estimate) -> AdapterState:
+    """What clients start from; a gradient, if needed, is made up, since only shapes matter."""
+    specs = run.outline.base.specs
+    if method.needs_gradient:
+        gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}
+        specs = replace(specs, gradient=gradient)
+    return method.init(specs, generator(config.seed, "init"))
+
+
+def _total(each: Sequence[float], rounds: int, cohort: int) -> int:
+    """Bytes of a cohort in all rounds; rounds not in ``each`` are like those from the third on."""
+    later = max(rounds - len(each), 0)
+    return round(cohort * (sum(each[:rounds]) + later * fmean(each[2:])))
+
+
+def _bank(config: RunConfig, run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
     """Clients that train at once, as a run on this machine would choose."""
-    cohort = cohort_size(len(drawn.sizes), config.train.participation)
     if config.train.engine == "debug":
         return 1
     device, wanted = config.device, None if config.train.bank == "auto" else config.train.bank
     free = free_bytes(device) if device != "cuda" or torch.cuda.is_available() else 1 << 62
-    size = bank_size(device, drawn.tokens, 0, free, cohort, wanted)
-    costs = [steps.cost(start, roles, size) for roles in trained]
+    size = bank_size(device, run.tokens, 0, free, run.cohort, wanted)
+    costs = [run.cost(start, roles, size) for roles in trained]
     kept = max((cost.activations // size for cost in costs if cost), default=0)
-    return group_size(cohort, bank_size(device, drawn.tokens, kept, free, cohort, wanted))
+    return group_size(run.cohort, bank_size(device, run.tokens, kept, free, run.cohort, wanted))
 
 
 def _round_plan(
     config: RunConfig,
-    drawn: Sketch,
-    steps: Steps,
+    run: Estimate,
     start: AdapterState,
     kind: Sequence[Roles],
     bank: int,
     method: Method,
     travelled: Sequence[Travelled],
 ) -> RoundPlan:
-    """Of rounds whose local steps take turns in training ``kind``."""
+    """A round whose local steps alternate between the roles in ``kind``."""
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
     states = {"adamw": 2, "sgd": 1 if config.train.momentum else 0}[config.train.optimizer]
     gradients = bank * 4 * trained
     optimizer = states * gradients
-    standing = drawn.weights + bank * start.num_bytes()
-    # the state is made once the first backward pass is over and what that had kept is gone
-    beside = optimizer if drawn.steps != 1 or not method.federated else 0
-    costs = [steps.cost(start, one, bank) for one in kind]
-    known = [cost for cost in costs if cost is not None]
+    permanent = run.weights + bank * start.num_bytes()
+    # the state is allocated after the first backward pass, when its activations are gone
+    during = optimizer if run.steps != 1 or not method.federated else 0
+    costs = [cost for one in kind if (cost := run.cost(start, one, bank)) is not None]
     flops = None
-    if known:
-        # the batch at hand is one of the longest
-        mean = sum(cost.flops for cost in known) / len(known) / bank
-        flops = mean * bank * drawn.tokens / int(drawn.batch(bank).lengths.sum())
+    if costs:  # of a batch that is one of the longest
+        tokens = int(run.batch(bank).lengths.sum())
+        flops = fmean(cost.flops for cost in costs) * run.tokens / tokens
+    peaks = [permanent + max(during + cost.peak, optimizer + gradients) for cost in costs]
     return RoundPlan(
         factors="+".join(sorted(roles - {"head"})) or "head",
         trained=trained,
-        up=sum(t.up for t in travelled) / len(travelled),
-        down=sum(t.down for t in travelled) / len(travelled),
+        up=fmean(each.up for each in travelled),
+        down=fmean(each.down for each in travelled),
         flops=flops,
-        activations=max((cost.activations for cost in known), default=None),
+        activations=max((cost.activations for cost in costs), default=None),
         optimizer=optimizer,
-        peak=max(
-            (standing + max(beside + cost.peak, optimizer + gradients) for cost in known),
-            default=None,
-        ),
+        peak=max(peaks, default=None),
     )
 
 
 def _dry_run(
-    config: RunConfig, method: Method, drawn: Sketch, start: AdapterState
+    config: RunConfig, method: Method, run: Estimate, start: AdapterState
 ) -> tuple[list[Travelled], RunState]:
-    """Rounds without training: all of them, or where that is much to move, the first four."""
-    sizes = drawn.sizes
+    """All rounds without training, or only some, at least four, where all would move too much."""
+    sizes = run.sizes
     if config.train.participation == 1 and isinstance(config.lora.rank, int):
         sizes = dict(itertools.islice(sizes.items(), ALIKE))
     cohort = cohort_size(len(sizes), config.train.participation)
     affordable = DRY_BYTES // (cohort * start.num_bytes())
+    rules, weights = compose(config.aggregate.rules), config.aggregate.weights
     federation = Federation(
         method=method,
         engine=Untrained(sizes, config.wire.up),
-        aggregation=Aggregation(
-            compose(config.aggregate.rules), config.aggregate.weights, exactness=False
-        ),
+        aggregation=Aggregation(rules, weights, exactness=False),
         ranks=config.lora.ranks,
         seed=config.seed,
         rounds=max(4, min(config.train.rounds, affordable)),
@@ -256,15 +252,6 @@ def _dry_run(
         participation=config.train.participation,
     )
     return dry_run(federation, start)
-
-
-def _flops(config: RunConfig, drawn: Sketch, rounds: Sequence[RoundPlan]) -> float | None:
-    """Of all steps of all clients in all rounds."""
-    cohort = cohort_size(len(drawn.sizes), config.train.participation)
-    each = [plan.flops for plan in rounds if plan.flops is not None]
-    if drawn.steps is None or len(each) < len(rounds):
-        return None
-    return config.train.rounds * cohort * drawn.steps * sum(each) / len(each)
 
 
 def _checkpoints(config: RunConfig, state: RunState) -> int:
@@ -276,12 +263,12 @@ def _checkpoints(config: RunConfig, state: RunState) -> int:
     return KEPT_CHECKPOINTS * each + to_peft(adapter).num_bytes()
 
 
-def _personal(config: RunConfig, method: Method, drawn: Sketch, start: AdapterState) -> int:
-    """Bytes of what clients keep on disk: personal tensors, and what uploads rounded away."""
+def _personal(config: RunConfig, method: Method, run: Estimate, start: AdapterState) -> int:
+    """Bytes that clients keep on disk: personal tensors and the residuals of encoded uploads."""
     personal = start.only(method.personal_roles).num_bytes()
     if config.wire.up != "fp32" and method.federated:
         personal += start.only(method.shared(1) | method.shared(2)).num_bytes()
-    return len(drawn.sizes) * KEPT_STATES * personal
+    return len(run.sizes) * KEPT_STATES * personal
 
 
 def _with_method(config: RunConfig, name: str) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The linear model as a picture: angle and losses by round, and what sweeps did to the angle."""
+"""A figure of the linear model: angle and losses by round, and a panel for each sweep."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STYLES = {"RoLoRA": 2, "FFA-LoRA": 1, "FedAvg of LoRA": 0}  # as in the demonstr
 TITLES = {
     "clients": "clients, {rows:,} rows in all",
     "dimension": "dimension of a",
-    "samples": "rows of each client",
-    "noise": "noise: sd added to each element of Y",
+    "samples": "rows per client",
+    "noise": "noise: sd on each element of Y",
     "heterogeneity": "heterogeneity: sine of b_i* to b*",
 }
 IDEAL = "RoLoRA with infinitely many rows"
@@ -31,7 +31,7 @@ TOP, LINE, SMALL = 3.6, 2.7, 9  # inches, inches, points
 
 
 def theory_figure(outcome: Outcome, sweeps: Sweeps) -> Figure:
-    """Angle and losses by round, and under them a panel for each sweep."""
+    """Angle and losses by round, with a panel for each sweep below."""
     columns = min(3, len(sweeps))
     lines = math.ceil(len(sweeps) / columns) if columns else 0
     heights = [TOP, LINE * lines] if lines else [TOP]
@@ -63,7 +63,7 @@ def _draw_angle(axes: Any, outcome: Outcome) -> None:
     ideal = [sin for sin in outcome.population() if sin > ROUNDING]
     axes.plot(range(len(ideal)), ideal, color=GRID, linewidth=3, zorder=1, label=IDEAL)
     _powers(axes)
-    axes.set_title("sin θ: how far a is from a* (log)")
+    axes.set_title("sin θ: distance of a from a* (log)")
     axes.set_xlabel("round")
     axes.legend(frameon=False, loc="lower left", fontsize=SMALL)
 
@@ -78,7 +78,7 @@ def _draw_losses(axes: Any, outcome: Outcome) -> None:
     for name, losses in values.items():
         axes.plot(rounds, losses, **_line(name, rounds, 0.5 if name == "RoLoRA" else 0.0))
     floor = outcome.expected.loss_ffa
-    words = f"{floor:.3g}, what FFA-LoRA's a leaves"
+    words = f"{floor:.3g}, FFA-LoRA's expected loss"
     axes.axhline(floor, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=words)
     low, high = min(map(min, values.values())), max(map(max, values.values()))
     if high > 50 * low:
@@ -103,7 +103,7 @@ def _draw_sweep(axes: Any, name: str, rows: Sequence[SweepRow], outcome: Outcome
 
 
 def _explain(spare: Sequence[Any], first: Any, sweeps: Sweeps) -> None:
-    """The first panel's axis, and in the first spare one what lines and bands are."""
+    """Label the first panel's axis, and explain lines and bands in the first spare panel."""
     (row, *_), *_ = sweeps.values()
     first.set_ylabel("sin θ after the last round")
     for axes in spare:
@@ -111,18 +111,18 @@ def _explain(spare: Sequence[Any], first: Any, sweeps: Sweeps) -> None:
     for axes in spare[:1]:
         for name in STYLES:
             axes.plot([], [], label=name, **look(STYLES[name]))
-        title = f"mean over {len(row.seeds)} seeds;\nband: from least to most"
+        title = f"mean over {len(row.seeds)} seeds;\nband: range"
         axes.legend(frameon=False, loc="center", title=title, alignment="left")
 
 
 def _line(name: str, points: Sequence[int], shift: float = 0.0) -> dict[str, Any]:
-    """A method's look with some eight markers, moved on by a share of their distance."""
+    """A method's style with about eight markers, shifted by a share of their distance."""
     every = max(1, math.ceil(len(points) / 8))
     return {**look(STYLES[name]), "markevery": (int(shift * every), every)}
 
 
 def _powers(axes: Any) -> None:
-    """A log axis labelled in powers of ten: matplotlib's own labels are mathtext, which is off."""
+    """A log axis labelled in powers of ten; matplotlib's own labels need mathtext, which is off."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=7))
     axes.yaxis.set_major_formatter(

@@ -1,1 +1,1 @@
-"""The paper's linear model: the problem, what methods make of it, and sweeps."""
+"""The paper's linear model: the problem, the methods on it, and sweeps."""

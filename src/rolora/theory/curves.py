@@ -1,12 +1,12 @@
-"""What RoLoRA, FFA-LoRA and FedAvg of LoRA make of the paper's linear model, and what they should.
+"""RoLoRA, FFA-LoRA and FedAvg of LoRA on the paper's linear model, and what theory predicts.
 
-Client i's loss is l_i(a, b) = ‖X_i a bᵀ − Y_i‖² / samples; the rest of the problem is in
-``rolora.theory.linear_model``.
+Client i's loss is l_i(a, b) = ‖X_i a bᵀ − Y_i‖² / samples; ``rolora.theory.linear_model`` has the
+rest of the problem.
 
-The paper's: the iteration (``rolora_round``), its bound (``bound_factor``) and FFA-LoRA's floor
-δ0²‖b*‖², for one b* at every client, no noise, many rows and a short step. Ours: what FedAvg of
-LoRA is here (``fedit_round``), the angle with infinitely many rows (``population_sin``), and what
-noise and differing b_i* leave (``expected``).
+From the paper: the iteration (``rolora_round``), its bound (``bound_factor``) and FFA-LoRA's floor
+δ0²‖b*‖², for the same b* at every client, no noise, many rows and a small step. Ours: the
+definition of FedAvg of LoRA (``fedit_round``), the angle with infinitely many rows
+(``population_sin``), and the effect of noise and of different b_i* (``expected``).
 
 >>> from rolora.theory.linear_model import Setting, draw_problem
 >>> last = simulate(draw_problem(Setting())).rounds[-1]
@@ -27,9 +27,9 @@ from rolora.theory.linear_model import Problem, Setting, sine, unit
 
 
 def best_b(problem: Problem, a: Tensor) -> Tensor:
-    """Each client's least squares, b_i = Y_iᵀ X_i a / ‖X_i a‖²: (clients, width).
+    """Each client's least-squares b_i = Y_iᵀ X_i a / ‖X_i a‖² for one ``a`` (dimension).
 
-    ``a`` is (dimension), the same at each client.
+    Shape (clients, width).
     """
     z = problem.x @ a
     return (z[:, None] @ problem.y)[:, 0] / z.square().sum(dim=1, keepdim=True)
@@ -38,7 +38,7 @@ def best_b(problem: Problem, a: Tensor) -> Tensor:
 def gradient_of_a(problem: Problem, a: Tensor, b: Tensor) -> Tensor:
     """Each client's ∇_a l_i(a, b) = (2/samples) X_iᵀ (X_i a bᵀ − Y_i) b: (clients, dimension).
 
-    ``b`` is (width), the same at each client, or (clients, width).
+    ``b`` is (width), the same for every client, or (clients, width).
     """
     target = problem.y @ b if b.dim() == 1 else (problem.y @ b[..., None])[..., 0]
     residual = (problem.x @ a) * b.square().sum(dim=-1, keepdim=True) - target
@@ -52,10 +52,10 @@ def loss(problem: Problem, a: Tensor, b: Tensor) -> float:
 
 
 def rolora_round(problem: Problem, a: Tensor) -> tuple[Tensor, Tensor]:
-    """One iteration of the paper -> (a, b): both phases, which ``rolora run`` calls two rounds.
+    """One iteration of the paper -> (a, b); ``rolora run`` counts its two phases as two rounds.
 
-    Every client solves for b_i at the same a; the server averages them. Every client sends
-    ∇_a l_i at (a, mean b); the server takes a step of ``eta`` along their mean and normalises a.
+    Every client solves for b_i at the same a, and the server averages them. Every client sends
+    ∇_a l_i at (a, mean b), and the server takes a step ``eta`` along the mean and normalises a.
     """
     b = best_b(problem, a).mean(dim=0)
     return unit(a - problem.setting.eta * gradient_of_a(problem, a, b).mean(dim=0)), b
@@ -64,9 +64,9 @@ def rolora_round(problem: Problem, a: Tensor) -> tuple[Tensor, Tensor]:
 def fedit_round(problem: Problem, a: Tensor) -> tuple[Tensor, Tensor, float]:
     """One round of FedAvg of LoRA -> (a, b, aggregation error); the definition is ours.
 
-    Each client does by itself what RoLoRA's federation does together: b_i by least squares at a,
-    then its own step a_i = unit(a − η ∇_a l_i(a, b_i)). The server averages the a_i and, apart from
-    them, the b_i, and normalises a. The error is ‖mean(a_i b_iᵀ) − a bᵀ‖ / ‖mean(a_i b_iᵀ)‖, in
+    Each client does alone what RoLoRA's clients do together: b_i by least squares at a, then a step
+    a_i = unit(a − η ∇_a l_i(a, b_i)). The server averages the a_i and the b_i separately, and
+    normalises a. The error is ‖mean(a_i b_iᵀ) − a bᵀ‖ / ‖mean(a_i b_iᵀ)‖, in
     Frobenius norms.
     """
     own_b = best_b(problem, a)
@@ -94,11 +94,11 @@ def population_sin(sin: float, eta: float, b_norm: float) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """What is left in the end; losses as with infinitely many rows.
+    """The limits of the methods; losses as with infinitely many rows.
 
-    ``b_norm`` is ‖mean b_i*‖, which takes the place of ‖b*‖ where clients differ. ``loss`` is the
-    least of any shared a bᵀ: width · noise², and the spread of the b_i*. ``loss_ffa`` adds δ0²
-    b_norm². ``sin`` is what RoLoRA ends at, to first order in 1/√(clients · samples).
+    ``b_norm``: ‖mean b_i*‖, which replaces ‖b*‖ if clients differ. ``loss``: the minimum over
+    shared a bᵀ, width · noise² plus the variance of the b_i*. ``loss_ffa``: that plus δ0² b_norm².
+    ``sin``: RoLoRA's limit, to first order in 1/√(clients · samples).
     """
 
     b_norm: float
@@ -108,12 +108,12 @@ class Expected:
 
 
 def expected(problem: Problem) -> Expected:
-    """The floors of this problem."""
+    """The limits for this problem."""
     setting, mean_b = problem.setting, problem.b_stars.mean(dim=0)
     power = float(mean_b.square().sum())
     least = setting.width * setting.noise**2
     least += float((problem.b_stars - mean_b).square().sum(dim=1).mean())
-    # at a*, what moves a is X_iᵀ times a residual; this is the variance of its elements along b
+    # at a*, the gradient of a is X_iᵀ times a residual; this is the residual's variance along b
     apart = ((problem.b_stars - mean_b) @ mean_b).square().mean()
     variance = float(apart) + setting.noise**2 * power
     rows = setting.clients * setting.samples
@@ -123,10 +123,7 @@ def expected(problem: Problem) -> Expected:
 
 @dataclass(frozen=True)
 class Round:
-    """After round ``round``, counted from 1: RoLoRA's sin θ, the bound on it, the mean losses.
-
-    ``bound`` is δ0 times the theorem's factor to the power of ``round``.
-    """
+    """RoLoRA's sin θ, the bound δ0 · factor^round on it, and mean losses after a round (from 1)."""
 
     round: int
     sin: float
@@ -138,7 +135,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One experiment; ``fedit_sin`` and ``fedit_error`` (of aggregation) have a value a round."""
+    """One experiment; ``fedit_sin`` and ``fedit_error`` (of aggregation) have a value per round."""
 
     setting: Setting
     rounds: tuple[Round, ...]
@@ -148,11 +145,11 @@ class Outcome:
     fedit_error: tuple[float, ...]
 
     def rounds_until(self, sin: float) -> int | None:
-        """The first round after which RoLoRA's sin θ is below this, if there is one."""
+        """The first round after which RoLoRA's sin θ is below this, or None."""
         return next((one.round for one in self.rounds if one.sin < sin), None)
 
     def population(self) -> tuple[float, ...]:
-        """sin θ before round 1 and after each round, had every client infinitely many rows."""
+        """sin θ before round 1 and after each round if every client had infinitely many rows."""
         sines = [self.setting.delta0]
         for _ in self.rounds:
             sines.append(population_sin(sines[-1], self.setting.eta, self.expected.b_norm))
@@ -162,7 +159,7 @@ class Outcome:
 def simulate(problem: Problem, along: Callable[[range], Iterable[int]] = iter) -> Outcome:
     """RoLoRA, FFA-LoRA (a stays a_start, b is averaged) and FedAvg of LoRA on the same rows.
 
-    ``along`` hands on the rounds' numbers one by one, and may show how far it is.
+    ``along`` wraps the iteration over rounds, for instance in a progress bar.
     """
     setting, floors = problem.setting, expected(problem)
     factor = bound_factor(setting.eta, setting.delta0, floors.b_norm)

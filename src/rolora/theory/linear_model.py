@@ -1,9 +1,9 @@
-"""The problem of the paper's linear model: what the clients hold, and what is to be found.
+"""The problem of the paper's linear model: the clients' data and the parameters to recover.
 
 Client i holds rows X_i (samples, dimension), standard normal, and Y_i = X_i a* b_i*ᵀ + noise
-(samples, width). To be found is one a bᵀ for all: a plays lora_A, b lora_B, the rank is 1. a* and
-every a have norm 1, and the distance between them is sin θ = ‖(I − a aᵀ) a*‖ (Chen et al., NeurIPS
-2025, arXiv:2502.01755, the section on a linear model). Everything is float64.
+(samples, width). All clients fit one shared a bᵀ: a is lora_A, b is lora_B, and the rank is 1. a*
+and every a have norm 1, and their distance is sin θ = ‖(I − a aᵀ) a*‖ (Chen et al., NeurIPS 2025,
+arXiv:2502.01755, the section on a linear model). Everything is float64.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from rolora.algorithm.seeding import generator
 from rolora.errors import ConfigError
 
 MOST_NUMBERS = 1 << 28  # in X and Y of all clients; 2 GiB
-LARGEST = 1e30  # norm and noise: their fourth powers are numbers, and so are the reciprocals
+LARGEST = 1e30  # of norm and noise, whose fourth powers and reciprocals must be finite
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One experiment. ConfigError if it cannot be run.
+    """One experiment. ConfigError for values out of range.
 
-    ``dimension`` and ``width`` are the lengths of a and b, ``samples`` the rows of each client,
-    ``b_norm`` is ‖b_i*‖ of every client, ``noise`` the standard deviation of what is added to each
-    element of Y_i, ``heterogeneity`` the sine of the angle between b_i* and b*. The paper's model
-    has neither noise nor heterogeneity.
+    ``dimension`` and ``width``: lengths of a and b. ``samples``: rows per client. ``b_norm``:
+    ‖b_i*‖ of every client. ``noise``: standard deviation of the noise on each element of Y_i.
+    ``heterogeneity``: sine of the angle between b_i* and b*. The paper's model has neither noise
+    nor heterogeneity.
     """
 
     dimension: int = 50
@@ -44,42 +44,44 @@ class Setting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"dimension": 2, "samples": 1, "clients": 1, "width": 1, "rounds": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} = {getattr(self, name)}: at least {low}")
-        if not 0 < self.delta0 < 1:
-            raise ConfigError(f"delta0 = {self.delta0:g}: a sine, above 0 and below 1")
-        if not 0 < self.eta < math.inf:
-            raise ConfigError(f"eta = {self.eta:g}: must be above 0")
-        if not 1 / LARGEST <= self.b_norm <= LARGEST:
-            raise ConfigError(f"b_norm = {self.b_norm:g}: from {1 / LARGEST:g} to {LARGEST:g}")
+        ranges = {
+            "dimension": (self.dimension >= 2, "at least 2"),
+            "samples": (self.samples >= 1, "at least 1"),
+            "clients": (self.clients >= 1, "at least 1"),
+            "width": (self.width >= 1, "at least 1"),
+            "rounds": (self.rounds >= 1, "at least 1"),
+            "delta0": (0 < self.delta0 < 1, "between 0 and 1 (a sine)"),
+            "eta": (0 < self.eta < math.inf, "above 0"),
+            "b_norm": (1 / LARGEST <= self.b_norm <= LARGEST, f"{1 / LARGEST:g} to {LARGEST:g}"),
+            "noise": (0 <= self.noise <= LARGEST, f"0 to {LARGEST:g} (a standard deviation)"),
+            "heterogeneity": (0 <= self.heterogeneity < 1, "at least 0 and below 1 (a sine)"),
+        }
+        for name, (fits, range) in ranges.items():
+            if not fits:
+                raise ConfigError(f"{name} = {getattr(self, name):g}: must be {range}")
         longest = 1 / ((1 - self.delta0**2) * self.b_norm**2)
         if self.eta > longest:
             raise ConfigError(
-                f"eta = {self.eta:g} is too long a step: the bound √(1 − η(1 − δ0²)‖b*‖²) is not "
-                f"real; take at most {longest:.3g}"
+                f"eta = {self.eta:g} is too large: the bound √(1 − η(1 − δ0²)‖b*‖²) is not real; "
+                f"use at most {longest:.3g}"
             )
-        if not 0 <= self.noise <= LARGEST:
-            raise ConfigError(f"noise = {self.noise:g}: a standard deviation, 0 to {LARGEST:g}")
-        if not 0 <= self.heterogeneity < 1:
-            raise ConfigError(f"heterogeneity = {self.heterogeneity:g}: a sine, from 0 to below 1")
         if self.heterogeneity and self.width < 2:
-            raise ConfigError("heterogeneity needs a width of 2 or more: numbers have no angle")
+            raise ConfigError("heterogeneity needs a width of 2 or more")
         numbers = self.clients * self.samples * (self.dimension + self.width)
         if numbers > MOST_NUMBERS:
             raise ConfigError(
-                f"clients · samples · (dimension + width) = {numbers:,} numbers are too many; "
+                f"clients · samples · (dimension + width) = {numbers:,} is too large; "
                 f"at most {MOST_NUMBERS:,}"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What the clients hold, and what is to be found.
+    """The clients' data and the parameters to recover.
 
     ``x`` (clients, samples, dimension), ``y`` (clients, samples, width), ``a_star`` and ``a_start``
-    (dimension), both of norm 1 and ``setting.delta0`` apart, ``b_stars`` (clients, width).
+    (dimension), both of norm 1 with sine ``setting.delta0`` between them, ``b_stars`` (clients,
+    width).
     """
 
     setting: Setting
@@ -91,7 +93,7 @@ class Problem:
 
 
 def draw_problem(setting: Setting) -> Problem:
-    """The problem of this setting and seed; a client's rows do not depend on the other clients."""
+    """The problem of this setting and seed; a client's rows do not depend on other clients."""
 
     def normal(*shape: int, purpose: tuple[str | int, ...]) -> Tensor:
         rng = generator(setting.seed, "theory", *purpose)
@@ -116,13 +118,13 @@ def draw_problem(setting: Setting) -> Problem:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Each vector (last axis) over its norm."""
+    """Each vector (last axis) divided by its norm."""
     norms: Tensor = vectors.norm(dim=-1, keepdim=True)
     return vectors / norms
 
 
 def turned(vector: Tensor, aside: Tensor, sine: float) -> Tensor:
-    """The unit vector at this sine from ``vector`` towards ``aside``, which is orthogonal to it."""
+    """The unit vector at this sine from ``vector`` towards the orthogonal vector ``aside``."""
     return math.sqrt(1 - sine**2) * vector + sine * aside
 
 

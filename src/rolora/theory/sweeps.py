@@ -1,4 +1,4 @@
-"""The linear model again and again, with one setting changed at a time, each on several seeds."""
+"""Sweeps of the linear model: one setting varied at a time, on several seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ VALUES: dict[str, tuple[float, ...]] = {
     "heterogeneity": (0.0, 0.2, 0.4, 0.6, 0.8, 0.95),
 }
 SEEDS = 5
-FOUND = 1e-6  # sin θ below which a* counts as found
+FOUND = 1e-6  # below this sin θ, a* counts as found
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A value over the seeds: its mean, standard deviation (0 for one seed) and range."""
+    """Mean, standard deviation (0 for one seed) and range over the seeds."""
 
     mean: float
     sd: float
@@ -34,10 +34,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What came out at one value. Sines, losses and error are those after the last round.
+    """The results for one value. Sines and losses are those after the last round.
 
-    ``rounds_until_found`` has, for each seed in ``seeds``, the round after which RoLoRA's sin θ is
-    below ``FOUND``, or None. ``fedit_error`` is FedAvg of LoRA's aggregation error in round 1.
+    ``rounds_until_found``: per seed, the first round after which RoLoRA's sin θ is below ``FOUND``,
+    or None. ``fedit_error``: the aggregation error of FedAvg of LoRA in round 1.
     """
 
     value: float
@@ -53,10 +53,10 @@ class SweepRow:
 
 
 def plan_sweep(setting: Setting, name: str, seeds: int = SEEDS) -> list[tuple[Setting, ...]]:
-    """For each of ``VALUES[name]`` the settings to run: ``seeds`` seeds from ``setting.seed`` on.
+    """For each of ``VALUES[name]`` the settings to run, with ``seeds`` seeds from ``setting.seed``.
 
-    Over ``clients`` the rows of all together stay as many: the same rows in fewer or more hands.
-    ConfigError for a name that is not there or a value that does not go with the other settings.
+    A sweep over ``clients`` keeps the total number of rows. ConfigError for an unknown name or a
+    value that does not fit the other settings.
     """
     if name not in VALUES:
         raise ConfigError(f"no sweep over {name!r}: {nearest(name, VALUES)}")
@@ -74,7 +74,7 @@ def _with(setting: Setting, name: str, value: float) -> Setting:
 
 
 def measure(name: str, settings: Sequence[Setting]) -> SweepRow:
-    """Run settings that differ in their seed alone; ``name`` is what the sweep changes."""
+    """Run settings that differ only in their seed; ``name`` is the setting of the sweep."""
     outcomes = [simulate(draw_problem(setting)) for setting in settings]
     last = [outcome.rounds[-1] for outcome in outcomes]
     return SweepRow(
