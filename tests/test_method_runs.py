@@ -162,7 +162,7 @@ def test_the_adapter_of_any_method_is_evaluated_by_itself_as_in_its_run(
     done = finished(name)
     test = str(site.parent / "test.csv")
     if get_method(name).personal(1):  # no client has what the folder holds
-        with pytest.raises(ConfigError, match=f"is the server's part of {name} alone"):
+        with pytest.raises(ConfigError, match=f"holds only the server.s part of {name}"):
             evaluate_adapter(done.folder, test)
     else:
         metrics = evaluate_adapter(done.folder, test)
@@ -199,7 +199,7 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
         (["method.name=fed_sb", "lora.rank=34"], "lora.rank = 34 is more than layer .* can use"),
         (
             ["method.name=la_lora", "train.local_steps=1"],
-            "la_lora trains one .*local_steps is at least 2",
+            "la_lora alternates .*local_steps to at least 2",
         ),
         (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma must be in \(0, 1\], not 0"),
         (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep must be in \(0, 1\], not 1.5"),
