@@ -42,7 +42,7 @@ ARITHMETIC := $(addprefix tests/test_,segments.py bank.py dropout.py packing.py 
 test-processors: install
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(ARITHMETIC)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(PYTEST) $(ARITHMETIC)
-	ATEN_CPU_CAPABILITY=default $(subst THREADS=1,THREADS=2,$(PYTEST)) -n 0 $(ARITHMETIC)
+	ATEN_CPU_CAPABILITY=default OMP_WAIT_POLICY=PASSIVE $(subst THREADS=1,THREADS=2,$(PYTEST)) -n 0 $(ARITHMETIC)
 
 test-all: test test-wide
 

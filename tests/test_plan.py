@@ -102,8 +102,14 @@ def payload(folder: Path, pattern: str) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("method", method_names())
-@pytest.mark.parametrize("up", ["fp32", "int8"])
+# personal parts, no uploads at all, sparse uploads, cores
+ENCODED = ("rolora", "fedsa_lora", "centralized", "lora_a2", "ravan")
+
+
+@pytest.mark.parametrize(
+    ("method", "up"),
+    [(name, "fp32") for name in method_names()] + [(name, "int8") for name in ENCODED],
+)
 def test_what_travels_and_what_is_kept_are_planned_to_the_byte(
     site: Path, tmp_path: Path, method: str, up: str
 ) -> None:
