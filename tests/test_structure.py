@@ -66,8 +66,8 @@ FENCES: dict[str, set[str]] = {
     "jinja2": {"report"},
 }
 TORCH_ALONE = ("algorithm", "methods", "theory")
-# transformers imports gguf when it reads such a file
-INDIRECT = {"gguf"}
+# transformers imports gguf when it reads such a file; click is typer's, and its version matters
+INDIRECT = {"gguf", "click"}
 
 FORBIDDEN = {"util", "utils", "helper", "helpers", "manager", "common", "misc", "stuff", "core"}
 

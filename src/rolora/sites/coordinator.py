@@ -75,6 +75,11 @@ def _evaluation_sources(data: DataConfig) -> tuple[str, str | None]:
 def _refuse(config: RunConfig) -> None:
     """ConfigError for a method or ranks that do not work across sites."""
     method = Experiment(config).method
+    if not method.federated:
+        raise ConfigError(
+            f"{method.name} trains on all rows in one place, and the rows of sites stay with them: "
+            "run it without --on, or use fedit"
+        )
     if method.needs_gradient:
         raise ConfigError(
             f"{method.name} starts from a gradient over all clients' rows, which sites do not "
