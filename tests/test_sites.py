@@ -82,7 +82,10 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     ("overrides", "said"),
     [
         (("method.name=fed_sb",), "fed_sb starts from a gradient .* use ravan"),
-        (("method.name=centralized",), "centralized trains on all rows in one place, .* or use fedit"),
+        (
+            ("method.name=centralized",),
+            "centralized trains on all rows in one place, .* or use fedit",
+        ),
         (("method.name=flora", "lora.rank=[2, 4]"), "lora.rank is one number or a table of names"),
         ((RANKS,), "rolora does not support clients of different ranks"),
     ],

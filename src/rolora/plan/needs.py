@@ -113,7 +113,7 @@ def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
     """
     run = estimate_run(config)
     configs = [_with_method(config, name) for name in methods] or [config]
-    planned = tuple(_method_plan(one, run) for one in configs)
+    planned = tuple(_method_plan(replace(run, config=one)) for one in configs)
     notes = run.notes
     if any(plan.peak is None for method in planned for plan in method.rounds):
         notes += ("this model cannot be run on shapes alone: activations and work are unknown",)
@@ -136,22 +136,22 @@ def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
     )
 
 
-def _method_plan(config: RunConfig, run: Estimate) -> MethodPlan:
-    method = Experiment(config).method
-    start = _start(config, method, run)
+def _method_plan(run: Estimate) -> MethodPlan:
+    method = Experiment(run.config).method
+    start = _start(run, method)
     parameters = dict[str, int]()
     for name, tensor in start.items():
         parameters[role_of(name)] = parameters.get(role_of(name), 0) + tensor.numel()
     kinds = [[method.trainable(round, local) for local in (0, 1)] for round in (3, 4)]
-    bank = _bank(config, run, start, kinds[0] + kinds[1]) if method.federated else 1
-    travelled, state = _dry_run(config, method, run, start)
+    bank = _bank(run, start, kinds[0] + kinds[1]) if method.federated else 1
+    travelled, state = _dry_run(run, method, start)
     rounds = tuple(
-        _round_plan(config, run, start, kind, bank, method, travelled[2 + parity :: 2])
+        _round_plan(run, start, kind, bank, method, travelled[2 + parity :: 2])
         for parity, kind in enumerate(kinds)
     )
     flops = [plan.flops for plan in rounds if plan.flops is not None]
     known = run.steps is not None and len(flops) == len(rounds)
-    steps = config.train.rounds * run.cohort * (run.steps or 0)
+    steps = run.config.train.rounds * run.cohort * (run.steps or 0)
     return MethodPlan(
         name=method.name,
         parameters=parameters,
@@ -159,22 +159,22 @@ def _method_plan(config: RunConfig, run: Estimate) -> MethodPlan:
         adapters=bank * start.num_bytes(),
         rounds=rounds[:1] if kinds[0] == kinds[1] else rounds,
         first_down=travelled[0].down,
-        up=_total([each.up for each in travelled], config.train.rounds, run.cohort),
-        down=_total([each.down for each in travelled], config.train.rounds, run.cohort),
-        counted=len(travelled) >= config.train.rounds,
+        up=_total([each.up for each in travelled], run.config.train.rounds, run.cohort),
+        down=_total([each.down for each in travelled], run.config.train.rounds, run.cohort),
+        counted=len(travelled) >= run.config.train.rounds,
         flops=steps * fmean(flops) if known else None,
-        checkpoints=_checkpoints(config, state),
-        personal=_personal(config, method, run, start),
+        checkpoints=_checkpoints(run, state),
+        personal=_personal(run, method, start),
     )
 
 
-def _start(config: RunConfig, method: Method, run: Estimate) -> AdapterState:
+def _start(run: Estimate, method: Method) -> AdapterState:
     """What clients start from; a gradient, if needed, is made up, since only shapes matter."""
     specs = run.outline.base.specs
     if method.needs_gradient:
         gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}
         specs = replace(specs, gradient=gradient)
-    return method.init(specs, generator(config.seed, "init"))
+    return method.init(specs, generator(run.config.seed, "init"))
 
 
 def _total(each: Sequence[float], rounds: int, cohort: int) -> int:
@@ -183,11 +183,14 @@ def _total(each: Sequence[float], rounds: int, cohort: int) -> int:
     return round(cohort * (sum(each[:rounds]) + later * fmean(each[2:])))
 
 
-def _bank(config: RunConfig, run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
+def _bank(run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
     """Clients that train at once, as a run on this machine would choose."""
-    if config.train.engine == "debug":
+    if run.config.train.engine == "debug":
         return 1
-    device, wanted = config.device, None if config.train.bank == "auto" else config.train.bank
+    device, wanted = (
+        run.config.device,
+        None if run.config.train.bank == "auto" else run.config.train.bank,
+    )
     free = free_bytes(device) if device != "cuda" or torch.cuda.is_available() else 1 << 62
     size = bank_size(device, run.tokens, 0, free, run.cohort, wanted)
     costs = [run.cost(start, roles, size) for roles in trained]
@@ -196,7 +199,6 @@ def _bank(config: RunConfig, run: Estimate, start: AdapterState, trained: Sequen
 
 
 def _round_plan(
-    config: RunConfig,
     run: Estimate,
     start: AdapterState,
     kind: Sequence[Roles],
@@ -207,7 +209,7 @@ def _round_plan(
     """A round whose local steps alternate between the roles in ``kind``."""
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
-    states = {"adamw": 2, "sgd": 1 if config.train.momentum else 0}[config.train.optimizer]
+    states = {"adamw": 2, "sgd": 1 if run.config.train.momentum else 0}[run.config.train.optimizer]
     gradients = bank * 4 * trained
     optimizer = states * gradients
     permanent = run.weights + bank * start.num_bytes()
@@ -232,41 +234,41 @@ def _round_plan(
 
 
 def _dry_run(
-    config: RunConfig, method: Method, run: Estimate, start: AdapterState
+    run: Estimate, method: Method, start: AdapterState
 ) -> tuple[list[Travelled], RunState]:
     """All rounds without training, or only some, at least four, where all would move too much."""
     sizes = run.sizes
-    if config.train.participation == 1 and isinstance(config.lora.rank, int):
+    if run.config.train.participation == 1 and isinstance(run.config.lora.rank, int):
         sizes = dict(itertools.islice(sizes.items(), ALIKE))
-    cohort = cohort_size(len(sizes), config.train.participation)
+    cohort = cohort_size(len(sizes), run.config.train.participation)
     affordable = DRY_BYTES // (cohort * start.num_bytes())
-    rules, weights = compose(config.aggregate.rules), config.aggregate.weights
+    rules, weights = compose(run.config.aggregate.rules), run.config.aggregate.weights
     federation = Federation(
         method=method,
-        engine=Untrained(sizes, config.wire.up),
+        engine=Untrained(sizes, run.config.wire.up),
         aggregation=Aggregation(rules, weights, exactness=False),
-        ranks=config.lora.ranks,
-        seed=config.seed,
-        rounds=max(4, min(config.train.rounds, affordable)),
+        ranks=run.config.lora.ranks,
+        seed=run.config.seed,
+        rounds=max(4, min(run.config.train.rounds, affordable)),
         lr=lambda round: 0.0,
-        participation=config.train.participation,
+        participation=run.config.train.participation,
     )
     return dry_run(federation, start)
 
 
-def _checkpoints(config: RunConfig, state: RunState) -> int:
+def _checkpoints(run: Estimate, state: RunState) -> int:
     """Bytes of the checkpoints that are kept, and of the adapter at the end."""
     adapter = state.server.adapter
-    if config.data.validation is not None:
+    if run.config.data.validation is not None:
         state = replace(state, best=Best(1, 0.0, adapter))
     each = sum(tensor.nbytes for tensor in contents(state).values())
     return KEPT_CHECKPOINTS * each + to_peft(adapter).num_bytes()
 
 
-def _personal(config: RunConfig, method: Method, run: Estimate, start: AdapterState) -> int:
+def _personal(run: Estimate, method: Method, start: AdapterState) -> int:
     """Bytes that clients keep on disk: personal tensors and the residuals of encoded uploads."""
     personal = start.only(method.personal_roles).num_bytes()
-    if config.wire.up != "fp32" and method.federated:
+    if run.config.wire.up != "fp32" and method.federated:
         personal += start.only(method.shared(1) | method.shared(2)).num_bytes()
     return len(run.sizes) * KEPT_STATES * personal
 
