@@ -1,4 +1,4 @@
-"""A package outside the repository adds a method and a reducer, which a run then uses by name."""
+"""A package outside the repository adds a method, reducers and a task, which a run uses by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from rolora.config.load import load_config
 from rolora.errors import ConfigError
 from rolora.methods import get_method, method_names
+from rolora.results.runs import load_run, primary_metric
 from rolora.run import runs
+from rolora.tasks.registry import higher_is_better
 
 pytestmark = pytest.mark.usefixtures("quick", "package")
 
@@ -20,6 +22,12 @@ ffa_but_a = outside.methods:only_a
 [rolora.reducers]
 nearest = outside.reducers:nearest
 halved = outside.reducers:halved
+positional = outside.reducers:positional
+hoarder = outside.reducers:hoarder
+absent = outside.reducers:absent
+[rolora.tasks]
+error_rate = outside.tasks:error_rate
+nameless = outside.tasks:nameless
 """
 METHODS = '''\
 """Only A: train and average lora_A (arXiv:2403.12313 the other way round)."""
@@ -58,6 +66,46 @@ def halved(inner: Reducer, *, share: float = 0.5) -> Reducer:
         return inner.add(memory, part, reference, weight)
 
     return Reducer(inner.init, add, inner.finish)
+
+
+def positional(factor: float = 1.0) -> Reducer:
+    """Its option is not keyword-only."""
+
+
+def hoarder() -> Reducer:
+    """Keeps what no checkpoint can hold."""
+
+    def add(memory, value, reference, weight):
+        return {"value": value}
+
+    return Reducer(dict, add, lambda memory, rng: (memory["value"], {"bound": 1.5}))
+'''
+TASKS = '''\
+"""Tasks of this package."""
+
+from dataclasses import replace
+
+from rolora.tasks.registry import task_kind
+
+
+def error_rate():
+    """Classification, measured by the share of wrong answers."""
+    kind = task_kind("classification")
+
+    def make(base, columns, labels, max_length):
+        return replace(kind.make(base, columns, labels, max_length), score=score)
+
+    return replace(kind, name="error_rate", metrics={"error_rate": False}, make=make)
+
+
+def score(outputs, examples):
+    wrong = outputs.argmax(dim=1) != examples.targets
+    return {"error_rate": float(wrong.float().mean())}
+
+
+def nameless():
+    """Classification under its own name."""
+    return task_kind("classification")
 '''
 
 
@@ -69,6 +117,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> object:
         "outside/__init__.py": "",
         "outside/methods.py": METHODS,
         "outside/reducers.py": REDUCERS,
+        "outside/tasks.py": TASKS,
         "outside-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n",
         "outside-1.0.dist-info/entry_points.txt": ENTRY_POINTS,
     }.items():
@@ -100,6 +149,24 @@ def test_a_run_uses_a_method_and_reducers_of_an_installed_package_by_name(
     assert json.loads(line)["factors"] == ["A"]
 
 
+def test_a_task_of_an_installed_package_is_trained_measured_and_reported(
+    site: Path, tmp_path: Path
+) -> None:
+    config = load_config(site, ["model.task=error_rate", "train.rounds=1"])
+    *_, result = runs.start(config, tmp_path / "run").rounds()
+    assert set(result.metrics) == {"error_rate"}
+    assert primary_metric([load_run(tmp_path / "run")]) == "error_rate"
+    assert not higher_is_better("error_rate")
+
+
+def test_a_reducer_that_keeps_what_no_checkpoint_can_hold_is_an_error(
+    site: Path, tmp_path: Path
+) -> None:
+    config = load_config(site, ["aggregate.reducer=hoarder", "train.rounds=1"])
+    with pytest.raises(TypeError, match="keeps 'bound', which is not a tensor"):
+        list(runs.start(config, tmp_path / "run").rounds())
+
+
 def test_names_of_other_packages_stand_beside_ours() -> None:
     assert {"ffa_but_a", "rolora"} <= set(method_names())
     assert get_method("ffa_but_a").trained(1) == {"A", "head"}
@@ -112,6 +179,9 @@ def test_names_of_other_packages_stand_beside_ours() -> None:
         ("method.haed=false", "unknown key 'method.haed': did you mean 'head'?"),
         ("method.head=1", "method.head: Input should be a valid boolean, got 1"),
         ("aggregate.reducer=nearst", "unknown reducer 'nearst': did you mean 'nearest'?"),
+        ("aggregate.reducer=positional", "option 'factor' must be keyword-only: put * before it"),
+        ("aggregate.reducer=absent", "reducer 'absent': outside.reducers:absent does not load"),
+        ("model.task=nameless", "task 'nameless' calls itself 'classification'"),
         ('aggregate.reducer=["nearest", "mean"]', "reducer 'nearest' wraps no other: put it last"),
         ('aggregate.reducer=["mean", "halved"]', "reducer 'mean' wraps no other: put it last"),
         ("aggregate.reducer=halved", "reducer 'halved' wraps another one: add a rule"),

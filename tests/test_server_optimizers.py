@@ -200,8 +200,24 @@ def test_what_the_wrapped_reducer_remembers_is_kept_beside_it() -> None:
     for calls in (1, 2, 3):
         memory = reducer.add(memory, {"a": torch.ones(2)}, {"a": torch.zeros(2)}, 1.0)
         _, memory = reducer.finish(memory, generator(0))
-        assert memory.keys() == {"calls", "momentum/a"}
-        assert float(memory["calls"]) == calls
+        assert memory.keys() == {"inner/calls", "momentum/a"}
+        assert float(memory["inner/calls"]) == calls
+
+
+def test_an_optimizer_over_another_keeps_its_memory_apart() -> None:
+    def steps(reducer: Reducer) -> list[float]:
+        memory, found = reducer.init(), []
+        for _ in range(4):
+            memory = reducer.add(memory, {"a": torch.ones(1)}, {"a": torch.zeros(1)}, 1.0)
+            value, memory = reducer.finish(memory, generator(0))
+            found.append(float(value["a"]))
+        return found
+
+    expected, momentum = [], 0.0
+    for step in steps(fedadam(mean())):
+        momentum = 0.9 * momentum + step
+        expected.append(momentum)
+    assert steps(fedavgm(fedadam(mean()))) == pytest.approx(expected)
 
 
 def adapter_hash(path: Path) -> str:

@@ -92,7 +92,7 @@ def test_a_kind_names_the_metrics_of_its_task_the_main_one_first() -> None:
     expected = {"causal_lm": "perplexity", "choice": "choice_accuracy"}
     assert mains == {**expected, "classification": "accuracy"}
     assert [higher_is_better(name) for name in ("exact_match", "perplexity")] == [True, False]
-    with pytest.raises(ConfigError, match="no task measures 'speed'"):
+    with pytest.raises(ConfigError, match="no installed task measures 'speed'"):
         higher_is_better("speed")
 
 

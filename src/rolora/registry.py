@@ -49,7 +49,14 @@ class Registry:
                 f"{added[name].value} adds a {self.kind} {name!r}, but rolora has one of that name"
             )
         module, _, attribute = (self.own.get(name) or added[name].value).partition(":")
-        found: Callable[..., Any] = getattr(import_module(module), attribute)
+        try:
+            found: Callable[..., Any] = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            if name in self.own:
+                raise
+            raise ConfigError(
+                f"{self.kind} {name!r}: {added[name].value} does not load: {error}"
+            ) from error
         return found
 
     def options(self, name: str) -> dict[str, Parameter]:

@@ -58,7 +58,14 @@ SERVER_OPTIMIZERS = ("fedavgm", "fedadam")
 
 def is_wrapper(name: str) -> bool:
     """Whether the reducer of this name takes another one. ConfigError for an unknown name."""
-    return len(signature(REDUCERS.factory(name)).parameters) > len(REDUCERS.options(name))
+    options = REDUCERS.options(name)
+    parameters = signature(REDUCERS.factory(name)).parameters.values()
+    given = [one for one in parameters if one.name not in options]
+    if len(given) > 1 or any(one.default is not one.empty for one in given):
+        raise ConfigError(
+            f"reducer {name!r}: option {given[-1].name!r} must be keyword-only: put * before it"
+        )
+    return bool(given)
 
 
 def compose(rules: Sequence[tuple[str, Mapping[str, Any]]]) -> Reducer:
@@ -250,7 +257,11 @@ def _remembering(
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
         if "reference" not in memory:
             held = {key: tensor for key, tensor in memory.items() if key.startswith(own)}
-            rest = {key: tensor for key, tensor in memory.items() if key not in held}
+            rest = {
+                key.removeprefix("inner/"): tensor
+                for key, tensor in memory.items()
+                if key.startswith("inner/")
+            }
             memory = {"reference": reference, "held": held, "inner": rest or inner.init()}
         return {**memory, "inner": inner.add(memory["inner"], value, reference, weight)}
 
@@ -269,6 +280,6 @@ def _remembering(
             stepped[name] = (before + step).to(tensor.dtype)
             for kind, remembered in zip(start, now, strict=True):
                 held[f"{kind}/{name}"] = remembered.to(tensor.dtype)
-        return stepped, {**held, **kept}
+        return stepped, {**held, **{f"inner/{key}": tensor for key, tensor in kept.items()}}
 
     return Reducer(dict, add, finish)

@@ -102,6 +102,8 @@ def step(
         if len(accepted) < max(1, aggregation.quorum):
             raise _BelowQuorum
         reduced, memory = reducer.finish(memory, rng)
+        if odd := [name for name, kept in memory.items() if not isinstance(kept, torch.Tensor)]:
+            raise TypeError(f"the reducer keeps {odd[0]!r}, which is not a tensor")
         kept.append(memory)
         return reduced
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rolora.data.examples import Batch, Examples
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, nearest
 from rolora.registry import Registry
 
 Label = str | int | bool
@@ -81,6 +81,10 @@ class TaskKind:
 
         Raises ConfigError unless they are those of exactly one alternative.
         """
+        read = {key for keys in self.columns for key in keys}
+        if unknown := sorted(read - data.keys()):
+            hint = nearest(unknown[0], data)
+            raise ConfigError(f"task {self.name!r} reads data.{unknown[0]}, an unknown key: {hint}")
         given = [keys for keys in self.columns if all(data[key] is not None for key in keys)]
         if len(given) != 1:
             ways = [_listed([f"data.{key}" for key in keys]) for keys in self.columns]
@@ -92,16 +96,21 @@ class TaskKind:
 def task_kind(name: str) -> TaskKind:
     """The kind of this name. Raises ConfigError with the nearest known name if there is none."""
     kind: TaskKind = TASKS.factory(name)()
+    if kind.name != name:
+        raise ConfigError(
+            f"task {name!r} calls itself {kind.name!r}: its TaskKind needs name={name!r}"
+        )
     return kind
 
 
 def higher_is_better(metric: str) -> bool:
     """Whether more of a metric of any known task is better. Raises ConfigError for another."""
-    for kind in map(task_kind, TASKS.names()):
+    for name in sorted(TASKS.names(), key=lambda name: name not in TASKS.own):
+        kind = task_kind(name)
         for known in (kind.metrics, kind.answers):
             if metric in known:
                 return known[metric]
-    raise ConfigError(f"no task measures {metric!r}")
+    raise ConfigError(f"no installed task measures {metric!r}: install the package of its task")
 
 
 def _listed(words: Sequence[str]) -> str:
