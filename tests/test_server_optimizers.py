@@ -214,8 +214,8 @@ def test_an_optimizer_over_another_keeps_its_memory_apart() -> None:
         return found
 
     expected, momentum = [], 0.0
-    for step in steps(fedadam(mean())):
-        momentum = 0.9 * momentum + step
+    for one in steps(fedadam(mean())):
+        momentum = 0.9 * momentum + one
         expected.append(momentum)
     assert steps(fedavgm(fedadam(mean()))) == pytest.approx(expected)
 
