@@ -42,6 +42,10 @@ def engine_of(bench: Bench, folder: Path, **changes: Any) -> InProcess:
     return replace(engine, **changes)
 
 
+def debug_of(bench: Bench, folder: Path) -> Debug:
+    return Debug(**vars(engine_of(bench, folder)))
+
+
 def job_of(bench: Bench, round: int = 1, method: str = "fedit") -> Job:
     chosen = get_method(method)
     server = ServerState(bench.start_of(chosen), round=round - 1)
@@ -76,7 +80,7 @@ def test_both_engines_send_the_same_bits_when_clients_go_one_at_a_time(
 ) -> None:
     method, job = get_method(name), job_of(bench, round, name)
     found = run(engine_of(bench, tmp_path, bank_size=1), method, job)
-    debug = run(Debug(engine_of(bench, tmp_path)), method, job)
+    debug = run(debug_of(bench, tmp_path), method, job)
     assert found.keys() == debug.keys()
     for client, update in found.items():
         assert same(update.adapter, debug[client].adapter)
@@ -89,7 +93,7 @@ def test_the_size_of_the_bank_changes_updates_by_rounding_only(
     bench: Bench, tmp_path: Path, size: int
 ) -> None:
     method, job = get_method("fedit"), job_of(bench)
-    one_by_one = run(Debug(engine_of(bench, tmp_path)), method, job)
+    one_by_one = run(debug_of(bench, tmp_path), method, job)
     found = run(engine_of(bench, tmp_path, bank_size=size), method, job)
     assert found.keys() == one_by_one.keys() == SHARDS.keys()
     for client, update in found.items():
@@ -150,7 +154,7 @@ def test_the_pool_s_name_is_no_client_s(bench: Bench, tmp_path: Path) -> None:
 def test_the_debug_engine_names_client_round_and_stage(
     bench: Bench, tmp_path: Path, stage: str
 ) -> None:
-    class Broken(InProcess):
+    class Broken(Debug):
         def prepare(self, assigned: Assignment) -> Work:
             if (stage, assigned.info.id) == ("prepare", "bob"):
                 raise KeyError("no rows")
@@ -171,7 +175,7 @@ def test_the_debug_engine_names_client_round_and_stage(
                 raise OSError("no space")
             return super().finish(method, assigned, trained)
 
-    engine = Debug(Broken(**vars(engine_of(bench, tmp_path))))
+    engine = Broken(**vars(engine_of(bench, tmp_path)))
     updates = engine.run(get_method("ffa_lora"), job_of(bench, round=3))
     assert next(updates).client == "ann"
     message = rf"^round 3, client 'bob', stage '{stage}': \w+: "
@@ -314,12 +318,12 @@ def test_each_client_is_evaluated_on_its_own_rows_with_its_own_factors(
     engine = engine_of(
         bench,
         tmp_path,
-        held_out=held_out,
+        held_out=held_out.get,
         evaluation=lambda adapter: Evaluation(score(bench, test, adapter)),
     )
     method, job = get_method("local"), job_of(bench)
     run(engine, method, job)
-    for metrics in Debug(engine).evaluate(method, job.cohort):
+    for metrics in Debug(**vars(engine)).evaluate(method, job.cohort):
         kept = job.server.adapter | engine.store.read(metrics.client, before=2)
         own = held_out.get(metrics.client)
         assert metrics.held_out == ({} if own is None else score(bench, own, kept))

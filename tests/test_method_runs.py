@@ -191,7 +191,7 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             "fedit does not support clients of different ranks: .* flora",
         ),
         (["method.name=flora", 'lora.rank={"client-1" = 2, "x" = 1}'], r"has no rank for client"),
-        (["method.name=flora", "lora.rank={}"], "a table of ranks needs an entry"),
+        (["method.name=flora", "lora.rank={}"], "Dictionary should have at least 1 item"),
         (["method.name=flora", "lora.rank=[]"], "lora.rank"),
         (["method.name=flora", "lora.rank=[2, 0]"], "lora.rank"),
         (["method.name=ravan", "lora.rank=3"], "heads = 2 does not divide lora.rank = 3"),

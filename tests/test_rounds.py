@@ -26,6 +26,7 @@ from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.algorithm.reduce import clip, mean
 from rolora.algorithm.seeding import derived_seed
 from rolora.algorithm.step import Aggregation
+from rolora.config.schema import TrainConfig
 from rolora.errors import ConfigError, NoQuorum
 from rolora.methods import get_method, method_names
 from rolora.methods.centralized import POOL
@@ -39,7 +40,6 @@ from rolora.training.rounds import (
     federate,
     sample_cohort,
 )
-from rolora.training.schedule import learning_rate
 
 CLIENTS = {"ann": 5, "bob": 9, "cy": 9, "dee": 2, "eve": 4, "flo": 7}
 SPECS = make_specs(((4, 6, 2), (7, 9, 2)))
@@ -412,7 +412,8 @@ def test_without_a_federation_there_is_no_quorum_to_miss() -> None:
 
 
 def test_a_constant_rate_is_the_rate_in_every_round() -> None:
-    assert {learning_rate(round, lr=0.3, rounds=7) for round in range(1, 8)} == {0.3}
+    train = TrainConfig(lr=0.3, rounds=7)
+    assert {train.rate(round) for round in range(1, 8)} == {0.3}
 
 
 @pytest.mark.parametrize(
@@ -425,15 +426,15 @@ def test_a_constant_rate_is_the_rate_in_every_round() -> None:
 def test_a_falling_rate_starts_at_the_rate_and_would_be_0_after_the_last_round(
     schedule: Any, rates: list[float]
 ) -> None:
-    found = [learning_rate(r, lr=2.0, rounds=4, schedule=schedule) for r in range(1, 6)]
+    train = TrainConfig(lr=2.0, rounds=4, schedule=schedule)
+    found = [train.rate(round) for round in range(1, 6)]
     assert found == pytest.approx([2 * rate for rate in [*rates, 0.0]])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_warm_up_rises_evenly_and_the_round_after_it_has_the_whole_rate(schedule: Any) -> None:
-    found = [
-        learning_rate(r, lr=1.0, rounds=8, schedule=schedule, warmup_rounds=3) for r in range(1, 9)
-    ]
+    train = TrainConfig(lr=1.0, rounds=8, schedule=schedule, warmup_rounds=3)
+    found = [train.rate(round) for round in range(1, 9)]
     assert found[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert sorted(found[3:], reverse=True) == found[3:]
     assert found[-1] > 0

@@ -200,10 +200,11 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
 
     monkeypatch.setattr("rolora.tasks.classification.classification", watched)
     setup = runs.start(config, tmp_path / "run").experiment
-    held_out: Mapping[str, Any] = setup.federation.engine.held_out  # type: ignore[attr-defined]
+    setup.prepare()
     assert encoded == [12]  # the test file
-    assert len(held_out) == 100
-    assert len(held_out["client-007"]) == 2
+    found = setup.held_out("client-007")
+    assert found is not None
+    assert len(found) == 2
     assert encoded == [12, 2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -15,10 +16,11 @@ from rolora.algorithm.codec import Format
 from rolora.errors import ConfigError, nearest
 from rolora.tasks.registry import task_kind
 
-Schedule = Literal["constant", "linear", "cosine"]
-Rank = Annotated[int, Field(ge=1)]
+AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
+Ranks = Annotated[list[AtLeastOne], Field(min_length=1)]
+RankTable = Annotated[dict[str, AtLeastOne], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -46,19 +48,11 @@ class ModelConfig(Section):
         "train", description="whether the classifier head is trained"
     )
 
-    @field_validator("task")
-    @classmethod
-    def _is_known(cls, task: str) -> str:
-        try:
-            return task_kind(task).name
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-
 
 class LoraConfig(Section):
     """``[lora]``: where and how large the adapters are."""
 
-    rank: Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank] = Field(
+    rank: AtLeastOne | Ranks | RankTable = Field(
         4,
         description="rank of lora_A (rank, in) and lora_B (out, rank); a list is repeated over the "
         'clients in order of their ids; a table maps client ids to ranks: "hospital-*" = 8',
@@ -96,12 +90,6 @@ class LoraConfig(Section):
                 raise ConfigError(f'lora.rank has no rank for client {client!r}: add "*" = RANK')
             found[client] = fits[0]
         return found
-
-    @model_validator(mode="after")
-    def _has_ranks(self) -> Self:
-        if self.rank == {}:
-            raise ValueError('a table of ranks needs an entry, such as "*" = 4')
-        return self
 
 
 class DataConfig(Section):
@@ -246,12 +234,14 @@ class TrainConfig(Section):
     b_lr_ratio: float = Field(
         1.0, gt=0, description="lora_B's learning rate is lr times this (LoRA+)"
     )
-    schedule: Schedule = Field("constant", description="of the learning rate over rounds")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate over rounds"
+    )
     warmup_rounds: int = Field(0, ge=0, description="rounds of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="decoupled for adamw, L2 for sgd")
     momentum: float = Field(0.0, ge=0, lt=1, description="for sgd")
     max_grad_norm: float | None = Field(None, gt=0, description="clip each client's gradient")
-    bank: Literal["auto"] | int = Field("auto", description="clients trained in one pass")
+    bank: Literal["auto"] | AtLeastOne = Field("auto", description="clients trained in one pass")
     recompute: bool = Field(
         False, description="recompute layers in the backward pass: less memory, more time"
     )
@@ -267,9 +257,19 @@ class TrainConfig(Section):
     def _is_consistent(self) -> Self:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("give local_steps or local_epochs, not both")
-        if isinstance(self.bank, int) and self.bank < 1:
-            raise ValueError("bank must be 'auto' or at least 1")
         return self
+
+    def rate(self, round: int) -> float:
+        """The learning rate of a round: linear warm-up, then constant or falling towards 0."""
+        warmup = self.warmup_rounds
+        if round <= warmup:
+            return self.lr * round / (warmup + 1)
+        left = 1 - (round - 1 - warmup) / max(1, self.rounds - warmup)
+        if self.schedule == "linear":
+            return self.lr * left
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * (1 - left))) / 2
+        return self.lr
 
 
 class EvalConfig(Section):
@@ -364,10 +364,7 @@ class RunConfig(Section):
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
             raise ValueError(f"name {self.name!r} must be usable as a folder name")
         kind, metric = task_kind(self.model.task), self.eval.metric
-        try:
-            kind.chosen(dict(self.data))
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
+        kind.chosen(dict(self.data))
         if metric is not None and metric not in kind.metrics:
             hint = nearest(metric, kind.metrics)
             raise ValueError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")

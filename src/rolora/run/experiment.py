@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -30,12 +30,10 @@ from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Label, Task, TaskKind, task_kind
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
-from rolora.training.gradient import first_gradient
-from rolora.training.local import LocalSettings, evaluate
+from rolora.training.local import LocalSettings, evaluate, first_gradient
 from rolora.training.memory import BankPlan, phases, plan_bank
 from rolora.training.precision import is_wide, lowered
 from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
-from rolora.training.schedule import learning_rate
 
 
 class Parts(TypedDict, total=False):
@@ -82,13 +80,9 @@ class Experiment:
     @cached_property
     def rows(self) -> Rows:
         """All rows and their split."""
-        config = self.config
+        given = self.config
         return load_rows(
-            config.data,
-            config.partition,
-            seed=config.seed,
-            root=config.root,
-            offline=config.offline,
+            given.data, given.partition, seed=given.seed, root=given.root, offline=given.offline
         )
 
     @cached_property
@@ -288,10 +282,12 @@ class Experiment:
         """How many clients train at once."""
         return self.bank_plan.clients
 
-    @cached_property
-    def held_out(self) -> Mapping[str, Examples]:
-        """Each client's held-out rows."""
-        return HeldOut(self.task, self.rows, self.config.data.train)
+    def held_out(self, client: str) -> Examples | None:
+        """A client's held-out rows, if any, tokenised whenever asked for: nothing is kept."""
+        if client not in self.rows.held_out:
+            return None
+        rows = self.rows.train.take(self.rows.held_out[client].tolist())
+        return self.task.encode_test(rows, self.config.data.train)
 
     @cached_property
     def engine(self) -> Engine:
@@ -307,7 +303,8 @@ class Experiment:
                 f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
                 f"(train.participation of {len(self.rows.shards)} clients)"
             )
-        engine = InProcess(
+        kind = Debug if self.config.train.engine == "debug" else InProcess
+        return kind(
             self.base,
             self.task,
             self.examples,
@@ -319,7 +316,6 @@ class Experiment:
             evaluation=partial(self.evaluate, answers=0),
             up=self.config.wire.up,
         )
-        return Debug(engine) if self.config.train.engine == "debug" else engine
 
     @cached_property
     def spare(self) -> int:
@@ -341,13 +337,7 @@ class Experiment:
             seed=config.seed,
             server_seed=config.server_seed,
             rounds=train.rounds,
-            lr=partial(
-                learning_rate,
-                lr=train.lr,
-                rounds=train.rounds,
-                schedule=train.schedule,
-                warmup_rounds=train.warmup_rounds,
-            ),
+            lr=train.rate,
             participation=train.participation,
             metric=metric,
             higher_is_better=self.kind.metrics[metric],
@@ -402,12 +392,9 @@ class Experiment:
                 )
         found.append(self._trained_on[1])
         found += self._loaded[1] if "_loaded" in vars(self) else ()
-        if isinstance(config.train.bank, int) and self.bank < min(config.train.bank, self.cohort):
-            found.append(
-                f"train.bank = {config.train.bank} does not fit in memory; {self.bank_plan}"
-            )
-        else:
-            found.append(str(self.bank_plan))
+        wanted, plan = config.train.bank, str(self.bank_plan)
+        short = isinstance(wanted, int) and self.bank < min(wanted, self.cohort)
+        found.append(f"train.bank = {wanted} does not fit in memory; {plan}" if short else plan)
         if self.method.personal_roles:
             kept = "+".join(sorted(self.method.personal_roles))
             found.append(
@@ -424,28 +411,6 @@ class Experiment:
         names = [names] if isinstance(names, str) else names
         columns = [tables.texts(self.rows.train, name, source) for name in names]
         return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOut(Mapping[str, Examples]):
-    """Each client's held-out rows, tokenised whenever asked for, so that nothing is kept.
-
-    Faulty rows were reported when all training rows were encoded.
-    """
-
-    task: Task
-    rows: Rows
-    source: str
-
-    def __getitem__(self, client: str) -> Examples:
-        chosen = self.rows.held_out[client]
-        return self.task.encode_test(self.rows.train.take(chosen.tolist()), self.source)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.rows.held_out)
-
-    def __len__(self) -> int:
-        return len(self.rows.held_out)
 
 
 def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:

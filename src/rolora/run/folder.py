@@ -12,7 +12,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,9 @@ KEPT_CHECKPOINTS = 2
 
 def line(result: RoundResult) -> dict[str, Any]:
     """A round's line in ``rounds.jsonl``."""
-    return {
-        "round": result.round,
-        "attempt": result.attempt,
-        "factors": list(result.factors),
-        "cohort": list(result.cohort),
-        "loss": result.loss,
-        "lr": result.lr,
-        "clients": {client: dict(values) for client, values in result.clients.items()},
-        "metrics": dict(result.metrics),
-        "validation": dict(result.validation),
-        "client_metrics": {c: dict(values) for c, values in result.client_metrics.items()},
-        "aggregation_error": result.aggregation_error,
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "seconds": round(result.seconds, 3),
-        "rejected": dict(result.rejected),
-    }
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    del values["advanced"], values["state"]
+    return {**values, "loss": result.loss, "seconds": round(result.seconds, 3)}
 
 
 @dataclass(frozen=True)
@@ -147,14 +133,6 @@ class RunFolder:
             sync(self.rounds)
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             _remove(old)
-
-    def mark_diverged(self, why: str) -> None:
-        """Record that training diverged, and where."""
-        write_file(self.diverged, f"{why}\n")
-
-    def rewrite_config(self, config: str) -> None:
-        """Replace the configuration, for example when a run gets more rounds."""
-        write_file(self.config, config)
 
     def restore(self, start: RunState) -> tuple[RunState, list[str]]:
         """The newest intact state, and notes on damaged ones.

@@ -15,6 +15,7 @@ import torch
 from rolora.config.load import config_hash, dump_config, load_config, read_toml
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
+from rolora.files import write_file
 from rolora.model.peft import save_adapter
 from rolora.report.page import write_report
 from rolora.run.experiment import Experiment
@@ -53,7 +54,7 @@ class Run:
                     state = result.state
                     yield result
             except NonFiniteLoss as error:
-                self.folder.mark_diverged(str(error))
+                write_file(self.folder.diverged, f"{error}\n")
                 raise
             self._finish(state)
 
@@ -126,7 +127,7 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = Experimen
         if rounds is not None:
             if rounds < state.server.round:
                 raise ConfigError(f"{path} has already done {state.server.round} rounds")
-            folder.rewrite_config(dump_config(config, origin))
+            write_file(folder.config, dump_config(config, origin))
     for key, what in _ALIKE.items():
         if now[key] != origin[key]:
             notes.append(f"the {what} changed since the run started, so the last bits may differ")

@@ -83,26 +83,23 @@ class Engine(Protocol):
 
     def clients(self) -> Mapping[str, int]:
         """The clients that can take part now: id -> num_examples."""
-        ...
 
     def run(self, method: Method, job: Job) -> Iterable[Update | Failure]:
         """Train the job's cohort; yield what each client sends, in any order."""
-        ...
 
     def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterable[ClientMetrics]:
         """Evaluate each client's adapter after the round in its ``info`` on its held-out rows."""
-        ...
 
 
 @dataclass(frozen=True)
 class InProcess:
     """Trains ``bank_size`` clients at a time on one base model in this process.
 
-    ``shards`` maps client -> row indices into ``examples``; ``held_out`` client -> rows that it
-    never trains on; ``evaluation`` measures an adapter on the server's rows. ``up`` is the format
-    in which uploads travel: each is encoded and decoded, unless it is dense float32, which that
-    would not change; with None updates are not encoded here. ``bank_size`` changes results by
-    floating-point rounding only.
+    ``shards`` maps client -> row indices into ``examples``; ``held_out`` gives the rows, if any,
+    that a client never trains on; ``evaluation`` measures an adapter on the server's rows. ``up``
+    is the format in which uploads travel: each is encoded and decoded, unless it is dense float32,
+    which that would not change; with None updates are not encoded here. ``bank_size`` changes
+    results by floating-point rounding only.
     """
 
     base: Base
@@ -112,7 +109,7 @@ class InProcess:
     settings: LocalSettings
     store: ClientStore
     bank_size: int = 16
-    held_out: Mapping[str, Examples] = field(default_factory=dict)
+    held_out: Callable[[str], Examples | None] = lambda client: None
     evaluation: Callable[[AdapterState], Evaluation] = no_evaluation
     up: Format | None = "fp32"
 
@@ -187,7 +184,7 @@ class InProcess:
         for assigned in clients:
             client, done = assigned.info.id, assigned.info.round
             adapter = assigned.received | self.store.read(client, before=done + 1)
-            rows = self.held_out.get(client)
+            rows = self.held_out(client)
             held_out = {} if rows is None else evaluate(self.base, self.task, rows, adapter)
             server = self.evaluation(adapter) if method.personal_roles else Evaluation()
             yield ClientMetrics(client, held_out, server)
@@ -236,34 +233,22 @@ def _half(clients: int, error: RuntimeError) -> int:
     return clients // 2
 
 
-@dataclass(frozen=True)
-class Debug:
+class Debug(InProcess):
     """Slow but explicit: one client at a time; names the client and the stage that broke."""
-
-    engine: InProcess
-
-    def clients(self) -> Mapping[str, int]:
-        """As ``InProcess.clients``."""
-        return self.engine.clients()
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """As ``InProcess.run``, with every stage of every client checked."""
-        engine = self.engine
         for assigned in job.cohort:
             client = assigned.info
             with _stage("prepare", client):
-                work = engine.prepare(assigned)
+                work = self.prepare(assigned)
             with _stage("train", client):
-                (trained,) = engine.train(method, job, [work])
+                (trained,) = self.train(method, job, [work])
             with _stage("check", client):
                 _check_frozen(method, job, work, trained)
             with _stage("finish", client):
-                update = engine.finish(method, assigned, trained)
+                update = self.finish(method, assigned, trained)
             yield update
-
-    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
-        """As ``InProcess.evaluate``."""
-        return self.engine.evaluate(method, clients)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Local training of a group of clients in one round, in one pass through the bank; evaluation."""
+"""Passes through the bank: local training of a group of clients, a first gradient, evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
+from rolora.algorithm.factors import zero_deltas
+from rolora.algorithm.method import lora_init
 from rolora.algorithm.seeding import derived_seed, generator
 from rolora.data.examples import Batch, Examples, collate
 from rolora.errors import RoloraError
@@ -118,7 +120,8 @@ def train_group(
                 total_loss = total_loss + sum(penalty(bank.view(k)) for k in range(staying))
             total_loss.backward()  # type: ignore[no-untyped-call]
             if gradient is not None:
-                _change_gradients(bank, gradient)
+                for name, leaf in bank.leaves.items():
+                    leaf.grad = None if leaf.grad is None else gradient(name, leaf.grad)
             if settings.max_grad_norm is not None:
                 _clip_gradients(bank, settings.max_grad_norm)
             optimizer.step()
@@ -128,10 +131,8 @@ def train_group(
         done[:0] = [_leave(bank, k, active[k], total) for k in range(bank.clients)]
     finally:
         bank.unload()
-    results: list[Trained | None] = [None] * len(work)
-    for position, trained in zip(order, done, strict=True):
-        results[position] = trained
-    return [trained for trained in results if trained is not None]
+    trained = dict(zip(order, done, strict=True))
+    return [trained[position] for position in range(len(work))]
 
 
 def _leave(bank: Bank, position: int, work: Work, total: Tensor) -> Trained:
@@ -204,18 +205,45 @@ def _shrink(
     return smaller
 
 
-def _change_gradients(bank: Bank, change: Callable[[str, Tensor], Tensor]) -> None:
-    for name, leaf in bank.leaves.items():
-        if leaf.grad is not None:
-            leaf.grad = change(name, leaf.grad)
-
-
 def _clip_gradients(bank: Bank, max_norm: float) -> None:
     gradients = [leaf.grad for leaf in bank.leaves.values() if leaf.grad is not None]
     square = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0)
     scale = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def first_gradient(
+    base: Base,
+    task: Task,
+    examples: Examples,
+    shards: Mapping[str, Tensor],
+    batch_size: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """layer -> the gradient (out, in) of the mean loss at the base model's weights, float32, CPU.
+
+    Each client takes one batch of its rows and is weighted by its number of rows (LoRA-SB,
+    arXiv:2411.19557, section 3; across clients as Fed-SB, arXiv:2502.15436, Algorithm 1).
+    """
+    start = lora_init(base.specs, generator(seed, "init"))
+    total = sum(len(rows) for rows in shards.values())
+    with base.holding(start | zero_deltas(base.specs)):
+        deltas = base.bank.deltas
+        for delta in deltas.values():
+            delta.requires_grad_(True)
+        for client, rows in shards.items():
+            draw = torch.randperm(len(rows), generator=generator(seed, "gradient", 0, client))
+            chosen = rows[draw[:batch_size]]
+            batch = collate(examples, chosen, base.tokenizer.pad_token_id).to(base.device)
+            with base.running(batch) as given:
+                each, count = task.loss(base.model, given)
+            (len(rows) / total * each.sum() / count.sum()).backward()  # type: ignore[no-untyped-call]
+        return {
+            layer_of(name): delta.grad.cpu()
+            for name, delta in deltas.items()
+            if delta.grad is not None
+        }
 
 
 def evaluate(

@@ -57,20 +57,20 @@ class RoundResult:
 
     round: int
     attempt: int
-    factors: tuple[str, ...]
-    cohort: tuple[str, ...]
-    lr: float
-    clients: Mapping[str, Metrics]
-    metrics: Metrics
-    validation: Metrics
-    client_metrics: Mapping[str, Metrics]
-    aggregation_error: float | None
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    rejected: Mapping[str, str]
-    advanced: bool
     state: RunState
+    factors: tuple[str, ...] = ()
+    cohort: tuple[str, ...] = ()
+    lr: float = 0.0
+    clients: Mapping[str, Metrics] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    validation: Metrics = field(default_factory=dict)
+    client_metrics: Mapping[str, Metrics] = field(default_factory=dict)
+    aggregation_error: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    advanced: bool = True
 
     @property
     def loss(self) -> float | None:
@@ -185,9 +185,11 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     """
     if state.server.round == 0 and state.server.attempt == 0:
         started = time.perf_counter()
-        yield _evaluated(run, _blank(state), started, first=True)
+        before = _evaluated(run, RoundResult(0, 0, state), first=True)
+        yield replace(before, seconds=time.perf_counter() - started)
     failed = 0
-    while state.server.round < run.rounds and not _stopped(run, state):
+    patience = math.inf if run.patience is None else run.patience
+    while state.server.round < run.rounds and state.stale < patience:
         if failed == run.max_attempts:
             raise NoQuorum(
                 f"round {state.server.round + 1}: no quorum of {run.aggregation.quorum} after "
@@ -197,17 +199,9 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
         result = _round(run, state)
         failed = 0 if result.advanced else failed + 1
         if result.advanced:
-            result = _evaluated(run, result, started)
+            result = _evaluated(run, result)
         state = result.state
         yield replace(result, seconds=time.perf_counter() - started)
-
-
-def _stopped(run: Federation, state: RunState) -> bool:
-    return run.patience is not None and state.stale >= run.patience
-
-
-def _blank(state: RunState) -> RoundResult:
-    return RoundResult(0, 0, (), (), 0.0, {}, {}, {}, {}, None, 0, 0, 0.0, {}, True, state)
 
 
 def _round(run: Federation, state: RunState) -> RoundResult:
@@ -246,22 +240,16 @@ def _round(run: Federation, state: RunState) -> RoundResult:
             for one in reversed(arrived)  # the first of several counts
             if one.client in report.accepted
         },
-        metrics={},
-        validation={},
-        client_metrics={},
         aggregation_error=report.aggregation_error,
         bytes_up=bytes_up,
         bytes_down=bytes_down,
-        seconds=0.0,
         rejected=report.rejected,
         advanced=report.quorum_met,
         state=replace(state, server=after, ledger=ledger),
     )
 
 
-def _evaluated(
-    run: Federation, result: RoundResult, started: float, first: bool = False
-) -> RoundResult:
+def _evaluated(run: Federation, result: RoundResult, first: bool = False) -> RoundResult:
     """The result with metrics, if its round is one to evaluate: the first, the last, every n-th."""
     last = result.round == run.rounds
     if not (first or last or result.round % run.eval_every == 0):
@@ -289,7 +277,6 @@ def _evaluated(
         validation=found.validation,
         client_metrics=client_metrics,
         state=state,
-        seconds=time.perf_counter() - started,
     )
 
 
