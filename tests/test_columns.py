@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rolora.data.columns import Column, Guess, describe, guess_columns
+from rolora.data.columns import Column, describe, guess_columns
 from rolora.errors import DataError
 
 STORY = "a story that goes on for a while, number {}"
@@ -69,56 +69,58 @@ def test_the_example_shows_numbers_as_written() -> None:
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"text": LONG, "label": YES_NO}, Guess("classification", ("text",), "label")),
+        ({"text": LONG, "label": YES_NO}, ("classification", {"text": "text", "label": "label"})),
         (
             {"premise": LONG, "hypothesis": SHORT, "idx": list(range(8)), "label": [0, 1] * 4},
-            Guess("classification", ("premise", "hypothesis"), "label"),
+            ("classification", {"text": ["premise", "hypothesis"], "label": "label"}),
         ),
         (
             {"question": SHORT, "passage": LONG, "answer": [True, False] * 4},
-            Guess("classification", ("question", "passage"), "answer"),
+            ("classification", {"text": ["question", "passage"], "label": "answer"}),
         ),
         (
             {"notes": LONG, "Review": SHORT, "Sentiment": YES_NO, "ok": YES_NO},
-            Guess("classification", ("Review",), "Sentiment"),
+            ("classification", {"text": "Review", "label": "Sentiment"}),
         ),
         (
             {"first": YES_NO, "words": LONG, "last": YES_NO},
-            Guess("classification", ("words",), "last"),
+            ("classification", {"text": "words", "label": "last"}),
         ),
         (
             {"prompt": SHORT, "response": LONG, "label": YES_NO},
-            Guess("classification", ("response",), "label"),
+            ("classification", {"text": "response", "label": "label"}),
         ),
         (
             {"speaker": YES_NO, "text": LONG, "label": list("abcdefgh")},
-            Guess("classification", ("text",), "label"),
+            ("classification", {"text": "text", "label": "label"}),
         ),
         (
             {"uid": SHORT, "fulltext": LONG, "group": ["a", "b", "c", "d"] * 2, "ok": YES_NO},
-            Guess("classification", ("fulltext",), "ok"),
+            ("classification", {"text": "fulltext", "label": "ok"}),
         ),
         (
             {"instruction": SHORT, "input": [""] * 8, "output": LONG},
-            Guess("causal_lm", prompt="instruction", completion="output"),
+            ("causal_lm", {"prompt": "instruction", "completion": "output"}),
         ),
         (
             {"question": SHORT, "answer": LONG},
-            Guess("causal_lm", prompt="question", completion="answer"),
+            ("causal_lm", {"prompt": "question", "completion": "answer"}),
         ),
         (
             {"prompt": SHORT, "topic": YES_NO, "completion": LONG},
-            Guess("causal_lm", prompt="prompt", completion="completion"),
+            ("causal_lm", {"prompt": "prompt", "completion": "completion"}),
         ),
-        ({"source": YES_NO, "messages": CHAT}, Guess("causal_lm", messages="messages")),
-        ({"turns": CHAT, "label": YES_NO}, Guess("causal_lm", messages="turns")),
+        ({"source": YES_NO, "messages": CHAT}, ("causal_lm", {"messages": "messages"})),
+        ({"turns": CHAT, "label": YES_NO}, ("causal_lm", {"messages": "turns"})),
         (
             {"question": SHORT, "choices": [["a", "b"]] * 8, "answer": [0, 1] * 4},
-            Guess("choice", prompt="question", choices="choices", answer="answer"),
+            ("choice", {"prompt": "question", "choices": "choices", "answer": "answer"}),
         ),
     ],
 )
-def test_the_task_and_its_columns_are_guessed(columns: dict[str, Any], expected: Guess) -> None:
+def test_the_task_and_its_columns_are_guessed(
+    columns: dict[str, Any], expected: tuple[str, Any]
+) -> None:
     assert guess_columns(pa.table(columns)) == expected
 
 

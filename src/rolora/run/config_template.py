@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from rolora.data import tables
-from rolora.data.columns import Column, Guess, describe, guess_columns
+from rolora.data.columns import describe, guess_columns
 from rolora.errors import ConfigError
 from rolora.files import write_file
-from rolora.tasks.registry import TASKS, TaskKind, task_kind
+from rolora.tasks.registry import TASKS, task_kind
 
 # by the model's head: a small model, max_length, and a learning rate to begin with
 _START = {
     "classification": ("sentence-transformers/all-MiniLM-L6-v2", 128, "5e-3"),
     "causal_lm": ("HuggingFaceTB/SmolLM2-135M-Instruct", 512, "2e-3"),
 }
+
+_BY_LABEL = """\
+scheme = "dirichlet"              # iid | dirichlet | by_label | by_field
+clients = 10
+alpha = 0.5                       # the smaller, the more uneven"""
+_EVENLY = """\
+scheme = "iid"                    # or by_field with field = "a column"
+clients = 10"""
 
 
 def write_template(source: str, out: Path, model: str = "") -> None:
@@ -30,26 +38,35 @@ def write_template(source: str, out: Path, model: str = "") -> None:
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
     here = Path()
-    pattern = tables.is_glob(source, root=here)
-    if pattern:
+    clients = 0
+    if tables.is_glob(source, root=here):
         each = tables.read_clients(source, root=here)
         table, clients = next(iter(each.values())), len(each)
     else:
-        table, clients = tables.read_table(source, root=here), 0
-    local = pattern or Path(source).exists()
-    place = os.path.relpath(source, out.parent) if local else source
-    write_file(out, template(place, guess_columns(table), describe(table), clients, model, out))
-
-
-def template(
-    source: str, guess: Guess, columns: list[Column], clients: int, model: str, out: Path
-) -> str:
-    """The text of the config. ``clients``: the number of per-client files, 0 for one file."""
-    kind = task_kind(guess.task)
-    small, length, rate = _START[kind.head]
+        table = tables.read_table(source, root=here)
+    if clients or Path(source).exists():
+        source = os.path.relpath(source, out.parent)
     if model and Path(model).exists():
         model = os.path.relpath(model, out.parent)
-    seen = "\n".join(f"#   {c.name}: {c.kind}, {c.distinct} distinct, {_cut(c)}" for c in columns)
+    write_file(out, _template(source, table, clients, model, out))
+
+
+def _template(source: str, table: Any, clients: int, model: str, out: Path) -> str:
+    """The text of the config. ``clients``: the number of per-client files, 0 for one file."""
+    task, chosen = guess_columns(table)
+    kind = task_kind(task)
+    small, length, rate = _START[kind.head]
+    seen = "\n".join(
+        f"#   {c.name}: {c.kind}, {c.distinct} distinct, for example {_toml(c.example[:40])}"
+        for c in describe(table)
+    )
+    columns = "\n".join(f"{key} = {_toml(column)}" for key, column in chosen.items())
+    if clients:
+        split = f'scheme = "files"                  # {clients} files, one client each'
+    elif kind.labelled:
+        split = _BY_LABEL
+    else:
+        split = _EVENLY
     return f"""\
 # A federated LoRA run. Any key can be overridden: rolora run {out.name} train.lr=1e-3
 name = {_toml(out.stem if out.stem != "rolora" else Path(source).stem.replace("*", "all"))}
@@ -58,7 +75,7 @@ device = "cpu"                    # cpu | cuda | mps
 
 [model]
 path = {_toml(model or small)}    # a folder, a hub name, or a .gguf file
-task = {_toml(guess.task)}        # {" | ".join(TASKS.names())}
+task = {_toml(task)}        # {" | ".join(TASKS.names())}
 dtype = "auto"                    # fp32 | bf16 | auto
 
 [lora]
@@ -71,11 +88,11 @@ alpha = 8
 train = {_toml(source)}
 test = 0.2                        # a share of the rows, or another file
 # validation = 0.1                # for the best round and early stopping
-{_columns(guess, kind)}
+{columns}
 max_length = {length}                  # tokens; longer rows are truncated
 
 [partition]
-{_partition(guess, clients)}
+{split}
 
 [method]
 name = "rolora"                   # see: rolora methods
@@ -93,33 +110,6 @@ every = 5
 """
 
 
-def _columns(guess: Guess, kind: TaskKind) -> str:
-    lines = []
-    for key in itertools.chain(*kind.columns):
-        value = getattr(guess, key)
-        if value is not None:
-            chosen = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-            lines.append(f"{key} = {_toml(chosen)}")
-    return "\n".join(lines)
-
-
-def _partition(guess: Guess, clients: int) -> str:
-    if clients:
-        return f'scheme = "files"                  # {clients} files, one client each'
-    if guess.label is None:
-        return (
-            'scheme = "iid"                    # or by_field with field = "a column"\nclients = 10'
-        )
-    return (
-        'scheme = "dirichlet"              # iid | dirichlet | by_label | by_field\n'
-        "clients = 10\nalpha = 0.5                       # the smaller, the more uneven"
-    )
-
-
-def _toml(value: str | tuple[str, ...]) -> str:
+def _toml(value: str | list[str]) -> str:
     # a JSON string or list of strings is also TOML
     return json.dumps(value, ensure_ascii=False)
-
-
-def _cut(column: Column) -> str:
-    return "for example " + json.dumps(column.example[:40], ensure_ascii=False)
