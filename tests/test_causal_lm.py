@@ -69,7 +69,7 @@ def adapter(base: Base, seed: int) -> AdapterState:
 
 
 def trained_text(base: Base, examples: Examples, row: int = 0) -> str:
-    (shown,) = masks(examples, base.tokenizer, [row])
+    shown = masks(examples, base.tokenizer)[row]
     return "".join(text if wanted else "·" for text, wanted in shown)
 
 
@@ -168,7 +168,7 @@ def test_logits_of_a_bfloat16_model_are_raised_to_float32() -> None:
 def test_only_the_completion_and_the_end_of_text_are_trained_on(base: Base, task: Task) -> None:
     examples = task.encode(PAIRS, "train")
     assert trained_text(base, examples).lstrip("·") == " the mat<|im_end|>"
-    (shown,) = masks(examples, base.tokenizer, [0])
+    shown = masks(examples, base.tokenizer)[0]
     assert "".join(text for text, wanted in shown if not wanted) == "the cat sat on"
 
 
@@ -186,7 +186,7 @@ def test_a_row_s_first_token_is_never_predicted(base: Base, task: Task) -> None:
 
 def test_a_chat_is_trained_on_assistant_turns_with_their_end_marks(base: Base) -> None:
     examples = chat_task(base).encode(pa.table({"chat": [CHAT]}), "train")
-    (shown,) = masks(examples, base.tokenizer, [0])
+    shown = masks(examples, base.tokenizer)[0]
     assert "".join(text for text, _ in shown) == base.tokenizer.apply_chat_template(
         CHAT, tokenize=False
     )
@@ -212,7 +212,7 @@ def test_keys_that_only_other_chats_have_do_not_reach_the_template(
     monkeypatch.setattr(base.tokenizer, "chat_template", template)
     loud = [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "hi"}]
     examples = chat_task(base).encode(pa.table({"chat": [loud, CHAT[:3]]}), "train")
-    texts = ["".join(text for text, _ in row) for row in masks(examples, base.tokenizer, [0, 1])]
+    texts = ["".join(text for text, _ in row) for row in masks(examples, base.tokenizer)]
     assert texts == ["a!hi", "you answerthe catsat on the mat"]
 
 

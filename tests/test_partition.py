@@ -20,7 +20,7 @@ from rolora.data.partition import (
     iid,
     symmetric_dirichlet,
 )
-from rolora.errors import ConfigError, DataError
+from rolora.errors import DataError
 
 LABELS = [row % 5 for row in range(200)]
 SPEAKERS = ["Ross", "Monica", "Ross", "Gunther", "Monica", "Ross"]
@@ -266,9 +266,3 @@ def test_too_few_rows_are_refused_with_the_numbers_and_a_way_out(
         "10 rows cannot give 6 clients at least 2 rows each: use at most 5 clients, "
         "lower min_examples, or use more data"
     )
-
-
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])
-def test_an_alpha_that_is_no_positive_number_is_refused(alpha: float) -> None:
-    with pytest.raises(ConfigError, match="alpha"):
-        dirichlet(LABELS, 3, alpha, generator(0))

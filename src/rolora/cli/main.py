@@ -145,7 +145,8 @@ def partition(
     from rolora.run.runs import training_masks
 
     settings = load_config(config, overrides or [])
-    rows = Experiment(settings).rows
+    experiment = Experiment(settings)
+    rows = experiment.rows
     table = rows.table()
     save_picture(split_figure(table), picture)
     if json:
@@ -155,7 +156,7 @@ def partition(
         out_console.print(f"\npicture   {picture}")
     if show_masks:
         with working("loading the tokenizer"):
-            masked = training_masks(settings, 3)
+            masked = training_masks(experiment, 3)
         out_console.print(masked_text(masked))
 
 

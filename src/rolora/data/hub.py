@@ -42,9 +42,10 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
     if not name:
         looked = f"{source}: no such file or folder (looked in {root.resolve()})"
         raise NotHere(looked, source)
-    alone = hub_alone(offline)
+    config = datasets.config
+    alone = offline or config.HF_HUB_OFFLINE or not is_reachable(config.HF_ENDPOINT)
     try:
-        with told_offline(alone):
+        with _told_offline(alone):
             found = datasets.load_dataset(name["name"], name["config"], split=split)
     except Exception as error:  # the hub's client raises errors of several libraries
         if alone:
@@ -56,14 +57,8 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
     return _with_label_names(found)
 
 
-def hub_alone(offline: bool) -> bool:
-    """Whether the hub cannot be asked: offline here or by the environment, or out of reach."""
-    config = datasets.config
-    return bool(offline or config.HF_HUB_OFFLINE or not is_reachable(config.HF_ENDPOINT))
-
-
 @contextlib.contextmanager
-def told_offline(alone: bool) -> Iterator[None]:
+def _told_offline(alone: bool) -> Iterator[None]:
     """``datasets`` in offline mode if ``alone``: it would otherwise retry for half a minute."""
     config, logs = datasets.config, datasets.utils.logging
     before, verbosity = config.HF_HUB_OFFLINE, logs.get_verbosity()

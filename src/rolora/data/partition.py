@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rolora.errors import ConfigError, DataError
+from rolora.errors import DataError
 
 Rows = list[int]
 Key = TypeVar("Key", bound=Hashable)
@@ -25,13 +25,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """Which client holds which rows.
+    """``shards``: client id, safe as a file name -> row indices, int64 (num_examples,), ascending.
 
-    Attributes:
-        shards: client id -> row indices, int64 ``(num_examples,)``, ascending. Ids are in order and
-            are safe as file names.
-        dropped: rows that no client holds.
-        note: one line on what was adjusted, else empty.
+    ``dropped`` rows belong to no client; ``note`` says in a line what was adjusted, else nothing.
     """
 
     shards: Mapping[str, Tensor]
@@ -66,8 +62,6 @@ def dirichlet(
 
     Raises DataError if there are fewer than ``clients * min_examples`` rows.
     """
-    if not 0 < alpha < float("inf"):
-        raise ConfigError(f"alpha = {alpha:g} must be a positive number")
     _require_enough(len(labels), clients, min_examples)
     shards: list[Rows] = [[] for _ in range(clients)]
     for rows in _rows_by(labels).values():
@@ -76,8 +70,8 @@ def dirichlet(
         parts = _shuffled(rows, rng).tensor_split(cuts)
         for shard, part in zip(shards, parts, strict=True):
             shard.extend(part.tolist())
-    topped = _top_up(shards, min_examples, rng)
-    return Partition(_numbered(shards), note=_topped_note(topped, min_examples))
+    note = _top_up(shards, min_examples, rng)
+    return Partition(_numbered(shards), note=note)
 
 
 def by_label(
@@ -99,34 +93,30 @@ def by_label(
     """
     _require_enough(len(labels), clients, min_examples)
     groups = _rows_by(labels)
-    if not 1 <= k <= len(groups):
+    if k > len(groups):
         raise DataError(
             f"by_label asks for {k} labels a client, but the data has {len(groups)}: "
             f"choose 1 to {len(groups)}"
         )
     held = _deal_labels(list(groups), clients, k, rng)
     shards: list[Rows] = [[] for _ in range(clients)]
-    dropped = 0
     for label, rows in groups.items():
         holders = [client for client in range(clients) if label in held[client]]
         if not holders:
-            dropped += len(rows)
             continue
         parts = _shuffled(rows, rng).tensor_split(len(holders))
         for client, part in zip(holders, parts, strict=True):
             shards[client].extend(part.tolist())
-    topped = _top_up(shards, min_examples, rng, lambda client, row: labels[row] in held[client])
-    short = sum(len({labels[row] for row in shard}) < k for shard in shards)
+    notes = []
     unheld = set(groups) - set().union(*held)
-    notes = [
-        f"{_count(len(unheld), 'label')} held by no client dropped ({_count(dropped, 'row')})"
-        if unheld
-        else "",
-        _topped_note(topped, min_examples),
-        f"{_count(short, 'client')} with rows of fewer than {k} labels (labels with few rows)"
-        if short
-        else "",
-    ]
+    dropped = sum(len(groups[label]) for label in unheld)
+    if unheld:
+        lost = f"({_count(dropped, 'row')})"
+        notes.append(f"{_count(len(unheld), 'label')} held by no client dropped {lost}")
+    notes.append(_top_up(shards, min_examples, rng, lambda c, row: labels[row] in held[c]))
+    if short := sum(len({labels[row] for row in shard}) < k for shard in shards):
+        few = f"fewer than {k} labels (labels with few rows)"
+        notes.append(f"{_count(short, 'client')} with rows of {few}")
     return Partition(_numbered(shards), dropped, "; ".join(filter(None, notes)))
 
 
@@ -185,10 +175,6 @@ def symmetric_dirichlet(size: int, alpha: float, rng: torch.Generator) -> Tensor
 
 
 def _require_enough(num_rows: int, clients: int, min_examples: int) -> None:
-    if clients < 1 or min_examples < 1:
-        raise ConfigError(
-            f"clients = {clients} and min_examples = {min_examples} must both be at least 1"
-        )
     if num_rows < clients * min_examples:
         raise DataError(
             f"{_count(num_rows, 'row')} cannot give {_count(clients, 'client')} at least "
@@ -227,8 +213,8 @@ def _top_up(
     min_examples: int,
     rng: torch.Generator,
     may_hold: Callable[[int, int], bool] = lambda client, row: True,
-) -> int:
-    """Move rows, in place, to shards that are too small; the number of shards topped up."""
+) -> str:
+    """Move rows, in place, to shards that are too small; a note on how many were."""
     small = [client for client, shard in enumerate(shards) if len(shard) < min_examples]
     heap = [(-len(shard), donor) for donor, shard in enumerate(shards) if len(shard) > min_examples]
     heapq.heapify(heap)  # the largest shard first, of equals the first
@@ -254,7 +240,9 @@ def _top_up(
                 passed.append((size + 1, donor))
             for entry in passed:
                 heapq.heappush(heap, entry)
-    return len(small)
+    if not small:
+        return ""
+    return f"{_count(len(small), 'client')} topped up to {_count(min_examples, 'row')}"
 
 
 def _numbered(shards: list[Rows]) -> dict[str, Tensor]:
@@ -263,12 +251,6 @@ def _numbered(shards: list[Rows]) -> dict[str, Tensor]:
         f"client-{number:0{width}d}": torch.tensor(sorted(shard), dtype=torch.int64)
         for number, shard in enumerate(shards)
     }
-
-
-def _topped_note(topped: int, min_examples: int) -> str:
-    if not topped:
-        return ""
-    return f"{_count(topped, 'client')} topped up to {_count(min_examples, 'row')}"
 
 
 def _count(number: int, noun: str) -> str:

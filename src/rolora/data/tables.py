@@ -77,19 +77,19 @@ def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
     cannot be read or is empty, two files share a stem, or one has other columns.
     """
     stems = files_of(pattern, root=root)
-    files = list(stems)
-    ids = client_ids(stems.values())
-    tables = {ids[stems[name]]: read_table(name, root=root) for name in files}
-    usual = Counter(tuple(sorted(t.column_names)) for t in tables.values()).most_common(1)[0][0]
-    for name in files:
-        columns = tables[ids[stems[name]]].column_names
-        if tuple(sorted(columns)) != usual:
+    tables = {name: read_table(name, root=root) for name in stems}
+    columns = {name: sorted(table.column_names) for name, table in tables.items()}
+    usual = Counter(map(tuple, columns.values())).most_common(1)[0][0]
+    for name, own in columns.items():
+        if tuple(own) != usual:
             raise DataError(
-                f"{name} has columns {', '.join(sorted(columns))}, but most clients have "
+                f"{name} has columns {', '.join(own)}, but most clients have "
                 f"{', '.join(usual)}: all clients need the same columns"
             )
-    order = tables[min(tables)].column_names
-    return {client: tables[client].select(order) for client in sorted(tables)}
+    ids = client_ids(stems.values())
+    clients = {ids[stem]: tables[name] for name, stem in stems.items()}
+    order = clients[min(clients)].column_names
+    return {client: clients[client].select(order) for client in sorted(clients)}
 
 
 def joined(clients: Mapping[str, pa.Table]) -> tuple[pa.Table, list[str]]:

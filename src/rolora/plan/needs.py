@@ -187,10 +187,7 @@ def _bank(run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
     """Clients that train at once, as a run on this machine would choose."""
     if run.config.train.engine == "debug":
         return 1
-    device, wanted = (
-        run.config.device,
-        None if run.config.train.bank == "auto" else run.config.train.bank,
-    )
+    device, wanted = run.config.device, run.config.train.bank
     free = free_bytes(device) if device != "cuda" or torch.cuda.is_available() else 1 << 62
     size = bank_size(device, run.tokens, 0, free, run.cohort, wanted)
     costs = [run.cost(start, roles, size) for roles in trained]

@@ -173,7 +173,7 @@ class Experiment:
         if config.model.dtype != "auto" or config.device != "cpu" or not is_wide(base):
             return base, ()
         table, source = self._measured
-        task = self._task_on(base)
+        task = self.task_on(base)
         few = task.encode_test(table.slice(0, 16), source)
         adapter = lora_init(base.specs, generator(config.seed, "init"))
         base, note = lowered(base, task, few, adapter, self.load_base)
@@ -182,9 +182,10 @@ class Experiment:
     @cached_property
     def task(self) -> Task:
         """The configured task on the base model."""
-        return self._task_on(self.base)
+        return self.task_on(self.base)
 
-    def _task_on(self, base: Base) -> Task:
+    def task_on(self, base: Base) -> Task:
+        """The configured task on this base model."""
         return self.kind.make(base, self.columns, self.labels, self.config.data.max_length)
 
     @cached_property
@@ -274,7 +275,7 @@ class Experiment:
             phases(self.method, train.rounds),
             train.batch_size,
             self.cohort,
-            None if train.bank == "auto" else train.bank,
+            train.bank,
         )
 
     @cached_property

@@ -134,18 +134,17 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = Experimen
     return Run(experiment, folder, state, (*experiment.notes, *notes))
 
 
-def training_masks(config: RunConfig, rows: int) -> list[list[tuple[str, bool]]]:
+def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bool]]]:
     """The first training rows in runs of tokens, each with whether the loss is taken on it.
 
     ConfigError for a task that learns a label per row.
     """
-    experiment = Experiment(config)
     if experiment.kind.labelled:
         raise ConfigError(f"{experiment.kind.name} learns one label per row: there are no masks")
-    table = experiment.rows.train.slice(0, rows)
-    here = Experiment(config, base=experiment.load_base())
-    examples = here.task.encode(table, config.data.train)
-    return masks(examples, here.base.tokenizer, range(len(examples)))
+    base = experiment.load_base()
+    table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
+    examples = experiment.task_on(base).encode(table, source)
+    return masks(examples, base.tokenizer)
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:

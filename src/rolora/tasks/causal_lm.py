@@ -20,7 +20,12 @@ CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 
 
 def causal_lm(
-    base: Base, *, prompt: str | None, completion: str | None, messages: str | None, max_length: int
+    base: Base,
+    *,
+    prompt: str | None = None,
+    completion: str | None = None,
+    messages: str | None = None,
+    max_length: int,
 ) -> Task:
     """The task of writing a completion, given by columns, or the assistant's turns of a chat.
 
@@ -30,8 +35,6 @@ def causal_lm(
     where the tokenizer lacks offsets or a chat template, or the model's logits are not its output
     embedding's.
     """
-    if (completion is None) == (messages is None) or (messages and prompt):
-        raise ConfigError("causal_lm needs data.prompt and data.completion, or data.messages")
     require_offsets(base.tokenizer)
     if not base.outline:
         require_plain_logits(base.model)
@@ -55,13 +58,7 @@ def causal_lm(
         plain = completion is not None
         return encode_marked(base.tokenizer, rows, places(source), limit, special=plain, end=plain)
 
-    return Task(
-        encode=encode,
-        encode_test=encode,
-        loss=loss,
-        outputs=outputs,
-        score=score,
-    )
+    return Task(encode=encode, encode_test=encode, loss=loss, outputs=outputs, score=score)
 
 
 def require_plain_logits(model: Any) -> None:

@@ -69,13 +69,7 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
             answers=torch.tensor([q.answer for q in asked]),
         )
 
-    return Task(
-        encode=encode,
-        encode_test=encode_test,
-        loss=loss,
-        outputs=outputs,
-        score=score,
-    )
+    return Task(encode=encode, encode_test=encode_test, loss=loss, outputs=outputs, score=score)
 
 
 def questions(table: Any, prompt: str, choices: str, answer: str, source: str) -> list[Question]:

@@ -67,13 +67,7 @@ def classification(
     def outputs(model: Any, batch: Batch) -> Tensor:
         return logits(model, batch).float()
 
-    return Task(
-        encode=encode,
-        encode_test=encode,
-        loss=loss,
-        outputs=outputs,
-        score=score,
-    )
+    return Task(encode=encode, encode_test=encode, loss=loss, outputs=outputs, score=score)
 
 
 def tokenised(

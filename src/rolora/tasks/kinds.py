@@ -33,8 +33,7 @@ def causal_lm() -> TaskKind:
     def make(base: Any, columns: Mapping[str, Any], labels: Sequence[Label], limit: int) -> Task:
         from rolora.tasks.causal_lm import causal_lm
 
-        given = {"prompt": None, "completion": None, "messages": None, **columns}
-        return causal_lm(base, max_length=limit, **given)
+        return causal_lm(base, max_length=limit, **columns)
 
     return TaskKind(
         name="causal_lm",

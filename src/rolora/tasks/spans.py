@@ -157,23 +157,26 @@ def encode_marked(
 
 def last_span(examples: Examples, row: int) -> tuple[list[int], list[int]]:
     """A row's tokens before its last run of trained tokens, and that run."""
-    start, stop = (int(place) for place in examples.offsets[row : row + 2])
-    tokens: list[int] = examples.tokens[start:stop].tolist()
-    wanted = examples.targets[start:stop].tolist()
-    last = len(wanted) - 1 - wanted[::-1].index(1)
-    first = last
-    while wanted[first - 1]:  # position 0 is never trained on
-        first -= 1
-    return tokens[:first], tokens[first : last + 1]
+    pairs = _pairs(examples, row)
+    while not pairs[-1][1]:
+        pairs.pop()
+    span: list[int] = []
+    while pairs[-1][1]:  # a row's first token is never trained on
+        span.append(pairs.pop()[0])
+    return [token for token, _ in pairs], span[::-1]
 
 
-def masks(examples: Examples, tokenizer: Any, rows: Iterable[int]) -> list[list[tuple[str, bool]]]:
-    """For each of these rows, its text in runs of tokens, and whether a run is trained on."""
+def masks(examples: Examples, tokenizer: Any) -> list[list[tuple[str, bool]]]:
+    """Each row's text in runs of tokens, and whether a run is trained on."""
     shown = []
-    for row in rows:
-        start, stop = (int(place) for place in examples.offsets[row : row + 2])
-        targets = examples.targets[start:stop].bool().tolist()
-        pairs = zip(examples.tokens[start:stop].tolist(), targets, strict=True)
-        runs = itertools.groupby(pairs, key=lambda pair: pair[1])
+    for row in range(len(examples)):
+        runs = itertools.groupby(_pairs(examples, row), key=lambda pair: pair[1])
         shown.append([(tokenizer.decode([t for t, _ in run]), on) for on, run in runs])
     return shown
+
+
+def _pairs(examples: Examples, row: int) -> list[tuple[int, bool]]:
+    """A row's tokens, and whether each is trained on."""
+    part = slice(*examples.offsets[row : row + 2].tolist())
+    targets = examples.targets[part].bool().tolist()
+    return list(zip(examples.tokens[part].tolist(), targets, strict=True))

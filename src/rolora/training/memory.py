@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -57,7 +58,7 @@ def plan_bank(
     phases: Mapping[str, Roles],
     batch_size: int,
     clients: int,
-    wanted: int | None = None,
+    wanted: int | Literal["auto"] = "auto",
 ) -> BankPlan:
     """``wanted`` clients, or as many as keep the processor busy, but no more than fit in memory.
 
@@ -75,10 +76,15 @@ def plan_bank(
 
 
 def bank_size(
-    device: str, tokens: int, kept: int, free: int, clients: int, wanted: int | None = None
+    device: str,
+    tokens: int,
+    kept: int,
+    free: int,
+    clients: int,
+    wanted: int | Literal["auto"] = "auto",
 ) -> int:
     """Clients in a pass, if each has ``tokens`` tokens and keeps ``kept`` of the ``free`` bytes."""
-    busy = TOKENS_IN_A_PASS[device] // tokens if wanted is None else wanted
+    busy = TOKENS_IN_A_PASS[device] // tokens if wanted == "auto" else wanted
     return max(1, min(busy, int(SHARE * free) // max(1, kept), clients))
 
 
