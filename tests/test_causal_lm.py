@@ -19,14 +19,14 @@ from rolora.data.examples import Examples, collate
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings
-from rolora.tasks import causal_lm
+from rolora.tasks import causal_lm, generation
 from rolora.tasks.causal_lm import TokenLoss, require_plain_logits, score
 from rolora.tasks.causal_lm import causal_lm as build
 from rolora.tasks.choice import choice
 from rolora.tasks.choice import score as score_choices
-from rolora.tasks.generation import answer_accuracy, answered, exact_match, generate
+from rolora.tasks.generation import answer_accuracy, answer_metrics, generate
 from rolora.tasks.registry import Task
-from rolora.tasks.spans import encode_marked, joined, masks
+from rolora.tasks.spans import encode_marked, joined, last_span, masks
 
 PAIRS = pa.table(
     {
@@ -323,19 +323,27 @@ def greedy(base: Base, prompt: list[int], steps: int) -> str:
     return text
 
 
-def test_exact_match_compares_the_last_completion_but_not_white_space(base: Base) -> None:
-    asked = ["the cat", "a bad film"]
-    said = [greedy(base, base.tokenizer(text)["input_ids"], 4) for text in asked]
+def test_exact_match_compares_the_last_completion_but_not_white_space(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
     examples = encode_marked(
         base.tokenizer,
-        [joined(asked[0], said[0]), joined(asked[1], said[0] + "?")],
+        [joined("the cat", " sat on"), joined("a bad film", " and a plot")],
         ["row 1", "row 2"],
         64,
         special=True,
         end=False,
     )
-    assert exact_match(answered(base, examples, [0], max_new_tokens=4)) == 1.0
-    assert exact_match(answered(base, examples, [0, 1], max_new_tokens=4)) == 0.5
+    lengths: list[int] = []
+
+    def written(base: Base, prompts: list[list[int]], most: int) -> list[str]:
+        lengths.append(most)
+        return ["sat  on\n", "and aplot"][: len(prompts)]
+
+    monkeypatch.setattr(generation, "generate", written)
+    assert answer_metrics(base, examples, 1) == {"exact_match": 1.0}
+    assert answer_metrics(base, examples, 2) == {"exact_match": 0.5}
+    assert lengths == [len(last_span(examples, row)[1]) for row in (0, 1)]
 
 
 def test_an_answer_is_what_the_pattern_finds_first_in_the_text() -> None:

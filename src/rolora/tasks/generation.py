@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import transformers
@@ -21,11 +21,20 @@ def answer_metrics(
     base: Base, examples: Examples, count: int, pattern: str | None = None
 ) -> dict[str, float]:
     """``exact_match`` of answers generated for the first ``count`` rows; with ``pattern``, a
-    regular expression, ``answer_accuracy`` instead. The bank holds the client that answers."""
-    rows = range(len(examples))[:count]
+    regular expression, ``answer_accuracy`` instead. The bank holds the client that answers.
+
+    A row's right answer is its last completion. An exact match is word for word; for it no more
+    tokens are written than the longest completion has.
+    """
+    asked = [last_span(examples, row) for row in range(len(examples))[:count]]
+    longest = max(len(completion) for _, completion in asked)
+    most = longest if pattern is None else ANSWER_TOKENS
+    written = generate(base, [prompt for prompt, _ in asked], most)
+    right = [base.tokenizer.decode(tokens, skip_special_tokens=True) for _, tokens in asked]
+    answers = list(zip(written, right, strict=True))
     if pattern is None:
-        return {"exact_match": exact_match(answered(base, examples, rows))}
-    answers = answered(base, examples, rows, ANSWER_TOKENS)
+        same = sum(text.split() == right.split() for text, right in answers)
+        return {"exact_match": same / len(answers)}
     return {"answer_accuracy": answer_accuracy(answers, pattern)}
 
 
@@ -74,30 +83,6 @@ def _end_tokens(base: Base) -> list[int] | None:
     stated = base.model.generation_config.eos_token_id  # type: ignore[union-attr]
     stated = stated if isinstance(stated, list) else [stated]
     return sorted({*stated, base.tokenizer.eos_token_id} - {None}) or None
-
-
-def answered(
-    base: Base,
-    examples: Examples,
-    rows: Iterable[int],
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
-) -> list[tuple[str, str]]:
-    """What is written for the last completion of each of these rows, and that completion.
-
-    ``max_new_tokens`` left out is the longest completion's length, which is as much as any exact
-    match can need.
-    """
-    pairs = [last_span(examples, row) for row in rows]
-    most = max_new_tokens or max(len(completion) for _, completion in pairs)
-    written = generate(base, [prompt for prompt, _ in pairs], most, batch_size)
-    right = [base.tokenizer.decode(tokens, skip_special_tokens=True) for _, tokens in pairs]
-    return list(zip(written, right, strict=True))
-
-
-def exact_match(answers: Sequence[tuple[str, str]]) -> float:
-    """The share of answers that are word for word what was asked for; white space is free."""
-    return sum(text.split() == right.split() for text, right in answers) / len(answers)
 
 
 def answer_accuracy(answers: Sequence[tuple[str, str]], pattern: str) -> float:

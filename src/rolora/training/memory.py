@@ -20,6 +20,7 @@ from rolora.tasks.registry import Task
 
 # above this a pass hardly gets faster per token: benchmarks/benches/client_step.py
 TOKENS_IN_A_PASS = {"cpu": 1024, "cuda": 16384, "mps": 4096}
+Wanted = int | Literal["auto"]  # as train.bank
 SHARE = 0.5  # of the free memory that activations may take
 
 
@@ -58,7 +59,7 @@ def plan_bank(
     phases: Mapping[str, Roles],
     batch_size: int,
     clients: int,
-    wanted: int | Literal["auto"] = "auto",
+    wanted: Wanted = "auto",
 ) -> BankPlan:
     """``wanted`` clients, or as many as keep the processor busy, but no more than fit in memory.
 
@@ -76,12 +77,7 @@ def plan_bank(
 
 
 def bank_size(
-    device: str,
-    tokens: int,
-    kept: int,
-    free: int,
-    clients: int,
-    wanted: int | Literal["auto"] = "auto",
+    device: str, tokens: int, kept: int, free: int, clients: int, wanted: Wanted = "auto"
 ) -> int:
     """Clients in a pass, if each has ``tokens`` tokens and keeps ``kept`` of the ``free`` bytes."""
     busy = TOKENS_IN_A_PASS[device] // tokens if wanted == "auto" else wanted
@@ -89,12 +85,7 @@ def bank_size(
 
 
 def activation_bytes(
-    base: Base,
-    task: Task,
-    examples: Examples,
-    start: AdapterState,
-    roles: Roles,
-    batch_size: int,
+    base: Base, task: Task, examples: Examples, start: AdapterState, roles: Roles, batch_size: int
 ) -> int:
     """Bytes that one client's step keeps for its backward pass, without model and adapter."""
     mean = examples.lengths.double().mean()
