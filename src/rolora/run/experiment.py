@@ -172,7 +172,7 @@ class Experiment:
         base, config = self.load_base(), self.config
         if config.model.dtype != "auto" or config.device != "cpu" or not is_wide(base):
             return base, ()
-        table, source = self._measured
+        table, source = self._held(config.eval.rows)
         task = self.task_on(base)
         few = task.encode_test(table.slice(0, 16), source)
         adapter = lora_init(base.specs, generator(config.seed, "init"))
@@ -196,30 +196,24 @@ class Experiment:
     @cached_property
     def test(self) -> Examples:
         """The rows behind ``metrics`` (see ``eval.rows``), as tokens."""
-        return self._cached(self.task.encode_test(*self._measured))[0]
+        return self._cached(self.task.encode_test(*self._held(self.config.eval.rows)))[0]
 
     @cached_property
     def validation(self) -> Examples | None:
         """The validation rows as tokens, if there are any beside those of ``test``."""
         if self.rows.validation is None or self.config.eval.rows == "validation":
             return None
-        return self.task.encode_test(self.rows.validation, self._source("validation"))
+        return self.task.encode_test(*self._held("validation"))
 
     @cached_property
     def _trained_on(self) -> tuple[Examples, str]:
         return self._cached(self.task.encode(self.rows.train, self.config.data.train))
 
-    @property
-    def _measured(self) -> tuple[Any, str]:
-        """The table of the rows behind ``metrics``, and its source."""
-        if self.config.eval.rows == "validation":
-            return self.rows.validation, self._source("validation")
-        return self.rows.test, self._source("test")
-
-    def _source(self, key: str) -> str:
-        """Where these rows come from, as messages name it."""
+    def _held(self, key: str) -> tuple[Any, str]:
+        """The server's "test" or "validation" rows, and their source as messages name it."""
         source = getattr(self.config.data, key)
-        return source if isinstance(source, str) else self.config.data.train
+        table = getattr(self.rows, key)
+        return table, source if isinstance(source, str) else self.config.data.train
 
     def _cached(self, examples: Examples) -> tuple[Examples, str]:
         """The examples with their prefix where that is worth caching, and a note on it."""

@@ -64,11 +64,6 @@ class Evaluation:
     validation: Mapping[str, float] = field(default_factory=dict)
 
 
-def no_evaluation(adapter: AdapterState) -> Evaluation:
-    """For a run without rows at the server."""
-    return Evaluation()
-
-
 @dataclass(frozen=True)
 class ClientMetrics:
     """One client's metrics on its own held-out rows and, for personal adapters, on the server's."""
@@ -110,7 +105,7 @@ class InProcess:
     store: ClientStore
     bank_size: int = 16
     held_out: Callable[[str], Examples | None] = lambda client: None
-    evaluation: Callable[[AdapterState], Evaluation] = no_evaluation
+    evaluation: Callable[[AdapterState], Evaluation] = lambda adapter: Evaluation()
     up: Format | None = "fp32"
 
     def clients(self) -> Mapping[str, int]:

@@ -99,18 +99,26 @@ def train_group(
     bank = base.bank
     order = sorted(range(len(work)), key=lambda i: -work[i].steps)
     active = [work[i] for i in order]
-    done: list[Trained] = []
+    trained: dict[int, Trained] = {}
     prepared = _batches(base, examples, active, settings.batch_size, seed, round)
     seeds = [derived_seed(seed, "dropout", round, w.client) for w in active]
     bank.load([w.start for w in active], base.device)
     optimizer = _optimizer(bank, settings, lr)
     total = torch.zeros(len(active), dtype=torch.float64)
+
+    def finish(first: int) -> None:
+        """Take the clients from this place on out of the bank."""
+        for place in range(first, bank.clients):
+            steps = active[place].steps
+            loss = float(total[place]) / max(steps, 1)
+            trained[order[place]] = Trained(bank.take(place), loss, steps)
+
     try:
         sizes, batch = next(prepared)
         for step in range(active[0].steps):
             staying = len(sizes)
             if staying < bank.clients:
-                done[:0] = [_leave(bank, k, active[k], total) for k in range(staying, bank.clients)]
+                finish(staying)
                 optimizer = _shrink(bank, optimizer, staying, settings, lr)
             bank.train(trainable(step))
             keys = row_keys(seeds[:staying], step, sizes)
@@ -128,15 +136,10 @@ def train_group(
             sizes, batch = next(prepared, (sizes, batch))  # while a GPU is still at this one
             _refuse_nonfinite(losses, active, round, step)
             total[:staying] += losses.detach().double().cpu()
-        done[:0] = [_leave(bank, k, active[k], total) for k in range(bank.clients)]
+        finish(0)
     finally:
         bank.unload()
-    trained = dict(zip(order, done, strict=True))
-    return [trained[position] for position in range(len(work))]
-
-
-def _leave(bank: Bank, position: int, work: Work, total: Tensor) -> Trained:
-    return Trained(bank.take(position), float(total[position]) / max(work.steps, 1), work.steps)
+    return [trained[place] for place in range(len(work))]
 
 
 def _batches(

@@ -20,7 +20,7 @@ from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
-from rolora.training.engine import Engine, Evaluation, Job, no_evaluation
+from rolora.training.engine import Engine, Evaluation, Job
 
 Metrics = Mapping[str, float]
 
@@ -105,7 +105,7 @@ class Federation:
     participation: float = 1.0
     metric: str = "accuracy"
     higher_is_better: bool = True
-    evaluate: Callable[[AdapterState], Evaluation] = no_evaluation
+    evaluate: Callable[[AdapterState], Evaluation] = lambda adapter: Evaluation()
     per_client: bool = False
     eval_every: int = 5
     patience: int | None = None
