@@ -15,7 +15,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -124,10 +123,7 @@ def measure(base: Base, task: Task, clients: int, tokens: int, device: str) -> d
 
     def train(group: list[Work]) -> None:
         for round in (1, 2):
-            trainable = partial(method.trainable, round)
-            train_group(
-                base, task, examples, group, trainable, settings, lr=1e-4, seed=0, round=round
-            )
+            train_group(base, task, examples, group, method, settings, lr=1e-4, seed=0, round=round)
 
     def one_by_one() -> None:
         for one in work:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tiny import SENTENCES
 from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.algorithm.method import Method
 from rolora.data.examples import Examples
+from rolora.methods import get_method
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings
 from rolora.tasks.causal_lm import causal_lm
@@ -69,21 +69,18 @@ class Bench:
         method: Method | None = None,
     ) -> list[Trained]:
         """These clients side by side, as the method trains them if one is given."""
-        hooks: dict[str, Any] = {}
-        if method is not None:
-            trainable = partial(method.trainable, round)
-            hooks = {"gradient": method.gradient, "penalty": method.penalty}
+        if method is None:
+            method = replace(get_method("fedit"), trainable=lambda round, step: trainable(step))
         return train_group(
             self.base,
             self.task,
             self.examples,
             work,
-            trainable,
+            method,
             settings,
             lr=lr,
             seed=7,
             round=round,
-            **hooks,
         )
 
 

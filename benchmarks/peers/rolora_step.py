@@ -43,13 +43,12 @@ if __name__ == "__main__":
 
     def run() -> Answer:
         for round in (1, 2):
-            roles = experiment.federation.method.trainable(round, 0)
             train_group(
                 base,
                 experiment.task,
                 examples,
                 work,
-                lambda step, roles=roles: roles,  # type: ignore[misc]
+                experiment.method,
                 settings,
                 lr=config.train.lr,
                 seed=0,

@@ -148,13 +148,11 @@ class InProcess:
             self.task,
             self.examples,
             work,
-            lambda step: method.trainable(job.round, step),
+            method,
             self.settings,
             lr=job.lr,
             seed=job.seed,
             round=job.round,
-            gradient=method.gradient,
-            penalty=method.penalty,
         )
 
     def finish(self, method: Method, assigned: Assignment, trained: Trained) -> Update | Failure:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
+from rolora.algorithm.adapter import AdapterState, layer_of, role_of
 from rolora.algorithm.factors import zero_deltas
-from rolora.algorithm.method import lora_init
+from rolora.algorithm.method import Method, lora_init
 from rolora.algorithm.seeding import derived_seed, generator
 from rolora.data.examples import Batch, Examples, collate
 from rolora.errors import RoloraError
@@ -81,22 +81,19 @@ def train_group(
     task: Task,
     examples: Examples,
     work: Sequence[Work],
-    trainable: Callable[[int], Roles],
+    method: Method,
     settings: LocalSettings,
     *,
     lr: float,
     seed: int,
     round: int,
-    gradient: Callable[[str, Tensor], Tensor] | None = None,
-    penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
 ) -> list[Trained]:
     """Train these clients together; the result is as if each had trained alone.
 
-    ``trainable``, ``gradient`` and ``penalty`` are the method's, for this round. Clients with fewer
-    steps leave the bank early, with their optimiser state. Raises NonFiniteLoss naming the client
-    and the step.
+    Clients with fewer steps leave the bank early, with their optimiser state. Raises NonFiniteLoss
+    naming the client and the step.
     """
-    bank = base.bank
+    bank, gradient, penalty = base.bank, method.gradient, method.penalty
     order = sorted(range(len(work)), key=lambda i: -work[i].steps)
     active = [work[i] for i in order]
     trained: dict[int, Trained] = {}
@@ -120,7 +117,7 @@ def train_group(
             if staying < bank.clients:
                 finish(staying)
                 optimizer = _shrink(bank, optimizer, staying, settings, lr)
-            bank.train(trainable(step))
+            bank.train(method.trainable(round, step))
             keys = row_keys(seeds[:staying], step, sizes)
             losses = _losses(base, task, batch, sizes, keys)
             total_loss = losses.sum()
