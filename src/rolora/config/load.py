@@ -113,24 +113,19 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
     # a misspelt required key is an unknown key and a missing one: the former explains the latter
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     where = _key(fault, schema)
+    key = ".".join(where)
     others = [f for f in faults if _key(f, schema) != where]
     more = f" (and {len(others)} more)" if others else ""
     if fault["type"] == "extra_forbidden":
-        hint = nearest(where[-1], _keys(schema, where[:-1]))
-        return f"unknown key {'.'.join(where)!r}: {hint}{more}"
+        return f"unknown key {key!r}: {nearest(where[-1], _keys(schema, where[:-1]))}{more}"
     if fault["type"] == "missing":
-        return f"{'.'.join(where)} is missing{more}"
+        return f"{key} is missing{more}"
     if fault["type"] == "model_type":
-        return f"{where[0]} is a table, not {fault['input']!r}: give {where[0]}.KEY=VALUE{more}"
+        return f"{key} is a table, not {fault['input']!r}: give {key}.KEY=VALUE{more}"
     # a key of several types has one fault per type
     messages = [f["msg"].removeprefix("Value error, ") for f in faults if _key(f, schema) == where]
-    message = "; or ".join(messages)
-    if fault["type"] == "value_error":
-        at = ".".join(where)
-        if at in schema.model_fields and _is_table(schema.model_fields[at].annotation):
-            at = f"[{at}]"
-        return ": ".join([*([at] if at else []), message]) + more
-    return f"{'.'.join(where)}: {message}, got {fault['input']!r}{more}"
+    got = "" if fault["type"] == "value_error" else f", got {fault['input']!r}"
+    return f"{key}: {'; or '.join(messages)}{got}{more}"
 
 
 def _key(fault: Mapping[str, Any], section: Any) -> list[str]:

@@ -256,7 +256,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.local_steps is not None and self.local_epochs is not None:
-            raise ValueError("give local_steps or local_epochs, not both")
+            raise ConfigError("[train]: give local_steps or local_epochs, not both")
         return self
 
     def rate(self, round: int) -> float:
@@ -362,20 +362,20 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
-            raise ValueError(f"name {self.name!r} must be usable as a folder name")
+            raise ConfigError(f"name {self.name!r} must be usable as a folder name")
         kind, metric = task_kind(self.model.task), self.eval.metric
         kind.chosen(dict(self.data))
         if metric is not None and metric not in kind.metrics:
             hint = nearest(metric, kind.metrics)
-            raise ValueError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")
+            raise ConfigError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")
         if self.partition.scheme == "by_field" and self.partition.field is None:
-            raise ValueError(
+            raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"
             )
         if self.eval.rows == "validation" and self.data.validation is None:
-            raise ValueError("eval.rows = 'validation' needs data.validation")
+            raise ConfigError("eval.rows = 'validation' needs data.validation")
         if self.eval.patience is not None and self.data.validation is None:
-            raise ValueError(
+            raise ConfigError(
                 "eval.patience needs data.validation (early stopping never uses the test rows)"
             )
         return self

@@ -37,6 +37,17 @@ def line(result: RoundResult) -> dict[str, Any]:
     return {**values, "loss": result.loss, "seconds": round(result.seconds, 3)}
 
 
+def require_new(path: Path) -> None:
+    """ConfigError if there is something at ``path``."""
+    if path.is_file():
+        raise ConfigError(f"{path} is a file: name a new folder with --out")
+    if path.exists():
+        raise ConfigError(
+            f"{path} exists and is not overwritten: name another folder with --out, "
+            f"or continue it with: rolora resume {shlex.quote(str(path))}"
+        )
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run's folder on disk."""
@@ -81,13 +92,7 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
         """A new run folder. ConfigError if ``path`` exists: nothing is overwritten."""
-        if path.is_file():
-            raise ConfigError(f"{path} is a file: name a new folder with --out")
-        if path.exists():
-            raise ConfigError(
-                f"{path} exists and is not overwritten: name another folder with --out, "
-                f"or continue it with: rolora resume {shlex.quote(str(path))}"
-            )
+        require_new(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)

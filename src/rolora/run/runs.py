@@ -19,7 +19,7 @@ from rolora.files import write_file
 from rolora.model.peft import save_adapter
 from rolora.report.page import write_report
 from rolora.run.experiment import Experiment
-from rolora.run.folder import RunFolder
+from rolora.run.folder import RunFolder, require_new
 from rolora.tasks.spans import masks
 from rolora.training.engine import Engine
 from rolora.training.local import NonFiniteLoss
@@ -80,8 +80,7 @@ Build = Callable[[RunConfig, Path], Experiment]
 def new_path(config: RunConfig, out: str | Path | None) -> Path:
     """The folder of a new run, by default ``runs/NAME``. ConfigError if it exists."""
     path = Path(out) if out is not None else Path("runs") / config.name
-    if path.exists():
-        RunFolder.create(path, "", {})  # refuses
+    require_new(path)
     return path
 
 

@@ -48,9 +48,7 @@ def chats(tokenizer: Any, table: Any, column: str, source: str) -> list[Marked]:
 
 def places(source: str) -> Iterable[str]:
     """What the rows of a source are called in messages: they count from 1."""
-    row = 0
-    while True:
-        yield f"{source}, row {(row := row + 1)}"
+    return (f"{source}, row {row}" for row in itertools.count(1))
 
 
 def _turns(value: Any, place: str) -> list[dict[str, Any]]:

@@ -185,7 +185,7 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     """
     if state.server.round == 0 and state.server.attempt == 0:
         started = time.perf_counter()
-        before = _evaluated(run, RoundResult(0, 0, state), first=True)
+        before = _evaluated(run, RoundResult(0, 0, state))
         yield replace(before, seconds=time.perf_counter() - started)
     failed = 0
     patience = math.inf if run.patience is None else run.patience
@@ -249,12 +249,11 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     )
 
 
-def _evaluated(run: Federation, result: RoundResult, first: bool = False) -> RoundResult:
+def _evaluated(run: Federation, result: RoundResult) -> RoundResult:
     """The result with metrics, if its round is one to evaluate: the first, the last, every n-th."""
-    last = result.round == run.rounds
-    if not (first or last or result.round % run.eval_every == 0):
+    if result.round % run.eval_every and result.round != run.rounds:
         return result
-    state = result.state
+    state, first = result.state, result.round == 0
     client_metrics: dict[str, Metrics] = {}
     found = Evaluation()
     if run.per_client or (run.method.personal_roles and not first):
