@@ -133,8 +133,7 @@ class Experiment:
     @cached_property
     def base(self) -> Base:
         """The base model, with a bank of adapters; its dtype suits this machine."""
-        base, _ = self._loaded
-        return base
+        return self._loaded[0]
 
     def load_base(self) -> Base:
         """The base model anew. Without a measurement, dtype "auto" is bf16 on CUDA, else fp32.
@@ -167,17 +166,16 @@ class Experiment:
         return base
 
     @cached_property
-    def _loaded(self) -> tuple[Base, Sequence[str]]:
-        """The base model, and what the user should know of its dtype."""
+    def _loaded(self) -> tuple[Base, str]:
+        """The base model, and a note on its dtype if that was measured."""
         base, config = self.load_base(), self.config
         if config.model.dtype != "auto" or config.device != "cpu" or not is_wide(base):
-            return base, ()
+            return base, ""
         table, source = self._held(config.eval.rows)
         task = self.task_on(base)
         few = task.encode_test(table.slice(0, 16), source)
         adapter = lora_init(base.specs, generator(config.seed, "init"))
-        base, note = lowered(base, task, few, adapter, self.load_base)
-        return base, (note,)
+        return lowered(base, task, few, adapter, self.load_base)
 
     @cached_property
     def task(self) -> Task:
@@ -386,7 +384,7 @@ class Experiment:
                     f"{config.data.max_length} tokens (data.max_length) and were truncated"
                 )
         found.append(self._trained_on[1])
-        found += self._loaded[1] if "_loaded" in vars(self) else ()
+        found.append(self._loaded[1] if "_loaded" in vars(self) else "")
         wanted, plan = config.train.bank, str(self.bank_plan)
         short = isinstance(wanted, int) and self.bank < min(wanted, self.cohort)
         found.append(f"train.bank = {wanted} does not fit in memory; {plan}" if short else plan)
