@@ -113,7 +113,7 @@ def test_a_site_whose_certificate_is_none_is_told_which(
     file = federation.path / "sites" / "ann" / "site.toml"
     file.write_text(file.read_text().replace("ca.crt", wrong))
     site = read_site(file)
-    with pytest.raises(ConfigError, match=wrong), Fleet.open(site):
+    with pytest.raises(ConfigError, match=wrong), Fleet.join(site):
         pass
 
 
