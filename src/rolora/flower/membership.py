@@ -86,8 +86,8 @@ class Membership:
     def present(self, base: Base, labels: Sequence[Any]) -> Mapping[str, Member]:
         """The members that can be reached now. Nodes that are new may join."""
         nodes = self._greet()
-        known = {member.node for member in self.members.values()}
-        self._admit(nodes & self.hellos.keys() - known - self.refused.keys(), base, labels)
+        joined = {member.node for member in self.members.values()}
+        self._admit(nodes & self.hellos.keys() - joined - self.refused.keys(), base, labels)
         return {name: m for name, m in sorted(self.members.items()) if m.node in nodes}
 
     def question(self, ask: str, body: bytes = b"", **head: Scalar) -> SiteMessage:

@@ -73,7 +73,7 @@ def run_remotely(
     ``notify`` receives lines to show. Raises the error that ended the coordinator's app, or
     RoloraError if it was killed; the run can then be resumed.
     """
-    name, environment = _connection(config)
+    name, environment = _connection(str(config.federation.on), config.root)
     out = out.resolve()
     job = job_folder(out)
     if job.exists():
@@ -126,10 +126,9 @@ def reporting(job: Path) -> Iterator[TextIO]:
             write_file(job / "outcome.json", json.dumps(outcome))
 
 
-def _connection(config: RunConfig) -> tuple[str, dict[str, str]]:
+def _connection(on: str, root: Path) -> tuple[str, dict[str, str]]:
     """The SuperLink's name for Flower's command line, and the environment for it."""
-    on = str(config.federation.on)
-    path = config.root / Path(on).expanduser()
+    path = root / Path(on).expanduser()
     if path.is_dir() or os.sep in on:
         folder = FederationFolder.open(path)
         folder.require_served()
