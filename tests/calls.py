@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from tiny import tiny_bert
@@ -12,21 +11,18 @@ from tiny_site import write_rows
 
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
-from rolora.flower.membership import NoReply
 from rolora.flower.message import SiteMessage
 from rolora.run import runs
 from rolora.run.runs import Run
-from rolora.sites.coordinator import prepare_remote
+from rolora.sites.coordinator import across
 from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
 
 NAMES = ("ann", "bob", "cy")
-Spoil = Callable[
-    [str, SiteMessage, SiteMessage], SiteMessage | NoReply
-]  # site, question, its answer
+Spoil = Callable[[str, SiteMessage, SiteMessage], SiteMessage]  # site, question, its answer
 
 
-def honest(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
+def honest(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage:
     return reply
 
 
@@ -37,7 +33,7 @@ class Calls:
     sites: dict[int, Site]
     spoil: Spoil = honest
     away: set[str] = field(default_factory=set)
-    passed: list[tuple[str, SiteMessage, SiteMessage | NoReply]] = field(default_factory=list)
+    passed: list[tuple[str, SiteMessage, SiteMessage]] = field(default_factory=list)
     notified: list[str] = field(default_factory=list)
 
     def nodes(self) -> Sequence[int]:
@@ -45,7 +41,7 @@ class Calls:
 
     def ask(
         self, questions: Mapping[int, SiteMessage], seconds: float
-    ) -> Iterator[tuple[int, SiteMessage | NoReply]]:
+    ) -> Iterator[tuple[int, SiteMessage]]:
         for node, question in reversed(list(questions.items())):
             name = self.sites[node].config.name
             reply = self.spoil(name, question, self.sites[node].answer(question))
@@ -89,6 +85,4 @@ def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
 
 
 def remote(config: RunConfig, out: Path, transport: Calls) -> Run:
-    return runs.start(
-        config, out, partial(prepare_remote, transport=transport, notify=transport.notified.append)
-    )
+    return runs.start(config, out, across(transport, transport.notified.append))

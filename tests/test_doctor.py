@@ -19,7 +19,6 @@ from tiny import tiny_bert
 from tiny_site import write_rows
 
 from rolora.config.load import make_config
-from rolora.config.schema import RunConfig
 from rolora.flower.message import PROTOCOL, versions
 from rolora.sites import keys
 from rolora.sites.doctor import examine_site
@@ -33,8 +32,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_bert(folder / "model")
     write_rows(folder / "rows.csv", 20)
     keys.make_authority(folder, "here")
-    keys.make_server(folder, ["127.0.0.1"])
-    keys.make_site(folder / "ann.key", folder / "ann.pub")
+    keys.make_server(folder, "127.0.0.1")
+    keys.make_site(folder, "ann")
     return folder
 
 
@@ -43,14 +42,14 @@ def site(place: Path, **fields: Any) -> SiteConfig:
     return SiteConfig.model_validate({**given, "root": place, "state": "state", **fields})
 
 
-def run(place: Path) -> RunConfig:
+def run(place: Path) -> str:
     values = {
         "offline": True,
         "model": {"path": "model", "dtype": "fp32"},
         "data": {"train": "x", "test": "y"},
         "lora": {"target_modules": ["query"]},
     }
-    return make_config(values, root=place)
+    return make_config(values, root=place).model_dump_json(exclude_none=True)
 
 
 @contextmanager
@@ -87,14 +86,14 @@ def coordinator(
         server.server_close()
 
 
-def bad(settings: SiteConfig, config: RunConfig | None = None) -> dict[str, str]:
+def bad(settings: SiteConfig, config: str | None = None) -> dict[str, str]:
     """What is found to be wrong; each in one line."""
     found = {one.what: one.detail for one in examine_site(settings, config) if not one.good}
     assert all("\n" not in detail for detail in found.values())
     return found
 
 
-def looked_at(settings: SiteConfig, config: RunConfig | None = None) -> dict[str, str]:
+def looked_at(settings: SiteConfig, config: str | None = None) -> dict[str, str]:
     return {one.what: one.detail for one in examine_site(settings, config) if one.good}
 
 
@@ -114,7 +113,7 @@ def test_an_address_without_a_port_is_told(place: Path) -> None:
 
 def test_another_authority_is_told(place: Path, tmp_path: Path) -> None:
     keys.make_authority(tmp_path, "elsewhere")
-    keys.make_server(tmp_path, ["127.0.0.1"])
+    keys.make_server(tmp_path, "127.0.0.1")
     with coordinator(tmp_path) as address:
         found = bad(site(place, superlink=address))
     assert "signed by another CA" in found["superlink"]
@@ -126,7 +125,7 @@ def test_a_certificate_for_another_name_is_told(
     for name in ("ca.crt", "ca.key"):
         (tmp_path / name).write_bytes((place / name).read_bytes())
     monkeypatch.setattr(keys, "LOOPBACK", ())
-    keys.make_server(tmp_path, ["elsewhere.example"])
+    keys.make_server(tmp_path, "elsewhere.example")
     with coordinator(tmp_path) as address:
         found = bad(site(place, superlink=address))
     assert "is not for '127.0.0.1': make it with --host 127.0.0.1" in found["superlink"]

@@ -249,7 +249,7 @@ def test_sites_may_join_late_and_leave_for_two_rounds(fed: Loopback) -> None:
 def test_a_site_with_a_wrong_key_or_none_is_refused_in_one_line(
     key: str, said: str, fed: Loopback, tmp_path: Path
 ) -> None:
-    keys.make_site(tmp_path / "other.key", tmp_path / "other.pub")
+    keys.make_site(tmp_path, "other")
     own = fed.folder / "sites" / "ann"
     text = (own / "site.toml").read_text().replace('key = "ann.key"', key)
     text = text.replace('"ca.crt"', f'"{own / "ca.crt"}"').replace('"ann.', f'"{own}/ann.')

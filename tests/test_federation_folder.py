@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from rolora.cli import sites as commands
 from rolora.config.load import make_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.sites import folder as folders
@@ -66,6 +67,14 @@ def test_what_needs_a_served_federation_says_so_and_how(
         run_remotely(across(federation.path), tmp_path / "run", print)
 
 
+def test_a_run_across_sites_without_flower_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'rolora\[flower\]'"):
+        commands.across_sites(across("federation"), tmp_path / "run", as_json=False)
+
+
 def test_a_federation_that_is_neither_a_folder_nor_known_to_flower_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +122,7 @@ def test_a_site_whose_certificate_is_none_is_told_which(
     file = federation.path / "sites" / "ann" / "site.toml"
     file.write_text(file.read_text().replace("ca.crt", wrong))
     site = read_site(file)
-    with pytest.raises(ConfigError, match=wrong), Fleet.open(site):
+    with pytest.raises(ConfigError, match=wrong), Fleet.join(site):
         pass
 
 

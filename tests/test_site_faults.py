@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from calls import Calls, calls, configuration, make_place, remote
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
 from lying_site import LIES, before
 from tiny import tiny_bert
 from tiny_site import write_rows
 from transformers import AutoTokenizer
 
 from rolora.errors import NoQuorum
-from rolora.flower.membership import NoReply
 from rolora.flower.message import MessageError, SiteMessage, compress_names, expand_names
-from rolora.flower.transport import first_replies
+from rolora.flower.transport import GridTransport, to_record
 from rolora.sites.site import Site
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -36,7 +39,7 @@ def test_every_lie_is_rejected_with_its_reason_and_the_others_are_used(
 ) -> None:
     lies = list(LIES.values())
 
-    def lie(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
+    def lie(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage:
         if site != "site-cy" or question.head["ask"] != "train":
             return reply
         round = question.integer("round")
@@ -68,14 +71,14 @@ def test_an_answer_of_another_round_or_phase_is_never_averaged(
 ) -> None:
     first: dict[str, SiteMessage] = {}
 
-    def late(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
+    def late(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage:
         if site != "site-bob" or question.head["ask"] != "train":
             return reply
         old = first.setdefault("reply", reply)
         if question.integer("round") != 2:
             return reply
         if of == "nothing":
-            return NoReply("out of reach")
+            return SiteMessage({"error": "out of reach"})
         head = old.head if of == "rounds later" else {**old.head, "round": 2}
         return replace(old, head=head)
 
@@ -85,10 +88,35 @@ def test_an_answer_of_another_round_or_phase_is_never_averaged(
     assert "site-bob" in third.clients
 
 
-def test_the_first_of_two_answers_counts_and_a_missing_one_is_reported() -> None:
-    one, two = SiteMessage({"n": 1}), SiteMessage({"n": 2})
-    found = dict(first_replies([(1, one), (1, two), (9, one)], {1, 2}))
-    assert found == {1: one, 2: NoReply("no answer before the deadline")}
+class Grid:
+    """A grid on which node 1 answers twice, a stranger once, node 2 never; node 3 is not there."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return [
+            "" if m.metadata.dst_node_id == 3 else f"to {m.metadata.dst_node_id}" for m in messages
+        ]
+
+    def pull_messages(self, ids: Iterable[str]) -> Iterable[Any]:
+        assert "" not in ids
+        return [self.reply("to 1", n=1), self.reply("to 1", n=2), self.reply("to 9", n=1)]
+
+    def reply(self, to: str, **head: int) -> Any:
+        content = to_record(SiteMessage(head))
+        about = SimpleNamespace(reply_to_message_id=to)
+        return SimpleNamespace(metadata=about, content=content, has_error=lambda: False)
+
+
+def test_the_first_of_two_answers_counts_and_a_missing_one_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    question = SiteMessage({"ask": "train"})
+    transport = GridTransport(cast("Any", Grid()))
+    late = SiteMessage({"error": "no answer before the deadline"})
+    asked = transport.ask(dict.fromkeys((1, 2, 3), question), seconds=0.3)
+    assert list(asked) == [(1, SiteMessage({"n": 1})), (2, late), (3, late)]
+    assert list(transport.ask({1: question}, seconds=0)) == [(1, late)]
 
 
 @pytest.mark.parametrize("differs", ["base model", "tokenizer"])
@@ -155,9 +183,9 @@ def test_of_a_cohort_with_a_spare_site_the_first_to_answer_are_used(
 
 
 def test_a_spare_site_stands_in_for_one_that_fails(place: Path, tmp_path: Path) -> None:
-    def fails(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage | NoReply:
+    def fails(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage:
         train = question.head["ask"] == "train"
-        return NoReply("gone") if site == "site-cy" and train else reply
+        return SiteMessage({"error": "gone"}) if site == "site-cy" and train else reply
 
     config = configuration(place, "train.rounds=2", "federation.spare=1")
     transport: Calls = calls(place, tmp_path, fails)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from rolora.flower.message import SiteMessage
 from rolora.flower.transport import poll_interval
 from rolora.run import runs
 from rolora.run.runs import Run
-from rolora.sites.coordinator import prepare_remote
+from rolora.sites.coordinator import across
 from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -128,7 +127,7 @@ def test_a_server_s_seed_that_is_not_set_is_drawn_once_for_a_run_and_kept(
         seeds.append(load_config(tmp_path / name / "config.toml").server_seed)
     assert None not in seeds
     assert len(set(seeds)) == 2
-    build = partial(prepare_remote, transport=calls(place, tmp_path / "one-sites"), notify=print)
+    build = across(calls(place, tmp_path / "one-sites"), print)
     assert runs.resume(tmp_path / "one", build=build).experiment.config.server_seed == seeds[0]
 
 
@@ -166,15 +165,11 @@ def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_
     asked = [q for _, q, _ in transport.passed if q.head["ask"] == "train"]
     assert sum(len(q.body) for q in asked) <= sum(down) + 200 * len(asked)
     words = b"warm heart"
-    assert not any(
-        words in reply.body for _, _, reply in transport.passed if isinstance(reply, SiteMessage)
-    )
+    assert not any(words in reply.body for _, _, reply in transport.passed)
     lines = (tmp_path / "ann" / "outgoing.log").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     mine = [reply for name, _, reply in transport.passed if name == "site-ann"]
-    assert [entry["bytes"] for entry in told] == [
-        len(r.body) for r in mine if isinstance(r, SiteMessage)
-    ]
+    assert [entry["bytes"] for entry in told] == [len(reply.body) for reply in mine]
     trained = [entry for entry in told if entry["asked"] == "train"]
     assert all(entry["tensors"] and entry["left"]["round"] for entry in trained)
 
@@ -203,7 +198,7 @@ def test_a_site_lets_go_of_one_run_s_model_before_it_loads_another_s(
             for question in questions:
                 assert "error" not in site.answer(question).head
             counts.append(mapped() - before)
-            served.append(site.opened and site.opened.config.seed)
+            served.append(site.opened and site.opened.experiment.config.seed)
     finally:
         gc.enable()
     assert served == [0, 1]
@@ -221,11 +216,7 @@ def test_a_site_that_lost_what_it_held_is_sent_everything(place: Path, tmp_path:
         if result.round == 2:
             for file in (tmp_path / "2" / "bob").rglob("*.safetensors"):
                 file.unlink()
-    lacked = [
-        q.head["round"]
-        for _, q, r in transport.passed
-        if isinstance(r, SiteMessage) and r.head.get("lacks")
-    ]
+    lacked = [q.head["round"] for _, q, r in transport.passed if r.head.get("lacks")]
     assert lacked == [3]
     assert bits(run, last) == {n: tensor_hash(t) for n, t in whole.state.server.adapter.items()}
 

@@ -55,7 +55,7 @@ FENCES: dict[str, set[str]] = {
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},
     "filelock": {"files"},
-    "lazy_loader": {""},
+    "lazy_loader": {"", "flower"},
     "httpx": {"network", "sites"},
     "uvicorn": {"sites"},
     "pydantic": {"config", "results", "sites"},

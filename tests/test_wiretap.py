@@ -40,7 +40,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def tap(tmp_path: Path) -> Iterator[Tap]:
     keys.make_authority(tmp_path, "test")
-    keys.make_server(tmp_path, ["127.0.0.1"])
+    keys.make_server(tmp_path, "127.0.0.1")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)

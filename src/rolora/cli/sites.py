@@ -156,6 +156,7 @@ def up(
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
     """Run or resume on the sites of ``federation.on``, showing the run's progress."""
+    _need_flower()
     from rolora.cli.results import print_results
     from rolora.sites.submit import run_remotely
 
@@ -168,9 +169,9 @@ def _examine_site(settings: Any, run: str | None, as_json: bool) -> None:
     from rolora.config.load import load_config
     from rolora.sites.doctor import examine_site
 
-    config = load_config(run) if run else None
+    wanted = load_config(run).model_dump_json(exclude_none=True) if run else None
     with working("checking rows, model and connection"):
-        found = list(examine_site(settings, config))
+        found = list(examine_site(settings, wanted))
     _report(found, as_json)
 
 

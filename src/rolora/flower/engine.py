@@ -7,36 +7,29 @@ The sites' side is ``rolora.sites.site``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.codec import WireError, body_bytes, decode, encode
 from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method
-from rolora.config.load import config_hash
-from rolora.config.schema import RunConfig
 from rolora.errors import NoQuorum
-from rolora.flower.membership import Member, Membership, NoReply, checked
+from rolora.flower.membership import Member, Membership, checked
 from rolora.flower.message import MessageError, Scalar, SiteMessage, compress_names, digest
-from rolora.model.base import Base
+from rolora.run.experiment import Experiment
 from rolora.training.engine import ClientMetrics, Job
 from rolora.training.rounds import cohort_size
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Runs cohorts at their sites, which must have the same ``base`` and know all ``labels``."""
+    """Runs cohorts at their sites, which must have the experiment's base model and labels."""
 
     membership: Membership
-    config: RunConfig
-    base: Base
-    labels: tuple[Any, ...]
+    experiment: Experiment
 
     def clients(self) -> Mapping[str, int]:
         """Site name -> number of rows, of the sites that can be reached now.
@@ -44,10 +37,11 @@ class Remote:
         Waits until a cohort of them can be a quorum; raises NoQuorum if it cannot after
         ``federation.wait`` seconds.
         """
-        quorum, until = self.config.aggregate.quorum, time.monotonic() + self.config.federation.wait
+        config = self.experiment.config
+        quorum, until = config.aggregate.quorum, time.monotonic() + config.federation.wait
         while True:
             present = self._present()
-            if present and cohort_size(len(present), self.config.train.participation) >= quorum:
+            if present and cohort_size(len(present), config.train.participation) >= quorum:
                 return {name: member.num_examples for name, member in present.items()}
             if time.monotonic() > until:
                 raise NoQuorum(
@@ -57,7 +51,7 @@ class Remote:
             time.sleep(1)
 
     def _present(self) -> Mapping[str, Member]:
-        return self.membership.present(self.base, self.labels)
+        return self.membership.present(self.experiment.base, self.experiment.labels)
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """Ask the sites of the cohort to train; yield each checked answer as it comes."""
@@ -78,7 +72,7 @@ class Remote:
                 last=held.last if held else 0,
             )
 
-        wanted, used = max(len(job.cohort) - self.config.federation.spare, 1), 0
+        wanted, used = max(len(job.cohort) - self.experiment.config.federation.spare, 1), 0
         waiting = [assigned.info.id for assigned in job.cohort]
         for assigned, reply in self._asked(job.cohort, train):
             waiting.remove(assigned.info.id)
@@ -109,19 +103,20 @@ class Remote:
 
     def _asked(
         self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], SiteMessage]
-    ) -> Iterator[tuple[Assignment, SiteMessage | NoReply]]:
+    ) -> Iterator[tuple[Assignment, SiteMessage]]:
         """The cohort's answers as they come. A site that ``lacks`` tensors is asked again."""
-        until = time.monotonic() + self.config.federation.deadline
-        present = self._present()
-        left = {present[a.info.id].node: a for a in cohort if a.info.id in present}
+        until = time.monotonic() + self.experiment.config.federation.deadline
+        present, left = self._present(), {}
         for assigned in cohort:
-            if assigned.info.id not in present:
-                yield assigned, NoReply("it is no longer connected")
+            if member := present.get(assigned.info.id):
+                left[member.node] = assigned
+            else:
+                yield assigned, SiteMessage({"error": "it is no longer connected"})
         for whole in (False, True):
             again = {}
             questions = {node: question(assigned, whole) for node, assigned in left.items()}
             for node, reply in self.membership.transport.ask(questions, until - time.monotonic()):
-                if not whole and isinstance(reply, SiteMessage) and reply.head.get("lacks") is True:
+                if not whole and reply.head.get("lacks") is True:
                     again[node] = left[node]
                 else:
                     yield left[node], reply
@@ -134,11 +129,9 @@ class Remote:
         names = compress_names(missing.keys(), view.keys())
         return self.membership.question(ask, payload, view=digest(view), names=names, **head)
 
-    def _update(
-        self, method: Method, assigned: Assignment, reply: SiteMessage | NoReply
-    ) -> Update | Failure:
+    def _update(self, method: Method, assigned: Assignment, reply: SiteMessage) -> Update | Failure:
         info, view = assigned.info, assigned.received
-        up, like = self.config.wire.up, view.only(method.shared(info.round))
+        up, like = self.experiment.config.wire.up, view.only(method.shared(info.round))
         try:
             answer = checked(reply)
             if (name := answer.text("site")) != info.id:
@@ -152,8 +145,3 @@ class Remote:
             return Failure(info.id, str(error))
         adapter = AdapterState(tensors, view.scaling)
         return Update(info.id, adapter, count, metrics, body_bytes(answer.body))
-
-
-def run_id(config: RunConfig, folder: Path) -> str:
-    """The run's id at its sites: a hash of its configuration and of its folder's path."""
-    return hashlib.sha256(f"{config_hash(config)}{folder.resolve()}".encode()).hexdigest()[:16]

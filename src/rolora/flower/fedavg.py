@@ -139,9 +139,8 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         config[TRAINABLE] = trained
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self.asked = tuple(map(str, sorted(m.metadata.dst_node_id for m in messages)))
-        _log.info(
-            "configure_train: round %d of the method trains %s", self.state.round + 1, trained
-        )
+        round = self.state.round + 1
+        _log.info("configure_train: round %d of the method trains %s", round, trained)
         return messages
 
     def aggregate_train(
@@ -155,47 +154,43 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
             return None, None
         came = list(replies)
         report = self._step(came)
-        accepted, rejected = report.accepted, report.rejected
-        for node, reason in rejected.items():
+        for node, reason in report.rejected.items():
             _log.warning("aggregate_train: the reply of node %s is left out: %s", node, reason)
         if not report.quorum_met:
             _log.warning(
                 "aggregate_train: %d usable replies, but a round needs %d: nothing is averaged, "
                 "and the next round repeats round %d of the method",
-                len(accepted),
+                len(report.accepted),
                 self.aggregation.quorum,
                 self.state.round + 1,
             )
         first = {str(message.metadata.src_node_id): message for message in reversed(came)}
-        contents = [first[node].content for node in accepted]
+        contents = [first[node].content for node in report.accepted]
         metrics = self._averaged(contents, self.train_metrics_aggr_fn) or MetricRecord()
         metrics["round"] = self.state.round
-        metrics["accepted"], metrics["rejected"] = len(accepted), len(rejected)
+        metrics["accepted"], metrics["rejected"] = len(report.accepted), len(report.rejected)
         if report.aggregation_error is not None:
             metrics["aggregation_error"] = report.aggregation_error
         return ArrayRecord(dict(self.state.adapter)), metrics
 
     def _step(self, replies: Iterable[Message]) -> RoundReport:
         """Advance the state by rolora's step; a node that did not answer has failed."""
-        state, round = self.state, self.state.round + 1
-        shared = state.adapter.only(self.method.shared(round))
-        updates = [update_in(r, state.adapter, shared, self.weighted_by_key) for r in replies]
-        came = {update.client for update in updates}
-        silent = [
-            Failure(node, "no answer before the deadline")
-            for node in self.asked
-            if node not in came
-        ]
+        received, round = self.state.adapter, self.state.round + 1
+        shared = received.only(self.method.shared(round))
+        updates = [update_in(reply, received, shared, self.weighted_by_key) for reply in replies]
+        silent = set(self.asked) - {update.client for update in updates}
+        missing = [Failure(node, "no answer before the deadline") for node in sorted(silent)]
         named = {u.client: u.num_examples for u in reversed(updates) if isinstance(u, Update)}
         counts = named | self.counts
-        rank, received = state.adapter.rank, state.adapter
         cohort = {
-            node: Assignment(ClientInfo(node, counts.get(node, 0), rank, round), received)
+            node: Assignment(ClientInfo(node, counts.get(node, 0), received.rank, round), received)
             for node in self.asked
         }
-        rng = generator(self.server_seed, "aggregate", round, state.attempt)
-        replies = [*updates, *silent]
-        self.state, report = step(self.method, self.aggregation, state, cohort, replies, rng)
+        rng = generator(self.server_seed, "aggregate", round, self.state.attempt)
+        all_replies = [*updates, *missing]
+        self.state, report = step(
+            self.method, self.aggregation, self.state, cohort, all_replies, rng
+        )
         self.counts |= {node: counts[node] for node in report.accepted}
         return report
 

@@ -10,21 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, NoQuorum
 from rolora.flower.message import PROTOCOL, SITE_NAME, MessageError, Scalar, SiteMessage
 from rolora.model.base import Base, layout, tokenizer_digest
+from rolora.run.experiment import Experiment
 from rolora.tasks.classification import class_labels
-from rolora.tasks.registry import task_kind
-
-
-@dataclass(frozen=True)
-class NoReply:
-    """A question that was not answered, and why."""
-
-    reason: str
 
 
 class Transport(Protocol):
@@ -36,13 +28,19 @@ class Transport(Protocol):
 
     def ask(
         self, questions: Mapping[int, SiteMessage], seconds: float
-    ) -> Iterator[tuple[int, SiteMessage | NoReply]]:
-        """Each node's answer once, as it comes; ``NoReply`` for nodes that are too late."""
+    ) -> Iterator[tuple[int, SiteMessage]]:
+        """Each node's answer once, as it comes; if none comes in time, an "error" that says so."""
         ...
 
 
-@dataclass(frozen=True)
-class Member:
+class Hello(NamedTuple):
+    """What a site has said of itself: its name, and the labels of its rows."""
+
+    site: str
+    labels: list[Any]
+
+
+class Member(NamedTuple):
     """A site that takes part: its node, and the number of rows that it trains on."""
 
     node: int
@@ -58,10 +56,10 @@ class Membership:
     """
 
     transport: Transport
-    config: RunConfig
+    wanted: Experiment
     run: str
     notify: Callable[[str], None]
-    hellos: dict[int, SiteMessage] = field(default_factory=dict)
+    hellos: dict[int, Hello] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
 
@@ -70,27 +68,26 @@ class Membership:
 
         Raises NoQuorum if too few have after ``federation.wait`` seconds.
         """
-        wanted, until = self.config.federation.sites, time.monotonic() + self.config.federation.wait
+        federation = self.wanted.config.federation
+        until = time.monotonic() + federation.wait
         self._greet()
-        while len(self.hellos) < wanted:
+        while len(self.hellos) < federation.sites:
             if time.monotonic() > until:
                 why = "".join(f"; refused: {reason}" for reason in self.refused.values())
                 raise NoQuorum(
-                    f"{len(self.hellos)} of {wanted} sites (federation.sites) joined{why}; start "
-                    "the others and resume"
+                    f"{len(self.hellos)} of {federation.sites} sites (federation.sites) joined"
+                    f"{why}; start the others and resume"
                 )
             time.sleep(1)
             self._greet()
-        every = [label for hello in self.hellos.values() for label in _labels(hello)]
-        if task_kind(self.config.model.task).labelled:
-            return class_labels(every, "the sites' rows")
-        return every
+        every = [label for hello in self.hellos.values() for label in hello.labels]
+        return class_labels(every, "the sites' rows") if self.wanted.kind.labelled else every
 
     def present(self, base: Base, labels: Sequence[Any]) -> Mapping[str, Member]:
         """The members that can be reached now. Nodes that are new may join."""
         nodes = self._greet()
-        known = {member.node for member in self.members.values()}
-        self._admit(nodes & self.hellos.keys() - known - self.refused.keys(), base, labels)
+        joined = {member.node for member in self.members.values()}
+        self._admit(nodes & self.hellos.keys() - joined - self.refused.keys(), base, labels)
         return {name: m for name, m in sorted(self.members.items()) if m.node in nodes}
 
     def question(self, ask: str, body: bytes = b"", **head: Scalar) -> SiteMessage:
@@ -100,25 +97,28 @@ class Membership:
     def _greet(self) -> set[int]:
         """Ask new nodes for their hello; return all nodes that can be reached."""
         nodes = set(self.transport.nodes())
-        values = self.config.model_dump_json(exclude_none=True).encode()
-        new = nodes - self.hellos.keys() - self.refused.keys()
-        questions = {node: self.question("hello", body=values) for node in new}
-        for node, reply in self.transport.ask(questions, self.config.federation.deadline):
+        values = self.wanted.config.model_dump_json(exclude_none=True).encode()
+        question = self.question("hello", values)
+        for node, reply in self._asked(nodes - self.hellos.keys() - self.refused.keys(), question):
             try:
                 self.hellos[node] = self._checked_hello(reply)
             except (MessageError, ConfigError) as error:
                 self._refuse(node, f"node {node}", str(error))
         return nodes
 
-    def _checked_hello(self, reply: SiteMessage | NoReply) -> SiteMessage:
+    def _asked(self, nodes: set[int], question: SiteMessage) -> Iterator[tuple[int, SiteMessage]]:
+        """The answers of these nodes to the same question, as they come."""
+        deadline = self.wanted.config.federation.deadline
+        return self.transport.ask(dict.fromkeys(nodes, question), deadline)
+
+    def _checked_hello(self, reply: SiteMessage) -> Hello:
         """Raises MessageError, or ConfigError if ``lora.rank`` has no rank for this site."""
-        hello, mine = checked(reply), version("torch")
-        name, theirs = hello.text("site"), hello.text("torch")
+        said, mine = checked(reply), version("torch")
+        name, theirs = said.text("site"), said.text("torch")
         if not SITE_NAME.fullmatch(name):
             raise MessageError(f"{name!r} is not a valid site name")
-        self.config.lora.ranks([name])
-        hello.integer("num_examples")
-        _labels(hello)
+        self.wanted.config.lora.ranks([name])
+        hello = Hello(name, _labels(said))
         if theirs != mine:
             self.notify(
                 f"site {name} has torch {theirs}, the coordinator {mine}: the last bits of the "
@@ -128,17 +128,16 @@ class Membership:
 
     def _admit(self, nodes: set[int], base: Base, labels: Sequence[Any]) -> None:
         """Have these nodes load the model and the rows, and compare the model with ``base``."""
-        questions = {n: self.question("ready", json.dumps(labels).encode()) for n in nodes}
-        for node, reply in self.transport.ask(questions, self.config.federation.deadline):
-            hello = self.hellos[node]
-            name = hello.text("site")
+        question = self.question("ready", json.dumps(labels).encode())
+        for node, reply in self._asked(nodes, question):
+            name, own = self.hellos[node]
             try:
                 ready = checked(reply)
                 _require_same_model(ready, base)
                 known = self.members.get(name)
                 if known is not None and known.node in self.transport.nodes():
                     raise MessageError("another site of this name is connected")
-                if unknown := set(_labels(hello)) - set(labels):
+                if unknown := set(own) - set(labels):
                     raise MessageError(f"label {min(map(str, unknown))!r} is not in this run")
                 self.members[name] = Member(node, ready.integer("num_examples"))
                 self.notify(f"site {name} joined with {self.members[name].num_examples:,} rows")
@@ -171,10 +170,8 @@ def _require_same_model(ready: SiteMessage, base: Base) -> None:
             raise MessageError(f"{fault} ({theirs[:8]}; the coordinator's is {mine[:8]})")
 
 
-def checked(reply: SiteMessage | NoReply) -> SiteMessage:
-    """The reply if it is an answer. Raises MessageError if there is none or the site failed."""
-    if isinstance(reply, NoReply):
-        raise MessageError(reply.reason)
+def checked(reply: SiteMessage) -> SiteMessage:
+    """The reply if it can be used. Raises MessageError with the reason if not."""
     if "error" in reply.head:
         raise MessageError(str(reply.head["error"])[:300])
     if reply.head.get("protocol") != PROTOCOL:

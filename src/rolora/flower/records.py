@@ -60,9 +60,8 @@ def update_in(
     """
     node = str(message.metadata.src_node_id)
     if message.has_error():
-        return Failure(
-            node, " ".join(str(message.error.reason or message.error.code).split())[:300]
-        )
+        reason = str(message.error.reason or message.error.code)
+        return Failure(node, " ".join(reason.split())[:300])
     content = message.content
     count = examples_in(content, key)
     if count is None:
@@ -75,17 +74,13 @@ def update_in(
     except Exception as error:  # whatever numpy and torch raise for arbitrary bytes
         return Failure(node, f"its arrays cannot be read: {one_line(error)}")
     for name in [n for n in tensors if n in received and n not in shared]:
-        if not _same(tensors.pop(name), received[name]):
+        if not received.holds(name, tensors.pop(name)):
             return Failure(
                 node,
                 f"{name} is frozen in this round but came back changed: does the client call "
                 "rolora.flower.freeze?",
             )
     return Update(node, AdapterState(tensors, received.scaling), count, {})
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def examples_in(content: Any, key: str) -> int | None:
@@ -101,15 +96,11 @@ def examples_in(content: Any, key: str) -> int | None:
 
 def comparable(contents: Sequence[Any], key: str) -> list[Any]:
     """The replies whose metrics can be averaged: finite, and named as in most replies."""
-    layouts = {
-        index: layout
-        for index, content in enumerate(contents)
-        if (layout := _layout(content, key)) is not None
-    }
-    if not layouts:
-        return []
-    ((usual, _),) = Counter(layouts.values()).most_common(1)
-    return [contents[index] for index, layout in layouts.items() if layout == usual]
+    layouts = [_layout(content, key) for content in contents]
+    counts = Counter(layout for layout in layouts if layout is not None)
+    usual = max(counts, key=counts.__getitem__, default=None)
+    pairs = zip(contents, layouts, strict=True)
+    return [content for content, layout in pairs if layout is not None and layout == usual]
 
 
 def _layout(content: Any, key: str) -> frozenset[tuple[str, int]] | None:
@@ -117,12 +108,7 @@ def _layout(content: Any, key: str) -> frozenset[tuple[str, int]] | None:
     if examples_in(content, key) is None:
         return None
     (metrics,) = content.metric_records.values()
-    listed = {
-        name: value if isinstance(value, list) else [value] for name, value in metrics.items()
-    }
-    if not all(math.isfinite(x) for values in listed.values() for x in values):
-        return None
-    return frozenset(
-        (name, len(values) if isinstance(metrics[name], list) else -1)
-        for name, values in listed.items()
-    )
+    for value in metrics.values():
+        if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+            return None
+    return frozenset((n, len(v) if isinstance(v, list) else -1) for n, v in metrics.items())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from rolora.flower.membership import NoReply
 from rolora.flower.message import SiteMessage
 
 TYPES = {
@@ -19,7 +19,6 @@ TYPES = {
 }
 RECORD, BODY = "rolora", "body"
 LONGEST = 0.5  # seconds between polls for answers
-LATE = "no answer before the deadline"
 
 
 def to_record(message: SiteMessage) -> RecordDict:
@@ -44,11 +43,11 @@ def poll_interval(waited: float, longest: float) -> float:
     return min(max(waited / 10, 0.2), longest)
 
 
+@dataclass(frozen=True)
 class GridTransport:
     """The ``Transport`` of Flower's grid: the nodes are connected SuperNodes."""
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
+    grid: Grid
 
     def nodes(self) -> Sequence[int]:
         """The SuperNodes that have sent a heartbeat lately."""
@@ -56,47 +55,34 @@ class GridTransport:
 
     def ask(
         self, questions: Mapping[int, SiteMessage], seconds: float
-    ) -> Iterator[tuple[int, SiteMessage | NoReply]]:
+    ) -> Iterator[tuple[int, SiteMessage]]:
         """Push every question, then poll for answers until all have come or the time is up."""
-        return first_replies(self._arriving(questions, seconds), set(questions))
+        waiting = self._pushed(questions, seconds) if questions and seconds > 0 else {}
+        start, silent = time.monotonic(), set(questions)
+        while waiting and (waited := time.monotonic() - start) < seconds:
+            for reply in self.grid.pull_messages(list(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    silent.remove(node)
+                    yield node, _content(reply)
+            if waiting:
+                time.sleep(poll_interval(waited, LONGEST))
+        for node in sorted(silent):
+            yield node, SiteMessage({"error": "no answer before the deadline"})
 
-    def _arriving(
-        self, questions: Mapping[int, SiteMessage], seconds: float
-    ) -> Iterator[tuple[int, SiteMessage | NoReply]]:
-        if not questions or seconds <= 0:
-            return
+    def _pushed(self, questions: Mapping[int, SiteMessage], seconds: float) -> dict[str, int]:
+        """Id of the message -> its node, of the questions that could be pushed."""
         # they expire after the deadline here, so that Flower never reports an expired one
         messages = [
             Message(to_record(question), node, TYPES[question.text("ask")], ttl=seconds + 1)
             for node, question in questions.items()
         ]
         sent = zip(self.grid.push_messages(messages), questions, strict=True)
-        waiting = {id: node for id, node in sent if id}
-        start = time.monotonic()
-        while waiting and (waited := time.monotonic() - start) < seconds:
-            for reply in self.grid.pull_messages(list(waiting)):
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, _content(reply)
-            if waiting:
-                time.sleep(poll_interval(waited, LONGEST))
+        return {id: node for id, node in sent if id}
 
 
-def _content(reply: Message) -> SiteMessage | NoReply:
+def _content(reply: Message) -> SiteMessage:
     if reply.has_error():
         reason = reply.error.reason or f"error {reply.error.code}"
-        return NoReply(f"Flower reports: {' '.join(reason.split())}")
+        return SiteMessage({"error": f"Flower reports: {' '.join(reason.split())}"})
     return from_record(reply.content)
-
-
-def first_replies(
-    arriving: Iterable[tuple[int, SiteMessage | NoReply]], asked: set[int]
-) -> Iterator[tuple[int, SiteMessage | NoReply]]:
-    """The first reply of each node that was asked, as it arrives; ``NoReply`` for the others."""
-    left = set(asked)
-    for node, reply in arriving:
-        if node in left:
-            left.remove(node)
-            yield node, reply
-    for node in sorted(left):
-        yield node, NoReply(LATE)

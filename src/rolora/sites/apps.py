@@ -14,7 +14,7 @@ from rolora.config.load import load_config
 from rolora.flower.transport import GridTransport, from_record, to_record
 from rolora.run import runs
 from rolora.run.progress import described
-from rolora.sites.coordinator import prepare_remote
+from rolora.sites.coordinator import across
 from rolora.sites.site import Site
 from rolora.sites.site_config import read_site
 from rolora.sites.submit import reporting
@@ -40,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(order["out"])
     with reporting(job) as lines:
         notify = partial(print, file=lines)
-        build = partial(prepare_remote, transport=GridTransport(grid), notify=notify)
+        build = across(GridTransport(grid), notify)
         if (out / "config.toml").is_file():
             run = runs.resume(out, order["rounds"], build)
         else:

@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rolora.config.schema import DataConfig, RunConfig
+from rolora.config.load import config_hash
 from rolora.data import tables
 from rolora.errors import ConfigError
-from rolora.flower.engine import Remote, run_id
+from rolora.flower.engine import Remote
 from rolora.flower.membership import Membership, Transport
 from rolora.run.experiment import Experiment, data_hash
+from rolora.run.runs import Build
 from rolora.run.shards import Rows
 
 
-def prepare_remote(
-    config: RunConfig, folder: Path, transport: Transport, notify: Callable[[str], None]
-) -> Experiment:
-    """Wait for the sites, agree with them on labels and model, and set up the run.
+def across(transport: Transport, notify: Callable[[str], None]) -> Build:
+    """What sets up a run on the sites of ``transport``, for ``runs.start`` and ``runs.resume``.
 
-    ``notify`` receives a line for each site that joins or is refused. The server's seed is drawn
-    here unless it is set: sites know ``config.seed``, and must not be able to predict what is drawn
-    from the other. Raises ConfigError for what is impossible across sites, NoQuorum for too few.
+    It raises ConfigError for what is impossible across sites, and NoQuorum for too few; ``notify``
+    receives a line for each site that joins or is refused.
     """
-    test_source, validation_source = _evaluation_sources(config.data)
-    _refuse(config)
+    return lambda config, folder: _prepare(Experiment(config), folder, transport, notify)
+
+
+def _prepare(
+    wanted: Experiment, folder: Path, transport: Transport, notify: Callable[[str], None]
+) -> Experiment:
+    """Wait for the sites, and agree with them on labels and model.
+
+    The server's seed is drawn here unless it is set: sites know the other seed, and must not be
+    able to predict what is drawn from this one.
+    """
+    _refuse(wanted)
+    config = wanted.config
     if config.server_seed is None:
         config = config.model_copy(update={"server_seed": secrets.randbits(63)})
     if config.model.dtype == "auto":  # the fastest dtype differs from site to site
         dtype = "bf16" if config.device == "cuda" else "fp32"
         model = config.model.model_copy(update={"dtype": dtype})
         config = config.model_copy(update={"model": model})
-    read = partial(tables.read_table, root=config.root, offline=config.offline)
-    test = read(test_source, split=config.data.test_split)
+    read, data = partial(tables.read_table, root=config.root, offline=config.offline), config.data
+    test = read(str(data.test), split=data.test_split)
     validation = None
-    if validation_source is not None:
-        validation = read(validation_source, split="validation")
+    if data.validation is not None:
+        validation = read(str(data.validation), split="validation")
     rows = Rows(None, test, validation, shards={}, held_out={})
-    membership = Membership(transport, config, run_id(config, folder), notify)
+    run = hashlib.sha256(f"{config_hash(config)}{folder.resolve()}".encode()).hexdigest()[:16]
+    membership = Membership(transport, Experiment(config), run, notify)
     labels = tuple(membership.gather())
     here = Experiment(config, rows=rows, labels=labels)
-    engine = Remote(membership, config, here.base, labels)
+    engine = Remote(membership, here)
     members = engine.clients()
     return Experiment(
         config,
@@ -62,19 +73,14 @@ def prepare_remote(
     )
 
 
-def _evaluation_sources(data: DataConfig) -> tuple[str, str | None]:
-    """The sources of test and validation rows. ConfigError for a share of the sites' rows."""
-    if isinstance(data.test, str) and not isinstance(data.validation, float):
-        return data.test, data.validation
-    raise ConfigError(
-        "across sites data.test and data.validation must name rows that the coordinator has, not a "
-        "share: the sites' rows stay with them"
-    )
-
-
-def _refuse(config: RunConfig) -> None:
-    """ConfigError for a method or ranks that do not work across sites."""
-    method = Experiment(config).method
+def _refuse(wanted: Experiment) -> None:
+    """ConfigError for rows, a method or ranks that do not work across sites."""
+    data, method = wanted.config.data, wanted.method
+    if not isinstance(data.test, str) or isinstance(data.validation, float):
+        raise ConfigError(
+            "across sites data.test and data.validation must name rows that the coordinator has, "
+            "not a share: the sites' rows stay with them"
+        )
     if not method.federated:
         raise ConfigError(
             f"{method.name} trains on all rows in one place, and the rows of sites stay with them: "
@@ -85,13 +91,13 @@ def _refuse(config: RunConfig) -> None:
             f"{method.name} starts from a gradient over all clients' rows, which sites do not "
             "send: use ravan, which sends as little"
         )
-    if config.data.validation is not None and method.personal_roles:
+    if data.validation is not None and method.personal_roles:
         raise ConfigError(
             f"{method.name} keeps a part of each adapter at its site, which does not have the "
             "coordinator's validation rows: remove data.validation; data.client_test evaluates "
             "each site's adapter on the site's own rows"
         )
-    if isinstance(config.lora.rank, list):
+    if isinstance(wanted.config.lora.rank, list):
         raise ConfigError(
             'across sites lora.rank is one number or a table of names, such as "hospital-*" = 8: '
             "sites come and go, so a list has no fixed order"

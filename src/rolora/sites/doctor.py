@@ -15,18 +15,17 @@ from pathlib import Path
 
 import httpx
 
-from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.errors import RoloraError
 from rolora.files import is_locked
+from rolora.flower.membership import checked
 from rolora.flower.message import PROTOCOL, VERSIONS, Scalar, SiteMessage, versions
 from rolora.sites import keys
 from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
-from rolora.sites.site import Site
+from rolora.sites.site import Site, table_here
 from rolora.sites.site_config import SiteConfig
-from rolora.sites.site_run import table_here
-from rolora.training.memory import free_bytes, phases, plan_bank
+from rolora.training.memory import free_bytes
 
 SKEW = 240  # seconds: Flower accepts a signature for 300
 SOON = datetime.timedelta(days=30)
@@ -42,8 +41,8 @@ class Finding:
     detail: str
 
 
-def examine_site(site: SiteConfig, config: RunConfig | None) -> Iterator[Finding]:
-    """Check all that a site needs to join and, given a run's configuration, to take part in it.
+def examine_site(site: SiteConfig, run: str | None) -> Iterator[Finding]:
+    """Check all that a site needs to join and, given a run's configuration (JSON), to take part.
 
     Nothing is left behind, and nothing leaves the site but a signed hello to the SuperLink.
     """
@@ -57,8 +56,8 @@ def examine_site(site: SiteConfig, config: RunConfig | None) -> Iterator[Finding
     except RoloraError as error:
         yield Finding("rows", False, str(error))
         return
-    if config is not None:
-        yield from _try_run(site, config)
+    if run is not None:
+        yield from _try_run(site, run)
     try:
         yield from _connection(site)
     except RoloraError as error:
@@ -89,21 +88,24 @@ def _own_versions() -> Finding:
     return Finding("versions", True, listed)
 
 
-def _try_run(site: SiteConfig, config: RunConfig) -> Iterator[Finding]:
+def _try_run(site: SiteConfig, run: str) -> Iterator[Finding]:
     """Answer the first two questions of a run, in a temporary state folder."""
     with tempfile.TemporaryDirectory() as scratch:
         trial = Site(site.model_copy(update={"state": scratch}))
-        head: dict[str, Scalar] = {"protocol": PROTOCOL, "run": "00000000"}
-        body = config.model_dump_json(exclude_none=True).encode()
-        hello = trial.answer(SiteMessage({**head, "ask": "hello"}, body))
-        if "error" in hello.head:
-            yield Finding("run", False, hello.text("error"))
-            return
-        labels = json.loads(hello.text("labels"))
-        yield Finding("labels", True, ", ".join(map(str, labels)) or "none: the task has no labels")
-        ready = trial.answer(SiteMessage({**head, "ask": "ready"}, hello.text("labels").encode()))
-        if "error" in ready.head:
-            yield Finding("model", False, ready.text("error"))
+
+        def answer(ask: str, body: str) -> SiteMessage:
+            head: dict[str, Scalar] = {"ask": ask, "protocol": PROTOCOL, "run": "00000000"}
+            return checked(trial.answer(SiteMessage(head, body.encode())))
+
+        part = "run"
+        try:
+            labels = answer("hello", run).text("labels")
+            listed = ", ".join(map(str, json.loads(labels)))
+            yield Finding("labels", True, listed or "none: the task has no labels")
+            part = "model"
+            ready = answer("ready", labels)
+        except RoloraError as error:
+            yield Finding(part, False, str(error))
             return
         base = ready.text("base")
         detail = f"base {base[:12]}, tokenizer {ready.text('tokenizer')[:12]}"
@@ -111,20 +113,11 @@ def _try_run(site: SiteConfig, config: RunConfig) -> Iterator[Finding]:
             yield Finding("model", True, detail)
         else:
             yield Finding("model", False, f"{detail}; expected base {site.base}")
-        yield _memory(trial)
-
-
-def _memory(trial: Site) -> Finding:
-    run = trial.opened
-    assert run is not None
-    parts, engine = run.experiment, run.engine
-    base, start = parts.base, parts.start.server.adapter
-    kinds = phases(parts.method, run.config.train.rounds)
-    size = run.config.train.batch_size
-    plan = plan_bank(base, engine.task, engine.examples, start, kinds, size, 1)
-    need, free = max(plan.activations.values()), free_bytes(base.device.type)
-    detail = f"a step needs {need / 1e6:,.0f} MB beside the model; {free / 1e6:,.0f} MB are free"
-    return Finding("memory", need < free, detail)
+        assert trial.opened is not None
+        parts = trial.opened.experiment
+        need, free = max(parts.bank_plan.activations.values()), free_bytes(parts.base.device.type)
+        detail = f"{need / 1e6:,.0f} MB beside the model; {free / 1e6:,.0f} MB are free"
+        yield Finding("memory", need < free, f"a step needs {detail}")
 
 
 def _connection(site: SiteConfig) -> Iterator[Finding]:
@@ -151,10 +144,8 @@ def _connection(site: SiteConfig) -> Iterator[Finding]:
     if lock.exists() and is_locked(lock):
         yield Finding("accepted", True, "the site is running and connected now")
         return
-    with Fleet.open(site) as fleet:
-        node = fleet.activate(register=site.key is None)
-        fleet.deactivate(node)
-    yield Finding("accepted", True, f"the SuperLink knows this site as node {node}")
+    with Fleet.join(site) as fleet:
+        yield Finding("accepted", True, f"the SuperLink knows this site as node {fleet.id}")
 
 
 def _get_versions(address: str, certificates: Path | None) -> httpx.Response:

@@ -6,6 +6,7 @@ Flower may change them in any version: tests/test_flower_internals.py says which
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,26 +43,48 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from rolora.errors import RoloraError
 from rolora.sites.keys import public_pem, read_certificate, read_private_key
-from rolora.sites.retry import NotConnected, meaning, retry
 from rolora.sites.site_config import SiteConfig
+
+AWAY = (502, 503, 504)  # a proxy's answers when the SuperLink behind it is down
+LONGEST = 10.0  # seconds between two attempts
+
+REFUSALS = {  # what is in the SuperLink's answer -> what the site's operator should know
+    '"code":2001': "the SuperLink asks for a key: set this site's in site.toml, as key = ...",
+    '"code":2004': "the SuperLink does not know this site's key (have the coordinator register "
+    "it), or it was used elsewhere within the last minute",
+    "Invalid SuperNode authentication": "the SuperLink cannot verify this site's signature: are "
+    "both clocks right to the minute?",
+}
 
 _log = logging.getLogger(__name__)
 
 
+class NotConnected(RoloraError):
+    """The SuperLink cannot be reached, or refuses this site; says which, and what to do."""
+
+
+class Gone(Exception):
+    """The run of a message has ended, by the SuperLink."""
+
+
 @dataclass(frozen=True)
 class Fleet:
-    """A client of the SuperLink's Fleet API that signs its requests with a site's key."""
+    """A site's node at the SuperLink. Its requests are signed with the site's key."""
 
     client: FleetHttpClient
-    public_key: bytes
+    id: int
 
     @classmethod
     @contextmanager
-    def open(cls, site: SiteConfig) -> Iterator[Fleet]:
-        """The client of a site. ConfigError if its key or certificate cannot be read.
+    def join(cls, site: SiteConfig, last: int | None = None) -> Iterator[Fleet]:
+        """The site's node, online and sending heartbeats while the block lasts.
 
-        A site without a key gets a new one, for a SuperLink that asks for none.
+        A site without a key gets a new one, for a SuperLink that asks for none. Flower refuses a
+        node whose last process was killed less than a minute ago, since it counts as alive; with
+        its id as ``last``, this process continues as that node. Raises ConfigError if the key or
+        the certificate cannot be read, NotConnected if the SuperLink refuses the site.
         """
         certificates, path = site.path(site.certificates), site.path(site.key)
         if certificates is not None:
@@ -76,100 +99,120 @@ class Fleet:
                 NodeAuthHttpInterceptor(key, key.public_key()),
             ],
         ) as client:
-            yield cls(client, public_pem(key))
+            fleet = cls(client, _activate(client, public_pem(key), path is None, last))
+            sender = HeartbeatSender(lambda: _beat(client, fleet.id))
+            sender.start()
+            try:
+                yield fleet
+            finally:
+                sender.stop()
+                try:
+                    client.DeactivateNode(DeactivateNodeRequest(node_id=fleet.id))
+                except httpx.HTTPError:
+                    _log.warning("the SuperLink could not be told that this site leaves")
 
-    def activate(self, register: bool, last: int | None = None) -> int:
-        """Take this site's node online; its id. ``register``: the SuperLink asks for no keys.
-
-        Flower refuses a node whose last process was killed less than a minute ago, since it counts
-        as alive; with its id as ``last``, this process continues as that node. Raises NotConnected.
-        """
-        try:
-            if register:
-                self.client.RegisterNode(RegisterNodeFleetRequest(public_key=self.public_key))
-            request = ActivateNodeRequest(
-                public_key=self.public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
-            )
-            return int(self.client.ActivateNode(request).node_id)
-        except httpx.TransportError as error:
-            raise NotConnected(f"no connection: {error}") from None
-        except httpx.HTTPStatusError as error:
-            if last is not None and self._beat(last):
-                return last
-            raise NotConnected(f"refused: {meaning(error)}") from None
-
-    def deactivate(self, node: int) -> None:
-        """Take the node offline, if the SuperLink can be reached."""
-        try:
-            self.client.DeactivateNode(DeactivateNodeRequest(node_id=node))
-        except httpx.HTTPError:
-            _log.warning("the SuperLink could not be told that this site leaves")
-
-    @contextmanager
-    def heartbeats(self, node: int) -> Iterator[None]:
-        """Send the node's heartbeats from a thread while the block lasts."""
-        sender = HeartbeatSender(lambda: self._beat(node))
-        sender.start()
-        try:
-            yield
-        finally:
-            sender.stop()
-
-    def pull(self, node: int) -> Message | None:
+    def pull(self) -> Message | None:
         """The next message for this node, if there is one. Raises NotConnected, or Gone."""
-        pulled = retry(lambda: self.client.PullMessages(PullMessagesRequest(node=_proto(node))))
+        node = Node(node_id=self.id)
+        pulled = _retried(self.client.PullMessages)(PullMessagesRequest(node=node))
         if not pulled.messages_list:
             return None
         run, tree = pulled.messages_list[0].metadata.run_id, pulled.message_object_trees[0]
         message = pull_and_inflate_object_from_tree(
             tree,
-            make_pull_object_fn_protobuf(_retried(self.client.PullObject), _proto(node), run),
+            make_pull_object_fn_protobuf(_retried(self.client.PullObject), node, run),
             make_confirm_message_received_fn_protobuf(
-                _retried(self.client.ConfirmMessageReceived), _proto(node), run
+                _retried(self.client.ConfirmMessageReceived), node, run
             ),
             return_type=Message,
         )
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
-    def push(self, node: int, message: Message, seconds: float) -> None:
+    def push(self, message: Message, seconds: float) -> None:
         """Send an answer that took so many seconds. Raises NotConnected, or Gone."""
+        node = Node(node_id=self.id)
         message.metadata.__dict__["_message_id"] = message.object_id
         request = PushMessagesRequest(
-            node=_proto(node),
+            node=node,
             messages_list=[message_to_proto(remove_content_from_message(message))],
             message_object_trees=[get_object_tree(message)],
             clientapp_runtime_list=[seconds],
         )
-        sent = retry(lambda: self.client.PushMessages(request))
+        sent = _retried(self.client.PushMessages)(request)
         push_objects(
             get_all_nested_objects(message),
             make_push_object_fn_protobuf(
-                _retried(self.client.PushObject),
-                _proto(node),
-                message.metadata.run_id,
-                sent.session_id,
+                _retried(self.client.PushObject), node, message.metadata.run_id, sent.session_id
             ),
             object_ids_to_push=set(sent.objects_to_push),
         )
 
-    def _beat(self, node: int) -> bool:
-        """Send one heartbeat; whether the SuperLink has received it and knows the node."""
-        request = SendNodeHeartbeatRequest(
-            node=_proto(node), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+
+def _activate(client: FleetHttpClient, public: bytes, register: bool, last: int | None) -> int:
+    """Take the node of this key online; its id. ``register``: the SuperLink asks for no keys."""
+    try:
+        if register:
+            client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
+        request = ActivateNodeRequest(
+            public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )
-        try:
-            return bool(self.client.SendNodeHeartbeat(request).success)
-        except httpx.HTTPError:
-            return False
+        return int(client.ActivateNode(request).node_id)
+    except httpx.TransportError as error:
+        raise NotConnected(f"no connection: {error}") from None
+    except httpx.HTTPStatusError as error:
+        if last is not None and _beat(client, last):
+            return last
+        raise NotConnected(f"refused: {_meaning(error)}") from None
 
 
-def _proto(node: int) -> Node:
-    return Node(node_id=node)
+def _beat(client: FleetHttpClient, node: int) -> bool:
+    """Send one heartbeat; whether the SuperLink has received it and knows the node."""
+    request = SendNodeHeartbeatRequest(
+        node=Node(node_id=node), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+    )
+    try:
+        return bool(client.SendNodeHeartbeat(request).success)
+    except httpx.HTTPError:
+        return False
 
 
 def _retried(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda request: retry(lambda: call(request))
+    """The call, repeated at least every 10 s while the SuperLink cannot be reached.
+
+    It raises Gone if the run has ended, NotConnected if the SuperLink refuses the request.
+    """
+
+    def repeat(request: Any) -> Any:
+        wait = 0.5
+        while True:
+            try:
+                return call(request)
+            except httpx.TransportError as error:
+                why: object = error
+            except httpx.HTTPStatusError as error:
+                why = error.response.status_code
+                if why == httpx.codes.FORBIDDEN:
+                    raise Gone("its run has ended") from None
+                if why == httpx.codes.UNAUTHORIZED:
+                    raise NotConnected(
+                        "the SuperLink no longer accepts this site's key: ask the coordinator"
+                    ) from None
+                if why not in AWAY:
+                    raise NotConnected(f"the SuperLink answered: {_meaning(error)}") from None
+            _log.warning("the SuperLink does not answer (%s); next attempt in %.0f s", why, wait)
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST)
+
+    return repeat
+
+
+def _meaning(error: httpx.HTTPStatusError) -> str:
+    """What a refusal means for the site's operator; the answer itself if that is not known."""
+    for part, known in REFUSALS.items():
+        if part in error.response.text:
+            return known
+    return f"{error.response.status_code} {' '.join(error.response.text.split())[:200]}"
 
 
 def to_bytes(message: Message) -> bytes:

@@ -20,8 +20,6 @@ from rolora.files import is_locked, new_folder, write_file
 from rolora.sites import keys
 from rolora.sites.site_config import site_name
 
-PORT = 8000
-
 SITE = """\
 # What this site contributes to every run. Check it with: rolora site --config site.toml --check
 name = "{name}"
@@ -70,7 +68,7 @@ class FederationFolder:
         with new_folder(path) as part:
             part.chmod(0o700)
             keys.make_authority(part, "rolora federation")
-            keys.make_server(part, [host])
+            keys.make_server(part, host)
             (part / "sites").mkdir()
             (part / "public").mkdir()
             write_file(part / "federation.toml", tomli_w.dumps({"host": host, "port": port}))
@@ -104,7 +102,7 @@ class FederationFolder:
         if public.exists() or site.exists():
             raise ConfigError(f"site {name!r} has a key already: {public}")
         with new_folder(site) as part:
-            keys.make_site(part / f"{name}.key", part / f"{name}.pub")
+            keys.make_site(part, name)
             shutil.copy(self.path / "ca.crt", part / "ca.crt")
             text = SITE.format(name=name, host=self.host, port=self.port)
             write_file(part / "site.toml", text)
@@ -139,10 +137,8 @@ class FederationFolder:
     @property
     def environment(self) -> dict[str, str]:
         """For Flower's programs: no installation at run time, no telemetry."""
-        programs = str(Path(sys.executable).parent)
         return {
-            **os.environ,
-            "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+            **own_programs_first(),
             "FLWR_HOME": str(self.path / "flwr"),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -212,6 +208,12 @@ class FederationFolder:
         if not file.exists() or not (self.path / "state.db").exists():
             return {}
         return dict(json.loads(file.read_text()))
+
+
+def own_programs_first() -> dict[str, str]:
+    """This process's environment, in which Python's own folder of programs is searched first."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": programs}
 
 
 def flwr(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:

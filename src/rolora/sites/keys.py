@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -46,17 +45,17 @@ def make_authority(folder: Path, name: str) -> None:
     _write_pair(folder / "ca", key, certificate)
 
 
-def make_server(folder: Path, hosts: Sequence[str]) -> None:
-    """Write ``server.key`` and ``server.crt`` for these names or addresses, and for loopback.
+def make_server(folder: Path, host: str) -> None:
+    """Write ``server.key`` and ``server.crt`` for this name or address, and for loopback.
 
     The authority in the same folder signs them.
     """
     authority, signer = read_certificate(folder / "ca.crt"), read_private_key(folder / "ca.key")
     key = ec.generate_private_key(ec.SECP384R1())
-    names = [_alternative(host) for host in dict.fromkeys((*hosts, *LOOPBACK))]
+    names = [_alternative(name) for name in dict.fromkeys((host, *LOOPBACK))]
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     certificate = (
-        _certificate(_name(hosts[0]), authority.subject, key)
+        _certificate(_name(host), authority.subject, key)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(issuer, critical=False)
@@ -66,12 +65,12 @@ def make_server(folder: Path, hosts: Sequence[str]) -> None:
     _write_pair(folder / "server", key, certificate)
 
 
-def make_site(private: Path, public: Path) -> None:
-    """Write a site's key pair: the private key is for the site, the public one is registered."""
+def make_site(folder: Path, name: str) -> None:
+    """Write a site's keys: ``NAME.key`` is for the site, ``NAME.pub`` is registered."""
     key = ec.generate_private_key(ec.SECP384R1())
-    write_secret(private, _private_pem(key))
+    write_secret(folder / f"{name}.key", _private_pem(key))
     ssh = key.public_key().public_bytes(Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    write_file(public, ssh + b"\n")
+    write_file(folder / f"{name}.pub", ssh + b"\n")
 
 
 def read_private_key(path: Path) -> ec.EllipticCurvePrivateKey:

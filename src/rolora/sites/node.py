@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import Message
@@ -19,8 +18,7 @@ from flwr.app import Message
 from rolora.files import locked, write_file
 from rolora.flower.message import SiteMessage
 from rolora.flower.transport import from_record, poll_interval, to_record
-from rolora.sites.flower_internals import Fleet, from_bytes, to_bytes
-from rolora.sites.retry import Gone, NotConnected
+from rolora.sites.flower_internals import Fleet, Gone, NotConnected, from_bytes, to_bytes
 from rolora.sites.site_config import SiteConfig
 
 LONGEST = 1.0  # seconds between polls
@@ -40,33 +38,28 @@ def serve(
     the same state folder.
     """
     site.folder.mkdir(parents=True, exist_ok=True)
-    with locked(site.folder / ".lock"), connected(site) as connection:
-        notify(f"{site.name}: connected to {site.superlink}, waiting for runs")
-        for message in connection.messages():
-            start = time.monotonic()
-            question = from_record(message.content)
-            reply = answer(question)
-            seconds = time.monotonic() - start
-            connection.reply(Message(to_record(reply), reply_to=message), seconds)
-            notify(f"{site.name}: {_described(question, reply)} ({seconds:.1f} s)")
-
-
-@contextmanager
-def connected(site: SiteConfig) -> Iterator[Connection]:
-    """The site's node, online and sending heartbeats. Raises NotConnected if it is refused."""
-    with Fleet.open(site) as fleet:
+    pending = site.folder / "question.bin"
+    with ExitStack() as stack:
+        stack.enter_context(locked(site.folder / ".lock"))
         try:
-            node = fleet.activate(register=site.key is None, last=last_node(site.folder))
+            fleet = stack.enter_context(Fleet.join(site, last_node(site.folder)))
         except NotConnected as error:
             raise NotConnected(
                 f"{site.superlink}: {error}; to find out more: rolora site --check"
             ) from None
-        write_file(site.folder / "node", f"{node} {site.folder.stat().st_ino}")
-        try:
-            with fleet.heartbeats(node):
-                yield Connection(fleet, node, site.folder / "question.bin")
-        finally:
-            fleet.deactivate(node)
+        write_file(site.folder / "node", f"{fleet.id} {site.folder.stat().st_ino}")
+        notify(f"{site.name}: connected to {site.superlink}, waiting for runs")
+        for message in _questions(fleet, pending):
+            start = time.monotonic()
+            question = from_record(message.content)
+            reply = answer(question)
+            seconds = time.monotonic() - start
+            try:
+                fleet.push(Message(to_record(reply), reply_to=message), seconds)
+            except (Gone, NotConnected) as error:  # nobody waits for it any more
+                _log.warning("an answer was dropped: %s", error)
+            pending.unlink(missing_ok=True)
+            notify(f"{site.name}: {_described(question, reply)} ({seconds:.1f} s)")
 
 
 def last_node(folder: Path) -> int | None:
@@ -82,56 +75,41 @@ def last_node(folder: Path) -> int | None:
     return int(node) if int(inode) == folder.stat().st_ino else None
 
 
-@dataclass(frozen=True)
-class Connection:
-    """A node that is online.
+def _questions(fleet: Fleet, pending: Path) -> Iterator[Message]:
+    """The node's messages as they come, for ever.
 
-    ``pending`` is the file that holds the question being answered: the SuperLink sends each one
-    once, so the next process of a site that was killed takes it up from there.
+    The one being answered is in the file ``pending``: the SuperLink sends each message once, so
+    the next process of a site that was killed takes it up from there.
     """
-
-    fleet: Fleet
-    node: int
-    pending: Path
-
-    def messages(self) -> Iterator[Message]:
-        """The node's messages as they come, for ever, starting with a pending one."""
-        if (message := self._left_over()) is not None:
-            yield message
+    if (message := _left_over(fleet, pending)) is not None:
+        yield message
+    free = time.monotonic()
+    while True:
+        try:
+            message = fleet.pull()
+        except Gone as error:
+            _log.warning("a question was dropped: %s", error)
+            continue
+        if message is None:
+            waited = time.monotonic() - free
+            longest = LONGEST if waited < IDLE_AFTER else IDLE_LONGEST
+            time.sleep(poll_interval(waited, longest))
+            continue
+        write_file(pending, to_bytes(message))
+        yield message
         free = time.monotonic()
-        while True:
-            try:
-                message = self.fleet.pull(self.node)
-            except Gone as error:
-                _log.warning("a question was dropped: %s", error)
-                continue
-            if message is None:
-                waited = time.monotonic() - free
-                longest = LONGEST if waited < IDLE_AFTER else IDLE_LONGEST
-                time.sleep(poll_interval(waited, longest))
-                continue
-            write_file(self.pending, to_bytes(message))
-            yield message
-            free = time.monotonic()
 
-    def reply(self, message: Message, seconds: float) -> None:
-        """Send an answer that took so many seconds, or drop it if nobody waits for it any more."""
-        try:
-            self.fleet.push(self.node, message, seconds)
-        except (Gone, NotConnected) as error:
-            _log.warning("an answer was dropped: %s", error)
-        self.pending.unlink(missing_ok=True)
 
-    def _left_over(self) -> Message | None:
-        """The question that the previous process did not answer, unless it has expired."""
-        try:
-            message = from_bytes(self.pending.read_bytes())
-        except FileNotFoundError:
-            return None
-        self.pending.unlink()
-        about = message.metadata
-        current = about.created_at + about.ttl > time.time()
-        return message if current and about.dst_node_id == self.node else None
+def _left_over(fleet: Fleet, pending: Path) -> Message | None:
+    """The question that the previous process did not answer, unless it has expired."""
+    try:
+        message = from_bytes(pending.read_bytes())
+    except FileNotFoundError:
+        return None
+    pending.unlink()
+    about = message.metadata
+    current = about.created_at + about.ttl > time.time()
+    return message if current and about.dst_node_id == fleet.id else None
 
 
 def _described(question: SiteMessage, reply: SiteMessage) -> str:

@@ -7,8 +7,8 @@ Rows, tokens and personal tensors never leave the site; ``outgoing.log`` lists w
 ====== ====================================== ==========================================
 asks   the coordinator sends                  the site answers
 ====== ====================================== ==========================================
-hello  the run's configuration                how many rows, which labels, versions
-ready  the labels of all sites                hashes of base model, tokenizer, tensors
+hello  the run's configuration                how many rows, their labels, versions
+ready  the labels of all sites                how many rows, hashes of the model
 train  tensors that the site lacks            the tensors that it trained
 score  tensors that the site lacks            metrics on its own held-out rows
 ====== ====================================== ==========================================
@@ -21,32 +21,90 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failure
 from rolora.algorithm.codec import WireError, decode
 from rolora.algorithm.method import ServerState
+from rolora.algorithm.seeding import generator
+from rolora.config.load import make_config
 from rolora.data import tables
 from rolora.errors import RoloraError
 from rolora.files import write_file
-from rolora.flower.message import PROTOCOL, MessageError, SiteMessage, digest, expand_names
+from rolora.flower.message import (
+    PROTOCOL,
+    MessageError,
+    SiteMessage,
+    digest,
+    expand_names,
+    versions,
+)
 from rolora.model.base import layout, tokenizer_digest
+from rolora.run.experiment import Experiment, local_settings
+from rolora.run.shards import Rows, hold_out
 from rolora.sites.site_config import SiteConfig
-from rolora.sites.site_run import SiteRun, config_here, split_here, table_here
 from rolora.tasks.classification import in_order
-from rolora.tasks.registry import task_kind
 from rolora.training.client_store import ClientStore
-from rolora.training.engine import Job, encoded
+from rolora.training.engine import InProcess, Job, encoded
 
 _log = logging.getLogger(__name__)
 RUN = re.compile(r"[0-9a-f]{8,64}")
+
+
+def table_here(site: SiteConfig) -> Any:
+    """The site's rows as a pyarrow table with only the columns that a run may read.
+
+    Raises DataError if the file, or one of these columns, is missing.
+    """
+    table = tables.read_table(site.data, root=site.root)
+    if site.columns is None:
+        return table
+    tables.require_columns(table, site.columns, site.data)
+    return table.select(site.columns)
+
+
+def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]") -> Experiment:
+    """A run's parts, with this site's rows, paths and columns.
+
+    ``received`` is the run's configuration, and ``labels`` the list of all sites' labels, as JSON.
+    """
+    try:
+        values = json.loads(received)
+    except ValueError:
+        raise MessageError("the run's configuration is not valid JSON") from None
+    config = make_config(values, root=site.root)
+    own: dict[str, dict[str, Any]] = {
+        "data": {"train": site.data, "text": site.text, "label": site.label},
+        "model": {"path": site.model},
+        "train": {"cache": str((site.folder / "cache").resolve()) if config.train.cache else ""},
+    }
+    changed: dict[str, Any] = {"device": site.device}
+    for section, keys in own.items():
+        given = {key: value for key, value in keys.items() if value is not None}
+        changed[section] = getattr(config, section).model_copy(update=given)
+    config = config.model_copy(update=changed)
+    table = table_here(site)
+    share = config.data.client_test or 0
+    rows, kept = hold_out(torch.arange(table.num_rows), share, config.seed, site.name)
+    held_out = {site.name: kept} if len(kept) else {}
+    return Experiment(
+        config,
+        rows=Rows(table, None, None, shards={site.name: rows}, held_out=held_out),
+        labels=tuple(json.loads(labels)),
+    )
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One run at one site, loaded. ``made_of``: its folder, and the texts of the files there."""
+
+    made_of: tuple[Path, str, str]
+    experiment: Experiment
+    engine: InProcess
 
 
 @dataclass
@@ -84,52 +142,57 @@ class Site:
 
     def open(self, folder: Path) -> SiteRun:
         """The run with this folder. Loading it releases the one before."""
-        config = config_here(self.config, folder)
-        try:
-            labels = tuple(json.loads((folder / "labels.json").read_text()))
-        except FileNotFoundError:
-            raise MessageError("this site does not know the labels of the run yet") from None
-        run = SiteRun(self.config, config, labels, ClientStore(folder))
-        if self.opened != run:
-            if self.opened is not None:
-                self.opened = None
-                gc.collect()  # its weights are in reference cycles, and would stay mapped
-            self.opened = run
+        config = _stored(folder / "config.json", "has not received the run's configuration")
+        labels = _stored(folder / "labels.json", "does not know the labels of the run yet")
+        made_of = (folder, config, labels)
+        if self.opened is None or self.opened.made_of != made_of:
+            self.opened = None
+            gc.collect()  # its weights are in reference cycles, and would stay mapped
+            parts = experiment_here(self.config, config, labels)
+            engine = InProcess(
+                parts.base,
+                parts.task,
+                parts.examples,
+                parts.rows.shards,
+                local_settings(parts.config.train),
+                ClientStore(folder),
+                bank_size=1,
+                held_out=parts.held_out,
+                up=None,
+            )
+            self.opened = SiteRun(made_of, parts, engine)
         return self.opened
+
+
+def _stored(file: Path, without: str) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        raise MessageError(f"this site {without}") from None
 
 
 def _hello(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     """Store the run's configuration; answer the number of rows and their labels."""
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", request.body)
-    own = site.config
-    config = config_here(own, folder)
-    table = table_here(own)
+    parts = experiment_here(site.config, request.body)
     labels = []
-    if task_kind(config.model.task).labelled:
-        labels = in_order(tables.labels(table, config.data.label, own.data))
-    rows, _ = split_here(config, own, table.num_rows)
-    return SiteMessage(
-        {
-            "num_examples": len(rows),
-            "labels": json.dumps(labels),
-            "rolora": version("rolora"),
-            "torch": version("torch"),
-        }
-    )
+    if parts.kind.labelled:
+        labels = in_order(tables.labels(parts.rows.train, parts.columns["label"], site.config.data))
+    count = len(parts.rows.shards[site.config.name])
+    return SiteMessage({**versions(), "num_examples": count, "labels": json.dumps(labels)})
 
 
 def _ready(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     """Load the model and the rows, so that faults show now; answer the model's hashes."""
     write_file(folder / "labels.json", request.body)
-    run = site.open(folder)
-    engine = run.engine
+    engine = site.open(folder).engine
     return SiteMessage(
         {
-            "base": run.experiment.base.digest,
-            "tokenizer": tokenizer_digest(run.experiment.base),
-            "layout": layout(run.experiment.base),
-            "num_examples": len(engine.shards[run.site.name]),
+            "base": engine.base.digest,
+            "tokenizer": tokenizer_digest(engine.base),
+            "layout": layout(engine.base),
+            "num_examples": engine.clients()[site.config.name],
         }
     )
 
@@ -137,29 +200,27 @@ def _ready(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
 def _train(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     """One round of local training."""
     run, name = site.open(folder), site.config.name
+    method, engine, store = run.experiment.method, run.engine, run.engine.store
     round = request.integer("round")
     if round < 1:
         raise MessageError("'round' is 0, expected at least 1")
     for kind in ("round", "residual"):
-        replace(run.store, kind=kind).forget(name, after=request.integer("last"))
-    received = _received(run, request, round)
+        replace(store, kind=kind).forget(name, after=request.integer("last"))
+    received = _received(run, name, request, round)
     if received is None:
         return SiteMessage({"lacks": True})
-    method = run.method
-    info = ClientInfo(name, request.integer("num_examples"), request.integer("rank"), round)
-    held = len(run.engine.shards[name])
-    if info.num_examples != held:
-        raise MessageError(
-            f"the coordinator expects {info.num_examples} rows, but there are {held}"
-        )
-    assigned = Assignment(info, received)
+    held, expected = engine.clients()[name], request.integer("num_examples")
+    if expected != held:
+        raise MessageError(f"the coordinator expects {expected} rows, but there are {held}")
+    assigned = Assignment(ClientInfo(name, held, request.integer("rank"), round), received)
     server = ServerState(received, round=round - 1)
     job = Job(server, (assigned,), request.integer("seed"), request.number("lr"))
-    (update,) = run.engine.run(method, job)
+    (update,) = engine.run(method, job)
     if isinstance(update, Failure):
         raise MessageError(update.reason)
-    payload, sent = encoded(run.config.wire.up, method, assigned, update.adapter, run.store)
-    replace(run.store, kind="sent").write(name, round, sent)
+    up = run.experiment.config.wire.up
+    payload, sent = encoded(up, method, assigned, update.adapter, store)
+    replace(store, kind="sent").write(name, round, sent)
     metrics = {"round": round, "num_examples": held, **update.metrics}
     return SiteMessage(metrics, payload, tuple(sent))
 
@@ -168,40 +229,42 @@ def _score(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     """Metrics of this site's adapter on its held-out rows; {} if there are none."""
     run, name = site.open(folder), site.config.name
     round = request.integer("round")  # the rounds that are done
-    received = _received(run, request, round + 1)
+    received = _received(run, name, request, round + 1)
     if received is None:
         return SiteMessage({"lacks": True})
-    info = ClientInfo(name, len(run.engine.shards[name]), request.integer("rank"), round)
-    (found,) = run.engine.evaluate(run.method, [Assignment(info, received)])
+    info = ClientInfo(name, run.engine.clients()[name], request.integer("rank"), round)
+    (found,) = run.engine.evaluate(run.experiment.method, [Assignment(info, received)])
     return SiteMessage({"round": round, "metrics": json.dumps(dict(found.held_out))})
 
 
-def _received(run: SiteRun, request: SiteMessage, round: int) -> AdapterState | None:
+def _received(run: SiteRun, name: str, request: SiteMessage, round: int) -> AdapterState | None:
     """The adapter to start this round from: what is stored here, overlaid with what was sent.
 
     None if its hash is not the one that the coordinator sent.
     """
-    like = run.view_of_rank(request.integer("rank"))
+    method, specs = run.experiment.method, run.engine.base.specs
+    start = ServerState(method.init(specs, generator(run.experiment.config.seed, "init")))
+    # only for the names and shapes of what a client of this rank is sent
+    like = method.download(start, ClientInfo(name, 0, request.integer("rank"), 1))
     names = expand_names(request.text("names"), like)
     try:
         came = decode("fp32", request.body, {name: like[name] for name in names})
     except WireError as error:
         raise MessageError(str(error)) from None
-    wanted, name = request.text("view"), run.site.name
-    store = replace(run.store, kind="received")
+    store = replace(run.engine.store, kind="received")
     before = store.read(name, before=round + 1)
-    own = replace(run.store, kind="sent").read(name, before=round)
+    own = replace(store, kind="sent").read(name, before=round)
     for held in (before, before | own):
-        view: dict[str, Tensor] = {**held, **came}
-        if view.keys() == like.keys() and digest(view) == wanted:
+        view = {**held, **came}
+        if view.keys() == like.keys() and digest(view) == request.text("view"):
             store.write(name, round, view)
-            return AdapterState(view, run.experiment.base.specs.scaling)
+            return AdapterState(view, specs.scaling)
     return None
 
 
 def _note_outgoing(site: SiteConfig, asked: str, request: SiteMessage, reply: SiteMessage) -> None:
     """Append to outgoing.log: the question, the values and tensors sent, the number of bytes."""
-    entry: Mapping[str, Any] = {
+    entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "asked": asked,
         "run": request.head.get("run"),

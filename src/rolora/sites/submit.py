@@ -21,10 +21,8 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
@@ -32,7 +30,7 @@ from rolora.config.load import dump_config, read_toml
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, DataError, NoQuorum, RoloraError
 from rolora.files import is_locked, locked, write_file
-from rolora.sites.folder import FederationFolder, flwr
+from rolora.sites.folder import FederationFolder, flwr, own_programs_first
 
 STARTS_WITHIN = 120.0  # seconds for Flower to start the app
 ENDS_WITHIN = 15.0  # seconds for the app to end after SIGTERM
@@ -75,9 +73,7 @@ def run_remotely(
     ``notify`` receives lines to show. Raises the error that ended the coordinator's app, or
     RoloraError if it was killed; the run can then be resumed.
     """
-    if find_spec("flwr") is None:
-        raise ConfigError("a run across sites needs Flower: pip install 'rolora[flower]'")
-    name, environment = _connection(config)
+    name, environment = _connection(str(config.federation.on), config.root)
     out = out.resolve()
     job = job_folder(out)
     if job.exists():
@@ -130,10 +126,9 @@ def reporting(job: Path) -> Iterator[TextIO]:
             write_file(job / "outcome.json", json.dumps(outcome))
 
 
-def _connection(config: RunConfig) -> tuple[str, dict[str, str]]:
+def _connection(on: str, root: Path) -> tuple[str, dict[str, str]]:
     """The SuperLink's name for Flower's command line, and the environment for it."""
-    on = str(config.federation.on)
-    path = config.root / Path(on).expanduser()
+    path = root / Path(on).expanduser()
     if path.is_dir() or os.sep in on:
         folder = FederationFolder.open(path)
         folder.require_served()
@@ -145,8 +140,7 @@ def _connection(config: RunConfig) -> tuple[str, dict[str, str]]:
             f"{on} is neither a federation folder nor a SuperLink in {settings}: "
             "is --on, or federation.on, right?"
         )
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return on, {**os.environ, "PATH": programs}
+    return on, own_programs_first()
 
 
 def _follow(job: Path, out: Path, notify: Callable[[str], None]) -> None:
@@ -155,8 +149,12 @@ def _follow(job: Path, out: Path, notify: Callable[[str], None]) -> None:
     outcome = job / "outcome.json"
     with (job / "progress.log").open() as progress:
         try:
-            while not outcome.exists():
-                _pass_on(progress, notify)
+            while True:
+                ended = outcome.exists()  # asked before the lines are read, so that none is missed
+                for line in progress:
+                    notify(line.rstrip("\n"))
+                if ended:
+                    break
                 if (job / "pid").exists():
                     if not is_alive(job) and not outcome.exists():
                         raise RoloraError(
@@ -173,10 +171,9 @@ def _follow(job: Path, out: Path, notify: Callable[[str], None]) -> None:
         except BaseException:
             _end(job)
             raise
-        _pass_on(progress, notify)
-    ended = json.loads(outcome.read_text())
-    if ended["code"]:
-        raise ERRORS.get(ended["code"], RoloraError)(ended["error"])
+    end = json.loads(outcome.read_text())
+    if end["code"]:
+        raise ERRORS.get(end["code"], RoloraError)(end["error"])
 
 
 def _end(job: Path) -> None:
@@ -188,8 +185,3 @@ def _end(job: Path) -> None:
                 os.kill(int((job / "pid").read_text()), number)
         while is_alive(job) and time.monotonic() < until:
             time.sleep(0.1)
-
-
-def _pass_on(progress: TextIO, notify: Callable[[str], None]) -> None:
-    for line in progress:
-        notify(line.rstrip("\n"))

@@ -14,7 +14,6 @@ import ipaddress
 import json
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -26,23 +25,22 @@ from rolora.sites.processes import end_with_parent
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 FOR_SITES = "/v1/fleet/"
 
 
-@dataclass(frozen=True)
-class Gate:
-    """An ASGI application that lets other machines reach the sites' interface only."""
+def gated(app: App) -> App:
+    """The ASGI application ``app``, of which other machines reach the sites' interface only."""
 
-    app: Callable[[Scope, Receive, Send], Awaitable[None]]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it: with the versions, or 403."""
+    async def gate(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == VERSIONS:
             await _answer(send, 200, json.dumps(versions()).encode())
         elif scope["type"] != "http" or allowed(scope["path"], scope.get("client")):
-            await self.app(scope, receive, send)
+            await app(scope, receive, send)
         else:
             await _answer(send, 403, b"not from another machine\n")
+
+    return gate
 
 
 async def _answer(send: Send, status: int, body: bytes) -> None:
@@ -67,7 +65,7 @@ def main() -> None:
     end_with_parent(os.getppid())
     app, config = superlink()
     uvicorn.run(
-        app=Gate(app),
+        app=gated(app),
         host=config.host,
         port=config.port,
         ssl_keyfile=config.ssl_keyfile,
