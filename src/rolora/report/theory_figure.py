@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rolora.report.figures import GRID, INK, STYLE, SUPERSCRIPTS, look, save_picture
+from rolora.report.figures import GRID, INK, STYLE, SUPERSCRIPTS, look
 from rolora.report.theory_text import ROUNDING
 from rolora.theory.curves import Outcome
 from rolora.theory.sweeps import Spread, SweepRow
@@ -129,8 +128,3 @@ def _powers(axes: Any) -> None:
         FuncFormatter(lambda value, _: "10" + f"{math.log10(value):.0f}".translate(SUPERSCRIPTS))
     )
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def save_theory_picture(outcome: Outcome, sweeps: Sweeps, path: Path) -> None:
-    """Save ``theory_figure`` as PNG or SVG by the suffix of ``path``, else ConfigError."""
-    save_picture(theory_figure(outcome, sweeps), path)
