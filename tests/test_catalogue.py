@@ -18,7 +18,8 @@ from rolora.cli import main as cli
 from rolora.cli import tables
 from rolora.methods import METHODS, get_method, method_names
 from rolora.plan import method_table
-from rolora.plan.method_table import MethodRow, describe_methods, travels
+from rolora.plan.dry_run import travels
+from rolora.plan.method_table import MethodRow, describe_methods
 
 HEAD: Roles = frozenset({"head"})
 

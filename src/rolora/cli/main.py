@@ -201,10 +201,11 @@ def plan(
     from rolora.cli.tables import plan_text
     from rolora.config.load import load_config
     from rolora.plan.needs import make_plan
+    from rolora.run.experiment import Experiment
 
     settings = load_config(config, overrides or [])
     with working("running a step on shapes alone"):
-        made = make_plan(settings, names(methods))
+        made = make_plan(Experiment(settings), names(methods))
     show(json, dataclasses.asdict(made), plan_text(made))
 
 
