@@ -24,7 +24,7 @@ from rolora.cli import main as cli
 from rolora.config.load import load_config, make_config
 from rolora.config.schema import RunConfig
 from rolora.data.examples import Batch, collate
-from rolora.demo.side_by_side import classification_demo
+from rolora.demo.side_by_side import prepare_demo
 from rolora.errors import ConfigError
 from rolora.methods import method_names
 from rolora.model.bank import row_keys
@@ -313,7 +313,7 @@ def test_auto_is_planned_in_the_dtype_that_a_run_on_that_device_takes(
 
 @pytest.mark.slow
 def test_the_demo_takes_the_memory_that_is_planned_for_it(tmp_path: Path) -> None:
-    file = classification_demo(DEMO).file  # fetched once
+    file = prepare_demo(DEMO).file  # fetched once
     config = load_config(file, ["model.dtype=fp32", "train.rounds=2"])
     made = make_plan(config)
     run = runs.start(config, tmp_path / "run")

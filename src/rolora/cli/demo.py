@@ -18,27 +18,26 @@ def demo(
     """Fetch a real model and texts, run three methods on a few seeds, and compare the results."""
     from rolora.cli.progress import follow
     from rolora.cli.results import results_table
-    from rolora.demo import side_by_side as demonstration
+    from rolora.demo.side_by_side import MEANING, before_and_after, prepare_demo
     from rolora.report.narrative import conclusions
     from rolora.results.runs import load_run, summarise
 
     with working("fetching the model and the data (once)"):
-        prepare = demonstration.language_demo if llm else demonstration.classification_demo
-        ready = prepare(folder)
+        ready = prepare_demo(folder, llm=llm)
     runs = []
     for run in ready.runs():
         follow(run, run.folder.path.name)
         runs.append(run)
     found = [load_run(run.folder.path) for run in runs]
     if llm:
-        for prompt, plain, tuned in demonstration.before_and_after(runs[0]):
+        for prompt, plain, tuned in before_and_after(runs[0]):
             for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
                 out_console.print(f"{what:8}{' '.join(text.split())}")
             out_console.print()
     out_console.print(results_table(summarise(found)))
     for conclusion in conclusions(found):
         out_console.print(f"\n{conclusion.budget}: {conclusion.headline}. {conclusion.text}")
-    out_console.print(f"\n{demonstration.MEANING}")
+    out_console.print(f"\n{MEANING}")
     out_console.print(f"report   {ready.out / 'report.html'}")
     out_console.print(f"adapter  {runs[0].folder.adapter}")
     out_console.print(f"config   {ready.file}")

@@ -145,9 +145,9 @@ def up(
 
     if not folder.exists():
         if config is None:
-            from rolora.demo.side_by_side import classification_demo
+            from rolora.demo.side_by_side import prepare_demo
 
-            config, overrides = str(classification_demo(Path("demo")).file), []
+            config, overrides = str(prepare_demo(Path("demo")).file), []
         make_trial(folder, config, overrides or [], sites, port)
     opened = FederationFolder.open(folder)
     _notify(f"starting {len(opened.public)} sites; once it serves, in another terminal:")

@@ -36,10 +36,10 @@ DRAWS = 100  # batches drawn to find a long one
 class Estimate:
     """A run before it is built.
 
-    ``experiment``: its base has shapes only. ``examples``: a sample of the training rows, or one row
-    of the maximum length. ``sizes``: client -> num_examples. ``rows``: None if the data is not on this machine. ``weights``: bytes of
-    the model in memory, in ``dtype``. ``cached``: the outputs of the layers below the adapters are
-    computed once and read from disk.
+    ``experiment``: its base has shapes only. ``examples``: a sample of the training rows, or one
+    row of the maximum length. ``sizes``: client -> num_examples. ``rows``: None if the data is not
+    on this machine. ``weights``: bytes of the model in memory, in ``dtype``. ``cached``: the
+    outputs of the layers below the adapters are computed once and read from disk.
     """
 
     experiment: Experiment
