@@ -114,10 +114,8 @@ def _explain(spare: Sequence[Any], first: Any, sweeps: Sweeps) -> None:
         axes.legend(frameon=False, loc="center", title=title, alignment="left")
 
 
-def _line(name: str, points: Sequence[int], shift: float = 0.0) -> dict[str, Any]:
-    """A method's style with about eight markers, shifted by a share of their distance."""
-    every = max(1, math.ceil(len(points) / 8))
-    return {**look(STYLES[name]), "markevery": (int(shift * every), every)}
+def _line(name: str, rounds: Sequence[int], shift: float = 0.0) -> dict[str, Any]:
+    return look(STYLES[name], len(rounds), shift)
 
 
 def _powers(axes: Any) -> None:
