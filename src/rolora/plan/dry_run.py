@@ -26,11 +26,12 @@ from rolora.training.rounds import Federation, RunState, federate
 class Untrained:
     """An engine whose clients send what they received, moved at random; it evaluates nothing.
 
-    ``sizes``: client -> num_examples; ``up``: the format of uploads.
+    ``sizes``: client -> num_examples; ``up``: the format of uploads; ``moves``: their sd.
     """
 
     sizes: Mapping[str, int]
     up: Format = "fp32"
+    moves: float = 1e-2
 
     def clients(self) -> Mapping[str, int]:
         """Every client, always."""
@@ -44,7 +45,7 @@ class Untrained:
             info, received, shared = assigned.info, assigned.received, method.shared(job.round)
             moving = received.only(method.trained(job.round))
             for shape in {tensor.shape for tensor in moving.values()} - noise.keys():
-                noise[shape] = 0.1 * torch.randn(shape, generator=rng)
+                noise[shape] = self.moves * torch.randn(shape, generator=rng)
             moved = {name: t + noise[t.shape].roll(number) for name, t in moving.items()}
             sent, like = method.upload(received, received | moved, info), received.only(shared)
             sent, size = sent.only(shared), num_bytes(self.up, like)
@@ -71,6 +72,7 @@ class Travel:
 class Observed(Untrained):
     """Appends what travels to and from the first client of each cohort to ``seen``."""
 
+    moves: float = 0.1
     seen: list[Travel] = field(default_factory=list)
 
     def run(self, method: Method, job: Job) -> Iterator[Update]:
