@@ -9,7 +9,8 @@ from pages import put
 from rolora.cli.tables import roles_cell, yes_or_no
 from rolora.files import write_file
 from rolora.methods import get_method
-from rolora.plan.method_table import MethodRow, describe_methods, travels
+from rolora.plan.dry_run import travels
+from rolora.plan.method_table import MethodRow, describe_methods
 
 PAGE = Path(__file__).with_name("methods.md")
 OUT, WIDTH, RANK = 384, 384, 8  # a query layer of MiniLM

@@ -18,7 +18,8 @@ from rolora.cli import main as cli
 from rolora.cli import tables
 from rolora.methods import METHODS, get_method, method_names
 from rolora.plan import method_table
-from rolora.plan.method_table import MethodRow, describe_methods, travels
+from rolora.plan.dry_run import travels
+from rolora.plan.method_table import MethodRow, describe_methods
 
 HEAD: Roles = frozenset({"head"})
 
@@ -89,19 +90,16 @@ def test_a_client_that_comes_for_the_first_time_is_sent_all_that_there_is() -> N
             assert first.down >= second.down | {"A", "B"}
 
 
-def printed(monkeypatch: pytest.MonkeyPatch, width: int) -> list[str]:
+def printed(width: int) -> list[str]:
     console = Console(width=width, highlight=False, soft_wrap=True, no_color=True)
-    monkeypatch.setattr(tables, "out_console", console)
     with console.capture() as captured:
-        tables.print_methods(describe_methods())
+        console.print(tables.methods_table(describe_methods()))
     return captured.get().splitlines()
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_the_table_fits_a_terminal_and_cuts_no_word(
-    monkeypatch: pytest.MonkeyPatch, width: int
-) -> None:
-    lines = printed(monkeypatch, width)
+def test_the_table_fits_a_terminal_and_cuts_no_word(width: int) -> None:
+    lines = printed(width)
     assert max(len(text.rstrip()) for text in lines) <= width
     table = "\n".join(lines[: lines.index("")])
     words = set(table.replace(",", " ").split())
@@ -111,8 +109,8 @@ def test_the_table_fits_a_terminal_and_cuts_no_word(
         assert {option.partition("=")[0] for option in row.options} <= words
 
 
-def test_the_table_has_the_facts_of_a_row_in_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = {text.split()[0]: text for text in printed(monkeypatch, 140) if text}
+def test_the_table_has_the_facts_of_a_row_in_its_line() -> None:
+    lines = {text.split()[0]: text for text in printed(140) if text}
     for name, facts in {
         "rolora": "B, A B, A B, A – yes no yes first, b_rounds, alternate, orthogonal_a 2502.01755",
         "fedex_lora": "A+B A+B A+B+Δ – yes no no 2410.09432",

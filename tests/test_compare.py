@@ -329,8 +329,8 @@ def test_the_estimate_falls_as_rounds_are_done(site: Path, tmp_path: Path) -> No
     queued: QueuedRun = next(queued_runs(planned(site), tmp_path / "all"))
     done = [*queued.done, Timing(0, True, 1.0), Timing(1, True, 3.0)]
     # 1 round of 1 is done; 3 of the same, and 6 of 2 rounds with 3 evaluations each
-    assert queued.seconds_left(done, 1) == 3 * (2 + 2) + 6 * (2 * 2 + 3)
-    assert queued.seconds_left(done, 0) == 2 + 1 + 3 * (2 + 2) + 6 * (2 * 2 + 3)
+    assert queued.outlook.seconds_left(done, 1) == 3 * (2 + 2) + 6 * (2 * 2 + 3)
+    assert queued.outlook.seconds_left(done, 0) == 2 + 1 + 3 * (2 + 2) + 6 * (2 * 2 + 3)
 
 
 def test_variants_that_are_the_same_are_refused(site: Path) -> None:

@@ -180,7 +180,9 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
     code: int,
     says: str,
 ) -> None:
-    monkeypatch.setattr("rolora.cli.progress.follow", lambda *_: (_ for _ in ()).throw(Reached))
+    monkeypatch.setattr(
+        "rolora.cli.progress._follow_queued", lambda *_: (_ for _ in ()).throw(Reached)
+    )
     out = tmp_path / "all"
     if code == 0:
         with pytest.raises(Reached):

@@ -30,6 +30,7 @@ from rolora.model.base import Base, with_bank
 from rolora.model.peft import LoraSettings, above_encoder
 from rolora.plan.meta_model import SHAPES
 from rolora.plan.needs import Plan, make_plan
+from rolora.run.experiment import Experiment
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
 from rolora.tasks.registry import Task
@@ -88,7 +89,7 @@ def _place(base: Base, task: Task, config: RunConfig, table: pa.Table, folder: P
     settings = LocalSettings(steps=1, batch_size=ROWS)
     store = ClientStore(folder / "clients")
     engine = InProcess(base, task, examples, shards, settings, store, bank_size=CLIENTS)
-    return Place(base, engine, config, make_plan(config))
+    return Place(base, engine, config, make_plan(Experiment(config)))
 
 
 def roberta_large(folder: Path) -> Place:

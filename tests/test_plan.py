@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,16 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from rolora.algorithm.adapter import Assignment, ClientInfo, Roles, role_of
 from rolora.cli import main as cli
 from rolora.config.load import load_config, make_config
+from rolora.config.schema import RunConfig
 from rolora.data.examples import Batch, collate
-from rolora.demo.side_by_side import classification_demo
+from rolora.demo.side_by_side import prepare_demo
 from rolora.errors import ConfigError
 from rolora.methods import method_names
 from rolora.model.bank import row_keys
 from rolora.model.peft import LoraSettings
-from rolora.plan import estimate
+from rolora.plan import estimate, needs
 from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.meta_model import outline
-from rolora.plan.needs import make_plan
+from rolora.plan.needs import Plan
 from rolora.run import runs
 from rolora.run.experiment import Experiment
 from rolora.training.engine import Job, group_size
@@ -42,6 +44,10 @@ DEMO = Path(__file__).parent.parent / "demo"
 SIZES = (3, 4, 1)
 PARTS = ("checkpoints/*", "adapter")
 MAKERS = {"bert": (tiny_bert, classifier), "llama": (tiny_llama, language_model)}
+
+
+def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
+    return needs.make_plan(Experiment(config), methods)
 
 
 def step(bench: Bench, batch: Batch, roles: Roles, dropout: bool) -> None:
@@ -307,7 +313,7 @@ def test_auto_is_planned_in_the_dtype_that_a_run_on_that_device_takes(
 
 @pytest.mark.slow
 def test_the_demo_takes_the_memory_that_is_planned_for_it(tmp_path: Path) -> None:
-    file = classification_demo(DEMO).file  # fetched once
+    file = prepare_demo(DEMO).file  # fetched once
     config = load_config(file, ["model.dtype=fp32", "train.rounds=2"])
     made = make_plan(config)
     run = runs.start(config, tmp_path / "run")

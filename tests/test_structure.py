@@ -51,7 +51,6 @@ FENCES: dict[str, set[str]] = {
     "sklearn": {"tasks"},
     "scipy": {"results"},
     "psutil": {"training"},
-    "pooch": {"demo"},
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},
     "filelock": {"files"},

@@ -19,7 +19,8 @@ import rolora.theory.curves
 from rolora.algorithm.seeding import generator
 from rolora.cli import main as cli
 from rolora.errors import ConfigError
-from rolora.report.theory_figure import save_theory_picture
+from rolora.report.figures import save_picture
+from rolora.report.theory_figure import theory_figure
 from rolora.report.theory_text import round_cells, sweep_cells, theory_verdicts
 from rolora.theory.curves import (
     Outcome,
@@ -476,7 +477,7 @@ def test_a_picture_is_drawn_with_any_number_of_sweeps_and_for_flat_losses(tmp_pa
     row = measure("noise", [short, replace(short, seed=1)])
     for count in (0, 1, 4):
         sweeps = {name: [row, row] for name in list(VALUES)[:count]}
-        save_theory_picture(noisy, sweeps, tmp_path / f"{count}.svg")
+        save_picture(theory_figure(noisy, sweeps), tmp_path / f"{count}.svg")
         text = (tmp_path / f"{count}.svg").read_text()
         assert text.count("noise: sd") == (count > 3)
         assert "the paper's bound" in text

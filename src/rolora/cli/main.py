@@ -18,10 +18,8 @@ import typer
 import rolora
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
-from rolora.cli.evaluate import evaluate
-from rolora.cli.options import ConfigPath, Json, Out, Overrides
-from rolora.cli.plan import plan
-from rolora.cli.printing import out_console, print_json, working
+from rolora.cli.options import ConfigPath, Json, Overrides, names
+from rolora.cli.printing import out_console, show, working
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError
@@ -59,7 +57,7 @@ def _options(
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option(help="the new run folder; default: runs/NAME")] = None,
     on: Annotated[
         str | None, typer.Option(help="run on the sites of this federation folder")
     ] = None,
@@ -69,7 +67,10 @@ def run(
     from rolora.config.load import load_config
     from rolora.run import runs
 
-    settings = load_config(config, [*(overrides or []), *_where(on)])
+    if on is not None:  # a folder is relative to here, not to the configuration
+        where = Path(on).resolve() if Path(on).is_dir() else on
+        overrides = [*(overrides or []), f"federation.on={where}"]
+    settings = load_config(config, overrides or [])
     if settings.federation.on:
         across_sites(settings, runs.new_path(settings, out), json)
         return
@@ -85,7 +86,6 @@ def resume(
     json: Json = False,
 ) -> None:
     """Continue a run from its last checkpoint, as if it had never stopped."""
-    from rolora.cli.results import print_results
     from rolora.config.load import load_config
     from rolora.run import runs
     from rolora.run.folder import RunFolder
@@ -93,8 +93,7 @@ def resume(
     folder = RunFolder.open(path)
     settings = load_config(folder.config)
     if settings.federation.on and rounds is None and folder.report.is_file():
-        _nothing_left(json)
-        print_results(path, json)
+        _finished(path, json, trained=False)
     elif settings.federation.on:
         across_sites(settings, path, json, rounds)
     else:
@@ -113,16 +112,40 @@ def report(
     json: Json = False,
 ) -> None:
     """Write one page about one or more runs: curves, tables, the split, the configuration."""
-    from rolora.cli.results import print_runs
+    from rolora.cli.results import show_results
     from rolora.report.page import write_report
 
     write_report(paths, out)
-    print_runs(paths, json)
-    if not json:
-        out_console.print(f"\nreport   {out}")
+    show_results(paths, json, f"\nreport   {out}")
 
 
-app.command("eval")(evaluate)
+@app.command("eval")
+def evaluate(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="rows with the run's columns; a pattern measures each file separately"),
+    ],
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a finished run, or an adapter folder, on other rows."""
+    from rolora.cli.results import sets_table
+    from rolora.data.tables import files_of, is_glob
+    from rolora.run.evaluation import evaluate_adapter, evaluate_each
+
+    if is_glob(data, root=Path()):
+        sets = {name: file for file, name in files_of(data, root=Path()).items()}
+        with working(f"loading and evaluating on {len(sets)} sets of rows"):
+            found = dict(evaluate_each(path, sets, model, overrides or []))
+        show(json, found, sets_table(found))
+        return
+    with working("loading and evaluating"):
+        metrics = evaluate_adapter(path, data, model, overrides or [])
+    show(json, metrics, *(f"{name:20} {value:.4f}" for name, value in metrics.items()))
 
 
 @app.command()
@@ -149,11 +172,7 @@ def partition(
     rows = experiment.rows
     table = rows.table()
     save_picture(split_figure(table), picture)
-    if json:
-        print_json(table)
-    else:
-        out_console.print(split_table(table, rows.test.num_rows))
-        out_console.print(f"\npicture   {picture}")
+    show(json, table, split_table(table, rows.test.num_rows), f"\npicture   {picture}")
     if show_masks:
         with working("loading the tokenizer"):
             masked = training_masks(experiment, 3)
@@ -163,14 +182,32 @@ def partition(
 @app.command()
 def methods(json: Json = False) -> None:
     """List the methods: what each trains and sends, and its paper."""
-    from rolora.cli.tables import print_methods
+    from rolora.cli.tables import methods_table
     from rolora.plan.method_table import describe_methods
 
     rows = describe_methods()
-    if json:
-        print_json([dataclasses.asdict(row) for row in rows])
-    else:
-        print_methods(rows)
+    show(json, [dataclasses.asdict(row) for row in rows], methods_table(rows))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None, typer.Option(help="methods, comma-separated; default: the configured one")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Estimate the memory, traffic, work and disk of a run. Fetches no weights, trains nothing."""
+    from rolora.cli.tables import plan_text
+    from rolora.config.load import load_config
+    from rolora.plan.needs import make_plan
+    from rolora.run.experiment import Experiment
+
+    settings = load_config(config, overrides or [])
+    with working("running a step on shapes alone"):
+        made = make_plan(Experiment(settings), names(methods))
+    show(json, dataclasses.asdict(made), plan_text(made))
 
 
 @app.command()
@@ -189,7 +226,6 @@ def init(
 
 
 app.command()(theory)
-app.command()(plan)
 app.command()(demo)
 app.command()(fetch)
 app.command()(site)
@@ -197,25 +233,19 @@ app.add_typer(federation, name="federation")
 app.command()(doctor)
 
 
-def _where(on: str | None) -> list[str]:
-    """``--on`` as an override; a folder is relative to here, not to the configuration."""
-    if on is None:
-        return []
-    return [f"federation.on={Path(on).resolve() if Path(on).is_dir() else on}"]
-
-
-def _nothing_left(as_json: bool) -> None:
-    if not as_json:
-        out_console.print("nothing left to do")
-
-
 def _follow(run: Run, as_json: bool) -> None:
     from rolora.cli.progress import follow
-    from rolora.cli.results import print_results
 
-    if follow(run, run.experiment.config.name) is None:
-        _nothing_left(as_json)
-    print_results(run.folder.path, as_json)
+    rounds = follow(run, run.experiment.config.name)
+    _finished(run.folder.path, as_json, trained=rounds > 0)
+
+
+def _finished(path: Path, as_json: bool, *, trained: bool) -> None:
+    from rolora.cli.results import show_result
+
+    if not trained and not as_json:
+        out_console.print("nothing left to do")
+    show_result(path, as_json)
 
 
 class Interrupted(BaseException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="overrides such as train.lr=1e-3"),
 ]
-Out = Annotated[Path | None, typer.Option(help="the new run folder; default: runs/NAME")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import track
 from rich.table import Table
 
@@ -40,14 +40,13 @@ def table(
     return made
 
 
-def print_cells(cells: Sequence[Sequence[str]]) -> None:
-    """A table of numbers; the first line is its head."""
-    out_console.print(table(cells[0], cells[1:], align="r"))
-
-
-def print_json(value: object) -> None:
-    """``value`` as JSON on standard output."""
-    print(json.dumps(value, indent=2))
+def show(as_json: bool, value: object, *parts: RenderableType) -> None:
+    """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read."""
+    if as_json:
+        print(json.dumps(value, indent=2))
+    else:
+        for part in parts:
+            out_console.print(part)
 
 
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:

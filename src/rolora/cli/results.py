@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rolora.cli.printing import out_console, print_cells, print_json, table
+from rolora.cli.printing import show, table
 from rolora.report.narrative import (
     TITLES,
     cautions,
@@ -36,21 +36,16 @@ from rolora.results.runs import (
 from rolora.results.tuned import Tuning
 
 
-def print_runs(paths: Sequence[Path], as_json: bool) -> None:
-    """The summary of one or more run folders."""
+def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:
+    """Print the summary of one or more run folders, and for people ``more``."""
     rows = summarise([load_run(path) for path in paths])
-    if as_json:
-        print_json([dataclasses.asdict(row) for row in rows])
-    else:
-        out_console.print(results_table(rows))
+    show(as_json, [dataclasses.asdict(row) for row in rows], results_table(rows), *more)
 
 
-def print_results(path: Path, as_json: bool) -> None:
-    """The summary of a finished run, and where its report and adapter are."""
-    print_runs([path], as_json)
-    if not as_json:
-        out_console.print(f"\nreport    {path / 'report.html'}")
-        out_console.print(f"adapter   {path / 'adapter'}")
+def show_result(path: Path, as_json: bool) -> None:
+    """Print the summary of a finished run, and where its report and adapter are."""
+    report, adapter = path / "report.html", path / "adapter"
+    show_results([path], as_json, f"\nreport    {report}\nadapter   {adapter}")
 
 
 def results_table(rows: Sequence[Summary]) -> Table:
@@ -142,9 +137,10 @@ def _published(published: Published, runs: Sequence[RunRecord]) -> list[Renderab
     return [_bold(title), table(["method", f"ours, {published.unit}", "published"], rows)]
 
 
-def print_sets(found: Mapping[str, Mapping[str, float]]) -> None:
+def sets_table(found: Mapping[str, Mapping[str, float]]) -> Table:
     """The metrics of several sets of rows, and their plain mean."""
     names = list(next(iter(found.values())))
     lines = [[name, *(f"{metrics[key]:.4f}" for key in names)] for name, metrics in found.items()]
     means = [sum(metrics[key] for metrics in found.values()) / len(found) for key in names]
-    print_cells([["rows", *names], *lines, ["mean", *(f"{mean:.4f}" for mean in means)]])
+    rows = [*lines, ["mean", *(f"{mean:.4f}" for mean in means)]]
+    return table(["rows", *names], rows, align="r")

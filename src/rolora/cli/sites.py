@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rolora.cli.options import Json, names
-from rolora.cli.printing import err_console, out_console, print_json, working
+from rolora.cli.printing import err_console, out_console, show, working
 from rolora.errors import ConfigError, RoloraError
 
 federation = typer.Typer(
@@ -144,9 +145,9 @@ def up(
 
     if not folder.exists():
         if config is None:
-            from rolora.demo.side_by_side import classification_demo
+            from rolora.demo.side_by_side import prepare_demo
 
-            config, overrides = str(classification_demo(Path("demo")).file), []
+            config, overrides = str(prepare_demo(Path("demo")).file), []
         make_trial(folder, config, overrides or [], sites, port)
     opened = FederationFolder.open(folder)
     _notify(f"starting {len(opened.public)} sites; once it serves, in another terminal:")
@@ -157,12 +158,12 @@ def up(
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
     """Run or resume on the sites of ``federation.on``, showing the run's progress."""
     _need_flower()
-    from rolora.cli.results import print_results
+    from rolora.cli.results import show_result
     from rolora.sites.submit import run_remotely
 
     with working(f"running on {settings.federation.on}"):
         run_remotely(settings, out, _notify, rounds)
-    print_results(out, as_json)
+    show_result(out, as_json)
 
 
 def _examine_site(settings: Any, run: str | None, as_json: bool) -> None:
@@ -178,12 +179,8 @@ def _examine_site(settings: Any, run: str | None, as_json: bool) -> None:
 def _report(findings: Iterable[Any], as_json: bool) -> None:
     """Print the findings. RoloraError if one is not good."""
     found = list(findings)
-    if as_json:
-        print_json([{"what": f.what, "good": f.good, "detail": f.detail} for f in found])
-    else:
-        for one in found:
-            mark = "ok  " if one.good else "BAD "
-            out_console.print(f"{mark} {one.what:14} {one.detail}")
+    lines = [f"{'ok  ' if one.good else 'BAD '} {one.what:14} {one.detail}" for one in found]
+    show(as_json, [dataclasses.asdict(one) for one in found], *lines)
     bad = [one.what for one in found if not one.good]
     if bad:
         raise RoloraError(f"{len(bad)} of {len(found)} checks failed: {', '.join(bad)}")

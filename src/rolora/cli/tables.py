@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rolora.cli.printing import out_console, print_json, table
+from rolora.cli.printing import table
 
 if TYPE_CHECKING:
     from rolora.demo.sources import Source
@@ -53,7 +53,7 @@ def masked_text(rows: Iterable[Sequence[tuple[str, bool]]]) -> Text:
     return text
 
 
-def print_methods(rows: Sequence[MethodRow]) -> None:
+def methods_table(rows: Sequence[MethodRow]) -> Group:
     """What each method trains and sends, what it supports, and its paper."""
     cells = []
     for row in rows:
@@ -75,8 +75,7 @@ def print_methods(rows: Sequence[MethodRow]) -> None:
     head = ["method", "trains", "up", "down", "keeps", "exact", "ranks", "sums", "options", "arXiv"]
     made = table(head, cells, align="l")
     made.collapse_padding = True
-    out_console.print(made)
-    out_console.print(f"\n{METHODS_LEGEND}")
+    return Group(made, f"\n{METHODS_LEGEND}")
 
 
 def roles_cell(rounds: tuple[str, str]) -> str:
@@ -89,30 +88,22 @@ def yes_or_no(value: bool | None) -> str:
     return "–" if value is None else "yes" if value else "no"
 
 
-def print_sources(sources: Mapping[str, Source], as_json: bool) -> None:
+def sources_table(sources: Mapping[str, Source]) -> Table:
     """What can be fetched, and how many megabytes are downloaded for it."""
-    if as_json:
-        found = {n: {"what": s.what, "megabytes": s.package.megabytes} for n, s in sources.items()}
-        print_json(found)
-        return
     rows = [
-        [
-            name,
-            str(s.package.megabytes),
-            s.what,
-            f"{s.package.client}: {s.package.name} {s.package.version}",
-        ]
-        for name, s in sources.items()
+        [name, str(one.megabytes), source.what, f"{one.client}: {one.name} {one.version}"]
+        for name, source in sources.items()
+        for one in [source.package]
     ]
-    out_console.print(table(["name", "MB", "what it is", "from"], rows, align="lrl"))
+    return table(["name", "MB", "what it is", "from"], rows, align="lrl")
 
 
-def print_plan(plan: Plan) -> None:
+def plan_text(plan: Plan) -> Group:
     """A plan: the model and the clients, then each kind of round, then the whole run."""
     part = "all" if plan.cohort == plan.clients else f"{plan.cohort}"
     steps = "an unknown number of steps" if plan.steps is None else f"{plan.steps:,.4g} steps"
     rows = "" if plan.rows is None else f" with {plan.rows:,} rows"
-    out_console.print(
+    summary = (
         f"model      {plan.model}, {_short(plan.parameters)} parameters in {plan.dtype}: "
         f"{_bytes(plan.weights)} in memory, {_bytes(plan.stored)} on disk "
         f"(configuration from {plan.source})\n"
@@ -131,11 +122,8 @@ def print_plan(plan: Plan) -> None:
         "optimiser state": [_bytes(each.optimizer) for each in rounds],
         "memory at the peak": [_bytes(each.peak) for each in rounds],
     }
-    out_console.print(_plan_table(head, lines))
-    out_console.print()
-    out_console.print(_whole_runs(plan.methods))
-    for note in plan.notes:
-        out_console.print(f"note: {note}")
+    notes = [f"note: {note}" for note in plan.notes]
+    return Group(summary, _plan_table(head, lines), "", _whole_runs(plan.methods), *notes)
 
 
 def _whole_runs(methods: Sequence[MethodPlan]) -> Table:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json as format_json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import out_console, print_cells, print_json, tracked
+from rolora.cli.printing import show, table, tracked
 from rolora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
     from rolora.report.theory_text import Statement
     from rolora.theory.curves import Outcome
     from rolora.theory.sweeps import SweepRow
@@ -71,7 +74,8 @@ def theory(
 ) -> None:
     """Run the paper's linear model: RoLoRA's angle and its bound, FFA-LoRA's floor, FedAvg."""
     from rolora.files import write_file
-    from rolora.report.theory_figure import save_theory_picture
+    from rolora.report.figures import save_picture
+    from rolora.report.theory_figure import theory_figure
     from rolora.report.theory_text import theory_verdicts
     from rolora.theory.curves import simulate
     from rolora.theory.linear_model import Setting, draw_problem
@@ -89,34 +93,36 @@ def theory(
         for name, plan in plans.items()
     }
     verdicts = theory_verdicts(outcome)
-    save_theory_picture(outcome, sweeps, picture)
+    save_picture(theory_figure(outcome, sweeps), picture)
     found = _for_programs(outcome, verdicts, sweeps)
     if numbers:
         write_file(numbers, format_json.dumps(found, indent=2))
-    if json:
-        print_json(found)
-    else:
-        _print(outcome, verdicts, sweeps, {"picture": picture, "numbers": numbers})
+    written = {"picture": picture, "numbers": numbers}
+    show(json, found, *_parts(outcome, verdicts, sweeps, written))
 
 
-def _print(
+def _parts(
     outcome: Outcome,
     verdicts: Sequence[Statement],
     sweeps: Mapping[str, Sequence[SweepRow]],
     written: Mapping[str, Path | None],
-) -> None:
+) -> Iterator[RenderableType]:
+    """What people read: the rounds, the verdicts, the sweeps, and where files were written."""
     from rolora.report.theory_text import round_cells, sweep_cells
 
-    print_cells(round_cells(outcome))
+    def numbers(cells: Sequence[Sequence[str]]) -> Table:
+        return table(cells[0], cells[1:], align="r")
+
+    yield numbers(round_cells(outcome))
     for verdict in verdicts:
-        out_console.print(f"\n{MARKS[verdict.holds]}{verdict.text}")
+        yield f"\n{MARKS[verdict.holds]}{verdict.text}"
     for name, rows in sweeps.items():
-        out_console.print(f"\nsweep over {name}, {len(rows[0].seeds)} seeds")
-        print_cells(sweep_cells(name, rows))
-    out_console.print()
+        yield f"\nsweep over {name}, {len(rows[0].seeds)} seeds"
+        yield numbers(sweep_cells(name, rows))
+    yield ""
     for what, place in written.items():
         if place is not None:
-            out_console.print(f"{what}   {place}")
+            yield f"{what}   {place}"
 
 
 def _places(out: Path) -> tuple[Path, Path | None]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 
-from rolora.config.schema import RunConfig
 from rolora.errors import BudgetSpent, ConfigError
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -43,10 +43,9 @@ class Timing(NamedTuple):
     seconds: float = 0.0
 
 
-def rounds_left(config: RunConfig, done: int = -1) -> list[Timing]:
-    """The rounds of a run after round ``done``; all of them by default."""
-    last, every = config.train.rounds, config.eval.every
-    return [Timing(n, n % every == 0 or n == last) for n in range(done + 1, last + 1)]
+def all_rounds(last: int, every: int) -> list[Timing]:
+    """Rounds 0 to ``last``, of which every n-th and the last are evaluated."""
+    return [Timing(n, n % every == 0 or n == last) for n in range(last + 1)]
 
 
 def estimate(done: Sequence[Timing], left: Iterable[Timing]) -> float | None:
@@ -61,17 +60,33 @@ def estimate(done: Sequence[Timing], left: Iterable[Timing]) -> float | None:
     return sum((one.round > 0) * training + one.evaluated * evaluation for one in left)
 
 
-def refuse_spent(
-    budget: float | None, done: Sequence[Timing], runs: str, left: float | None
-) -> None:
-    """Raise BudgetSpent if there is a budget, in core-seconds, and it is used up.
+@dataclass(frozen=True)
+class Outlook:
+    """Where a comparison stands at its run ``number`` of ``of``.
 
-    ``runs`` says how many are done ('3 of 9'); ``left`` is the estimate of the seconds left.
+    ``rounds`` are all rounds of this run, ``after`` those of the runs after it; ``budget`` is in
+    core-seconds. ``done``, of the methods, are all rounds on disk.
     """
-    seconds = sum(one.seconds for one in done)
-    if budget is not None and seconds * torch.get_num_threads() >= budget:
-        more = "" if left is None else f", about {core_hours(left)} core-hours are left"
-        raise BudgetSpent(
-            f"the budget is spent ({core_hours(seconds)} core-hours): {runs} runs are done{more}; "
-            "continue with the same command and a larger --budget, or none"
-        )
+
+    number: int
+    of: int
+    rounds: Sequence[Timing]
+    after: Sequence[Timing]
+    budget: float | None
+
+    def seconds_left(self, done: Sequence[Timing], round: int = -1) -> float | None:
+        """Estimated for the whole comparison after this ``round``; None if it cannot be told."""
+        return estimate(done, [*self.rounds[round + 1 :], *self.after])
+
+    def refuse_spent(self, done: Sequence[Timing], round: int = -1) -> None:
+        """Raise BudgetSpent if the budget is used up and rounds of this run are left."""
+        seconds = sum(one.seconds for one in done)
+        spent = self.budget is not None and seconds * torch.get_num_threads() >= self.budget
+        if spent and round < self.rounds[-1].round:
+            left = self.seconds_left(done, round)
+            more = "" if left is None else f", about {core_hours(left)} core-hours are left"
+            raise BudgetSpent(
+                f"the budget is spent ({core_hours(seconds)} core-hours): {self.number - 1} of "
+                f"{self.of} runs are done{more}; continue with the same command and a larger "
+                "--budget, or none"
+            )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rolora.comparison.budget import Timing, all_rounds
 from rolora.comparison.tuning import Grid, Setting, make_grids, refuse_unfair, settings
 from rolora.comparison.variants import method_of, variant_overrides
 from rolora.config.load import make_config
@@ -34,6 +35,11 @@ class PlannedRun:
     setting: Setting
     path: Path
     config: RunConfig
+
+    @property
+    def rounds(self) -> list[Timing]:
+        """Its rounds, of which the evaluation before training is the first."""
+        return all_rounds(self.config.train.rounds, self.config.eval.every)
 
 
 @dataclass(frozen=True)

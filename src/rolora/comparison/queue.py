@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rolora.comparison.budget import Timing, estimate, refuse_spent, rounds_left
+from rolora.comparison.budget import Outlook, Timing
 from rolora.comparison.folder import ComparisonFolder, rounds_done
 from rolora.comparison.grid import TUNE_SEEDS, Comparison, PlannedRun, plan
 from rolora.comparison.tuning import Setting, choose
@@ -28,29 +28,12 @@ from rolora.run.runs import Run, pinned, resume, start
 
 @dataclass(frozen=True)
 class QueuedRun:
-    """A run that is ready to start, ``number`` of ``of``.
-
-    ``done`` are all rounds before it, ``after`` all rounds of the runs after it; ``budget`` is in
-    core-seconds.
-    """
+    """A run that is ready to start; ``done`` are all rounds of the comparison before it."""
 
     run: Run
     planned: PlannedRun
-    number: int
-    of: int
+    outlook: Outlook
     done: Sequence[Timing]
-    after: Sequence[Timing]
-    budget: float | None
-
-    def seconds_left(self, done: Sequence[Timing], round: int) -> float | None:
-        """Estimated for the whole comparison after this ``round``; None if it cannot be told."""
-        return estimate(done, [*rounds_left(self.planned.config, round), *self.after])
-
-    def refuse_spent(self, done: Sequence[Timing], round: int) -> None:
-        """Raise BudgetSpent if the budget is used up and rounds of this run are left."""
-        if round < self.planned.config.train.rounds:
-            left = self.seconds_left(done, round)
-            refuse_spent(self.budget, done, f"{self.number - 1} of {self.of}", left)
 
 
 def compare(
@@ -104,14 +87,14 @@ def queued_runs(
         loaded: tuple[str, Base] | None = None
         for planned in _pending(comparison, folder):
             number = paths.index(planned.path) + 1
-            pending = [one.config for one in every[number:] if not folder.ended(one)]
-            after = [timing for config in pending for timing in rounds_left(config)]
+            pending = [one for one in every[number:] if not folder.ended(one)]
+            after = [timing for one in pending for timing in one.rounds]
+            outlook = Outlook(number, len(every), planned.rounds, after, budget)
             done = rounds_done(every)
-            left = estimate(done, [*rounds_left(planned.config), *after])
-            refuse_spent(budget, done, f"{number - 1} of {len(every)}", left)
+            outlook.refuse_spent(done)
             run = _begin(planned, every, loaded)
             loaded = (_base_key(planned), run.experiment.base)
-            yield QueuedRun(run, planned, number, len(every), done, after, budget)
+            yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
         finals = [one.path for one in comparison.final_runs(path, None)]

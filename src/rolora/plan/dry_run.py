@@ -6,14 +6,16 @@ ledger) is that of a run, so what a method sends up and down is counted as in a 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Assignment, Update
+from rolora.algorithm.adapter import Assignment, Roles, Specs, TensorSpec, Update, role_of
 from rolora.algorithm.codec import Format, body_bytes, encode, num_bytes
+from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator
 from rolora.training.engine import ClientMetrics, Job
@@ -21,22 +23,15 @@ from rolora.training.rounds import Federation, RunState, federate
 
 
 @dataclass(frozen=True)
-class Travelled:
-    """Mean bytes that a client of a round's cohort sent and received."""
-
-    up: float
-    down: float
-
-
-@dataclass(frozen=True)
 class Untrained:
     """An engine whose clients send what they received, moved at random; it evaluates nothing.
 
-    ``sizes``: client -> num_examples; ``up``: the format of uploads.
+    ``sizes``: client -> num_examples; ``up``: the format of uploads; ``moves``: their sd.
     """
 
     sizes: Mapping[str, int]
     up: Format = "fp32"
+    moves: float = 1e-2
 
     def clients(self) -> Mapping[str, int]:
         """Every client, always."""
@@ -50,7 +45,7 @@ class Untrained:
             info, received, shared = assigned.info, assigned.received, method.shared(job.round)
             moving = received.only(method.trained(job.round))
             for shape in {tensor.shape for tensor in moving.values()} - noise.keys():
-                noise[shape] = 1e-2 * torch.randn(shape, generator=rng)
+                noise[shape] = self.moves * torch.randn(shape, generator=rng)
             moved = {name: t + noise[t.shape].roll(number) for name, t in moving.items()}
             sent, like = method.upload(received, received | moved, info), received.only(shared)
             sent, size = sent.only(shared), num_bytes(self.up, like)
@@ -63,12 +58,51 @@ class Untrained:
         return iter(())
 
 
-def dry_run(federation: Federation, start: AdapterState) -> tuple[list[Travelled], RunState]:
-    """What travels in each round of a run on ``Untrained``, and the state after the last one."""
-    travelled, state = [], RunState(ServerState(start))
-    for result in federate(federation, state):
-        state = result.state
-        if result.round:
-            size = len(result.cohort)
-            travelled.append(Travelled(result.bytes_up / size, result.bytes_down / size))
-    return travelled, state
+@dataclass(frozen=True)
+class Travel:
+    """What travels in one round between the server and a client that took part before."""
+
+    up: Roles
+    down: Roles
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class Observed(Untrained):
+    """Appends what travels to and from the first client of each cohort to ``seen``."""
+
+    moves: float = 0.1
+    seen: list[Travel] = field(default_factory=list)
+
+    def run(self, method: Method, job: Job) -> Iterator[Update]:
+        """As ``Untrained``."""
+        first, *others = super().run(method, job)
+        info, received = job.cohort[0].info, job.cohort[0].received
+        down = lacking(method, job.server, received, job.ledger, job.ledger.held.get(info.id))
+        up, into = (frozenset(map(role_of, each)) for each in (first.adapter, down))
+        self.seen.append(Travel(up, into, first.num_bytes(), down.num_bytes()))
+        return iter([first, *others])
+
+
+def travels(method: Method, out: int, width: int, rank: int) -> list[Travel]:
+    """Rounds 1, 2 and 3 of two clients, on one adapted layer (out, width) without a task head.
+
+    Of a method that is no federation nothing travels.
+    """
+    if not method.federated:
+        return [Travel(frozenset(), frozenset(), 0, 0)] * 3
+    layer, rng = "base_model.model.layer", generator(0, "travels")
+    specs = Specs(
+        (
+            TensorSpec(f"{layer}.lora_A.weight", "A", (rank, width)),
+            TensorSpec(f"{layer}.lora_B.weight", "B", (out, rank)),
+        ),
+        scaling={layer: 1.0},
+        head={},
+        gradient={layer: torch.randn(out, width, generator=rng)},
+    )
+    engine = Observed({"one": 1, "two": 1})
+    federation = Federation(method=method, engine=engine, rounds=3, lr=lambda round: 0.0)
+    deque(federate(federation, RunState(ServerState(method.init(specs, rng)))), maxlen=0)
+    return engine.seen

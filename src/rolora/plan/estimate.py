@@ -11,7 +11,7 @@ from torch import nn
 
 from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.algorithm.seeding import generator
-from rolora.config.schema import RunConfig
+from rolora.config.schema import TrainConfig
 from rolora.data.examples import Batch, Examples, collate, tokenizer_limit
 from rolora.errors import NotHere
 from rolora.plan.cost import StepCost, step_cost
@@ -24,7 +24,7 @@ from rolora.run.experiment import (
     revisits,
 )
 from rolora.run.shards import Rows
-from rolora.tasks.registry import Head, Label, Task, TaskKind
+from rolora.tasks.registry import Label, TaskKind
 from rolora.training.precision import WORTH, bf16_speed, is_wide
 from rolora.training.rounds import cohort_size
 
@@ -36,15 +36,14 @@ DRAWS = 100  # batches drawn to find a long one
 class Estimate:
     """A run before it is built.
 
-    ``examples``: a sample of the training rows, or one row of the maximum length. ``sizes``:
-    client -> num_examples. ``rows``: None if the data is not on this machine. ``weights``: bytes of
-    the model in memory, in ``dtype``. ``cached``: the outputs of the layers below the adapters are
-    computed once and read from disk.
+    ``experiment``: its base has shapes only. ``examples``: a sample of the training rows, or one
+    row of the maximum length. ``sizes``: client -> num_examples. ``rows``: None if the data is not
+    on this machine. ``weights``: bytes of the model in memory, in ``dtype``. ``cached``: the
+    outputs of the layers below the adapters are computed once and read from disk.
     """
 
-    config: RunConfig
+    experiment: Experiment
     outline: Outline
-    task: Task
     examples: Examples
     sizes: Mapping[str, int]
     rows: Rows | None
@@ -57,12 +56,16 @@ class Estimate:
     @property
     def cohort(self) -> int:
         """Clients of a round."""
-        return cohort_size(len(self.sizes), self.config.train.participation)
+        return cohort_size(len(self.sizes), self._train.participation)
 
     @property
     def tokens(self) -> int:
         """Mean tokens of one client's step."""
-        return max(1, round(self._length * self.config.train.batch_size))
+        return max(1, round(self._length * self._train.batch_size))
+
+    @property
+    def _train(self) -> TrainConfig:
+        return self.experiment.config.train
 
     @property
     def _length(self) -> float:
@@ -71,7 +74,7 @@ class Estimate:
     @property
     def steps(self) -> float | None:
         """Mean steps of a client in a round; None for epochs over rows that are not here."""
-        settings = local_settings(self.config.train)
+        settings = local_settings(self._train)
         if self.rows is None and settings.epochs is not None:
             return None
         return sum(map(settings.num_steps, self.sizes.values())) / len(self.sizes)
@@ -93,8 +96,8 @@ class Estimate:
 
     def batch(self, clients: int) -> Batch:
         """A batch for so many clients: of ``DRAWS`` draws the one with the most tokens."""
-        rng = generator(self.config.seed, "plan")
-        size = clients * self.config.train.batch_size
+        rng = generator(self.experiment.config.seed, "plan")
+        size = clients * self._train.batch_size
         drawn = torch.randint(len(self.examples), (DRAWS, size), generator=rng)
         rows = drawn[self.examples.lengths[drawn].sum(dim=1).argmax()]
         base = self.outline.base
@@ -113,35 +116,46 @@ class Estimate:
         """
         key = (frozenset((name, tensor.shape) for name, tensor in start.items()), roles, clients)
         if key not in self.costs:
-            sizes = [self.config.train.batch_size] * clients
+            sizes = [self._train.batch_size] * clients
             batch = self.batch(clients)
             try:
-                found = step_cost(self.outline, self.task, batch, sizes, start, roles)
+                found = step_cost(self.outline, self.experiment.task, batch, sizes, start, roles)
             except RuntimeError:  # a layer depends on values, and shapes have none
                 found = None
             self.costs[key] = found
         return self.costs[key]
 
 
-def estimate_run(config: RunConfig) -> Estimate:
+def estimate_run(run: Experiment) -> Estimate:
     """The configured run, with its rows if they are on this machine.
 
     Raises ConfigError or DataError as a run would.
     """
+    config = run.config
     here = Experiment(config.model_copy(update={"offline": True}))
-    rows, notes = _rows(here)
+    rows: Rows | None = None
     labels: Sequence[Label] = ()
-    if rows is not None:
-        labels = here.labels
-    elif here.kind.labelled:
-        labels = (0, 1)
-        notes.append("2 labels are assumed")
-    drawn, dtype, weights = _outline(config, here.kind.head, labels, notes)
-    task = Experiment(config, labels=labels, base=drawn.base).task
-    limit = tokenizer_limit(drawn.base.tokenizer, drawn.base.model.config, config.data.max_length)
+    notes: list[str] = []
+    try:
+        rows, labels = here.rows, here.labels
+    except NotHere as missing:
+        clients = config.partition.clients
+        source = f"{missing.source} is not on this machine"
+        notes.append(f"{source}: {clients} clients are assumed (partition.clients)")
+        if here.kind.labelled:
+            labels = (0, 1)
+            notes.append("2 labels are assumed")
+    drawn, dtype = _outline(run, labels)
+    if config.model.dtype == "auto":
+        notes.append(f"model.dtype = 'auto' is assumed to be {dtype}")
+    base = drawn.base
+    if base.stack is not None:
+        base.stack.checkpointing = config.train.recompute
+    drawn_run = Experiment(config, labels=labels, base=base)
+    limit = tokenizer_limit(base.tokenizer, base.model.config, config.data.max_length)
     if rows is not None and drawn.tokenizer:
         order = torch.randperm(rows.train.num_rows, generator=generator(0, "plan"))[:SAMPLE]
-        examples = task.encode(rows.train.take(order.tolist()), config.data.train)
+        examples = drawn_run.task.encode(rows.train.take(order.tolist()), config.data.train)
     else:
         examples = _longest(limit, here.kind)
         notes.append(f"every row is assumed to have {limit} tokens")
@@ -151,43 +165,20 @@ def estimate_run(config: RunConfig) -> Estimate:
         settings = local_settings(config.train)
         size = (settings.steps or 1) * settings.batch_size
         sizes = {f"{number:04d}": size for number in range(config.partition.clients)}
-    stack = drawn.base.stack
     cached = bool(config.train.cache) and revisits(config.train, [*sizes.values()])
-    cached = cached and stack is not None and stack.lowest > 0
-    return Estimate(
-        config=config,
-        outline=drawn,
-        task=task,
-        examples=examples,
-        sizes=sizes,
-        rows=rows,
-        dtype=dtype,
-        weights=weights,
-        cached=cached,
-        notes=tuple(notes),
-    )
+    cached = cached and base.stack is not None and base.stack.lowest > 0
+    weights = _weights(base.model, dtype)
+    return Estimate(drawn_run, drawn, examples, sizes, rows, dtype, weights, cached, tuple(notes))
 
 
-def _rows(here: Experiment) -> tuple[Rows | None, list[str]]:
-    """The rows, or None and a note if a source is not on this machine."""
-    try:
-        return here.rows, []
-    except NotHere as missing:
-        clients = here.config.partition.clients
-        source = f"{missing.source} is not on this machine"
-        return None, [f"{source}: {clients} clients are assumed (partition.clients)"]
-
-
-def _outline(
-    config: RunConfig, head: Head, labels: Sequence[Label], notes: list[str]
-) -> tuple[Outline, str, int]:
-    """The model's shapes, its dtype by name, and the bytes of its weights in memory."""
-    wanted = config.model.dtype
+def _outline(run: Experiment, labels: Sequence[Label]) -> tuple[Outline, str]:
+    """The model's shapes, and its dtype by name."""
+    config = run.config
 
     def of(dtype: torch.dtype) -> Outline:
         return outline(
             config.model.path,
-            head,
+            run.kind.head,
             lora_settings(config.lora),
             root=config.root,
             labels=labels,
@@ -195,29 +186,25 @@ def _outline(
             offline=config.offline,
         )
 
-    dtype = base_dtype(wanted, config.device)
-    drawn, half = of(dtype), dtype == torch.bfloat16
-    if wanted == "auto" and config.device == "cpu":
-        half = is_wide(drawn.base) and bf16_speed() >= WORTH
-        drawn = of(torch.bfloat16) if half else drawn
-    if wanted == "auto":
-        wanted = "bf16" if half else "fp32"
-        notes.append(f"model.dtype = 'auto' is assumed to be {wanted}")
-    base = drawn.base
-    if base.stack is not None:
-        base.stack.checkpointing = config.train.recompute
-    tensors = [*base.model.parameters(), *base.model.buffers()]
-    weights = sum(t.numel() * t.dtype.itemsize for t in tensors)
-    if wanted in ("int8", "nf4"):
-        weights -= _saved_by_quantising(base.model, 1.0 if wanted == "int8" else 0.5)
-    return drawn, wanted, weights
+    wanted, dtype = config.model.dtype, base_dtype(config.model.dtype, config.device)
+    drawn = of(dtype)
+    if wanted != "auto":
+        return drawn, wanted
+    if config.device == "cpu" and is_wide(drawn.base) and bf16_speed() >= WORTH:
+        return of(torch.bfloat16), "bf16"
+    return drawn, "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
-def _saved_by_quantising(model: Any, width: float) -> int:
-    """Bytes saved if the linear layers below the head have ``width`` bytes per element."""
+def _weights(model: Any, dtype: str) -> int:
+    """Bytes of the weights in memory; with int8 or nf4, of fewer in linear layers below a head."""
+    tensors = [*model.parameters(), *model.buffers()]
+    total: int = sum(t.numel() * t.dtype.itemsize for t in tensors)
+    if dtype not in ("int8", "nf4"):
+        return total
+    width = 1.0 if dtype == "int8" else 0.5
     encoder = model.get_submodule(model.base_model_prefix)
     linears = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
-    return round(sum(w.numel() * (w.dtype.itemsize - width) for w in linears))
+    return total - round(sum(w.numel() * (w.dtype.itemsize - width) for w in linears))
 
 
 def _longest(length: int, kind: TaskKind) -> Examples:

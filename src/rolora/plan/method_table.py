@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from rolora.algorithm.adapter import (
-    AdapterState,
-    Assignment,
-    ClientInfo,
-    Roles,
-    Specs,
-    TensorSpec,
-    Update,
-    role_of,
-)
-from rolora.algorithm.codec import body_bytes, encode
-from rolora.algorithm.ledger import Arrival, Ledger, after_round, lacking
-from rolora.algorithm.method import Method, ServerState
-from rolora.algorithm.reduce import mean
-from rolora.algorithm.seeding import generator
-from rolora.algorithm.step import Aggregation, step
+from rolora.algorithm.adapter import Roles
 from rolora.methods import METHODS, get_method, method_names
+from rolora.plan.dry_run import travels
 
 
 @dataclass(frozen=True)
@@ -54,16 +38,6 @@ class MethodRow:
     paper: str
 
 
-@dataclass(frozen=True)
-class Travel:
-    """What travels in one round between the server and a client that took part before."""
-
-    up: Roles
-    down: Roles
-    bytes_up: int
-    bytes_down: int
-
-
 def describe_methods() -> list[MethodRow]:
     """One row per method, in name order."""
     return [_describe(name) for name in method_names()]
@@ -90,62 +64,6 @@ def _describe(name: str) -> MethodRow:
         summary=text.splitlines()[0].partition(": ")[2] or text.splitlines()[0],
         paper=paper.group() if paper else "",
     )
-
-
-def travels(method: Method, out: int, width: int, rank: int) -> list[Travel]:
-    """Rounds 1, 2 and 3 of two clients, on one adapted layer (out, width) without a task head.
-
-    Clients move at random instead of training; everything else is as in a run. Of a method that is
-    no federation nothing travels.
-    """
-    rng = generator(0, "travels")
-    layer = "base_model.model.layer"
-    specs = Specs(
-        (
-            TensorSpec(f"{layer}.lora_A.weight", "A", (rank, width)),
-            TensorSpec(f"{layer}.lora_B.weight", "B", (out, rank)),
-        ),
-        scaling={layer: 1.0},
-        head={},
-        gradient={layer: torch.randn(out, width, generator=rng)},
-    )
-    server, ledger, found = ServerState(method.init(specs, rng)), Ledger(), list[Travel]()
-    for round in (1, 2, 3):
-        infos = [ClientInfo(id, 1, rank, round) for id in ("one", "two")]
-        cohort = {info.id: Assignment(info, method.download(server, info)) for info in infos}
-        updates = [_update(method, assigned, rng) for assigned in cohort.values()]
-        down = lacking(method, server, cohort["one"].received, ledger, ledger.held.get("one"))
-        sent = updates[0].adapter
-        nothing = Travel(frozenset(), frozenset(), 0, 0)
-        up_bytes, down_bytes = updates[0].num_bytes(), down.num_bytes()
-        travel = Travel(_parts(sent), _parts(down), up_bytes, down_bytes)
-        found.append(travel if method.federated else nothing)
-        after, _ = step(method, Aggregation(mean()), server, cohort, updates, rng)
-        arrived = [Arrival(one.client, {}, one.num_bytes()) for one in updates]
-        ledger, _ = after_round(method, server, after, cohort, ledger, arrived)
-        server = after
-    return found
-
-
-def _update(method: Method, assigned: Assignment, rng: torch.Generator) -> Update:
-    """What a client sends that has moved everything it trains a little."""
-    info, received = assigned.info, assigned.received
-    shared = method.shared(info.round)
-    moving = received.only(method.trained(info.round))
-    trained = received | {
-        name: tensor + 0.1 * torch.randn(tensor.shape, generator=rng)
-        for name, tensor in moving.items()
-    }
-    sent = method.upload(received, trained, info).only(shared)
-    update = Update(info.id, sent, info.num_examples, {})
-    if not method.sparse_upload:
-        return update
-    payload, _ = encode("fp32", sent, received.only(shared), {}, sparse=True)
-    return replace(update, encoded_bytes=body_bytes(payload))
-
-
-def _parts(adapter: AdapterState) -> Roles:
-    return frozenset(map(role_of, adapter))
 
 
 def _roles(roles: Roles) -> str:

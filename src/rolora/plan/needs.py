@@ -7,6 +7,7 @@ of its rounds, and the cost of a step from running it on shapes alone.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -15,19 +16,19 @@ import torch
 
 from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
 from rolora.algorithm.factors import to_peft, zero_deltas
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
-from rolora.config.schema import MethodConfig, RunConfig
-from rolora.plan.dry_run import Travelled, Untrained, dry_run
+from rolora.config.schema import MethodConfig
+from rolora.plan.dry_run import Untrained
 from rolora.plan.estimate import Estimate, estimate_run
 from rolora.run.experiment import Experiment
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
 from rolora.training.memory import bank_size, free_bytes
-from rolora.training.rounds import Best, Federation, RunState, cohort_size
+from rolora.training.rounds import Best, Federation, RunState, cohort_size, federate
 
 DRY_BYTES = 1 << 30  # the most that a dry run moves, unless four rounds move more
 ALIKE = 4  # clients that stand for all where all do the same
@@ -105,63 +106,69 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(config: RunConfig, methods: Sequence[str] = ()) -> Plan:
+def make_plan(run: Experiment, methods: Sequence[str] = ()) -> Plan:
     """The plan of a run, for each of ``methods`` (default: the configured one).
 
     Needs the model's configuration only; rows are counted if they are on this machine. Raises
     ConfigError or DataError as a run would.
     """
-    run = estimate_run(config)
-    configs = [_with_method(config, name) for name in methods] or [config]
-    planned = tuple(_method_plan(replace(run, config=one)) for one in configs)
-    notes = run.notes
+    found = estimate_run(run)
+    planned = [_method_plan(found)] if not methods else []
+    for name in methods:
+        config, base, labels = run.config, found.experiment.base, found.experiment.labels
+        if name != config.method.name:
+            config = config.model_copy(update={"method": MethodConfig(name=name)})
+        planned.append(
+            _method_plan(replace(found, experiment=Experiment(config, base=base, labels=labels)))
+        )
+    notes = found.notes
     if any(plan.peak is None for method in planned for plan in method.rounds):
         notes += ("this model cannot be run on shapes alone: activations and work are unknown",)
     return Plan(
-        model=config.model.path,
-        source=run.outline.source,
-        parameters=sum(p.numel() for p in run.outline.base.model.parameters()),
-        dtype=run.dtype,
-        weights=run.weights,
-        stored=run.outline.stored_bytes,
-        clients=len(run.sizes),
-        cohort=run.cohort,
-        rows=None if run.rows is None else sum(run.sizes.values()),
-        rounds=config.train.rounds,
-        steps=run.steps,
-        tokens=run.tokens,
-        cache=run.cache,
-        methods=planned,
+        model=run.config.model.path,
+        source=found.outline.source,
+        parameters=sum(p.numel() for p in found.experiment.base.model.parameters()),
+        dtype=found.dtype,
+        weights=found.weights,
+        stored=found.outline.stored_bytes,
+        clients=len(found.sizes),
+        cohort=found.cohort,
+        rows=None if found.rows is None else sum(found.sizes.values()),
+        rounds=run.config.train.rounds,
+        steps=found.steps,
+        tokens=found.tokens,
+        cache=found.cache,
+        methods=tuple(planned),
         notes=notes,
     )
 
 
 def _method_plan(run: Estimate) -> MethodPlan:
-    method = Experiment(run.config).method
+    method, train = run.experiment.method, run.experiment.config.train
     start = _start(run, method)
-    parameters = dict[str, int]()
+    parameters: Counter[str] = Counter()
     for name, tensor in start.items():
-        parameters[role_of(name)] = parameters.get(role_of(name), 0) + tensor.numel()
+        parameters[role_of(name)] += tensor.numel()
     kinds = [[method.trainable(round, local) for local in (0, 1)] for round in (3, 4)]
     bank = _bank(run, start, kinds[0] + kinds[1]) if method.federated else 1
-    travelled, state = _dry_run(run, method, start)
+    up, down, state = _dry_run(run, method, start)
     rounds = tuple(
-        _round_plan(run, start, kind, bank, method, travelled[2 + parity :: 2])
-        for parity, kind in enumerate(kinds)
+        _round_plan(run, start, kind, bank, fmean(up[first::2]), fmean(down[first::2]))
+        for first, kind in enumerate(kinds, start=2)
     )
     flops = [plan.flops for plan in rounds if plan.flops is not None]
     known = run.steps is not None and len(flops) == len(rounds)
-    steps = run.config.train.rounds * run.cohort * (run.steps or 0)
+    steps = train.rounds * run.cohort * (run.steps or 0)
     return MethodPlan(
         name=method.name,
-        parameters=parameters,
+        parameters=dict(parameters),
         bank=bank,
         adapters=bank * start.num_bytes(),
         rounds=rounds[:1] if kinds[0] == kinds[1] else rounds,
-        first_down=travelled[0].down,
-        up=_total([each.up for each in travelled], run.config.train.rounds, run.cohort),
-        down=_total([each.down for each in travelled], run.config.train.rounds, run.cohort),
-        counted=len(travelled) >= run.config.train.rounds,
+        first_down=down[0],
+        up=_total(up, train.rounds, run.cohort),
+        down=_total(down, train.rounds, run.cohort),
+        counted=len(up) >= train.rounds,
         flops=steps * fmean(flops) if known else None,
         checkpoints=_checkpoints(run, state),
         personal=_personal(run, method, start),
@@ -170,11 +177,11 @@ def _method_plan(run: Estimate) -> MethodPlan:
 
 def _start(run: Estimate, method: Method) -> AdapterState:
     """What clients start from; a gradient, if needed, is made up, since only shapes matter."""
-    specs = run.outline.base.specs
+    specs = run.experiment.base.specs
     if method.needs_gradient:
         gradient = {layer_of(name): zero + 1 for name, zero in zero_deltas(specs).items()}
         specs = replace(specs, gradient=gradient)
-    return method.init(specs, generator(run.config.seed, "init"))
+    return method.init(specs, generator(run.experiment.config.seed, "init"))
 
 
 def _total(each: Sequence[float], rounds: int, cohort: int) -> int:
@@ -185,33 +192,29 @@ def _total(each: Sequence[float], rounds: int, cohort: int) -> int:
 
 def _bank(run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
     """Clients that train at once, as a run on this machine would choose."""
-    if run.config.train.engine == "debug":
+    device, train = run.experiment.config.device, run.experiment.config.train
+    if train.engine == "debug":
         return 1
-    device, wanted = run.config.device, run.config.train.bank
     free = free_bytes(device) if device != "cuda" or torch.cuda.is_available() else 1 << 62
-    size = bank_size(device, run.tokens, 0, free, run.cohort, wanted)
+    size = bank_size(device, run.tokens, 0, free, run.cohort, train.bank)
     costs = [run.cost(start, roles, size) for roles in trained]
     kept = max((cost.activations // size for cost in costs if cost), default=0)
-    return group_size(run.cohort, bank_size(device, run.tokens, kept, free, run.cohort, wanted))
+    return group_size(run.cohort, bank_size(device, run.tokens, kept, free, run.cohort, train.bank))
 
 
 def _round_plan(
-    run: Estimate,
-    start: AdapterState,
-    kind: Sequence[Roles],
-    bank: int,
-    method: Method,
-    travelled: Sequence[Travelled],
+    run: Estimate, start: AdapterState, kind: Sequence[Roles], bank: int, up: float, down: float
 ) -> RoundPlan:
     """A round whose local steps alternate between the roles in ``kind``."""
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
-    states = {"adamw": 2, "sgd": 1 if run.config.train.momentum else 0}[run.config.train.optimizer]
+    train = run.experiment.config.train
+    states = {"adamw": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
     gradients = bank * 4 * trained
     optimizer = states * gradients
     permanent = run.weights + bank * start.num_bytes()
     # the state is allocated after the first backward pass, when its activations are gone
-    during = optimizer if run.steps != 1 or not method.federated else 0
+    during = optimizer if run.steps != 1 or not run.experiment.method.federated else 0
     costs = [cost for one in kind if (cost := run.cost(start, one, bank)) is not None]
     flops = None
     if costs:  # of a batch that is one of the longest
@@ -221,8 +224,8 @@ def _round_plan(
     return RoundPlan(
         factors="+".join(sorted(roles - {"head"})) or "head",
         trained=trained,
-        up=fmean(each.up for each in travelled),
-        down=fmean(each.down for each in travelled),
+        up=up,
+        down=down,
         flops=flops,
         activations=max((cost.activations for cost in costs), default=None),
         optimizer=optimizer,
@@ -232,31 +235,40 @@ def _round_plan(
 
 def _dry_run(
     run: Estimate, method: Method, start: AdapterState
-) -> tuple[list[Travelled], RunState]:
-    """All rounds without training, or only some, at least four, where all would move too much."""
-    sizes = run.sizes
-    if run.config.train.participation == 1 and isinstance(run.config.lora.rank, int):
+) -> tuple[list[float], list[float], RunState]:
+    """Mean bytes that a client sends and receives in each round, and the state after the last.
+
+    All rounds without training, or only some, at least four, where all would move too much.
+    """
+    config, sizes = run.experiment.config, run.sizes
+    if config.train.participation == 1 and isinstance(config.lora.rank, int):
         sizes = dict(itertools.islice(sizes.items(), ALIKE))
-    cohort = cohort_size(len(sizes), run.config.train.participation)
+    cohort = cohort_size(len(sizes), config.train.participation)
     affordable = DRY_BYTES // (cohort * start.num_bytes())
-    rules, weights = compose(run.config.aggregate.rules), run.config.aggregate.weights
+    rules, weights = compose(config.aggregate.rules), config.aggregate.weights
     federation = Federation(
         method=method,
-        engine=Untrained(sizes, run.config.wire.up),
+        engine=Untrained(sizes, config.wire.up),
         aggregation=Aggregation(rules, weights, exactness=False),
-        ranks=run.config.lora.ranks,
-        seed=run.config.seed,
-        rounds=max(4, min(run.config.train.rounds, affordable)),
+        ranks=config.lora.ranks,
+        seed=config.seed,
+        rounds=max(4, min(config.train.rounds, affordable)),
         lr=lambda round: 0.0,
-        participation=run.config.train.participation,
+        participation=config.train.participation,
     )
-    return dry_run(federation, start)
+    up, down, state = list[float](), list[float](), RunState(ServerState(start))
+    for result in federate(federation, state):
+        state = result.state
+        if result.round:
+            up.append(result.bytes_up / len(result.cohort))
+            down.append(result.bytes_down / len(result.cohort))
+    return up, down, state
 
 
 def _checkpoints(run: Estimate, state: RunState) -> int:
     """Bytes of the checkpoints that are kept, and of the adapter at the end."""
     adapter = state.server.adapter
-    if run.config.data.validation is not None:
+    if run.experiment.config.data.validation is not None:
         state = replace(state, best=Best(1, 0.0, adapter))
     each = sum(tensor.nbytes for tensor in contents(state).values())
     return KEPT_CHECKPOINTS * each + to_peft(adapter).num_bytes()
@@ -265,12 +277,6 @@ def _checkpoints(run: Estimate, state: RunState) -> int:
 def _personal(run: Estimate, method: Method, start: AdapterState) -> int:
     """Bytes that clients keep on disk: personal tensors and the residuals of encoded uploads."""
     personal = start.only(method.personal_roles).num_bytes()
-    if run.config.wire.up != "fp32" and method.federated:
+    if run.experiment.config.wire.up != "fp32" and method.federated:
         personal += start.only(method.shared(1) | method.shared(2)).num_bytes()
     return len(run.sizes) * KEPT_STATES * personal
-
-
-def _with_method(config: RunConfig, name: str) -> RunConfig:
-    if name == config.method.name:
-        return config
-    return config.model_copy(update={"method": MethodConfig(name=name)})

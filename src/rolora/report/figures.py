@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from rolora.errors import ConfigError
 from rolora.files import write_file
+from rolora.results.paired import Difference
 
 # Okabe & Ito 2008, "Color Universal Design"; markers and dashes tell methods apart in grey too.
 # Their black is #010101 here, because matplotlib leaves a black fill out of an SVG.
@@ -94,8 +95,13 @@ def new_figure(height: float = HEIGHT) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def look(style: int) -> dict[str, Any]:
-    """A method's colour, marker and dashes, by its number."""
+def look(style: int, points: int = 0, shift: float = 0.0) -> dict[str, Any]:
+    """A method's colour, marker and dashes, by its number.
+
+    Of a line with so many ``points`` about eight have a marker, the first of them ``shift`` of
+    their distance from the start.
+    """
+    every = max(1, math.ceil(points / 8))
     turn = style // len(PALETTE)
     return {
         "color": PALETTE[style % len(PALETTE)],
@@ -103,14 +109,13 @@ def look(style: int) -> dict[str, Any]:
         "linestyle": DASHES[(style + 2 * turn) % len(DASHES)],
         "linewidth": 1.6,
         "markersize": 5,
+        "markevery": (int(shift * every), every),
     }
 
 
 def _draw(axes: Any, series: Series, shift: float) -> None:
-    """A line with about eight markers, ``shift`` of their spacing further on, and its sd band."""
-    every = max(1, math.ceil(len(series.x) / 8))
-    start = int(shift * every) % every
-    axes.plot(series.x, series.mean, markevery=(start, every), **look(series.style))
+    """A line and its sd band; ``shift`` as in ``look``."""
+    axes.plot(series.x, series.mean, **look(series.style, len(series.x), shift))
     band = [
         (x, m - s, m + s) for x, m, s in zip(series.x, series.mean, series.sd, strict=True) if s
     ]
@@ -201,6 +206,37 @@ def client_spread(
 
 
 @styled
+def forest_plot(
+    groups: Mapping[str, Mapping[str, Difference]],
+    styles: Mapping[str, int],
+    metric: str,
+    reference: str,
+) -> Figure:
+    """``groups``: title -> method -> difference; ``styles``: method -> its number on the page."""
+    rows = sum(len(own) for own in groups.values())
+    figure, axes = new_figure(0.6 + 0.46 * (len(groups) + rows))
+    across = axes.get_yaxis_transform()
+    y = 0.0
+    for title, own in groups.items():
+        axes.text(0, y + 0.25, title, va="bottom", weight="bold", transform=across)
+        y += 1
+        for method, difference in own.items():
+            colour = PALETTE[styles[method] % len(PALETTE)]
+            if difference.interval is not None:
+                axes.plot(difference.interval, [y, y], linewidth=2.4, color=colour)
+            marker = MARKERS[styles[method] % len(MARKERS)]
+            axes.plot([difference.mean], [y], marker=marker, markersize=7, ls="none", color=colour)
+            axes.text(0, y - 0.17, elided(method, 40), va="bottom", transform=across)
+            y += 1
+    axes.axvline(0, color=INK, linewidth=1, linestyle=DOTTED)
+    axes.set_ylim(y - 0.5, -0.35)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(f"{metric}, minus that of {elided(reference, 24)}")
+    return figure
+
+
+@styled
 def split_figure(partition: Mapping[str, Any]) -> Figure:
     """The rows of each client as bars and, if rows have labels, each client's mix of them below."""
     clients = partition["clients"]
@@ -260,7 +296,7 @@ def key(style: int) -> Figure:
     figure = Figure(figsize=(0.5, 0.17))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], clip_on=False, **look(style))
+    axes.plot([0, 1, 2], [0, 0, 0], clip_on=False, **{**look(style), "markevery": [1]})
     axes.set_xlim(0, 2)
     return figure
 

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 
 from rolora.report import figures, narrative
 from rolora.report.figures import Series
-from rolora.report.forest_plot import forest_plot
 from rolora.report.narrative import Conclusion
 from rolora.report.svg import inline_svg
 from rolora.results.paired import CONFIDENCE
@@ -141,7 +140,7 @@ def _differences(groups: Groups, metric: str, conclusions: Sequence[Conclusion])
         "differences",
         f"Difference from {reference}",
         f"difference in {metric} from {reference} at each kind of equal budget",
-        forest_plot(paired, _styles(groups), metric, reference),
+        figures.forest_plot(paired, _styles(groups), metric, reference),
         caption,
     )
 

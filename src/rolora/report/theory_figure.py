@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rolora.report.figures import GRID, INK, STYLE, SUPERSCRIPTS, look, save_picture
+from rolora.report.figures import GRID, INK, STYLE, SUPERSCRIPTS, look
 from rolora.report.theory_text import ROUNDING
 from rolora.theory.curves import Outcome
 from rolora.theory.sweeps import Spread, SweepRow
@@ -115,10 +114,8 @@ def _explain(spare: Sequence[Any], first: Any, sweeps: Sweeps) -> None:
         axes.legend(frameon=False, loc="center", title=title, alignment="left")
 
 
-def _line(name: str, points: Sequence[int], shift: float = 0.0) -> dict[str, Any]:
-    """A method's style with about eight markers, shifted by a share of their distance."""
-    every = max(1, math.ceil(len(points) / 8))
-    return {**look(STYLES[name]), "markevery": (int(shift * every), every)}
+def _line(name: str, rounds: Sequence[int], shift: float = 0.0) -> dict[str, Any]:
+    return look(STYLES[name], len(rounds), shift)
 
 
 def _powers(axes: Any) -> None:
@@ -129,8 +126,3 @@ def _powers(axes: Any) -> None:
         FuncFormatter(lambda value, _: "10" + f"{math.log10(value):.0f}".translate(SUPERSCRIPTS))
     )
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def save_theory_picture(outcome: Outcome, sweeps: Sweeps, path: Path) -> None:
-    """Save ``theory_figure`` as PNG or SVG by the suffix of ``path``, else ConfigError."""
-    save_picture(theory_figure(outcome, sweeps), path)
