@@ -47,6 +47,14 @@ def layer_of(name: str) -> str:
     return name.rsplit(".lora_", 1)[0]
 
 
+def pieces(name: str, factor: Tensor) -> Tensor:
+    """The rank-one pieces of a factor (..., rank, width): rows of lora_A, columns of lora_B.
+
+    A view; applied to the pieces it gives back the factor.
+    """
+    return factor if role_of(name) == "A" else factor.mT
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, role and shape of one tensor of an adapter."""

@@ -6,15 +6,13 @@ of what the clients learned; ``aggregation_error`` shows by how much. arXiv:2305
 
 from __future__ import annotations
 
-from rolora.algorithm.adapter import Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import BOTH, Method
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"A", "B", "head"})
     return Method(
         name="fedit",
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
         exact=False,
     )

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.adapter import AdapterState, ClientInfo
+from rolora.algorithm.method import BOTH, Method
 from rolora.errors import ConfigError
 
 
@@ -43,11 +43,10 @@ def method(*, softness: float = 0.5) -> Method:
             turned |= {down: soft.mT @ trained[down], up: trained[up] @ soft}
         return trained | turned
 
-    moving: Roles = frozenset({"A", "B", "head"})
     return Method(
         name="fedrot_lora",
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
         upload=upload,
         exact=False,
     )

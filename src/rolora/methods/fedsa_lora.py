@@ -7,12 +7,9 @@ with a personal adapter and is evaluated with it. arXiv:2410.01463, section 3.
 from __future__ import annotations
 
 from rolora.algorithm.adapter import Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import BOTH, Method
 
 
 def method() -> Method:
-    trained: Roles = frozenset({"A", "B", "head"})
     sent: Roles = frozenset({"A"})
-    return Method(
-        name="fedsa_lora", trainable=lambda round, step: trained, shared=lambda round: sent
-    )
+    return Method(name="fedsa_lora", trainable=lambda round, step: BOTH, shared=lambda round: sent)
