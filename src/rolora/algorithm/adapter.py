@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rolora.algorithm.low_rank import LowRank
+from rolora.algorithm.low_rank import LowRank, equal
 
 Role = Literal["A", "B", "core", "delta", "head"]
 Roles = frozenset[Role]
@@ -103,7 +103,11 @@ class AdapterState(Mapping[str, Tensor]):
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
-        self._tensors = {name: _constant(tensors[name]) for name in sorted(tensors)}
+        # no new object unless one is needed: comparing a tensor with itself costs nothing
+        self._tensors = {
+            name: tensors[name].detach() if tensors[name].requires_grad else tensors[name]
+            for name in sorted(tensors)
+        }
         self.scaling = dict(scaling)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -123,10 +127,7 @@ class AdapterState(Mapping[str, Tensor]):
 
     def holds(self, name: str, tensor: Tensor) -> bool:
         """Whether this adapter has this very dtype, shape and value under this name."""
-        mine = self._tensors.get(name)
-        if mine is None or mine is tensor:  # tensors are shared, so most need no comparison
-            return mine is not None
-        return mine.dtype == tensor.dtype and torch.equal(mine, tensor)
+        return name in self._tensors and equal(self._tensors[name], tensor)
 
     def __or__(self, other: Mapping[str, Tensor]) -> AdapterState:
         """This adapter with ``other``'s tensors in place of its own."""
@@ -179,11 +180,6 @@ class AdapterState(Mapping[str, Tensor]):
     def num_bytes(self) -> int:
         """Payload bytes: elements × width, summed over tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    # no new object unless one is needed: comparing a tensor with itself costs nothing
-    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,14 @@ def after_round(
         held[client] = Held(before.round, client in sent, last)
     for one in arrived:
         # the average of one client's update is what that client holds already
-        if one.client in cohort and one.lone and _is_part(one.lone, after.adapter):
+        if (
+            one.client in cohort
+            and one.lone
+            and all(after.adapter.holds(name, tensor) for name, tensor in one.lone.items())
+        ):
             held[one.client] = Held(after.round, False, after.round)
-    return Ledger(_changed(before, after, ledger), held), total
+    moved = after.adapter.select(lambda name: not before.adapter.holds(name, after.adapter[name]))
+    return Ledger({**ledger.changed, **dict.fromkeys(moved, after.round)}, held), total
 
 
 def lacking(
@@ -113,16 +118,3 @@ def lacking(
         return has.sent and role_of(name) in method.shared(has.round + 1)
 
     return view.select(lacks)
-
-
-def _changed(before: ServerState, after: ServerState, ledger: Ledger) -> Mapping[str, int]:
-    moved = {
-        name: after.round
-        for name, tensor in after.adapter.items()
-        if not before.adapter.holds(name, tensor)
-    }
-    return {**ledger.changed, **moved}
-
-
-def _is_part(part: AdapterState, whole: AdapterState) -> bool:
-    return all(whole.holds(name, tensor) for name, tensor in part.items())

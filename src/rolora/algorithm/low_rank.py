@@ -91,14 +91,15 @@ def _numbered(tensors: Sequence[Tensor]) -> list[int]:
     numbers: list[int] = []
     for index, tensor in enumerate(tensors):
         alike = kinds.setdefault((tensor.shape, tensor[-1, -1].item()), [])
-        found = next((i for i in alike if _equal(tensors[i], tensor)), index)
+        found = next((i for i in alike if equal(tensors[i], tensor)), index)
         if found == index:
             alike.append(index)
         numbers.append(found)
     return numbers
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether dtype, shape and values are the same; shared tensors need no comparison."""
     return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 

@@ -41,7 +41,11 @@ def read_checkpoint(
     """
     place = locate(source, root, offline)
     require_here(place, offline)
-    auto, more = _loading(place, kind, labels, dtype, quantise, device)
+    auto, more = AUTO[kind], dict[str, Any]()
+    if kind == "classification":
+        more = {**label_names(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
+    if quantise:
+        more |= _quantisation(place, auto, quantise, dtype, device)
     # the GGUF reader draws a bar on standard error whatever the settings are
     silent = contextlib.redirect_stderr(io.StringIO())
     with one_line_errors(source), quiet(), silent:
@@ -94,23 +98,6 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
             f"model {name!r} is not on this machine, and {why}: on a machine with network access, "
             f"run hf download {name} (it stays in the hub's cache), or set model.path to its folder"
         ) from error
-
-
-def _loading(
-    place: dict[str, Any],
-    kind: Kind,
-    labels: Sequence[object],
-    dtype: torch.dtype,
-    quantise: Quantised | None,
-    device: str,
-) -> tuple[Any, dict[str, Any]]:
-    """The class that loads such a model, and what it is told beside the place."""
-    auto, more = AUTO[kind], dict[str, Any]()
-    if kind == "classification":
-        more = {**label_names(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
-    if quantise:
-        more |= _quantisation(place, auto, quantise, dtype, device)
-    return auto, more
 
 
 def label_names(labels: Sequence[object]) -> dict[str, Any]:
