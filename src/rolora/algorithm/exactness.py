@@ -5,8 +5,6 @@ client trained one of the factors, the sum of products is that factor times the 
 each client costs as many additions as it has trained parameters, and none of its tensors is kept.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

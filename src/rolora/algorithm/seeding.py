@@ -9,8 +9,6 @@ from ``server_seed``, which never leaves the coordinator, so that no client can 
 machine the two may be the same.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

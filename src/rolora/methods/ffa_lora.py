@@ -5,8 +5,6 @@ but the adapter can only read the directions that the random lora_A happens to s
 arXiv:2403.12313, section 4.
 """
 
-from __future__ import annotations
-
 from rolora.algorithm.adapter import Roles
 from rolora.algorithm.method import Method
 

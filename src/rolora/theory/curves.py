@@ -14,8 +14,6 @@ definition of FedAvg of LoRA (``fedit_round``), the angle with infinitely many r
 True
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
