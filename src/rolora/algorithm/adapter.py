@@ -1,9 +1,8 @@
 """Adapters as values: named tensors that are never changed in place, and their algebra.
 
-Tensor names are PEFT's (``base_model.model.<layer>.lora_A.weight``), so an adapter on disk and an
-adapter in memory are the same thing. The RoLoRA paper writes ``alpha * A * B`` with A the down
-projection; PEFT writes ``scaling * lora_B @ lora_A``. We follow PEFT: lora_A is (rank, in), lora_B
-is (out, rank).
+Tensor names are PEFT's (``base_model.model.<layer>.lora_A.weight``), and so is the product
+``scaling * lora_B @ lora_A`` of lora_A (rank, in) and lora_B (out, rank). The RoLoRA paper writes
+``alpha * A * B`` with A the down projection.
 """
 
 from __future__ import annotations
@@ -98,8 +97,7 @@ class AdapterState(Mapping[str, Tensor]):
 
     A layer changes its base weight by delta + scaling · lora_B · core · lora_A, where only some
     methods have a core or a delta. ``scaling`` maps each adapted layer to its factor. The tensors
-    of the task head (classifier, ...) are part of the adapter. Tensors are float32 in a run; tests
-    may use float64. Two adapters are equal if their names, values and scalings are.
+    of the task head (classifier, ...) are part of the adapter. In a run they are float32.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
@@ -126,7 +124,7 @@ class AdapterState(Mapping[str, Tensor]):
         return same_names and all(self.holds(name, tensor) for name, tensor in other.items())
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether this adapter has this very dtype, shape and value under this name."""
+        """Whether this adapter has a tensor of this dtype, shape and value under this name."""
         return name in self._tensors and equal(self._tensors[name], tensor)
 
     def __or__(self, other: Mapping[str, Tensor]) -> AdapterState:

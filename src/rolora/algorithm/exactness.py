@@ -1,8 +1,7 @@
 """The exact mean of what clients learned, to compare the server's average with.
 
-A layer's product is delta + scaling · lora_B · core · lora_A (see ``AdapterState``). Where no
-client trained one of the factors, the sum of products is that factor times the sum of the other, so
-each client costs as many additions as it has trained parameters, and none of its tensors is kept.
+Where no client trained one of the factors, the sum of products is that factor times the sum of the
+other, so a client costs as many additions as it trained parameters, and no tensor of it is kept.
 """
 
 import math
@@ -19,7 +18,7 @@ Matrices = Mapping[str, LowRank]  # layer -> its product, or a sum of such produ
 
 
 class Products:
-    """Σ weight · product per layer, over adapters that are added one at a time.
+    """Σ weight · product per layer (see ``AdapterState``), over adapters added one at a time.
 
     A factor equal to that of ``common`` was not trained. Where both factors differ, both are kept
     until the layer's dense matrix is smaller; see ``LowRank``.

@@ -55,15 +55,14 @@ class Arrival:
 def record_arrivals(
     replies: Iterable[Update | Failure], arrived: list[Arrival], lone: bool
 ) -> Iterator[Update | Failure]:
-    """The replies, unchanged; each update that passes is appended to ``arrived``.
+    """The replies, unchanged; each update that passes is noted in ``arrived``.
 
     ``lone``: the cohort is a single client.
     """
     for reply in replies:
         if isinstance(reply, Update):
-            sent = reply.adapter
-            note = Arrival(reply.client, reply.metrics, reply.num_bytes(), sent if lone else None)
-            arrived.append(note)
+            sent = reply.adapter if lone else None
+            arrived.append(Arrival(reply.client, reply.metrics, reply.num_bytes(), sent))
         yield reply
 
 

@@ -13,9 +13,9 @@ Term = tuple[float, Tensor, Tensor]
 class LowRank:
     """A matrix (out, in) kept as a sum of terms: weight · left (out, r) @ right (r, in).
 
-    Sums concatenate their terms, and are compacted once they are larger than the dense matrix, so
-    the mean of any number of clients' products stays small. Norms go through float64 QR factors,
-    which keep the digits of a small difference of large products; a Gram matrix would lose them.
+    Sums concatenate their terms, and are compacted once they are larger than the dense matrix.
+    Norms go through float64 QR factors, which keep the digits of a small difference of large
+    products; a Gram matrix would lose them.
     """
 
     def __init__(self, terms: Iterable[Term], rank: int | None = None) -> None:

@@ -34,10 +34,10 @@ class Reduce(Protocol):
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything that the server carries from round to round.
+    """Everything that the server carries from round to round; ``memory`` is the reducer's.
 
     ``round`` counts finished rounds, so the round being run is ``round + 1``; ``attempt`` counts
-    its attempts that found no quorum. ``memory`` belongs to the reducer.
+    its attempts that found no quorum.
     """
 
     adapter: AdapterState

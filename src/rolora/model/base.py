@@ -25,7 +25,7 @@ from rolora.model.stack import Stack, take_over
 class Base:
     """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration.
 
-    ``outline`` says that it has shapes and no values (``rolora.plan.meta_model``).
+    An ``outline`` has shapes and no values (``rolora.plan.meta_model``).
     """
 
     model: nn.Module
@@ -164,7 +164,7 @@ def with_bank(
         dropout=settings.dropout,
     )
     with torch.device(next(model.parameters()).device):  # where the probes make their rows
-        _refuse_unreachable_layers(model, bank)
+        _refuse_unreachable_layers(model)
         stack = take_over(model, set(layers).__contains__, trusted=outline)
     return Base(model, tokenizer, bank, config, tuple(head_layers), stack, outline)
 
@@ -181,22 +181,22 @@ def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]
     return found
 
 
-def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
-    """Run three one-row clients once and see that every adapted layer gets one row per example.
+def _refuse_unreachable_layers(model: Any) -> None:
+    """ConfigError for an adapted layer that is not called once with one row per example.
 
     Relative-position embeddings (DeBERTa), token-flattening experts and layers read without being
-    called would silently train the wrong thing; they are refused by name.
+    called would silently train the wrong thing.
     """
     rows, length = 3, 5
-    calls: dict[str, list[tuple[int, ...]]] = {}
-    adapted = {
-        path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)
+    # path -> the shapes, without the width, of what the layer is called with
+    calls: dict[str, list[tuple[int, ...]]] = {
+        path: [] for path, module in model.named_modules() if isinstance(module, LoraLinear)
     }
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, path=path: calls.setdefault(path, []).append(tuple(inputs[0].shape))
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape[:-1]))
         )
-        for path, module in adapted.items()
+        for path, shapes in calls.items()
     ]
     try:
         with torch.no_grad():
@@ -205,8 +205,8 @@ def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    for path in adapted:
-        if [shape[:-1] for shape in calls.get(path, [])] not in ([(rows, length)], [(rows,)]):
+    for path, shapes in calls.items():
+        if shapes not in ([(rows, length)], [(rows,)]):
             raise ConfigError(
                 f"layer {path!r} is not called once with one row per example, so it cannot carry "
                 "per-client adapters: remove it from lora.target_modules"

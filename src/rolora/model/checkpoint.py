@@ -34,8 +34,7 @@ def read_checkpoint(
 ) -> tuple[Any, Any, set[str]]:
     """The model, its tokenizer, and the names of the weights that the checkpoint lacks.
 
-    See ``rolora.model.base.load_base`` for the arguments and errors. The model is on the CPU, but a
-    quantised one on ``device``.
+    Arguments and errors are those of ``load_base``. Only a quantised model is on ``device``.
     """
     place = locate(source, root, offline)
     require_here(place, offline)
@@ -60,8 +59,10 @@ def read_checkpoint(
 
 
 def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
-    """The place of a model, as arguments of ``from_pretrained``. From here on transformers knows
-    our own model types. ConfigError for a path that does not exist."""
+    """The place of a model, as arguments of ``from_pretrained``; registers our model types.
+
+    ConfigError for a path that does not exist.
+    """
     pixel_network.register()
     path = root / Path(source).expanduser()
     if source.endswith(".gguf"):

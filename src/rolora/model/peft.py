@@ -139,10 +139,8 @@ def save_adapter(
 ) -> None:
     """Write a PEFT adapter folder, whole or not at all.
 
-    What PEFT has no name for, cores and deltas, goes into the factors, whose rank may so differ
-    from layer to layer. Beside PEFT's two files the folder holds the model's ``config.json``
-    (labels) and ``rolora.json`` (``notes``: task and columns, so that the adapter can be evaluated
-    by itself).
+    Cores and deltas go into the factors, so ranks may differ from layer to layer. Beside PEFT's two
+    files the folder holds the model's ``config.json`` (labels) and ``rolora.json`` (``notes``).
     """
     plain = to_peft(adapter)
     if plain is not adapter:
