@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rolora.algorithm.low_rank import LowRank, equal
+from rolora.algorithm.low_rank import LowRank, equal, one_term
 
 Role = Literal["A", "B", "core", "delta", "head"]
 Roles = frozenset[Role]
@@ -154,7 +154,7 @@ class AdapterState(Mapping[str, Tensor]):
         for layer in self.layers():
             terms = [(self.scaling[layer], self.up(layer), self[f"{layer}.lora_A.weight"])]
             if (beside := self.get(f"{layer}.lora_delta.weight")) is not None:
-                terms.append((1.0, beside, torch.eye(beside.shape[1], dtype=beside.dtype)))
+                terms.append(one_term(beside))
             found[layer] = LowRank(terms)
         return found
 

@@ -25,7 +25,7 @@ digest of names and shapes, which the receiver knows and compares.
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -42,14 +42,8 @@ class WireError(RoloraError):
     """A tensor that cannot be encoded, or a payload that cannot be decoded."""
 
 
-class _Blocks(NamedTuple):
-    """How many elements share a scale, and the largest code."""
-
-    size: int
-    largest: int
-
-
-_BLOCKS = {"int8": _Blocks(128, 127), "int4": _Blocks(32, 7)}
+_BLOCK = {"int8": 128, "int4": 32}  # elements that share a scale
+_LARGEST = {"int8": 127, "int4": 7}  # code
 _ALL = torch.ones(1, dtype=torch.bool)  # the one piece of a dense upload travels
 
 
@@ -185,7 +179,7 @@ def _title(format: Format, like: Tensors, sparse: bool) -> str:
 
 def _size(format: Format, numel: int) -> int:
     """Bytes of the codes and scales of this many elements."""
-    scales = 2 * -(-numel // _BLOCKS[format].size) if format in _BLOCKS else 0
+    scales = 2 * -(-numel // _BLOCK[format]) if format in _BLOCK else 0
     return _codes(format, numel) + scales
 
 
@@ -200,9 +194,9 @@ def _pack(format: Format, flat: Tensor) -> Tensor:
         return flat.view(torch.uint8)
     if format == "bf16":
         return flat.to(torch.bfloat16).view(torch.uint8)
-    size, largest = _BLOCKS[format]
+    size = _BLOCK[format]
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
-    scales = _rounded_up(blocks.abs().amax(dim=1).double() / largest)
+    scales = _rounded_up(blocks.abs().amax(dim=1).double() / _LARGEST[format])
     steps = torch.where(scales > 0, scales.float(), 1.0)
     codes = (blocks / steps[:, None]).round().to(torch.int8).view(-1)[: len(flat)]
     if format == "int4":
@@ -223,7 +217,7 @@ def _unpack(format: Format, name: str, packed: Tensor, numel: int) -> Tensor:
         raise WireError(f"{name} has a scale that is not finite or is negative")
     if format == "int4":
         codes = torch.stack([codes & 15, codes >> 4], dim=1).view(-1)[:numel].view(torch.int8) - 8
-    return codes.view(torch.int8).float() * steps.repeat_interleave(_BLOCKS[format].size)[:numel]
+    return codes.view(torch.int8).float() * steps.repeat_interleave(_BLOCK[format])[:numel]
 
 
 def _rounded_up(exact: Tensor) -> Tensor:

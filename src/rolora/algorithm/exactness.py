@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, layer_of, role_of
-from rolora.algorithm.low_rank import LowRank, Term
+from rolora.algorithm.low_rank import LowRank, Term, one_term
 from rolora.algorithm.reduce import add_, zeros_like
 
 Matrices = Mapping[str, LowRank]  # layer -> its product, or a sum of such products
@@ -58,7 +58,7 @@ class Products:
         for name, tensor in self._sums.items():
             layer, role = layer_of(name), role_of(name)
             if role == "delta":
-                term = _beside(tensor)
+                term = one_term(tensor)
             elif role == "A":
                 term = (common.scaling[layer], common.up(layer), tensor)
             else:
@@ -66,7 +66,7 @@ class Products:
             _append(found, layer, term)
         for name, tensor in common.items():
             if self._weight and role_of(name) == "delta":
-                _append(found, layer_of(name), _beside(tensor.double() * self._weight))
+                _append(found, layer_of(name), one_term(tensor.double() * self._weight))
         return found
 
 
@@ -97,10 +97,6 @@ class AggregationError:
         self._returned.add(after, -self._weight)
         missed = norm(self._returned.total(), self._received.total())
         return missed / whole if whole else (math.inf if missed else 0.0)
-
-
-def _beside(delta: Tensor) -> Term:
-    return 1.0, delta, torch.eye(delta.shape[1], dtype=delta.dtype)
 
 
 def _append(sums: dict[str, LowRank], layer: str, term: Term) -> None:

@@ -103,6 +103,11 @@ def equal(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
+def one_term(matrix: Tensor) -> Term:
+    """A matrix (out, in) as one term."""
+    return 1.0, matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype)
+
+
 def _merged(terms: Sequence[Term], by_left: bool) -> Term:
     """The sum of terms that all have the same left factor, or all the same right factor."""
     if by_left:

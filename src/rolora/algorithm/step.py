@@ -30,10 +30,6 @@ class Aggregation:
     quorum: int = 1
     exactness: bool = True
 
-    def weight(self, update: Update) -> float:
-        """The update's weight in a mean; weights need not sum to 1."""
-        return float(update.num_examples) if self.weights == "num_examples" else 1.0
-
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -89,7 +85,8 @@ def step(
                 continue
             accepted.append(update.client)
             received = assigned.received
-            returned, share = received | update.adapter, aggregation.weight(update)
+            returned = received | update.adapter
+            share = 1.0 if aggregation.weights == "uniform" else float(update.num_examples)
             if missed is not None:
                 missed.add(received, returned, share)
             value, reference = into(returned), into(received)

@@ -16,7 +16,17 @@ from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
 from rolora.data.examples import Batch
 from rolora.errors import ConfigError
 from rolora.model.bank import Bank, LoraLinear, Noise, attach
-from rolora.model.checkpoint import Quantised, read_checkpoint
+from rolora.model.checkpoint import (
+    AUTO,
+    Quantised,
+    label_names,
+    load_tokenizer,
+    locate,
+    one_line_errors,
+    quantisation,
+    quiet,
+    require_here,
+)
 from rolora.model.peft import Kind, LoraSettings, above_encoder, peft_config, target_layers
 from rolora.model.stack import Stack, take_over
 
@@ -119,9 +129,24 @@ def load_base(
     safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
     but the head's through bitsandbytes. Raises ConfigError, in one line, for anything unusable.
     """
-    model, tokenizer, missing = read_checkpoint(
-        source, kind, root, labels, dtype, quantise, device, offline
-    )
+    place = locate(source, root, offline)
+    require_here(place, offline)
+    auto, more = AUTO[kind], dict[str, Any]()
+    if kind == "classification":
+        more = {**label_names(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
+    if quantise:
+        more |= quantisation(place, auto, quantise, dtype, device)
+    with one_line_errors(source), quiet():
+        tokenizer = load_tokenizer(place)
+        model, info = auto.from_pretrained(
+            **place,
+            **more,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=None if "gguf_file" in place else True,
+            output_loading_info=True,
+        )
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     base = with_bank(model, tokenizer, kind, settings, source, missing)
