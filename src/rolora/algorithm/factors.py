@@ -46,7 +46,7 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
     """The best s · lora_B · lora_A (Eckart and Young 1936) of the ranks and scalings of ``like``.
 
     lora_A = √(S/s) Vᵀ (rank, in) and lora_B = U √(S/s) (out, rank) of matrices U S Vᵀ. Beyond the
-    rank of a matrix its factors are zeros. Names that are not those of deltas are left out.
+    rank of a matrix its factors are zeros. Tensors that are not deltas are passed on.
     """
     found: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -56,6 +56,8 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
             u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
             root = (s[:rank] / like.scaling[layer]).sqrt()
             found |= pair(layer, root[:, None] * vt[:rank], u[:, :rank] * root, rank)
+        else:
+            found[name] = matrix
     return found
 
 
@@ -114,11 +116,10 @@ def init_with_delta(specs: Specs, rng: torch.Generator) -> AdapterState:
 
 
 def more_delta(server: ServerState, matrices: Value) -> dict[str, Tensor]:
-    """The server's deltas plus these matrices, by tensor name."""
+    """The server's deltas plus these matrices; tensors that are not deltas are passed on."""
     return {
-        name: server.adapter[name] + matrix
-        for name, matrix in matrices.items()
-        if role_of(name) == "delta"
+        name: server.adapter[name] + tensor if role_of(name) == "delta" else tensor
+        for name, tensor in matrices.items()
     }
 
 

@@ -16,6 +16,8 @@ from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Specs, Upd
 from rolora.algorithm.reduce import Memory, Value
 
 BOTH: Roles = frozenset({"A", "B", "head"})  # what plain LoRA trains
+B_ALONE: Roles = frozenset({"B", "head"})
+CORE: Roles = frozenset({"core", "head"})
 Project = Callable[[AdapterState], Value]
 
 

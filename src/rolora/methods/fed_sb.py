@@ -10,8 +10,8 @@ are factored, like the first step of Adam. arXiv:2502.15436.
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Roles, Specs
-from rolora.algorithm.method import Method, lora_init
+from rolora.algorithm.adapter import AdapterState, Specs
+from rolora.algorithm.method import CORE, Method, lora_init
 
 
 def _init(specs: Specs, rng: torch.Generator) -> AdapterState:
@@ -27,11 +27,10 @@ def _init(specs: Specs, rng: torch.Generator) -> AdapterState:
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"core", "head"})
     return Method(
         name="fed_sb",
         init=_init,
         needs_gradient=True,
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: CORE,
+        shared=lambda round: CORE,
     )

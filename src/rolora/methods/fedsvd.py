@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Roles
+from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.factors import pair
-from rolora.algorithm.method import Method, Reduce, ServerState, merge_shared
+from rolora.algorithm.method import B_ALONE, Method, Reduce, ServerState, merge_shared
 
 
 def _turned(adapter: AdapterState) -> AdapterState:
@@ -35,11 +35,10 @@ def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> Ser
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"B", "head"})
     return Method(
         name="fedsvd",
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: B_ALONE,
+        shared=lambda round: B_ALONE,
         aggregate=_aggregate,
         resets_factors=True,
     )

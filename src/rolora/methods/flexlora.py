@@ -15,8 +15,7 @@ from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     mean = reduce(project=products_and_head)
-    head = {name: mean[name] for name in mean.keys() & server.adapter.keys()}
-    return replace(server, adapter=server.adapter | factors(mean, server.adapter) | head)
+    return replace(server, adapter=server.adapter | factors(mean, server.adapter))
 
 
 def method() -> Method:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import Roles, pieces, role_of
-from rolora.algorithm.method import BOTH, Method
+from rolora.algorithm.method import B_ALONE, BOTH, Method
 
 _KERNEL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
@@ -30,7 +30,7 @@ def _smoothed(name: str, gradients: Tensor) -> Tensor:
 
 def method(*, filter: bool = True) -> Method:
     """``filter``: whether gradients are smoothed."""
-    halves: tuple[Roles, Roles] = (frozenset({"B", "head"}), frozenset({"A", "head"}))
+    halves: tuple[Roles, Roles] = (B_ALONE, frozenset({"A", "head"}))
     return Method(
         name="la_lora",
         trainable=lambda round, step: halves[step % 2],

@@ -258,13 +258,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 class Noise:
     """Which random stream every vector of a batch draws its dropout from.
 
-    ``keys`` int64 (rows,); where the batch is packed, ``row`` and ``position`` (tokens,) say which
-    token is which.
+    ``keys`` int64 (rows,); where the batch is packed, ``tokens`` are the row and the position of
+    each token (tokens,).
     """
 
     keys: Tensor
-    row: Tensor | None = None
-    position: Tensor | None = None
+    tokens: tuple[Tensor, Tensor] | None = None
 
     def mask(self, x: Tensor, layer_key: int, rate: float) -> Tensor:
         """A dropout mask for ``x`` (rows, ..., width) or (1, tokens, width), scaled by 1/(1−rate).
@@ -273,11 +272,11 @@ class Noise:
         nor on which other clients share the pass. The hash is splitmix64's finaliser (Steele et al.
         2014) on wrapping int64.
         """
-        packed = self.row is not None and x.shape[:-1] == (1, len(self.row))
-        if packed and self.position is not None:
-            keys = self.keys[self.row].view(1, -1, 1)
+        if self.tokens is not None and x.shape[:-1] == (1, len(self.tokens[0])):
+            row, position = self.tokens
+            keys = self.keys[row].view(1, -1, 1)
             feature = torch.arange(x.shape[-1], device=x.device)
-            places = self.position.view(1, -1, 1) * x.shape[-1] + feature
+            places = position.view(1, -1, 1) * x.shape[-1] + feature
         else:
             keys = self.keys.view(-1, *[1] * (x.dim() - 1))
             places = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])

@@ -96,7 +96,7 @@ class Base:
             if sizes:
                 bank.tokens = tuple(int(part.sum()) for part in torch.split(lengths, list(sizes)))
             if bank.noise is not None:
-                bank.noise = replace(bank.noise, row=packing.row, position=packing.position)
+                bank.noise = replace(bank.noise, tokens=(packing.row, packing.position))
             # right-padded rows need no mask where each attends to itself alone
             inputs = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
             yield replace(batch, inputs=inputs)
