@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rolora.data.examples import Batch
 from rolora.model.base import Base
-from rolora.model.packing import Collect, Spread, pack
+from rolora.model.packing import collect, pack, spread
 from rolora.model.stack import take_over
 from rolora.training.local import LocalSettings, evaluate
 
@@ -109,11 +109,9 @@ def test_spreading_and_collecting_are_each_other_s_inverse_and_gradient(lengths:
     x = torch.randn(sum(lengths), 2, dtype=torch.float64, requires_grad=True)
 
     def there_and_back(x: Tensor) -> Tensor:
-        spread = Spread.apply(x, packing)  # type: ignore[no-untyped-call]
         # what padding holds must not matter, so it is made different
-        changed = spread.sin().index_fill(0, packing.padding, 7.0)
-        result: Tensor = Collect.apply(changed, packing)  # type: ignore[no-untyped-call]
-        return result
+        changed = spread(x, packing).sin().index_fill(0, packing.padding, 7.0)
+        return collect(changed, packing)
 
     assert torch.equal(there_and_back(x), x.sin())
     assert torch.autograd.gradcheck(there_and_back, (x,))

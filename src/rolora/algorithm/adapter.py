@@ -1,9 +1,8 @@
 """Adapters as values: named tensors that are never changed in place, and their algebra.
 
-Tensor names are PEFT's (``base_model.model.<layer>.lora_A.weight``), so an adapter on disk and an
-adapter in memory are the same thing. The RoLoRA paper writes ``alpha * A * B`` with A the down
-projection; PEFT writes ``scaling * lora_B @ lora_A``. We follow PEFT: lora_A is (rank, in), lora_B
-is (out, rank).
+Tensor names are PEFT's (``base_model.model.<layer>.lora_A.weight``), and so is the product
+``scaling * lora_B @ lora_A`` of lora_A (rank, in) and lora_B (out, rank). The RoLoRA paper writes
+``alpha * A * B`` with A the down projection.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rolora.algorithm.low_rank import LowRank
+from rolora.algorithm.low_rank import LowRank, equal, one_term
 
 Role = Literal["A", "B", "core", "delta", "head"]
 Roles = frozenset[Role]
@@ -45,6 +44,14 @@ def role_of(name: str) -> Role:
 def layer_of(name: str) -> str:
     """The adapted layer that a LoRA tensor belongs to: the name without its ``.lora_*`` suffix."""
     return name.rsplit(".lora_", 1)[0]
+
+
+def pieces(name: str, factor: Tensor) -> Tensor:
+    """The rank-one pieces of a factor (..., rank, width): rows of lora_A, columns of lora_B.
+
+    A view; applied to the pieces it gives back the factor.
+    """
+    return factor if role_of(name) == "A" else factor.mT
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,15 @@ class AdapterState(Mapping[str, Tensor]):
 
     A layer changes its base weight by delta + scaling · lora_B · core · lora_A, where only some
     methods have a core or a delta. ``scaling`` maps each adapted layer to its factor. The tensors
-    of the task head (classifier, ...) are part of the adapter. Tensors are float32 in a run; tests
-    may use float64. Two adapters are equal if their names, values and scalings are.
+    of the task head (classifier, ...) are part of the adapter. In a run they are float32.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> None:
-        self._tensors = {name: _constant(tensors[name]) for name in sorted(tensors)}
+        # no new object unless one is needed: comparing a tensor with itself costs nothing
+        self._tensors = {
+            name: tensors[name].detach() if tensors[name].requires_grad else tensors[name]
+            for name in sorted(tensors)
+        }
         self.scaling = dict(scaling)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -114,11 +124,8 @@ class AdapterState(Mapping[str, Tensor]):
         return same_names and all(self.holds(name, tensor) for name, tensor in other.items())
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Whether this adapter has this very dtype, shape and value under this name."""
-        mine = self._tensors.get(name)
-        if mine is None or mine is tensor:  # tensors are shared, so most need no comparison
-            return mine is not None
-        return mine.dtype == tensor.dtype and torch.equal(mine, tensor)
+        """Whether this adapter has a tensor of this dtype, shape and value under this name."""
+        return name in self._tensors and equal(self._tensors[name], tensor)
 
     def __or__(self, other: Mapping[str, Tensor]) -> AdapterState:
         """This adapter with ``other``'s tensors in place of its own."""
@@ -147,7 +154,7 @@ class AdapterState(Mapping[str, Tensor]):
         for layer in self.layers():
             terms = [(self.scaling[layer], self.up(layer), self[f"{layer}.lora_A.weight"])]
             if (beside := self.get(f"{layer}.lora_delta.weight")) is not None:
-                terms.append((1.0, beside, torch.eye(beside.shape[1], dtype=beside.dtype)))
+                terms.append(one_term(beside))
             found[layer] = LowRank(terms)
         return found
 
@@ -171,11 +178,6 @@ class AdapterState(Mapping[str, Tensor]):
     def num_bytes(self) -> int:
         """Payload bytes: elements × width, summed over tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    # no new object unless one is needed: comparing a tensor with itself costs nothing
-    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
 """The exact mean of what clients learned, to compare the server's average with.
 
-A layer's product is delta + scaling · lora_B · core · lora_A (see ``AdapterState``). Where no
-client trained one of the factors, the sum of products is that factor times the sum of the other, so
-each client costs as many additions as it has trained parameters, and none of its tensors is kept.
+Where no client trained one of the factors, the sum of products is that factor times the sum of the
+other, so a client costs as many additions as it trained parameters, and no tensor of it is kept.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping
@@ -14,14 +11,14 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, layer_of, role_of
-from rolora.algorithm.low_rank import LowRank, Term
+from rolora.algorithm.low_rank import LowRank, Term, one_term
 from rolora.algorithm.reduce import add_, zeros_like
 
 Matrices = Mapping[str, LowRank]  # layer -> its product, or a sum of such products
 
 
 class Products:
-    """Σ weight · product per layer, over adapters that are added one at a time.
+    """Σ weight · product per layer (see ``AdapterState``), over adapters added one at a time.
 
     A factor equal to that of ``common`` was not trained. Where both factors differ, both are kept
     until the layer's dense matrix is smaller; see ``LowRank``.
@@ -37,14 +34,14 @@ class Products:
         """Add ``weight`` times the products of this adapter."""
         moving: dict[str, Tensor] = {}
         for layer in state.layers():
-            down, up = _factors(layer)
+            down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
             if self._common.holds(down, state[down]):
                 moving[up] = state.up(layer)
             elif f"{layer}.lora_core.weight" not in state and self._common.holds(up, state[up]):
                 moving[down] = state[down]
             else:
                 term = (weight * state.scaling[layer], state.up(layer), state[down])
-                self._others[layer] = self._others.get(layer, LowRank(())) + LowRank([term])
+                _append(self._others, layer, term)
         deltas = {name: t for name, t in state.items() if role_of(name) == "delta"}
         if all(self._common.holds(name, tensor) for name, tensor in deltas.items()):
             self._weight += weight
@@ -59,21 +56,17 @@ class Products:
         """layer -> the sum so far."""
         common, found = self._common, dict(self._others)
         for name, tensor in self._sums.items():
-            layer = layer_of(name)
-            down, _ = _factors(layer)
-            if role_of(name) == "delta":
-                term = _beside(tensor)
-            elif name == down:
+            layer, role = layer_of(name), role_of(name)
+            if role == "delta":
+                term = one_term(tensor)
+            elif role == "A":
                 term = (common.scaling[layer], common.up(layer), tensor)
             else:
-                term = (common.scaling[layer], tensor, common[down])
-            found[layer] = found.get(layer, LowRank(())) + LowRank([term])
-        if self._weight:
-            for name, tensor in common.items():
-                if role_of(name) == "delta":
-                    layer = layer_of(name)
-                    term = _beside(tensor.double() * self._weight)
-                    found[layer] = found.get(layer, LowRank(())) + LowRank([term])
+                term = (common.scaling[layer], tensor, common[f"{layer}.lora_A.weight"])
+            _append(found, layer, term)
+        for name, tensor in common.items():
+            if self._weight and role_of(name) == "delta":
+                _append(found, layer_of(name), one_term(tensor.double() * self._weight))
         return found
 
 
@@ -102,25 +95,17 @@ class AggregationError:
         """The error if the server now has ``after``; call it once, after the last client."""
         whole = norm(self._returned.total())
         self._returned.add(after, -self._weight)
-        missed = norm(self._returned.total(), self._received.total(), -1.0)
-        return _ratio(missed, whole)
+        missed = norm(self._returned.total(), self._received.total())
+        return missed / whole if whole else (math.inf if missed else 0.0)
 
 
-def _beside(delta: Tensor) -> Term:
-    return 1.0, delta, torch.eye(delta.shape[1], dtype=delta.dtype)
+def _append(sums: dict[str, LowRank], layer: str, term: Term) -> None:
+    sums[layer] = sums.get(layer, LowRank(())) + LowRank([term])
 
 
-def norm(one: Matrices, other: Matrices | None = None, factor: float = 1.0) -> float:
-    """Frobenius norm of ``one + factor · other`` over all layers together."""
+def norm(one: Matrices, other: Matrices | None = None) -> float:
+    """Frobenius norm of ``one - other`` over all layers together."""
     layers = {**one}
     for layer, matrix in (other or {}).items():
-        layers[layer] = layers.get(layer, LowRank(())) + matrix * factor
+        layers[layer] = layers.get(layer, LowRank(())) - matrix
     return math.sqrt(sum(matrix.norm() ** 2 for matrix in layers.values()))
-
-
-def _factors(layer: str) -> tuple[str, str]:
-    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-
-
-def _ratio(missed: float, whole: float) -> float:
-    return missed / whole if whole else (math.inf if missed else 0.0)

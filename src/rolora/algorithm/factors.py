@@ -4,16 +4,14 @@ A full matrix (out, in) has the name of the layer's delta, so that what does not
 can be added to the delta.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rolora.algorithm.adapter import AdapterState, Specs, layer_of, role_of
-from rolora.algorithm.method import BOTH, ServerState, lora_init
+from rolora.algorithm.adapter import AdapterState, Specs, layer_of, pieces, role_of
+from rolora.algorithm.method import BOTH, Reduce, ServerState, lora_init
 from rolora.algorithm.reduce import Value
 from rolora.errors import ConfigError
 
@@ -32,16 +30,23 @@ def products_and_head(view: AdapterState) -> Value:
     return {**products(view), **view.only(frozenset({"head"}))}
 
 
-def factors_and_products(view: AdapterState) -> Value:
-    """For methods that reduce both: the factors, the head, and each layer's product."""
-    return {**view.only(BOTH), **products(view)}
+def average_and_missed(
+    server: ServerState, reduce: Reduce
+) -> tuple[AdapterState, dict[str, Tensor]]:
+    """The server's adapter with each factor averaged, and what its products miss of the mean ones.
+
+    What is missed (out, in) is by the name of the layer's delta.
+    """
+    mean = reduce(project=lambda view: {**view.only(BOTH), **products(view)})
+    adapter = server.adapter | {name: mean[name] for name in server.adapter.only(BOTH)}
+    return adapter, {name: mean[name] - product for name, product in products(adapter).items()}
 
 
 def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
     """The best s · lora_B · lora_A (Eckart and Young 1936) of the ranks and scalings of ``like``.
 
     lora_A = √(S/s) Vᵀ (rank, in) and lora_B = U √(S/s) (out, rank) of matrices U S Vᵀ. Beyond the
-    rank of a matrix its factors are zeros. Names that are not those of deltas are left out.
+    rank of a matrix its factors are zeros. Tensors that are not deltas are passed on.
     """
     found: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -51,6 +56,8 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
             u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
             root = (s[:rank] / like.scaling[layer]).sqrt()
             found |= pair(layer, root[:, None] * vt[:rank], u[:, :rank] * root, rank)
+        else:
+            found[name] = matrix
     return found
 
 
@@ -63,40 +70,12 @@ def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Ten
 
 
 def truncated(adapter: AdapterState, rank: int) -> AdapterState:
-    """The first ``rank`` rows of each lora_A and columns of each lora_B, as views.
-
-    The adapter itself if that is all of them.
-    """
-    cut = {
-        name: tensor[:rank] if role_of(name) == "A" else tensor[:, :rank]
-        for name, tensor in adapter.items()
-        if (role_of(name) == "A" and tensor.shape[0] > rank)
-        or (role_of(name) == "B" and tensor.shape[1] > rank)
+    """The first ``rank`` rows of each lora_A and columns of each lora_B, as views."""
+    return adapter | {
+        name: pieces(name, pieces(name, tensor)[:rank])
+        for name, tensor in adapter.only(frozenset({"A", "B"})).items()
+        if len(pieces(name, tensor)) > rank
     }
-    return adapter | cut if cut else adapter
-
-
-def padded(adapter: AdapterState, like: AdapterState) -> AdapterState:
-    """Each lora_A and lora_B padded with zeros to its rank in ``like``."""
-    grown: dict[str, Tensor] = {}
-    for layer in adapter.layers():
-        down, up = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
-        rank = len(like[f"{layer}.lora_A.weight"])
-        if len(down) < rank:
-            grown |= pair(layer, down, up, rank)
-    return adapter | grown if grown else adapter
-
-
-def tails(adapter: Mapping[str, Tensor], share: float) -> list[tuple[Tensor, Tensor]]:
-    """Views of each layer's last rows of lora_A and columns of lora_B: those beyond this share of
-    its rank, but never the first."""
-    found = []
-    for name, lora_a in adapter.items():
-        if role_of(name) == "A":
-            first = max(1, int(share * len(lora_a)))
-            lora_b = adapter[f"{layer_of(name)}.lora_B.weight"]
-            found.append((lora_a[first:], lora_b[:, first:]))
-    return found
 
 
 def orthonormal(name: str, rank: int, width: int, rng: torch.Generator) -> Tensor:
@@ -137,11 +116,10 @@ def init_with_delta(specs: Specs, rng: torch.Generator) -> AdapterState:
 
 
 def more_delta(server: ServerState, matrices: Value) -> dict[str, Tensor]:
-    """The server's deltas plus these matrices, by tensor name."""
+    """The server's deltas plus these matrices; tensors that are not deltas are passed on."""
     return {
-        name: server.adapter[name] + matrix
-        for name, matrix in matrices.items()
-        if role_of(name) == "delta"
+        name: server.adapter[name] + tensor if role_of(name) == "delta" else tensor
+        for name, tensor in matrices.items()
     }
 
 

@@ -5,8 +5,6 @@ have and does not hold: in the steady state of an alternating method the other f
 averaged in the round before; for a client that missed rounds, both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -57,15 +55,14 @@ class Arrival:
 def record_arrivals(
     replies: Iterable[Update | Failure], arrived: list[Arrival], lone: bool
 ) -> Iterator[Update | Failure]:
-    """The replies, unchanged; each update that passes is appended to ``arrived``.
+    """The replies, unchanged; each update that passes is noted in ``arrived``.
 
     ``lone``: the cohort is a single client.
     """
     for reply in replies:
         if isinstance(reply, Update):
-            sent = reply.adapter
-            note = Arrival(reply.client, reply.metrics, reply.num_bytes(), sent if lone else None)
-            arrived.append(note)
+            sent = reply.adapter if lone else None
+            arrived.append(Arrival(reply.client, reply.metrics, reply.num_bytes(), sent))
         yield reply
 
 
@@ -92,9 +89,14 @@ def after_round(
         held[client] = Held(before.round, client in sent, last)
     for one in arrived:
         # the average of one client's update is what that client holds already
-        if one.client in cohort and one.lone and _is_part(one.lone, after.adapter):
+        if (
+            one.client in cohort
+            and one.lone
+            and all(after.adapter.holds(name, tensor) for name, tensor in one.lone.items())
+        ):
             held[one.client] = Held(after.round, False, after.round)
-    return Ledger(_changed(before, after, ledger), held), total
+    moved = after.adapter.select(lambda name: not before.adapter.holds(name, after.adapter[name]))
+    return Ledger({**ledger.changed, **dict.fromkeys(moved, after.round)}, held), total
 
 
 def lacking(
@@ -113,16 +115,3 @@ def lacking(
         return has.sent and role_of(name) in method.shared(has.round + 1)
 
     return view.select(lacks)
-
-
-def _changed(before: ServerState, after: ServerState, ledger: Ledger) -> Mapping[str, int]:
-    moved = {
-        name: after.round
-        for name, tensor in after.adapter.items()
-        if not before.adapter.holds(name, tensor)
-    }
-    return {**ledger.changed, **moved}
-
-
-def _is_part(part: AdapterState, whole: AdapterState) -> bool:
-    return all(whole.holds(name, tensor) for name, tensor in part.items())

@@ -13,9 +13,9 @@ Term = tuple[float, Tensor, Tensor]
 class LowRank:
     """A matrix (out, in) kept as a sum of terms: weight · left (out, r) @ right (r, in).
 
-    Sums concatenate their terms, and are compacted once they are larger than the dense matrix, so
-    the mean of any number of clients' products stays small. Norms go through float64 QR factors,
-    which keep the digits of a small difference of large products; a Gram matrix would lose them.
+    Sums concatenate their terms, and are compacted once they are larger than the dense matrix.
+    Norms go through float64 QR factors, which keep the digits of a small difference of large
+    products; a Gram matrix would lose them.
     """
 
     def __init__(self, terms: Iterable[Term], rank: int | None = None) -> None:
@@ -91,15 +91,21 @@ def _numbered(tensors: Sequence[Tensor]) -> list[int]:
     numbers: list[int] = []
     for index, tensor in enumerate(tensors):
         alike = kinds.setdefault((tensor.shape, tensor[-1, -1].item()), [])
-        found = next((i for i in alike if _equal(tensors[i], tensor)), index)
+        found = next((i for i in alike if equal(tensors[i], tensor)), index)
         if found == index:
             alike.append(index)
         numbers.append(found)
     return numbers
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether dtype, shape and values are the same; shared tensors need no comparison."""
     return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def one_term(matrix: Tensor) -> Term:
+    """A matrix (out, in) as one term."""
+    return 1.0, matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype)
 
 
 def _merged(terms: Sequence[Term], by_left: bool) -> Term:

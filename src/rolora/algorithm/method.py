@@ -4,8 +4,6 @@ A method never sees a model, a network, or a client's update: ``aggregate`` gets
 it calls once a round, so checks, robust rules and clipping apply to every method alike.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,8 @@ from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Specs, Upd
 from rolora.algorithm.reduce import Memory, Value
 
 BOTH: Roles = frozenset({"A", "B", "head"})  # what plain LoRA trains
+B_ALONE: Roles = frozenset({"B", "head"})
+CORE: Roles = frozenset({"core", "head"})
 Project = Callable[[AdapterState], Value]
 
 
@@ -36,10 +36,10 @@ class Reduce(Protocol):
 
 @dataclass(frozen=True)
 class ServerState:
-    """Everything that the server carries from round to round.
+    """Everything that the server carries from round to round; ``memory`` is the reducer's.
 
     ``round`` counts finished rounds, so the round being run is ``round + 1``; ``attempt`` counts
-    its attempts that found no quorum. ``memory`` belongs to the reducer.
+    its attempts that found no quorum.
     """
 
     adapter: AdapterState

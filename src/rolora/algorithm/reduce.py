@@ -8,8 +8,6 @@ A rule is ``factory(*, option=...) -> Reducer``; a wrapper, such as clipping or 
 is ``factory(inner, *, option=...) -> Reducer``. ``compose`` puts them together by name.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
@@ -252,16 +250,12 @@ def _remembering(
     memory goes by tensor name, so a factor's memory does not change while the other factor is
     reduced. All clients must have started from the same reference.
     """
-    own = tuple(f"{kind}/" for kind in start)
 
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
         if "reference" not in memory:
-            held = {key: tensor for key, tensor in memory.items() if key.startswith(own)}
-            rest = {
-                key.removeprefix("inner/"): tensor
-                for key, tensor in memory.items()
-                if key.startswith("inner/")
-            }
+            inside = {key: tensor for key, tensor in memory.items() if key.startswith("inner/")}
+            held = {key: tensor for key, tensor in memory.items() if key not in inside}
+            rest = {key.removeprefix("inner/"): tensor for key, tensor in inside.items()}
             memory = {"reference": reference, "held": held, "inner": rest or inner.init()}
         return {**memory, "inner": inner.add(memory["inner"], value, reference, weight)}
 

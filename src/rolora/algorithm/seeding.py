@@ -1,15 +1,9 @@
 """Random generators, each derived from a seed and from what it is for.
 
 A draw depends on (seed, round, client, purpose) and on nothing else, so neither the order of
-clients, nor a restart, nor the engine changes a result.
-
-A run has two seeds. Its ``seed`` is known to every client: batches, dropout, held-out rows and the
-first adapter follow from it. Cohorts, and whatever reducers and methods draw at the server, follow
-from ``server_seed``, which never leaves the coordinator, so that no client can predict them. On one
-machine the two may be the same.
+clients, nor a restart, nor the engine changes a result. Every client knows a run's ``seed``, but
+not its ``server_seed``, from which cohorts and the server's draws follow.
 """
-
-from __future__ import annotations
 
 import hashlib
 

@@ -4,8 +4,6 @@ Updates stream: each is checked, added to the reducer and to the exact mean of p
 dropped, so a round's memory does not grow with its cohort.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,10 +29,6 @@ class Aggregation:
     weights: Literal["num_examples", "uniform"] = "num_examples"
     quorum: int = 1
     exactness: bool = True
-
-    def weight(self, update: Update) -> float:
-        """The update's weight in a mean; weights need not sum to 1."""
-        return float(update.num_examples) if self.weights == "num_examples" else 1.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,8 @@ def step(
                 continue
             accepted.append(update.client)
             received = assigned.received
-            returned, share = received | update.adapter, aggregation.weight(update)
+            returned = received | update.adapter
+            share = 1.0 if aggregation.weights == "uniform" else float(update.num_examples)
             if missed is not None:
                 missed.add(received, returned, share)
             value, reference = into(returned), into(received)

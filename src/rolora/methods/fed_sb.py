@@ -7,13 +7,11 @@ the base model; in the paper R starts at the singular values over s, and the sig
 are factored, like the first step of Adam. arXiv:2502.15436.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Roles, Specs
-from rolora.algorithm.method import Method, lora_init
+from rolora.algorithm.adapter import AdapterState, Specs
+from rolora.algorithm.method import CORE, Method, lora_init
 
 
 def _init(specs: Specs, rng: torch.Generator) -> AdapterState:
@@ -29,11 +27,10 @@ def _init(specs: Specs, rng: torch.Generator) -> AdapterState:
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"core", "head"})
     return Method(
         name="fed_sb",
         init=_init,
         needs_gradient=True,
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: CORE,
+        shared=lambda round: CORE,
     )

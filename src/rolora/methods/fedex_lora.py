@@ -6,20 +6,16 @@ factors, the sum of all residuals travels down: a full matrix per layer. arXiv:2
 4.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
 
-from rolora.algorithm.factors import factors_and_products, init_with_delta, more_delta, products
+from rolora.algorithm.factors import average_and_missed, init_with_delta, more_delta
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
-    mean = reduce(project=factors_and_products)
-    adapter = server.adapter | {name: mean[name] for name in server.adapter.only(BOTH)}
-    missed = {name: mean[name] - product for name, product in products(adapter).items()}
+    adapter, missed = average_and_missed(server, reduce)
     return replace(server, adapter=adapter | more_delta(server, missed))
 
 

@@ -4,17 +4,13 @@ The mean of the products is not the product of the means, so the server's adapte
 of what the clients learned; ``aggregation_error`` shows by how much. arXiv:2305.05644.
 """
 
-from __future__ import annotations
-
-from rolora.algorithm.adapter import Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import BOTH, Method
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"A", "B", "head"})
     return Method(
         name="fedit",
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
         exact=False,
     )

@@ -6,8 +6,6 @@ and lora_A, which continue training from there; of the others, as many as it tak
 randomised SVD, this a full one. arXiv:2603.08014.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -40,9 +38,7 @@ def method(*, energy: float = 0.99) -> Method:
             for name, matrix in mean.items()
             if role_of(name) == "delta"
         }
-        head = {name: mean[name] for name in mean.keys() - rest.keys()}
-        new = {**factors(mean, adapter), **more_delta(server, rest), **head}
-        return replace(server, adapter=adapter | new)
+        return replace(server, adapter=adapter | factors(mean, adapter) | more_delta(server, rest))
 
     return Method(
         name="fedmomentum",

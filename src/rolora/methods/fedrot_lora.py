@@ -7,13 +7,11 @@ softened toward the identity; the server averages as FedIT. There is no rotation
 authors' published settings rotate fully and allow reflections. arXiv:2602.23638.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.adapter import AdapterState, ClientInfo
+from rolora.algorithm.method import BOTH, Method
 from rolora.errors import ConfigError
 
 
@@ -43,11 +41,10 @@ def method(*, softness: float = 0.5) -> Method:
             turned |= {down: soft.mT @ trained[down], up: trained[up] @ soft}
         return trained | turned
 
-    moving: Roles = frozenset({"A", "B", "head"})
     return Method(
         name="fedrot_lora",
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: BOTH,
+        shared=lambda round: BOTH,
         upload=upload,
         exact=False,
     )

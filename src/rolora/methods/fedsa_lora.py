@@ -4,15 +4,10 @@ lora_A is meant to learn what is general and lora_B what is specific to a client
 with a personal adapter and is evaluated with it. arXiv:2410.01463, section 3.
 """
 
-from __future__ import annotations
-
-from rolora.algorithm.adapter import Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import BOTH, Method
 
 
 def method() -> Method:
-    trained: Roles = frozenset({"A", "B", "head"})
-    sent: Roles = frozenset({"A"})
     return Method(
-        name="fedsa_lora", trainable=lambda round, step: trained, shared=lambda round: sent
+        name="fedsa_lora", trainable=lambda round, step: BOTH, shared=lambda round: frozenset({"A"})
     )

@@ -6,16 +6,14 @@ what is learned, and its rows are orthonormal from round 2 on; round 1 starts fr
 as in the authors' code. arXiv:2505.12805, section 3.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Roles
+from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.factors import pair
-from rolora.algorithm.method import Method, Reduce, ServerState, merge_shared
+from rolora.algorithm.method import B_ALONE, Method, Reduce, ServerState, merge_shared
 
 
 def _turned(adapter: AdapterState) -> AdapterState:
@@ -37,11 +35,10 @@ def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> Ser
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"B", "head"})
     return Method(
         name="fedsvd",
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: B_ALONE,
+        shared=lambda round: B_ALONE,
         aggregate=_aggregate,
         resets_factors=True,
     )

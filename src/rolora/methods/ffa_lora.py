@@ -5,14 +5,10 @@ but the adapter can only read the directions that the random lora_A happens to s
 arXiv:2403.12313, section 4.
 """
 
-from __future__ import annotations
-
-from rolora.algorithm.adapter import Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import B_ALONE, Method
 
 
 def method() -> Method:
-    moving: Roles = frozenset({"B", "head"})
     return Method(
-        name="ffa_lora", trainable=lambda round, step: moving, shared=lambda round: moving
+        name="ffa_lora", trainable=lambda round, step: B_ALONE, shared=lambda round: B_ALONE
     )

@@ -5,8 +5,6 @@ The server forms D = Σ p_i s B_iA_i, and client j receives its first r_j singul
 first round D is zero and clients receive the random lora_A. arXiv:2402.11505, Algorithm 1.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -17,8 +15,7 @@ from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     mean = reduce(project=products_and_head)
-    head = {name: mean[name] for name in mean.keys() & server.adapter.keys()}
-    return replace(server, adapter=server.adapter | factors(mean, server.adapter) | head)
+    return replace(server, adapter=server.adapter | factors(mean, server.adapter))
 
 
 def method() -> Method:

@@ -6,8 +6,6 @@ the average is exact and ranks may differ, but the factors keep nothing that was
 travels the sum of all stacks, one matrix per layer, not the stacks. arXiv:2409.05976.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -19,14 +17,13 @@ from rolora.algorithm.method import BOTH, Method, Reduce, ServerState, kaiming
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     mean = reduce(project=products_and_head)
-    head = {name: tensor for name, tensor in mean.items() if role_of(name) == "head"}
     fresh = {
         name: kaiming(tensor.shape, rng).to(tensor.dtype)
         if role_of(name) == "A"
         else torch.zeros_like(tensor)
         for name, tensor in server.adapter.only(frozenset({"A", "B"})).items()
     }
-    return replace(server, adapter=server.adapter | more_delta(server, mean) | fresh | head)
+    return replace(server, adapter=server.adapter | more_delta(server, mean) | fresh)
 
 
 def method() -> Method:

@@ -7,27 +7,43 @@ a client's rank is reduced for good; here the directions may grow back. arXiv:24
 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Update
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Update, layer_of, role_of
 from rolora.algorithm.exactness import norm
-from rolora.algorithm.factors import padded, tails, truncated
+from rolora.algorithm.factors import pair, truncated
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
 
 
+def _tails(adapter: Mapping[str, Tensor], share: float) -> list[tuple[Tensor, Tensor]]:
+    """Views of each layer's last rows of lora_A and columns of lora_B: those beyond this share of
+    its rank, but never the first."""
+    found = []
+    for name, lora_a in adapter.items():
+        if role_of(name) == "A":
+            first = max(1, int(share * len(lora_a)))
+            lora_b = adapter[f"{layer_of(name)}.lora_B.weight"]
+            found.append((lora_a[first:], lora_b[:, first:]))
+    return found
+
+
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+    def padded(view: AdapterState) -> AdapterState:
+        grown: dict[str, Tensor] = {}
+        for layer in view.layers():
+            down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+            grown |= pair(layer, view[down], view[up], len(server.adapter[down]))
+        return view.only(BOTH) | grown
+
     def weight(update: Update) -> float:
         return norm(update.adapter.delta()) or 1e-30  # equal weights while all products are zero
 
-    mean = reduce(project=lambda view: padded(view.only(BOTH), server.adapter), weight=weight)
-    return replace(server, adapter=server.adapter | mean)
+    return replace(server, adapter=server.adapter | reduce(project=padded, weight=weight))
 
 
 def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
@@ -38,13 +54,13 @@ def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
         raise ConfigError(f"hetlora: decay must be at least 0, not {decay}")
 
     def size(adapter: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([a.norm() * b.norm() for a, b in tails(adapter, gamma)]).sum()
+        return torch.stack([a.norm() * b.norm() for a, b in _tails(adapter, gamma)]).sum()
 
     def upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
         if gamma == 1 or size(trained) >= size(received):
             return trained
         sent = AdapterState({name: t.clone() for name, t in trained.items()}, trained.scaling)
-        torch._foreach_zero_([tail for pair in tails(sent, gamma) for tail in pair])
+        torch._foreach_zero_([tail for pair in _tails(sent, gamma) for tail in pair])
         return sent
 
     return Method(

@@ -8,13 +8,11 @@ twice the learning rate, and smooths in both dimensions and the head, by a Lapla
 space. arXiv:2602.19926.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import Roles, role_of
-from rolora.algorithm.method import Method
+from rolora.algorithm.adapter import Roles, pieces, role_of
+from rolora.algorithm.method import B_ALONE, BOTH, Method
 
 _KERNEL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
@@ -23,21 +21,20 @@ def _smoothed(name: str, gradients: Tensor) -> Tensor:
     """Filtered along the width of the layer; (clients, rank, in) or (clients, out, rank)."""
     if role_of(name) == "head":
         return gradients
-    rows = gradients if role_of(name) == "A" else gradients.mT
+    rows = pieces(name, gradients)
     flat = torch.nn.functional.pad(rows.flatten(0, 1)[:, None], (2, 2), mode="replicate")
     kernel = _KERNEL.to(flat)[None, None]
     filtered = torch.nn.functional.conv1d(flat, kernel).view_as(rows)
-    return filtered if role_of(name) == "A" else filtered.mT.contiguous()
+    return pieces(name, filtered).contiguous()
 
 
 def method(*, filter: bool = True) -> Method:
     """``filter``: whether gradients are smoothed."""
-    moving: Roles = frozenset({"A", "B", "head"})
-    halves: tuple[Roles, Roles] = (frozenset({"B", "head"}), frozenset({"A", "head"}))
+    halves: tuple[Roles, Roles] = (B_ALONE, frozenset({"A", "head"}))
     return Method(
         name="la_lora",
         trainable=lambda round, step: halves[step % 2],
-        shared=lambda round: moving,
+        shared=lambda round: BOTH,
         gradient=_smoothed if filter else None,
         exact=False,
     )

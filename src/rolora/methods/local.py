@@ -4,13 +4,10 @@ The lower bound of a comparison: what a client reaches without the others. The "
 baseline of McMahan et al. 2017 (arXiv:1602.05629), here for LoRA.
 """
 
-from __future__ import annotations
-
-from rolora.algorithm.adapter import Roles
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import BOTH, Method
 
 
 def method() -> Method:
-    trained: Roles = frozenset({"A", "B", "head"})
-    nothing: Roles = frozenset()
-    return Method(name="local", trainable=lambda round, step: trained, shared=lambda round: nothing)
+    return Method(
+        name="local", trainable=lambda round, step: BOTH, shared=lambda round: frozenset()
+    )

@@ -7,20 +7,12 @@ chooses before training and trains only what it will send; here the choice comes
 arXiv:2410.22815.
 """
 
-from __future__ import annotations
-
 import torch
-from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, layer_of, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, layer_of, pieces, role_of
 from rolora.algorithm.method import Method
 from rolora.errors import ConfigError
 from rolora.methods import rolora
-
-
-def _pieces(name: str, tensor: Tensor) -> Tensor:
-    """(rank, width): the rows of lora_A, or the columns of lora_B."""
-    return tensor if role_of(name) == "A" else tensor.mT
 
 
 def method(*, keep: float = 0.5) -> Method:
@@ -33,16 +25,15 @@ def method(*, keep: float = 0.5) -> Method:
         scores, moving = {}, trained.only(turns.shared(client.round) - {"head"})
         for name, tensor in moving.items():
             other = f"{layer_of(name)}.lora_{'B' if role_of(name) == 'A' else 'A'}.weight"
-            step = _pieces(name, tensor - received[name]).norm(dim=1)
-            scores[name] = step * _pieces(other, trained[other]).norm(dim=1)
+            step = pieces(name, tensor - received[name]).norm(dim=1)
+            scores[name] = step * pieces(other, trained[other]).norm(dim=1)
         every = torch.cat([*scores.values()]).sort(descending=True).values
         least = every[max(min(round(keep * len(every)), client.rank * len(scores)), 1) - 1]
         sent = {}
         for name, tensor in moving.items():
-            chosen = scores[name] >= least
-            sent[name] = torch.where(
-                chosen if role_of(name) == "B" else chosen[:, None], tensor, received[name]
-            )
+            chosen = (scores[name] >= least)[:, None]
+            both = pieces(name, tensor), pieces(name, received[name])
+            sent[name] = pieces(name, torch.where(chosen, *both)).contiguous()
         return trained | sent
 
     return Method(

@@ -5,13 +5,11 @@ With D = Σ p_i s B_iA_i, the server adds to the mean B̄ the ΔB that minimises
 (D/s − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹. An error outside the row space of Ā remains. arXiv:2411.14961.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
 
-from rolora.algorithm.factors import factors_and_products, products
+from rolora.algorithm.factors import average_and_missed
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
 
@@ -22,16 +20,15 @@ def method(*, ridge: float = 0.01) -> Method:
         raise ConfigError(f"lora_fair: ridge must be at least 0, not {ridge}")
 
     def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
-        mean = reduce(project=factors_and_products)
-        adapter = server.adapter | {name: mean[name] for name in server.adapter.only(BOTH)}
+        adapter, missed = average_and_missed(server, reduce)
+        corrected = {}
         for layer, scaling in adapter.scaling.items():
-            name, lora_a = f"{layer}.lora_delta.weight", adapter[f"{layer}.lora_A.weight"]
-            missed = (mean[name] - products(adapter)[name]) / scaling
-            gram = lora_a @ lora_a.mT + ridge * torch.eye(len(lora_a), dtype=lora_a.dtype)
-            correction = (torch.linalg.pinv(gram, hermitian=True) @ lora_a @ missed.mT).mT
-            up = f"{layer}.lora_B.weight"
-            adapter = adapter | {up: adapter[up] + correction}
-        return replace(server, adapter=adapter)
+            down, up = adapter[f"{layer}.lora_A.weight"], f"{layer}.lora_B.weight"
+            residual = missed[f"{layer}.lora_delta.weight"] / scaling
+            gram = down @ down.mT + ridge * torch.eye(len(down), dtype=down.dtype)
+            correction = (torch.linalg.pinv(gram, hermitian=True) @ down @ residual.mT).mT
+            corrected[up] = adapter[up] + correction
+        return replace(server, adapter=adapter | corrected)
 
     return Method(
         name="lora_fair",

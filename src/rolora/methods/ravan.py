@@ -7,13 +7,11 @@ layer sends rank²/heads numbers and a gain of 1 per head. The paper's clients w
 which train only some heads, are not implemented. arXiv:2506.05568.
 """
 
-from __future__ import annotations
-
 import torch
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Specs
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Specs
 from rolora.algorithm.factors import orthonormal, orthonormal_rows
-from rolora.algorithm.method import Method
+from rolora.algorithm.method import CORE, Method
 from rolora.errors import ConfigError
 
 
@@ -42,11 +40,10 @@ def method(*, heads: int = 2) -> Method:
             new[f"{layer}.lora_gain.weight"] = torch.ones(heads)
         return adapter | new
 
-    moving: Roles = frozenset({"core", "head"})
     return Method(
         name="ravan",
         init=init,
-        trainable=lambda round, step: moving,
-        shared=lambda round: moving,
+        trainable=lambda round, step: CORE,
+        shared=lambda round: CORE,
         upload=_upload,
     )

@@ -12,8 +12,6 @@ The loss is summed over clients, so client k's gradient is exactly what it would
 a plain client.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -33,12 +31,11 @@ class Bank:
     """Stacked leaves of K clients, read by the layers that ``attach`` put into a model.
 
     ``leaves`` maps each adapter tensor's name to a (K, *shape) leaf; smaller ranks are filled up
-    with zeros, which stay zero: nothing flows through them. ``deltas`` maps the names of what all
-    clients share to (out, in). With no leaves loaded the model is the plain base. ``rows`` says how
-    many rows of the batch each client has, ``tokens`` how many tokens where the batch is packed;
-    left empty, all have as many. ``dropout`` is
-    LoRA's input dropout, active only while ``noise`` says which random stream a row draws from.
-    ``most`` is how many clients fitted in memory, once more did not.
+    with zeros, which stay zero. ``deltas`` maps the names of what all clients share to (out, in).
+    With no leaves loaded the model is the plain base. ``rows`` and, in a packed batch, ``tokens``
+    are how many each client has; left empty, all have as many. ``dropout`` is LoRA's input dropout,
+    active only while ``noise`` says which random stream a row draws from. ``most`` is how many
+    clients fitted in memory, once more did not.
     """
 
     def __init__(self, specs: Specs, dropout: float) -> None:
@@ -77,9 +74,8 @@ class Bank:
 
     def take(self, client: int) -> AdapterState:
         """A copy, on the CPU, of what the client at this position holds."""
-        held = self.view(client)
         return self.adapters[client] | {
-            name: part.detach().to("cpu", copy=True) for name, part in held.items()
+            name: part.detach().to("cpu", copy=True) for name, part in self.view(client).items()
         }
 
     def view(self, client: int) -> dict[str, Tensor]:
@@ -109,8 +105,7 @@ class Bank:
         }
 
     def sizes(self, x: Tensor) -> tuple[int, ...]:
-        """How many of the vectors in ``x`` (..., width) are each client's: all its tokens, or as
-        many as its rows have."""
+        """How many of the vectors in ``x`` (..., width) are each client's."""
         count = x.numel() // x.shape[-1]
         if not self.rows:
             return (count // self.clients,) * self.clients
@@ -180,8 +175,7 @@ class HeadLinear(nn.Module):
             return y
         bias = bank.leaves[f"{self.layer}.bias"]
         each = torch.tensor(sizes, device=bias.device)
-        rows = sum(sizes)
-        return y + bias.repeat_interleave(each, dim=0, output_size=rows).view(y.shape)
+        return y + bias.repeat_interleave(each, dim=0, output_size=sum(sizes)).view(y.shape)
 
 
 def attach(
@@ -220,7 +214,6 @@ def attach(
     model.requires_grad_(False)
     tensors: list[TensorSpec] = []
     head: dict[str, Tensor] = {}
-    names = {path: PREFIX + path for path in (*layers, *head_layers)}
     for path in layers:
         width_in, width_out = linear_shape(model.get_submodule(path))
         if rank > (most := min(width_in, width_out)):
@@ -228,24 +221,25 @@ def attach(
                 f"lora.rank = {rank} is more than layer {path!r} can use: it has {width_in} inputs "
                 f"and {width_out} outputs, so no change of it has a rank above {most}"
             )
-        tensors.append(TensorSpec(f"{names[path]}.lora_A.weight", "A", (rank, width_in)))
-        tensors.append(TensorSpec(f"{names[path]}.lora_B.weight", "B", (width_out, rank)))
+        tensors.append(TensorSpec(f"{PREFIX}{path}.lora_A.weight", "A", (rank, width_in)))
+        tensors.append(TensorSpec(f"{PREFIX}{path}.lora_B.weight", "B", (width_out, rank)))
     for path in head_layers:
         for key, value in model.get_submodule(path).named_parameters():
-            name = f"{names[path]}.{key}"
+            name = f"{PREFIX}{path}.{key}"
             if f"{path}.{key}" not in missing:
                 head[name] = value.detach().float().cpu().clone()
             tensors.append(TensorSpec(name, "head", tuple(value.shape)))
-    scalings = {names[path]: scaling for path in layers}
+    scalings = {PREFIX + path: scaling for path in layers}
     ordered = tuple(sorted(tensors, key=lambda spec: spec.name))
     bank = Bank(Specs(ordered, scalings, head, head_std, b_std), dropout)
     for path in layers:
-        _replace(model, path, LoraLinear(model.get_submodule(path), names[path], scaling, bank))
+        layer = LoraLinear(model.get_submodule(path), PREFIX + path, scaling, bank)
+        model.set_submodule(path, layer)
     for path in head_layers:
         linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear):
             raise ConfigError(f"head module {path!r} is a {type(linear).__name__}, not a Linear")
-        _replace(model, path, HeadLinear(linear, names[path], bank))
+        model.set_submodule(path, HeadLinear(linear, PREFIX + path, bank))
     model.eval()
     return bank
 
@@ -260,35 +254,29 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     raise ConfigError(f"a {type(module).__name__} is not a linear layer and cannot carry LoRA")
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
 @dataclass(frozen=True)
 class Noise:
     """Which random stream every vector of a batch draws its dropout from.
 
-    ``keys`` int64 (rows,); where the batch is packed, ``row`` and ``position`` (tokens,) say which
-    token is which.
+    ``keys`` int64 (rows,); where the batch is packed, ``tokens`` are the row and the position of
+    each token (tokens,).
     """
 
     keys: Tensor
-    row: Tensor | None = None
-    position: Tensor | None = None
+    tokens: tuple[Tensor, Tensor] | None = None
 
     def mask(self, x: Tensor, layer_key: int, rate: float) -> Tensor:
         """A dropout mask for ``x`` (rows, ..., width) or (1, tokens, width), scaled by 1/(1−rate).
 
-        Element (row, position, feature) depends on its row's key, the layer and its own place, and
-        on nothing else: not on the padding, nor on which other clients share the pass. The hash is
-        splitmix64's finaliser (Steele et al. 2014) on wrapping int64.
+        An element depends on its row's key, the layer and its own place alone: not on the padding,
+        nor on which other clients share the pass. The hash is splitmix64's finaliser (Steele et al.
+        2014) on wrapping int64.
         """
-        packed = self.row is not None and x.shape[:-1] == (1, len(self.row))
-        if packed and self.position is not None:
-            keys = self.keys[self.row].view(1, -1, 1)
+        if self.tokens is not None and x.shape[:-1] == (1, len(self.tokens[0])):
+            row, position = self.tokens
+            keys = self.keys[row].view(1, -1, 1)
             feature = torch.arange(x.shape[-1], device=x.device)
-            places = self.position.view(1, -1, 1) * x.shape[-1] + feature
+            places = position.view(1, -1, 1) * x.shape[-1] + feature
         else:
             keys = self.keys.view(-1, *[1] * (x.dim() - 1))
             places = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])

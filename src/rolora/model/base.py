@@ -1,7 +1,5 @@
 """The base model: load it, freeze it, and put a client bank under its target modules."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -18,7 +16,17 @@ from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
 from rolora.data.examples import Batch
 from rolora.errors import ConfigError
 from rolora.model.bank import Bank, LoraLinear, Noise, attach
-from rolora.model.checkpoint import Quantised, read_checkpoint
+from rolora.model.checkpoint import (
+    AUTO,
+    Quantised,
+    label_names,
+    load_tokenizer,
+    locate,
+    one_line_errors,
+    quantisation,
+    quiet,
+    require_here,
+)
 from rolora.model.peft import Kind, LoraSettings, above_encoder, peft_config, target_layers
 from rolora.model.stack import Stack, take_over
 
@@ -27,7 +35,7 @@ from rolora.model.stack import Stack, take_over
 class Base:
     """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration.
 
-    ``outline`` says that it has shapes and no values (``rolora.plan.meta_model``).
+    An ``outline`` has shapes and no values (``rolora.plan.meta_model``).
     """
 
     model: nn.Module
@@ -88,7 +96,7 @@ class Base:
             if sizes:
                 bank.tokens = tuple(int(part.sum()) for part in torch.split(lengths, list(sizes)))
             if bank.noise is not None:
-                bank.noise = replace(bank.noise, row=packing.row, position=packing.position)
+                bank.noise = replace(bank.noise, tokens=(packing.row, packing.position))
             # right-padded rows need no mask where each attends to itself alone
             inputs = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
             yield replace(batch, inputs=inputs)
@@ -121,9 +129,24 @@ def load_base(
     safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
     but the head's through bitsandbytes. Raises ConfigError, in one line, for anything unusable.
     """
-    model, tokenizer, missing = read_checkpoint(
-        source, kind, root, labels, dtype, quantise, device, offline
-    )
+    place = locate(source, root, offline)
+    require_here(place, offline)
+    auto, more = AUTO[kind], dict[str, Any]()
+    if kind == "classification":
+        more = {**label_names(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
+    if quantise:
+        more |= quantisation(place, auto, quantise, dtype, device)
+    with one_line_errors(source), quiet():
+        tokenizer = load_tokenizer(place)
+        model, info = auto.from_pretrained(
+            **place,
+            **more,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=None if "gguf_file" in place else True,
+            output_loading_info=True,
+        )
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     base = with_bank(model, tokenizer, kind, settings, source, missing)
@@ -166,7 +189,7 @@ def with_bank(
         dropout=settings.dropout,
     )
     with torch.device(next(model.parameters()).device):  # where the probes make their rows
-        _refuse_unreachable_layers(model, bank)
+        _refuse_unreachable_layers(model)
         stack = take_over(model, set(layers).__contains__, trusted=outline)
     return Base(model, tokenizer, bank, config, tuple(head_layers), stack, outline)
 
@@ -183,22 +206,22 @@ def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]
     return found
 
 
-def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
-    """Run three one-row clients once and see that every adapted layer gets one row per example.
+def _refuse_unreachable_layers(model: Any) -> None:
+    """ConfigError for an adapted layer that is not called once with one row per example.
 
     Relative-position embeddings (DeBERTa), token-flattening experts and layers read without being
-    called would silently train the wrong thing; they are refused by name.
+    called would silently train the wrong thing.
     """
     rows, length = 3, 5
-    calls: dict[str, list[tuple[int, ...]]] = {}
-    adapted = {
-        path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)
+    # path -> the shapes, without the width, of what the layer is called with
+    calls: dict[str, list[tuple[int, ...]]] = {
+        path: [] for path, module in model.named_modules() if isinstance(module, LoraLinear)
     }
     hooks = [
-        module.register_forward_pre_hook(
-            lambda _, inputs, path=path: calls.setdefault(path, []).append(tuple(inputs[0].shape))
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape[:-1]))
         )
-        for path, module in adapted.items()
+        for path, shapes in calls.items()
     ]
     try:
         with torch.no_grad():
@@ -207,8 +230,8 @@ def _refuse_unreachable_layers(model: Any, bank: Bank) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    for path in adapted:
-        if [shape[:-1] for shape in calls.get(path, [])] not in ([(rows, length)], [(rows,)]):
+    for path, shapes in calls.items():
+        if shapes not in ([(rows, length)], [(rows,)]):
             raise ConfigError(
                 f"layer {path!r} is not called once with one row per example, so it cannot carry "
                 "per-client adapters: remove it from lora.target_modules"

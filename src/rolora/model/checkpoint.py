@@ -1,7 +1,5 @@
 """A model's checkpoint as transformers reads it: a folder, hub name or GGUF file."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io
@@ -24,42 +22,11 @@ AUTO: Mapping[Kind, Any] = {
 }
 
 
-def read_checkpoint(
-    source: str,
-    kind: Kind,
-    root: Path,
-    labels: Sequence[object],
-    dtype: torch.dtype,
-    quantise: Quantised | None,
-    device: str,
-    offline: bool,
-) -> tuple[Any, Any, set[str]]:
-    """The model, its tokenizer, and the names of the weights that the checkpoint lacks.
-
-    See ``rolora.model.base.load_base`` for the arguments and errors. The model is on the CPU, but a
-    quantised one on ``device``.
-    """
-    place = locate(source, root, offline)
-    require_here(place, offline)
-    auto, more = _loading(place, kind, labels, dtype, quantise, device)
-    # the GGUF reader draws a bar on standard error whatever the settings are
-    silent = contextlib.redirect_stderr(io.StringIO())
-    with one_line_errors(source), quiet(), silent:
-        tokenizer = load_tokenizer(place)
-        model, info = auto.from_pretrained(
-            **place,
-            **more,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=None if "gguf_file" in place else True,
-            output_loading_info=True,
-        )
-    return model, tokenizer, {*info["missing_keys"], *(k[0] for k in info["mismatched_keys"])}
-
-
 def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
-    """The place of a model, as arguments of ``from_pretrained``. From here on transformers knows
-    our own model types. ConfigError for a path that does not exist."""
+    """The place of a model, as arguments of ``from_pretrained``; registers our model types.
+
+    ConfigError for a path that does not exist.
+    """
     pixel_network.register()
     path = root / Path(source).expanduser()
     if source.endswith(".gguf"):
@@ -96,23 +63,6 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
         ) from error
 
 
-def _loading(
-    place: dict[str, Any],
-    kind: Kind,
-    labels: Sequence[object],
-    dtype: torch.dtype,
-    quantise: Quantised | None,
-    device: str,
-) -> tuple[Any, dict[str, Any]]:
-    """The class that loads such a model, and what it is told beside the place."""
-    auto, more = AUTO[kind], dict[str, Any]()
-    if kind == "classification":
-        more = {**label_names(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
-    if quantise:
-        more |= _quantisation(place, auto, quantise, dtype, device)
-    return auto, more
-
-
 def label_names(labels: Sequence[object]) -> dict[str, Any]:
     """What a model's configuration says of its labels."""
     names = [str(label) for label in labels]
@@ -122,10 +72,10 @@ def label_names(labels: Sequence[object]) -> dict[str, Any]:
     }
 
 
-def _quantisation(
+def quantisation(
     place: dict[str, Any], auto: Any, quantise: Quantised, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
-    """What ``from_pretrained`` needs to load through bitsandbytes. ConfigError without it."""
+    """The arguments of ``from_pretrained`` to load through bitsandbytes. ConfigError without it."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"model.dtype = {quantise!r} needs: pip install 'rolora[quantised]'")
     if quantise == "nf4" and device != "cuda":  # bitsandbytes has no gradient through it there
@@ -173,13 +123,17 @@ def one_line_errors(source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' loading bars and reports, and put its settings back afterwards."""
+    """Silence transformers' loading bars and reports, and put its settings back afterwards.
+
+    Standard error too: the GGUF reader draws a bar on it whatever the settings are.
+    """
     logs = transformers.utils.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logs.set_verbosity(verbosity)
         if bars:

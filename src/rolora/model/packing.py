@@ -4,8 +4,6 @@ Linear layers, norms and activations treat every token alike, so they run on pac
 are. Attention alone sees where rows begin and end: it pads rows of like length for itself.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,34 +78,33 @@ def _group(lengths: Tensor) -> Group:
     return Group(len(lengths), width, real[:, None, None, :])
 
 
-class Spread(torch.autograd.Function):
+class _Taken(torch.autograd.Function):
+    """``x`` at ``there``; its gradient is the upstream one at ``back``, but 0 at ``zero``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor, zero: Tensor | None) -> Tensor:
+        ctx.back, ctx.zero = back, zero
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = upstream[0].index_select(0, ctx.back)
+        if ctx.zero is not None:
+            gradient.index_fill_(0, ctx.zero, 0)
+        return gradient, None, None, None
+
+
+def spread(x: Tensor, packing: Packing) -> Tensor:
     """Packed tokens (tokens, ...) padded for attention: (places, ...).
 
     Padding is a copy of some token: it must not reach any result, and gets no gradient.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return x.index_select(0, packing.source)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0].index_select(0, ctx.packing.spot), None
+    return _Taken.apply(x, packing.source, packing.spot, None)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class Collect(torch.autograd.Function):
+def collect(padded: Tensor, packing: Packing) -> Tensor:
     """The real tokens of what attention padded, packed: (tokens, ...)."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return padded.index_select(0, packing.spot)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        spread = upstream[0].index_select(0, ctx.packing.source)
-        return spread.index_fill_(0, ctx.packing.padding, 0), None
+    return _Taken.apply(padded, packing.spot, packing.source, packing.padding)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Place(torch.autograd.Function):
@@ -145,10 +142,8 @@ def packed_attention(
         out, _ = sdpa_attention_forward(module, *views, None, **kwargs)
         return out.flatten(0, 1).unsqueeze(0), None
     sizes = [group.rows * group.width for group in packing.groups]
-    padded = (
-        Spread.apply(x.squeeze(0).transpose(0, 1), packing).split(sizes)  # type: ignore[no-untyped-call]
-        for x in (query, key, value)
-    )
+    tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    padded = (torch.split(spread(x, packing), sizes) for x in tokens)
     outputs = []
     for group, *parts in zip(packing.groups, *padded, strict=True):
         shaped = [x.unflatten(0, (group.rows, group.width)).transpose(1, 2) for x in parts]
@@ -156,5 +151,4 @@ def packed_attention(
         mask = None if causal else group.real
         out, _ = sdpa_attention_forward(module, *shaped, mask, **kwargs)
         outputs.append(out.flatten(0, 1))
-    result: Tensor = Collect.apply(torch.cat(outputs), packing)  # type: ignore[no-untyped-call]
-    return result.unsqueeze(0), None
+    return collect(torch.cat(outputs), packing).unsqueeze(0), None

@@ -1,7 +1,5 @@
 """LoRA in PEFT's terms: which layers carry it, and adapter folders in and out."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -107,22 +105,16 @@ def _layer_indices(layers: str | tuple[int, ...], config: Any) -> list[int] | No
     return sorted(layers)
 
 
-def _linear_paths(model: nn.Module) -> list[str]:
+def _usable_paths(model: Any, head_layers: Sequence[str]) -> list[str]:
+    """Linear layers that may carry LoRA: neither the task head nor the output embedding."""
+    output = model.get_output_embeddings()
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, kinds) or "Linear" in type(module).__name__
-    ]
-
-
-def _usable_paths(model: Any, head_layers: Sequence[str]) -> list[str]:
-    """Linear layers that may carry LoRA: neither the task head nor the output embedding."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        path
-        for path in _linear_paths(model)
-        if path not in head_layers and (output is None or model.get_submodule(path) is not output)
+        if (isinstance(module, kinds) or "Linear" in type(module).__name__)
+        and path not in head_layers
+        and module is not output
     ]
 
 
@@ -147,10 +139,8 @@ def save_adapter(
 ) -> None:
     """Write a PEFT adapter folder, whole or not at all.
 
-    What PEFT has no name for, cores and deltas, goes into the factors, whose rank may so differ
-    from layer to layer. Beside PEFT's two files the folder holds the model's ``config.json``
-    (labels) and ``rolora.json`` (``notes``: task and columns, so that the adapter can be evaluated
-    by itself).
+    Cores and deltas go into the factors, so ranks may differ from layer to layer. Beside PEFT's two
+    files the folder holds the model's ``config.json`` (labels) and ``rolora.json`` (``notes``).
     """
     plain = to_peft(adapter)
     if plain is not adapter:
@@ -190,13 +180,15 @@ def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> Adapt
         with safe_open(file, framework="pt") as stored:
             shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
             for name, spec in expected.items():
-                absent_head = spec.role == "head" and name not in shapes
-                fits = shapes.get(name) == spec.shape
-                if any_rank and spec.role in ("A", "B") and name in shapes:
-                    fits = _without_rank(spec.role, shapes[name]) == _without_rank(
-                        spec.role, spec.shape
-                    )
-                if not absent_head and not fits:
+                shape = shapes.get(name)
+                if shape is None:
+                    fits = spec.role == "head"
+                elif any_rank and spec.role in ("A", "B"):
+                    width = slice(1, None) if spec.role == "A" else slice(1)
+                    fits = shape[width] == spec.shape[width]
+                else:
+                    fits = shape == spec.shape
+                if not fits:
                     raise ConfigError(
                         f"{folder} does not fit: {name} is {shapes.get(name, 'missing')}, "
                         f"expected {spec.shape} (rank, target_modules and layers must be the same)"
@@ -207,16 +199,3 @@ def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> Adapt
     except SafetensorError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
     return AdapterState(tensors, specs.scaling)
-
-
-def _without_rank(role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[1:] if role == "A" else shape[:1]
-
-
-def adapter_base(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT folder, as a dict. Raises ConfigError if there is none."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise ConfigError(f"{folder} is not a PEFT adapter folder: adapter_config.json is missing")
-    config: dict[str, Any] = json.loads(file.read_text())
-    return config

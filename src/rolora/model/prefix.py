@@ -1,11 +1,8 @@
 """The layers below the adapters, computed once per token for a whole run and kept on disk.
 
-They are frozen and see no dropout, so what leaves them is the same in every round. It is kept in a
-memory-mapped safetensors file whose name is a hash of the base's weights, the layer and the rows'
-own tokens: other weights or other rows find another file.
+What leaves these frozen layers is the same in every round. The name of its safetensors file is a
+hash of the base's weights, the layer and the rows' tokens: others find another file.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -23,12 +20,8 @@ from rolora.files import TEMPORARY, sync
 from rolora.model.base import Base
 
 TOKENS_AT_ONCE = 4096
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+# safetensors' names
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -51,14 +44,13 @@ class Prefix:
                 hidden: Tensor = stored.get_tensor("hidden")
         except (OSError, SafetensorError):
             return None
-        fits = tuple(hidden.shape) == self.shape and hidden.dtype == self.dtype
-        return hidden if fits else None
+        return hidden if (tuple(hidden.shape), hidden.dtype) == (self.shape, self.dtype) else None
 
 
 def below_adapters(base: Base, examples: Examples, folder: Path) -> Prefix | None:
-    """Where the prefix of these rows belongs; None where there is nothing to save.
+    """Where the prefix of these rows belongs.
 
-    That is so if the lowest layer carries an adapter, or the model cannot run packed.
+    None if the lowest layer carries an adapter, or the model cannot run packed.
     """
     stack = base.stack
     if stack is None or stack.lowest == 0 or not stack.fits(examples.lengths):
@@ -93,11 +85,9 @@ def with_prefix(base: Base, examples: Examples, prefix: Prefix) -> Examples:
 
     Raises OSError where the folder cannot be written or is full; nothing is left behind then.
     """
-    hidden = prefix.read()
-    if hidden is None:
+    if prefix.read() is None:
         _compute(base, examples, prefix)
-        hidden = prefix.read()
-    return replace(examples, prefix=hidden)
+    return replace(examples, prefix=prefix.read())
 
 
 def _compute(base: Base, examples: Examples, prefix: Prefix) -> None:

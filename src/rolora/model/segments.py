@@ -1,7 +1,5 @@
 """One weight per client, applied to that client's run of rows: the products of the client bank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +11,8 @@ Sizes = Sequence[int]
 
 
 class AddLowRank(torch.autograd.Function):
-    """``y`` (n, out) plus B (A x) · scaling, each client's A and B on its segment of the rows.
+    """``y`` (n, out) plus B (A x) · scaling: ``lora_a`` (clients, rank, in), ``lora_b`` (clients,
+    out, rank), each on its client's segment of the rows.
 
     Only what the backward pass needs is kept: ``x`` (n, in) where A is trained, A x, which is rank
     wide, where B is. So a round that trains lora_B keeps no activation as wide as the model.
@@ -23,9 +22,9 @@ class AddLowRank(torch.autograd.Function):
     def forward(
         ctx: Any, y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, sizes: Sizes
     ) -> Tensor:
-        """``lora_a`` (clients, rank, in), ``lora_b`` (clients, out, rank)."""
         _, needs_x, needs_a, needs_b, _, _ = ctx.needs_input_grad
-        dtype = _dtype_of_products(x, lora_a)
+        # a GPU multiplies in the dtype of the base, as under autocast; a CPU in the factors'
+        dtype = x.dtype if x.device.type == "cuda" else lora_a.dtype
         a, b = lora_a.to(dtype), lora_b.to(dtype)
         down = by_segment(x.to(dtype), a.mT, sizes).mul_(scaling)
         ctx.save_for_backward(
@@ -71,11 +70,10 @@ def add_low_rank(
 
 
 class SegmentLinear(torch.autograd.Function):
-    """``x`` (n, in) times one weight (out, in) per segment of its rows."""
+    """``x`` (n, in) times ``weight`` (clients, out, in), each on its client's segment of rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: Sizes) -> Tensor:
-        """``weight`` (clients, out, in); ``sizes`` rows per client, summing to n."""
         needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.sizes, ctx.dtype = sizes, x.dtype
@@ -163,11 +161,6 @@ def grouped(left: Tensor, right: Tensor) -> bool:
         for stride in tensor.stride()
     )
     return whole and hasattr(functional, "grouped_mm")
-
-
-def _dtype_of_products(x: Tensor, factor: Tensor) -> torch.dtype:
-    """A GPU multiplies in the dtype of the base, as under autocast; a CPU in the factors'."""
-    return x.dtype if x.device.type == "cuda" else factor.dtype
 
 
 def _ends(sizes: Sizes, device: torch.device) -> Tensor:

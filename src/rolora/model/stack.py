@@ -1,12 +1,9 @@
 """The model's layers on packed tokens: no work on padding, and none below the adapters.
 
-A batch enters the model as padded rows (rows, width) and leaves it so. Between its first and its
-last layer the real tokens lie end to end, (1, tokens, hidden), and only attention sees where rows
-begin and end. Layers under the lowest adapter are frozen, so their output per token can be computed
-once, kept, and put in at the layer where training starts.
+A batch enters and leaves the model as padded rows (rows, width). Between its first and its last
+layer the real tokens lie end to end, (1, tokens, hidden), and only attention sees where rows begin
+and end. What enters the lowest layer with an adapter can be computed once, kept, and put in there.
 """
-
-from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -61,7 +58,7 @@ class Stack:
     def packed(self, lengths: Tensor, prefix: Tensor | None = None) -> Iterator[Packing | None]:
         """Run what follows packed, for rows of these lengths; yields the packing.
 
-        None, and nothing changes, where a row is longer than the model's attention window.
+        Yields None and changes nothing where a row is longer than the model's attention window.
         ``prefix`` (tokens, hidden) replaces the layers below ``lowest``.
         """
         if not self.fits(lengths):
@@ -96,7 +93,8 @@ class Stack:
             if index < self._first:
                 return hidden
             if index == self._first:
-                hidden = self._entering(hidden, packing)
+                below = self._prefix
+                hidden = _packed(hidden, packing) if below is None else below.unsqueeze(0)
             if self._capture and index == self.lowest:
                 raise _Reached(hidden)
             rest = [self._along(value, packing) for value in rest]
@@ -111,11 +109,6 @@ class Stack:
             return _unpacked(out.squeeze(0), packing)
         return out
 
-    def _entering(self, hidden: Tensor, packing: Packing) -> Tensor:
-        if self._prefix is not None:
-            return self._prefix.unsqueeze(0)
-        return _packed(hidden, packing)
-
     def _along(self, value: Any, packing: Packing) -> Any:
         """A layer's other argument, packed where it has an entry per token; no mask is left."""
         if isinstance(value, tuple):
@@ -127,11 +120,10 @@ class Stack:
         rows = packing.rows
         if value.dim() < 2 or value.shape[0] not in (1, rows) or value.shape[1] != packing.width:
             return value
-        known = self._seen.get(id(value))
-        if known is None:
-            known = (value, _packed(value.expand(rows, *value.shape[1:]), packing))
-            self._seen[id(value)] = known
-        return known[1]
+        if id(value) not in self._seen:
+            packed = _packed(value.expand(rows, *value.shape[1:]), packing)
+            self._seen[id(value)] = (value, packed)
+        return self._seen[id(value)][1]
 
 
 def _packed(padded: Tensor, packing: Packing) -> Tensor:
@@ -164,17 +156,19 @@ def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = Fal
         return None
     path, layers = found[0]
     lowest = next(
-        i
-        for i, layer in enumerate([*layers, nn.Module()])
-        if i == len(layers)
-        or any(adapted(f"{path}.{i}.{name}") for name, _ in layer.named_modules())
+        (
+            i
+            for i, layer in enumerate(layers)
+            if any(adapted(f"{path}.{i}.{name}") for name, _ in layer.named_modules())
+        ),
+        len(layers) - 1,
     )
     windows = [size for name in WINDOWS if (size := getattr(model.config, name, None))]
     originals = [layer.forward for layer in layers]
     before = model.config._attn_implementation
     transformers.AttentionInterface.register(ATTENTION, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
-    stack = Stack(layers, min(lowest, len(layers) - 1), min(windows) // 2 if windows else None)
+    stack = Stack(layers, lowest, min(windows) // 2 if windows else None)
     model.set_attn_implementation(ATTENTION)
     if trusted or _agrees(model, stack):
         return stack

@@ -3,18 +3,14 @@
 Client i's loss is l_i(a, b) = ‖X_i a bᵀ − Y_i‖² / samples; ``rolora.theory.linear_model`` has the
 rest of the problem.
 
-From the paper: the iteration (``rolora_round``), its bound (``bound_factor``) and FFA-LoRA's floor
-δ0²‖b*‖², for the same b* at every client, no noise, many rows and a small step. Ours: the
-definition of FedAvg of LoRA (``fedit_round``), the angle with infinitely many rows
-(``population_sin``), and the effect of noise and of different b_i* (``expected``).
+The paper's: the iteration (``rolora_round``), its bound (``bound_factor``) and FFA-LoRA's floor
+δ0²‖b*‖², for the same b* at every client, no noise, many rows and a small step. The rest is ours.
 
 >>> from rolora.theory.linear_model import Setting, draw_problem
 >>> last = simulate(draw_problem(Setting())).rounds[-1]
 >>> last.sin < 1e-9 < 0.7 < last.loss_ffa
 True
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
@@ -27,10 +23,7 @@ from rolora.theory.linear_model import Problem, Setting, sine, unit
 
 
 def best_b(problem: Problem, a: Tensor) -> Tensor:
-    """Each client's least-squares b_i = Y_iᵀ X_i a / ‖X_i a‖² for one ``a`` (dimension).
-
-    Shape (clients, width).
-    """
+    """Each client's least-squares b_i = Y_iᵀ X_i a / ‖X_i a‖² at ``a``: (clients, width)."""
     z = problem.x @ a
     return (z[:, None] @ problem.y)[:, 0] / z.square().sum(dim=1, keepdim=True)
 
@@ -66,8 +59,7 @@ def fedit_round(problem: Problem, a: Tensor) -> tuple[Tensor, Tensor, float]:
 
     Each client does alone what RoLoRA's clients do together: b_i by least squares at a, then a step
     a_i = unit(a − η ∇_a l_i(a, b_i)). The server averages the a_i and the b_i separately, and
-    normalises a. The error is ‖mean(a_i b_iᵀ) − a bᵀ‖ / ‖mean(a_i b_iᵀ)‖, in
-    Frobenius norms.
+    normalises a. The error is ‖mean(a_i b_iᵀ) − a bᵀ‖ / ‖mean(a_i b_iᵀ)‖ (Frobenius).
     """
     own_b = best_b(problem, a)
     own_a = unit(a - problem.setting.eta * gradient_of_a(problem, a, own_b))

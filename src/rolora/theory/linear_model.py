@@ -6,8 +6,6 @@ and every a have norm 1, and their distance is sin θ = ‖(I − a aᵀ) a*‖ 
 arXiv:2502.01755, the section on a linear model). Everything is float64.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -77,19 +75,14 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The clients' data and the parameters to recover.
-
-    ``x`` (clients, samples, dimension), ``y`` (clients, samples, width), ``a_star`` and ``a_start``
-    (dimension), both of norm 1 with sine ``setting.delta0`` between them, ``b_stars`` (clients,
-    width).
-    """
+    """The clients' data and the parameters to recover."""
 
     setting: Setting
-    x: Tensor
-    y: Tensor
-    a_star: Tensor
-    a_start: Tensor
-    b_stars: Tensor
+    x: Tensor  # (clients, samples, dimension)
+    y: Tensor  # (clients, samples, width)
+    a_star: Tensor  # (dimension), of norm 1
+    a_start: Tensor  # (dimension), of norm 1, at the sine delta0 from a_star
+    b_stars: Tensor  # (clients, width)
 
 
 def draw_problem(setting: Setting) -> Problem:
