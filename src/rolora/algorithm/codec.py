@@ -23,6 +23,8 @@ A payload is one safetensors file with one tensor of bytes. The tensor's name ho
 digest of names and shapes, which the receiver knows and compares.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 from typing import Literal

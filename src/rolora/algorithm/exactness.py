@@ -4,6 +4,8 @@ Where no client trained one of the factors, the sum of products is that factor t
 other, so a client costs as many additions as it trained parameters, and no tensor of it is kept.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 

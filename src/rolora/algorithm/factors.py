@@ -4,6 +4,8 @@ A full matrix (out, in) has the name of the layer's delta, so that what does not
 can be added to the delta.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import torch

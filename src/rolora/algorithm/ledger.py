@@ -5,6 +5,8 @@ have and does not hold: in the steady state of an alternating method the other f
 averaged in the round before; for a client that missed rounds, both.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple

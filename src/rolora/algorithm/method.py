@@ -4,6 +4,8 @@ A method never sees a model, a network, or a client's update: ``aggregate`` gets
 it calls once a round, so checks, robust rules and clipping apply to every method alike.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

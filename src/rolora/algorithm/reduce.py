@@ -8,6 +8,8 @@ A rule is ``factory(*, option=...) -> Reducer``; a wrapper, such as clipping or 
 is ``factory(inner, *, option=...) -> Reducer``. ``compose`` puts them together by name.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature

@@ -5,6 +5,8 @@ clients, nor a restart, nor the engine changes a result. Every client knows a ru
 not its ``server_seed``, from which cohorts and the server's draws follow.
 """
 
+from __future__ import annotations
+
 import hashlib
 
 import torch

@@ -4,6 +4,8 @@ Updates stream: each is checked, added to the reducer and to the exact mean of p
 dropped, so a round's memory does not grow with its cohort.
 """
 
+from __future__ import annotations
+
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -4,6 +4,8 @@ A method file has a docstring that cites its paper and a function ``method(*, op
 that returns a ``rolora.algorithm.method.Method``. Its options become the keys of ``[method]``.
 """
 
+from __future__ import annotations
+
 import pkgutil
 from typing import Any
 

@@ -4,6 +4,8 @@ The upper bound of a comparison: as many optimiser steps in a round as the cohor
 batches drawn from the rows of all clients. Not a federation: nothing travels. arXiv:2106.09685.
 """
 
+from __future__ import annotations
+
 from rolora.algorithm.adapter import ClientInfo
 from rolora.algorithm.method import BOTH, Method
 

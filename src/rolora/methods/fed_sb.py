@@ -7,6 +7,8 @@ the base model; in the paper R starts at the singular values over s, and the sig
 are factored, like the first step of Adam. arXiv:2502.15436.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -6,6 +6,8 @@ factors, the sum of all residuals travels down: a full matrix per layer. arXiv:2
 4.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

@@ -4,6 +4,8 @@ The mean of the products is not the product of the means, so the server's adapte
 of what the clients learned; ``aggregation_error`` shows by how much. arXiv:2305.05644.
 """
 
+from __future__ import annotations
+
 from rolora.algorithm.method import BOTH, Method
 
 

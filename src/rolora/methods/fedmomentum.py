@@ -6,6 +6,8 @@ and lora_A, which continue training from there; of the others, as many as it tak
 randomised SVD, this a full one. arXiv:2603.08014.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

@@ -7,6 +7,8 @@ softened toward the identity; the server averages as FedIT. There is no rotation
 authors' published settings rotate fully and allow reflections. arXiv:2602.23638.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -4,6 +4,8 @@ lora_A is meant to learn what is general and lora_B what is specific to a client
 with a personal adapter and is evaluated with it. arXiv:2410.01463, section 3.
 """
 
+from __future__ import annotations
+
 from rolora.algorithm.method import BOTH, Method
 
 

@@ -6,6 +6,8 @@ what is learned, and its rows are orthonormal from round 2 on; round 1 starts fr
 as in the authors' code. arXiv:2505.12805, section 3.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

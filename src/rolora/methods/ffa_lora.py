@@ -5,6 +5,8 @@ but the adapter can only read the directions that the random lora_A happens to s
 arXiv:2403.12313, section 4.
 """
 
+from __future__ import annotations
+
 from rolora.algorithm.method import B_ALONE, Method
 
 

@@ -5,6 +5,8 @@ The server forms D = Σ p_i s B_iA_i, and client j receives its first r_j singul
 first round D is zero and clients receive the random lora_A. arXiv:2402.11505, Algorithm 1.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

@@ -6,6 +6,8 @@ the average is exact and ranks may differ, but the factors keep nothing that was
 travels the sum of all stacks, one matrix per layer, not the stacks. arXiv:2409.05976.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

@@ -7,6 +7,8 @@ a client's rank is reduced for good; here the directions may grow back. arXiv:24
 1.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import replace
 

@@ -8,6 +8,8 @@ twice the learning rate, and smooths in both dimensions and the head, by a Lapla
 space. arXiv:2602.19926.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -4,6 +4,8 @@ The lower bound of a comparison: what a client reaches without the others. The "
 baseline of McMahan et al. 2017 (arXiv:1602.05629), here for LoRA.
 """
 
+from __future__ import annotations
+
 from rolora.algorithm.method import BOTH, Method
 
 

@@ -7,6 +7,8 @@ chooses before training and trains only what it will send; here the choice comes
 arXiv:2410.22815.
 """
 
+from __future__ import annotations
+
 import torch
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, layer_of, pieces, role_of

@@ -5,6 +5,8 @@ With D = Σ p_i s B_iA_i, the server adds to the mean B̄ the ΔB that minimises
 (D/s − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹. An error outside the row space of Ā remains. arXiv:2411.14961.
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import torch

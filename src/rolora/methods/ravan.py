@@ -7,6 +7,8 @@ layer sends rank²/heads numbers and a gain of 1 per head. The paper's clients w
 which train only some heads, are not implemented. arXiv:2506.05568.
 """
 
+from __future__ import annotations
+
 import torch
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Specs

@@ -33,6 +33,8 @@ tensor([[2.],
 True
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 from rolora.algorithm.adapter import Roles

@@ -12,6 +12,8 @@ The loss is summed over clients, so client k's gradient is exactly what it would
 a plain client.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The base model: load it, freeze it, and put a client bank under its target modules."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """A model's checkpoint as transformers reads it: a folder, hub name or GGUF file."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import io

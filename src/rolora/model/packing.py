@@ -4,6 +4,8 @@ Linear layers, norms and activations treat every token alike, so they run on pac
 are. Attention alone sees where rows begin and end: it pads rows of like length for itself.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

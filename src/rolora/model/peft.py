@@ -1,5 +1,7 @@
 """LoRA in PEFT's terms: which layers carry it, and adapter folders in and out."""
 
+from __future__ import annotations
+
 import copy
 import json
 import re

@@ -9,6 +9,8 @@ It is an ordinary transformers model, so that everything here and in PEFT works 
 "0 0 12 255 ...". :func:`register` makes it known to transformers' Auto classes.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

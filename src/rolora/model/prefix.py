@@ -4,6 +4,8 @@ What leaves these frozen layers is the same in every round. The name of its safe
 hash of the base's weights, the layer and the rows' tokens: others find another file.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import mmap

@@ -1,5 +1,7 @@
 """One weight per client, applied to that client's run of rows: the products of the client bank."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,6 +5,8 @@ layer the real tokens lie end to end, (1, tokens, hidden), and only attention se
 and end. What enters the lowest layer with an adapter can be computed once, kept, and put in there.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

@@ -12,6 +12,8 @@ The paper's: the iteration (``rolora_round``), its bound (``bound_factor``) and 
 True
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

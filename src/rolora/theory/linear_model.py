@@ -6,6 +6,8 @@ and every a have norm 1, and their distance is sin θ = ‖(I − a aᵀ) a*‖ 
 arXiv:2502.01755, the section on a linear model). Everything is float64.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 

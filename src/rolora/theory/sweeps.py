@@ -1,5 +1,7 @@
 """Sweeps of the linear model: one setting varied at a time, on several seeds."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
