@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,8 @@ def follow(run: Run, title: str) -> int:
     """Run to the end, showing each round; returns how many there were."""
     for note in run.notes:
         err_console.print(f"note: {note}")
-    with _bars() as bars, contextlib.closing(_shown(run, title, bars)) as rounds:
-        return sum(1 for _ in rounds)
+    with _bars() as bars:
+        return _show(run, title, bars)
 
 
 @contextlib.contextmanager
@@ -67,12 +67,17 @@ def _bars() -> Iterator[Progress]:
         yield bars
 
 
-def _shown(run: Run, title: str, bars: Progress) -> Generator[RoundResult]:
-    """Each round as it finishes, with its line printed and a bar for the run."""
+def _show(
+    run: Run, title: str, bars: Progress, finished: Callable[[RoundResult], None] | None = None
+) -> int:
+    """Run to the end with a bar, and a line for each round; returns how many there were.
+
+    ``finished`` is called with each round before its line is printed; it may raise.
+    """
     left = run.experiment.federation.rounds - run.state.server.round
     updates = "rounds   {} updates in this round"
     bar = bars.add_task(title, total=left, text=updates.format(0))
-    count = 0
+    count = rounds_done = 0
 
     def tick() -> None:
         nonlocal count
@@ -81,11 +86,14 @@ def _shown(run: Run, title: str, bars: Progress) -> Generator[RoundResult]:
 
     with contextlib.closing(run.rounds(lambda engine: Watched(engine, tick))) as rounds:
         for result, text in described(rounds, run):
+            if finished is not None:
+                finished(result)
             err_console.print(Text.assemble((title, "bold"), f": {text}"))
             count = 0
-            finished = int(result.advanced and result.round > 0)
-            bars.update(bar, advance=finished, text=updates.format(count))
-            yield result
+            trained = int(result.advanced and result.round > 0)
+            bars.update(bar, advance=trained, text=updates.format(count))
+            rounds_done += 1
+    return rounds_done
 
 
 def follow_all(queue: Iterable[QueuedRun]) -> None:
@@ -121,13 +129,16 @@ def _follow_queued(queued: QueuedRun, said: set[str]) -> None:
         if note not in said:
             err_console.print(f"note: {note}")
     said.update(run.notes)
-    with _bars() as bars, contextlib.closing(_shown(run, name, bars)) as rounds:
+    with _bars() as bars:
         total = bars.add_task("all", total=outlook.of, completed=outlook.number - 1, text="runs")
-        for result in rounds:
+
+        def finished(result: RoundResult) -> None:
             if result.advanced:
                 done.append(Timing(result.round, bool(result.metrics), result.seconds))
             bars.update(total, text=f"runs   {left(result.round)}")
             outlook.refuse_spent(done, result.round)
+
+        _show(run, name, bars, finished)
 
 
 def _estimate(outlook: Outlook, done: Sequence[Timing], left: float) -> str:
