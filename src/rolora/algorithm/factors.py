@@ -6,6 +6,7 @@ can be added to the delta.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -99,6 +100,20 @@ def orthonormal_rows(specs: Specs, rng: torch.Generator) -> AdapterState:
     adapter = lora_init(specs, rng)
     downs = adapter.only(frozenset({"A"}))
     return adapter | {n: orthonormal(n, len(t), t.shape[1], rng) for n, t in downs.items()}
+
+
+def first_core(specs: Specs, layer: str, heads: int, rng: torch.Generator) -> Tensor:
+    """The core (heads, r, r) of a layer between orthonormal factors of rank heads · r; float32.
+
+    Zeros. If ``specs.b_std`` asks for a random lora_B, the core is normal instead, and so large
+    that the first product has the Frobenius norm that lora_B · lora_A of ``lora_init`` would have.
+    """
+    shapes = {spec.name: spec.shape for spec in specs.tensors}
+    out, rank = shapes[f"{layer}.lora_B.weight"]
+    shape = heads, rank // heads, rank // heads
+    if not specs.b_std:
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=rng) * specs.b_std * math.sqrt(out * heads / (3 * rank))
 
 
 def zero_deltas(specs: Specs) -> dict[str, Tensor]:

@@ -80,6 +80,16 @@ class RoundResult:
             return None
         return sum(c["loss"] * c["num_examples"] for c in self.clients.values()) / weight
 
+    @property
+    def moved(self) -> bool | None:
+        """Whether training moved a tensor of any client; None if no client says.
+
+        Nothing moves where no gradient arrives, for example behind a ReLU that is closed for all
+        rows, or once a loss is 0.
+        """
+        counts = [client["moved"] for client in self.clients.values() if "moved" in client]
+        return any(counts) if counts else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Federation:
