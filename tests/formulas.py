@@ -389,7 +389,9 @@ def kept_up_to_energy(game: Played) -> None:
     for layer, matrix in game.mean_of(factors_alone).items():
         values = torch.linalg.svdvals(matrix).square()
         rank = len(game.before[named(layer, "A")])
-        enough = next(k for k in range(len(values) + 1) if values[:k].sum() >= 0.99 * values.sum())
+        enough = next(
+            k for k in range(len(values) + 1) if values[:k].sum() >= 0.9999 * values.sum()
+        )
         added = game.after[named(layer, "delta")] - game.before[named(layer, "delta")]
         own = game.after.scaling[layer] * (
             game.after[named(layer, "B")] @ game.after[named(layer, "A")]

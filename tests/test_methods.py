@@ -389,6 +389,21 @@ def test_ffa_lora_never_trains_sends_or_changes_a() -> None:
         assert same(server.adapter.only(frozenset({"A"})), start)
 
 
+def test_fedmomentum_keeps_what_flexlora_drops_unless_its_energy_is_too_low() -> None:
+    specs = make_specs(((8, 8, 2),))
+    start = start_of(get_method("fedit"), specs, 1, torch.float64)
+
+    def play(method: Method) -> dict[str, torch.Tensor]:
+        server = ServerState(method.init(specs, generator(0)) | start)
+        cohort = cohort_at(method, server)
+        updates = updates_from(method, cohort, size=0.3)
+        return dense(step(method, MEAN, server, cohort, updates, generator(0))[0].adapter)
+
+    flexlora = play(get_method("flexlora"))
+    assert relative(play(get_method("fedmomentum", energy=0.99)), flexlora) == 0
+    assert relative(play(get_method("fedmomentum")), flexlora) > 0.01
+
+
 def test_fedit_trains_and_sends_both_factors_every_round() -> None:
     assert moving(get_method("fedit")) == [{"A", "B", "head"}] * 8
 
