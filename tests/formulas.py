@@ -88,13 +88,19 @@ def play(method: Method, case: Case) -> Played:
     if not method.heterogeneous_ranks:
         drawn = tuple(replace(info, rank=4) for info in drawn)
     infos = method.cohort(drawn, sum(case.sizes))
-    sizes = [info.num_examples for info in infos]
     cohort = assign(method, server, infos)
     members = list(cohort.values())
     ended = [trained(method, one, case.seed + i, case.move) for i, one in enumerate(members)]
     updates = [sent(method, one, end) for one, end in zip(members, ended, strict=True)]
     after, report = step(method, MEAN, server, cohort, updates, generator(case.seed, "aggregate"))
     assert report.rejected == {}
+    # HetLoRA's own weights are the norms of the products, the others' the rows
+    scale = [
+        size(dense(AdapterState(update.adapter, before.scaling)))
+        if method.name == "hetlora"
+        else float(update.num_examples)
+        for update in updates
+    ]
     return Played(
         method=method,
         before=before,
@@ -103,7 +109,7 @@ def play(method: Method, case: Case) -> Played:
         received=tuple(one.received for one in members),
         trained=tuple(ended),
         updates=tuple(updates),
-        weights=tuple(size / sum(sizes) for size in sizes),
+        weights=tuple(weight / sum(scale) for weight in scale),
         report=report,
     )
 
@@ -247,13 +253,11 @@ def averaged_with_residual(game: Played) -> None:
 
 def padded_and_weighted(game: Played) -> None:
     sends_what_it_trained(game)
-    sent_up = [AdapterState(u.adapter, game.before.scaling) for u in game.updates]
-    weights = [size(dense(state)) for state in sent_up]
     total = {name: torch.zeros_like(tensor) for name, tensor in game.before.items()}
-    for weight, state in zip(weights, sent_up, strict=True):
-        for name, tensor in state.items():
+    for weight, update in zip(game.weights, game.updates, strict=True):
+        for name, tensor in update.adapter.items():
             for index in itertools.product(*map(range, tensor.shape)):
-                total[name][index] += weight / sum(weights) * float(tensor[index])
+                total[name][index] += weight * float(tensor[index])
     assert near(game.after, total)
 
 
