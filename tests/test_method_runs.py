@@ -201,6 +201,17 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             ["method.name=la_lora", "train.local_steps=1"],
             "la_lora alternates .*local_steps to at least 2",
         ),
+        *(
+            (
+                [*method, f"aggregate.reducer={rule}"],
+                f"{name} averages pieces .* votes for no move: set aggregate.reducer to 'mean'",
+            )
+            for name, method in {
+                "lora_a2": ["method.name=lora_a2"],
+                "hetlora": ["method.name=hetlora", "lora.rank=[2, 1]"],
+            }.items()
+            for rule in ("median", "trimmed_mean")
+        ),
         (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma must be in \(0, 1\], not 0"),
         (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep must be in \(0, 1\], not 1.5"),
         (
@@ -241,3 +252,22 @@ def test_nothing_is_remembered_of_what_rounding_took_from_factors_that_are_made_
             names = load_file(file).keys()
             assert any("classifier" in key for key in names)
             assert any("lora_" in key for key in names) == factors
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.name=hetlora"],  # all of one rank, so all send every piece
+        ["method.name=flexlora", "lora.rank=[2, 1]"],  # products, which every client has whole
+        ["method.name=rolora"],
+    ],
+)
+def test_a_median_is_taken_where_every_client_sends_every_piece(
+    overrides: list[str], site: Path, tmp_path: Path
+) -> None:
+    config = load_config(
+        site, [*overrides, "aggregate.reducer=median", "train.rounds=1", "eval.every=9"]
+    )
+    results = list(runs.start(config, tmp_path / "run").rounds())
+    before, after = (result.state.server.adapter for result in results)
+    assert before != after

@@ -123,6 +123,13 @@ class Experiment:
                 "server does more than average what clients send: remove it, or use one of "
                 f"{', '.join(able)}"
             )
+        rule, uneven = config.aggregate.rules[-1][0], not isinstance(config.lora.rank, int)
+        if rule != "mean" and (method.sparse_upload or (uneven and not method.resets_factors)):
+            raise ConfigError(
+                f"{method.name} averages pieces that not every client sends, and {rule!r} would "
+                "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
+                "rolora with one lora.rank"
+            )
         if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
             raise ConfigError(
                 f"{method.name} alternates factors between local steps: set train.local_steps to "
