@@ -21,8 +21,10 @@ from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.methods import get_method, method_names
 from rolora.model.peft import read_adapter
+from rolora.plan.needs import make_plan
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
+from rolora.run.experiment import Experiment
 from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -271,3 +273,20 @@ def test_a_median_is_taken_where_every_client_sends_every_piece(
     results = list(runs.start(config, tmp_path / "run").rounds())
     before, after = (result.state.server.adapter for result in results)
     assert before != after
+
+
+def test_a_client_of_one_step_a_round_is_refused_where_factors_take_turns_between_steps(
+    site: Path, tmp_path: Path
+) -> None:
+    config = load_config(site, ["method.name=la_lora", "train.batch_size=16"])
+
+    def epochs(count: int) -> RunConfig:
+        train = config.train.model_copy(update={"local_steps": None, "local_epochs": count})
+        return config.model_copy(update={"train": train})
+
+    said = r"la_lora alternates .* client '[^']*' with \d+ rows takes one a round: .*local_epochs"
+    with pytest.raises(ConfigError, match=said):
+        runs.start(epochs(1), tmp_path / "run")
+    with pytest.raises(ConfigError, match=said):
+        make_plan(Experiment(epochs(1)))
+    assert runs.start(epochs(2), tmp_path / "run").experiment.federation

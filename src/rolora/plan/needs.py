@@ -23,7 +23,7 @@ from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig
 from rolora.plan.dry_run import Untrained
 from rolora.plan.estimate import Estimate, estimate_run
-from rolora.run.experiment import Experiment
+from rolora.run.experiment import Experiment, require_turns
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
@@ -145,6 +145,8 @@ def make_plan(run: Experiment, methods: Sequence[str] = ()) -> Plan:
 
 def _method_plan(run: Estimate) -> MethodPlan:
     method, train = run.experiment.method, run.experiment.config.train
+    if run.rows is not None:
+        require_turns(method, train, run.sizes)
     start = _start(run, method)
     parameters: Counter[str] = Counter()
     for name, tensor in start.items():
