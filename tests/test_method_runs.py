@@ -95,6 +95,15 @@ def test_a_client_sends_as_many_bytes_as_counted_by_hand(
 
 
 @every_method
+def test_a_gradient_that_a_method_starts_from_is_counted_as_sent_by_every_client(
+    name: str, finished: Callable[[str], Finished]
+) -> None:
+    done = finished(name)
+    each = 4 * MODULES * D * K if get_method(name).needs_gradient else 0
+    assert done.results[0].bytes_up == each * len(done.run.experiment.partition["clients"])
+
+
+@every_method
 def test_a_client_is_handed_as_many_bytes_as_counted_by_hand_when_it_first_takes_part(
     name: str, finished: Callable[[str], Finished]
 ) -> None:

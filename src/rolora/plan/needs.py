@@ -16,6 +16,7 @@ import torch
 
 from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
 from rolora.algorithm.factors import to_peft, zero_deltas
+from rolora.algorithm.ledger import gradient_bytes
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
@@ -168,7 +169,7 @@ def _method_plan(run: Estimate) -> MethodPlan:
         adapters=bank * start.num_bytes(),
         rounds=rounds[:1] if kinds[0] == kinds[1] else rounds,
         first_down=down[0],
-        up=_total(up, train.rounds, run.cohort),
+        up=_total(up, train.rounds, run.cohort) + gradient_bytes(method, start) * len(run.sizes),
         down=_total(down, train.rounds, run.cohort),
         counted=len(up) >= train.rounds,
         flops=steps * fmean(flops) if known else None,
