@@ -258,6 +258,11 @@ def padded_and_weighted(game: Played) -> None:
         for name, tensor in update.adapter.items():
             for index in itertools.product(*map(range, tensor.shape)):
                 total[name][index] += weight * float(tensor[index])
+    for layer in game.before.layers():  # a direction that nobody sends keeps its row
+        down, up = named(layer, "A"), named(layer, "B")
+        for j in range(len(total[down])):
+            if not total[down][j].any() and not total[up][:, j].any():
+                total[down][j] = game.before[down][j]
     assert near(game.after, total)
 
 

@@ -49,7 +49,8 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
     """The best s · lora_B · lora_A (Eckart and Young 1936) of the ranks and scalings of ``like``.
 
     lora_A = √(S/s) Vᵀ (rank, in) and lora_B = U √(S/s) (out, rank) of matrices U S Vᵀ. Beyond the
-    rank of a matrix its factors are zeros. Tensors that are not deltas are passed on.
+    rank of a matrix, as ``torch.linalg.matrix_rank`` counts it, its factors are zeros. Tensors that
+    are not deltas are passed on.
     """
     found: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -57,11 +58,27 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
             layer = layer_of(name)
             rank = len(like[f"{layer}.lora_A.weight"])
             u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+            s = torch.where(s > s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps, s, 0.0)
             root = (s[:rank] / like.scaling[layer]).sqrt()
             found |= pair(layer, root[:, None] * vt[:rank], u[:, :rank] * root, rank)
         else:
             found[name] = matrix
     return found
+
+
+def awake(new: AdapterState, before: AdapterState) -> AdapterState:
+    """``new``, with the row of lora_A from ``before`` for each direction that is zero in both
+    factors.
+
+    Its product stays as it is. From zeros in both, no gradient would ever reach either.
+    """
+    woken: dict[str, Tensor] = {}
+    for layer in new.layers():
+        down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        empty = ~((new[down] != 0).any(dim=1) | (new[up] != 0).any(dim=0))
+        if empty.any():
+            woken[down] = torch.where(empty[:, None], before[down], new[down])
+    return new | woken if woken else new
 
 
 def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Tensor]:
