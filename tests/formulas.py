@@ -88,13 +88,19 @@ def play(method: Method, case: Case) -> Played:
     if not method.heterogeneous_ranks:
         drawn = tuple(replace(info, rank=4) for info in drawn)
     infos = method.cohort(drawn, sum(case.sizes))
-    sizes = [info.num_examples for info in infos]
     cohort = assign(method, server, infos)
     members = list(cohort.values())
     ended = [trained(method, one, case.seed + i, case.move) for i, one in enumerate(members)]
     updates = [sent(method, one, end) for one, end in zip(members, ended, strict=True)]
     after, report = step(method, MEAN, server, cohort, updates, generator(case.seed, "aggregate"))
     assert report.rejected == {}
+    # HetLoRA's own weights are the norms of the products, the others' the rows
+    scale = [
+        size(dense(AdapterState(update.adapter, before.scaling)))
+        if method.name == "hetlora"
+        else float(update.num_examples)
+        for update in updates
+    ]
     return Played(
         method=method,
         before=before,
@@ -103,7 +109,7 @@ def play(method: Method, case: Case) -> Played:
         received=tuple(one.received for one in members),
         trained=tuple(ended),
         updates=tuple(updates),
-        weights=tuple(size / sum(sizes) for size in sizes),
+        weights=tuple(weight / sum(scale) for weight in scale),
         report=report,
     )
 
@@ -247,13 +253,16 @@ def averaged_with_residual(game: Played) -> None:
 
 def padded_and_weighted(game: Played) -> None:
     sends_what_it_trained(game)
-    sent_up = [AdapterState(u.adapter, game.before.scaling) for u in game.updates]
-    weights = [size(dense(state)) for state in sent_up]
     total = {name: torch.zeros_like(tensor) for name, tensor in game.before.items()}
-    for weight, state in zip(weights, sent_up, strict=True):
-        for name, tensor in state.items():
+    for weight, update in zip(game.weights, game.updates, strict=True):
+        for name, tensor in update.adapter.items():
             for index in itertools.product(*map(range, tensor.shape)):
-                total[name][index] += weight / sum(weights) * float(tensor[index])
+                total[name][index] += weight * float(tensor[index])
+    for layer in game.before.layers():  # a direction that nobody sends keeps its row
+        down, up = named(layer, "A"), named(layer, "B")
+        for j in range(len(total[down])):
+            if not total[down][j].any() and not total[up][:, j].any():
+                total[down][j] = game.before[down][j]
     assert near(game.after, total)
 
 
@@ -389,7 +398,9 @@ def kept_up_to_energy(game: Played) -> None:
     for layer, matrix in game.mean_of(factors_alone).items():
         values = torch.linalg.svdvals(matrix).square()
         rank = len(game.before[named(layer, "A")])
-        enough = next(k for k in range(len(values) + 1) if values[:k].sum() >= 0.99 * values.sum())
+        enough = next(
+            k for k in range(len(values) + 1) if values[:k].sum() >= 0.9999 * values.sum()
+        )
         added = game.after[named(layer, "delta")] - game.before[named(layer, "delta")]
         own = game.after.scaling[layer] * (
             game.after[named(layer, "B")] @ game.after[named(layer, "A")]

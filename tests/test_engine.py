@@ -113,10 +113,11 @@ def test_an_update_holds_what_is_shared_and_nothing_else(
     for update in run(engine_of(bench, tmp_path), method, job).values():
         assert {role_of(key) for key in update.adapter} == method.shared(round)
         assert update.adapter.keys() == job.server.adapter.only(method.shared(round)).keys()
-        assert update.metrics.keys() == {"loss", "steps"}
+        assert update.metrics.keys() == {"loss", "steps", "moved"}
         trained = [method.trainable(round, s) for s in range(int(update.metrics["steps"]))]
         moved = {k for k, t in update.adapter.items() if not torch.equal(t, job.server.adapter[k])}
         assert bool(moved) == bool(update.adapter)
+        assert update.metrics["moved"] >= max(len(moved), 1)
         assert {role_of(key) for key in moved} <= frozenset().union(*trained)
 
 

@@ -21,8 +21,10 @@ from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.methods import get_method, method_names
 from rolora.model.peft import read_adapter
+from rolora.plan.needs import make_plan
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
+from rolora.run.experiment import Experiment
 from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -90,6 +92,15 @@ def test_a_client_sends_as_many_bytes_as_counted_by_hand(
             4 * (MODULES * numbers_up(name, done.rank(client), result.round) + head) + bits
             for client in result.cohort
         )
+
+
+@every_method
+def test_a_gradient_that_a_method_starts_from_is_counted_as_sent_by_every_client(
+    name: str, finished: Callable[[str], Finished]
+) -> None:
+    done = finished(name)
+    each = 4 * MODULES * D * K if get_method(name).needs_gradient else 0
+    assert done.results[0].bytes_up == each * len(done.run.experiment.partition["clients"])
 
 
 @every_method
@@ -201,6 +212,17 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             ["method.name=la_lora", "train.local_steps=1"],
             "la_lora alternates .*local_steps to at least 2",
         ),
+        *(
+            (
+                [*method, f"aggregate.reducer={rule}"],
+                f"{name} averages pieces .* votes for no move: set aggregate.reducer to 'mean'",
+            )
+            for name, method in {
+                "lora_a2": ["method.name=lora_a2"],
+                "hetlora": ["method.name=hetlora", "lora.rank=[2, 1]"],
+            }.items()
+            for rule in ("median", "trimmed_mean")
+        ),
         (["method.name=hetlora", "method.gamma=0"], r"hetlora: gamma must be in \(0, 1\], not 0"),
         (["method.name=lora_a2", "method.keep=1.5"], r"lora_a2: keep must be in \(0, 1\], not 1.5"),
         (
@@ -241,3 +263,39 @@ def test_nothing_is_remembered_of_what_rounding_took_from_factors_that_are_made_
             names = load_file(file).keys()
             assert any("classifier" in key for key in names)
             assert any("lora_" in key for key in names) == factors
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.name=hetlora"],  # all of one rank, so all send every piece
+        ["method.name=flexlora", "lora.rank=[2, 1]"],  # products, which every client has whole
+        ["method.name=rolora"],
+    ],
+)
+def test_a_median_is_taken_where_every_client_sends_every_piece(
+    overrides: list[str], site: Path, tmp_path: Path
+) -> None:
+    config = load_config(
+        site, [*overrides, "aggregate.reducer=median", "train.rounds=1", "eval.every=9"]
+    )
+    results = list(runs.start(config, tmp_path / "run").rounds())
+    before, after = (result.state.server.adapter for result in results)
+    assert before != after
+
+
+def test_a_client_of_one_step_a_round_is_refused_where_factors_take_turns_between_steps(
+    site: Path, tmp_path: Path
+) -> None:
+    config = load_config(site, ["method.name=la_lora", "train.batch_size=16"])
+
+    def epochs(count: int) -> RunConfig:
+        train = config.train.model_copy(update={"local_steps": None, "local_epochs": count})
+        return config.model_copy(update={"train": train})
+
+    said = r"la_lora alternates .* client '[^']*' with \d+ rows takes one a round: .*local_epochs"
+    with pytest.raises(ConfigError, match=said):
+        runs.start(epochs(1), tmp_path / "run")
+    with pytest.raises(ConfigError, match=said):
+        make_plan(Experiment(epochs(1)))
+    assert runs.start(epochs(2), tmp_path / "run").experiment.federation

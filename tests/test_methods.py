@@ -19,7 +19,7 @@ from states import Cohort, assign, dense, effect, make_specs, relative, same, st
 from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
-from rolora.algorithm.adapter import ClientInfo, Roles, Update, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Update, role_of
 from rolora.algorithm.codec import Format, num_bytes
 from rolora.algorithm.method import Method, Reduce, ServerState, freeze_head
 from rolora.algorithm.reduce import mean
@@ -53,6 +53,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def bench32(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return classifier(tiny_bert(tmp_path_factory.mktemp("bert32")), torch.float32)
+
+
+def dense_gradient() -> dict[str, torch.Tensor]:
+    """A gradient for each layer, for methods that start from one."""
+    drawn = dense(start_of(get_method("fedit"), make_specs(), 0))
+    return {layer: matrix.float() for layer, matrix in drawn.items()}
 
 
 def server_at(method: Method, round: int, dtype: torch.dtype = torch.float64) -> ServerState:
@@ -244,8 +250,7 @@ def test_the_start_has_every_tensor_a_product_of_zero_and_hangs_on_its_seed_alon
     method: Method,
 ) -> None:
     specs = make_specs()
-    drawn = dense(start_of(get_method("fedit"), specs, 0))
-    specs = replace(specs, gradient={layer: matrix.float() for layer, matrix in drawn.items()})
+    specs = replace(specs, gradient=dense_gradient())
     first, again, other = (method.init(specs, generator(seed)) for seed in (0, 0, 1))
     shapes = {name: tensor.shape for name, tensor in first.items()}
     assert {spec.name: spec.shape for spec in specs.tensors}.items() <= shapes.items()
@@ -379,6 +384,21 @@ def test_a_retried_attempt_stays_in_the_phase_of_its_round(round: int) -> None:
         assert {role_of(n) for u in updates_at(method, server) for n in u.adapter} == expected
 
 
+def test_fedsvd_never_leaves_the_directions_that_ffa_lora_reads() -> None:
+    def reads(adapter: AdapterState) -> dict[str, torch.Tensor]:
+        """The projection onto the row space of each lora_A."""
+        factors = adapter.only(frozenset({"A"}))
+        return {name: torch.linalg.pinv(lora_a) @ lora_a for name, lora_a in factors.items()}
+
+    method = get_method("fedsvd")
+    server = server_at(method, 1)
+    first = server.adapter
+    for _ in range(4):
+        server = after(method, server, updates_at(method, server))
+        assert relative(reads(server.adapter), reads(first)) <= 1e-12
+    assert relative(server.adapter.only(frozenset({"A"})), first.only(frozenset({"A"}))) > 0.1
+
+
 def test_ffa_lora_never_trains_sends_or_changes_a() -> None:
     method = get_method("ffa_lora")
     server = server_at(method, 1)
@@ -387,6 +407,58 @@ def test_ffa_lora_never_trains_sends_or_changes_a() -> None:
     for _ in range(4):
         server = after(method, server, updates_at(method, server))
         assert same(server.adapter.only(frozenset({"A"})), start)
+
+
+def test_fedmomentum_keeps_what_flexlora_drops_unless_its_energy_is_too_low() -> None:
+    specs = make_specs(((8, 8, 2),))
+    start = start_of(get_method("fedit"), specs, 1, torch.float64)
+
+    def play(method: Method) -> dict[str, torch.Tensor]:
+        server = ServerState(method.init(specs, generator(0)) | start)
+        cohort = cohort_at(method, server)
+        updates = updates_from(method, cohort, size=0.3)
+        return dense(step(method, MEAN, server, cohort, updates, generator(0))[0].adapter)
+
+    flexlora = play(get_method("flexlora"))
+    assert relative(play(get_method("fedmomentum", energy=0.99)), flexlora) == 0
+    assert relative(play(get_method("fedmomentum")), flexlora) > 0.01
+
+
+@pytest.mark.parametrize("round", [1, 2])
+@pytest.mark.parametrize("fault", ["a product of zero", "clients of rank 1"])
+@every_method
+def test_no_direction_of_a_layer_dies_in_a_round_that_leaves_it_empty(
+    method: Method, fault: str, round: int
+) -> None:
+    rank = 1 if fault == "clients of rank 1" and method.heterogeneous_ranks else 2
+    start = method.init(replace(make_specs(), gradient=dense_gradient()), generator(0))
+    server = ServerState(start, round=round - 1)
+    infos = [ClientInfo(id, count, rank, round) for id, count in SIZES.items()]
+    cohort = assign(method, server, method.cohort(tuple(infos), sum(SIZES.values())))
+    size = 0.0 if rank == 2 else 0.1
+    updates = updates_from(method, cohort, size=size)
+    ended = step(method, MEAN, server, cohort, updates, generator(0))[0].adapter
+    for layer in ended.layers():
+        down, up = ended[f"{layer}.lora_A.weight"], ended[f"{layer}.lora_B.weight"]
+        alive = (down != 0).any(dim=1) | (up != 0).any(dim=0)
+        assert alive.all(), layer
+
+
+@pytest.mark.parametrize("name", ["flexlora", "fedmomentum", "fedsvd", "flora", "hetlora"])
+def test_a_layer_that_stood_still_in_a_round_trains_in_the_next(
+    bench32: Bench, tmp_path: Path, name: str
+) -> None:
+    method, settings = freeze_head(get_method(name)), LocalSettings(steps=2, batch_size=4)
+    parts = bench32.base, bench32.task, bench32.examples, SHARDS, settings, ClientStore(tmp_path)
+    run = Federation(
+        method=method,
+        engine=InProcess(*parts),
+        rounds=2,
+        lr=lambda round: 5e-3 * (round - 1),
+    )
+    start = ServerState(method.init(bench32.base.specs, generator(0)))
+    _, still, trains = federate(run, RunState(start))
+    assert (still.moved, trains.moved) == (False, True)
 
 
 def test_fedit_trains_and_sends_both_factors_every_round() -> None:

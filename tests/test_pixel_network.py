@@ -22,11 +22,15 @@ from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.data.examples import Batch, collate
 from rolora.errors import DataError
+from rolora.methods import method_names
 from rolora.model.base import Base
 from rolora.model.pixel_network import PixelNetworkConfig, write_pixel_network
+from rolora.report.narrative import cautions
+from rolora.results.runs import load_run
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
 from rolora.run.experiment import Experiment
+from rolora.run.progress import described
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -151,10 +155,38 @@ def test_from_b_of_zero_it_would_learn_nothing(place: Path, tmp_path: Path) -> N
     assert losses[0] == losses[-1] == pytest.approx(math.log(len(LABELS)), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["rolora", "ffa_lora", "fedit", "centralized"])
-def test_every_method_trains_it_on_clients_of_one_label(
-    place: Path, tmp_path: Path, method: str
+@pytest.mark.parametrize("name", method_names())
+def test_a_run_in_which_no_tensor_of_any_client_moves_says_so_in_every_round(
+    place: Path, tmp_path: Path, name: str
 ) -> None:
+    config = configuration(place, f"method.name={name}", "model.path=zero", "train.rounds=2")
+    run = runs.start(config, tmp_path / "run")
+    said = [line for _, line in described(run.rounds(), run)]
+    assert ["NOTHING MOVED" in line for line in said] == [False, True, True]
+    record = load_run(tmp_path / "run")
+    assert [line["moved"] for line in record.rounds] == [None, False, False]
+    assert "moved no tensor of any client in 2 of 2 rounds" in "".join(cautions([record]))
+
+
+def test_a_run_that_moves_does_not_say_that_it_stands_still(place: Path, tmp_path: Path) -> None:
+    run = runs.start(configuration(place, "train.rounds=2"), tmp_path / "run")
+    assert not any("NOTHING" in line for _, line in described(run.rounds(), run))
+    record = load_run(tmp_path / "run")
+    assert [line["moved"] for line in record.rounds] == [None, True, True]
+    assert not any("moved" in note for note in cautions([record]))
+
+
+@pytest.mark.parametrize("name", sorted({*method_names()} - {"local"}))
+def test_every_method_starts_where_a_gradient_passes_the_relu(
+    place: Path, tmp_path: Path, name: str
+) -> None:
+    config = configuration(place, f"method.name={name}", "train.rounds=3", "eval.every=3")
+    first, *_, last = runs.start(config, tmp_path / "run").rounds()
+    assert last.metrics["loss"] < first.metrics["loss"] - 0.01
+
+
+@pytest.mark.parametrize("method", ["rolora", "ffa_lora", "fedit", "centralized", "fed_sb"])
+def test_methods_learn_it_on_clients_of_one_label(place: Path, tmp_path: Path, method: str) -> None:
     run = runs.start(configuration(place, f"method.name={method}"), tmp_path / "run")
     results = list(run.rounds())
     before, after = results[0].metrics, results[-1].metrics

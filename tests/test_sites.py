@@ -230,3 +230,15 @@ def test_a_message_is_found_late_by_a_tenth_of_the_waiting_and_not_looked_for_al
         assert late <= min(max(0.2, waited / 10), 1.0)
         waited, looks = waited + late, looks + 1
     assert looks < 80
+
+
+def test_a_site_that_takes_one_step_a_round_is_refused_where_factors_take_turns_between_steps(
+    place: Path, tmp_path: Path
+) -> None:
+    config = configuration(place, "method.name=la_lora", "train.batch_size=16", FEW)
+    train = config.train.model_copy(update={"local_steps": None, "local_epochs": 1})
+    transport = calls(place, tmp_path / "state")
+    run = remote(config.model_copy(update={"train": train}), tmp_path / "run", transport)
+    assert list(run.experiment.engine.clients()) == ["site-ann"]
+    refused = [line for line in transport.notified if "takes one a round" in line]
+    assert len(refused) == 2

@@ -205,6 +205,17 @@ def test_clients_weigh_by_their_rows_or_all_alike() -> None:
             torch.testing.assert_close(after.adapter[name], expected, rtol=0, atol=1e-12)
 
 
+def test_the_error_of_a_method_with_weights_of_its_own_is_that_of_its_own_mean() -> None:
+    def alike(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        return replace(server, adapter=server.adapter | reduce(weight=lambda update: 1e-30))
+
+    server = server_state(torch.float64)
+    exact = replace(ROLORA, aggregate=alike)  # rows differ, but every client weighs the same
+    _, report = take(updates_of(ROLORA, server), server, exact)
+    assert report.aggregation_error is not None
+    assert report.aggregation_error < 1e-12
+
+
 def test_the_scaling_that_a_client_claims_is_not_believed() -> None:
     ann, bob, cy, dee = updates_of(ROLORA, server_state())
     loud = AdapterState(bob.adapter, dict.fromkeys(bob.adapter.scaling, 1000000.0))

@@ -78,7 +78,7 @@ class AggregationError:
     ‖Σ p_i ΔW_i − ΔW‖_F / ‖Σ p_i W_i‖_F over all adapted layers. W_i is the product that client i
     returned, as the server decoded it (so rounding by an encoding does not count as an error), ΔW_i
     its change since the client received it, and ΔW the change of the server's product since
-    ``start``.
+    ``start``. p_i are the weights of the method's own mean.
     """
 
     def __init__(self, start: AdapterState) -> None:

@@ -6,6 +6,7 @@ can be added to the delta.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -48,7 +49,8 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
     """The best s · lora_B · lora_A (Eckart and Young 1936) of the ranks and scalings of ``like``.
 
     lora_A = √(S/s) Vᵀ (rank, in) and lora_B = U √(S/s) (out, rank) of matrices U S Vᵀ. Beyond the
-    rank of a matrix its factors are zeros. Tensors that are not deltas are passed on.
+    rank of a matrix, as ``torch.linalg.matrix_rank`` counts it, its factors are zeros. Tensors that
+    are not deltas are passed on.
     """
     found: dict[str, Tensor] = {}
     for name, matrix in matrices.items():
@@ -56,11 +58,27 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
             layer = layer_of(name)
             rank = len(like[f"{layer}.lora_A.weight"])
             u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+            s = torch.where(s > s[0] * max(matrix.shape) * torch.finfo(s.dtype).eps, s, 0.0)
             root = (s[:rank] / like.scaling[layer]).sqrt()
             found |= pair(layer, root[:, None] * vt[:rank], u[:, :rank] * root, rank)
         else:
             found[name] = matrix
     return found
+
+
+def awake(new: AdapterState, before: AdapterState) -> AdapterState:
+    """``new``, with the row of lora_A from ``before`` for each direction that is zero in both
+    factors.
+
+    Its product stays as it is. From zeros in both, no gradient would ever reach either.
+    """
+    woken: dict[str, Tensor] = {}
+    for layer in new.layers():
+        down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        empty = ~((new[down] != 0).any(dim=1) | (new[up] != 0).any(dim=0))
+        if empty.any():
+            woken[down] = torch.where(empty[:, None], before[down], new[down])
+    return new | woken if woken else new
 
 
 def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Tensor]:
@@ -99,6 +117,20 @@ def orthonormal_rows(specs: Specs, rng: torch.Generator) -> AdapterState:
     adapter = lora_init(specs, rng)
     downs = adapter.only(frozenset({"A"}))
     return adapter | {n: orthonormal(n, len(t), t.shape[1], rng) for n, t in downs.items()}
+
+
+def first_core(specs: Specs, layer: str, heads: int, rng: torch.Generator) -> Tensor:
+    """The core (heads, r, r) of a layer between orthonormal factors of rank heads · r; float32.
+
+    Zeros. If ``specs.b_std`` asks for a random lora_B, the core is normal instead, and so large
+    that the first product has the Frobenius norm that lora_B · lora_A of ``lora_init`` would have.
+    """
+    shapes = {spec.name: spec.shape for spec in specs.tensors}
+    out, rank = shapes[f"{layer}.lora_B.weight"]
+    shape = heads, rank // heads, rank // heads
+    if not specs.b_std:
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=rng) * specs.b_std * math.sqrt(out * heads / (3 * rank))
 
 
 def zero_deltas(specs: Specs) -> dict[str, Tensor]:

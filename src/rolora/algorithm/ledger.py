@@ -1,6 +1,7 @@
 """What travels in a round, counted to the byte, and which tensors each client holds.
 
-Up travels a client's update, as it is encoded. Down travels every tensor that the client should
+Up travels a client's update, as it is encoded, and before the first round a gradient, if the method
+starts from one. Down travels every tensor that the client should
 have and does not hold: in the steady state of an alternating method the other factor, which was
 averaged in the round before; for a client that missed rounds, both.
 """
@@ -66,6 +67,15 @@ def record_arrivals(
             sent = reply.adapter if lone else None
             arrived.append(Arrival(reply.client, reply.metrics, reply.num_bytes(), sent))
         yield reply
+
+
+def gradient_bytes(method: Method, start: AdapterState) -> int:
+    """What each client sends before the first round: its gradient (out, in) of every layer, if the
+    method starts from one, in float32."""
+    if not method.needs_gradient:
+        return 0
+    factors = [(start[f"{x}.lora_B.weight"], start[f"{x}.lora_A.weight"]) for x in start.layers()]
+    return sum(4 * up.shape[0] * down.shape[1] for up, down in factors)
 
 
 def after_round(

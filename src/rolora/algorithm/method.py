@@ -120,7 +120,8 @@ class Method:
     - ``heterogeneous_ranks``: clients may have different LoRA ranks.
     - ``resets_factors``: the server makes new factors each round, so no state about them is kept.
     - ``sum_only``: the server needs only a weighted sum of what clients send (secure aggregation).
-    - ``sparse_upload``: rank-one pieces that did not change do not travel.
+    - ``sparse_upload``: rank-one pieces that did not change do not travel; a secure sum would need
+      them all.
     """
 
     name: str

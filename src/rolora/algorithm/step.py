@@ -89,12 +89,12 @@ def step(
             received = assigned.received
             returned = received | update.adapter
             share = 1.0 if aggregation.weights == "uniform" else float(update.num_examples)
-            if missed is not None:
-                missed.add(received, returned, share)
-            value, reference = into(returned), into(received)
             if weight is not None:  # with the server's scaling: the client's is not trusted
                 sent = AdapterState(update.adapter, received.scaling)
                 share = weight(replace(update, adapter=sent))
+            if missed is not None:
+                missed.add(received, returned, share)
+            value, reference = into(returned), into(received)
             memory = reducer.add(memory, value, reference, share)
         if len(accepted) < max(1, aggregation.quorum):
             raise _BelowQuorum

@@ -139,7 +139,7 @@ class Remote:
             if (round := answer.integer("round")) != info.round:
                 raise MessageError(f"it is for round {round}, not {info.round}")
             tensors = decode(up, answer.body, like, sparse=method.sparse_upload)
-            metrics = {key: answer.number(key) for key in ("loss", "steps")}
+            metrics = {key: answer.number(key) for key in ("loss", "steps", "moved")}
             count = answer.integer("num_examples")
         except (MessageError, WireError) as error:
             return Failure(info.id, str(error))

@@ -14,7 +14,7 @@ from torch import Tensor
 from rolora.algorithm.adapter import role_of, tensor_hash
 from rolora.errors import RoloraError
 
-PROTOCOL = 1
+PROTOCOL = 2
 SITE_NAME = re.compile(r"[\w-][\w.-]{0,63}")
 VERSIONS = "/rolora"  # the path at which a coordinator serves its versions
 Scalar = str | int | float | bool

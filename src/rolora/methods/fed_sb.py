@@ -2,9 +2,10 @@
 
 ΔW = s · B R A, where lora_B and lora_A are the first singular vectors of the loss's gradient at
 the start (LoRA-SB), fixed and the same at every client. Only R is trained and averaged, which is
-exact, and r² numbers per layer travel whatever its width. Here R starts at 0, so the first model is
-the base model; in the paper R starts at the singular values over s, and the signs of the gradient
-are factored, like the first step of Adam. arXiv:2502.15436.
+exact, and r² numbers per layer travel whatever its width; before the first round every client sends
+its gradient, a full matrix per layer. Here R starts at 0, so the first model is the base model, or
+at random numbers if the model learns nothing from 0; in the paper R starts at the singular values
+over s, and the signs of the gradient are factored, like the first step of Adam. arXiv:2502.15436.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Specs
+from rolora.algorithm.factors import first_core
 from rolora.algorithm.method import CORE, Method, lora_init
 
 
@@ -24,7 +26,7 @@ def _init(specs: Specs, rng: torch.Generator) -> AdapterState:
         rank = len(adapter[down])
         u, _, vt = torch.linalg.svd(specs.gradient[layer], full_matrices=False)
         new |= {down: vt[:rank].contiguous(), up: u[:, :rank].contiguous()}
-        new[f"{layer}.lora_core.weight"] = torch.zeros(1, rank, rank)
+        new[f"{layer}.lora_core.weight"] = first_core(specs, layer, 1, rng)
     return adapter | new
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import layer_of, role_of
-from rolora.algorithm.factors import factors, init_with_delta, more_delta, products_and_head
+from rolora.algorithm.factors import awake, factors, init_with_delta, more_delta, products_and_head
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
 
@@ -28,8 +28,12 @@ def _beyond(matrix: Tensor, rank: int, energy: float) -> Tensor:
     return rest
 
 
-def method(*, energy: float = 0.99) -> Method:
-    """``energy`` in (0, 1]: the share of ‖D‖² to keep; 1 keeps everything."""
+def method(*, energy: float = 0.9999) -> Method:
+    """``energy`` in (0, 1]: the share of ‖D‖² to keep; 1 keeps everything.
+
+    0.9999 in the authors' code. Where the first r directions hold that share, this is FlexLoRA: of
+    clients that start from the same factors they nearly always hold 0.99.
+    """
     if not 0 < energy <= 1:
         raise ConfigError(f"fedmomentum: energy must be in (0, 1], not {energy}")
 
@@ -40,7 +44,8 @@ def method(*, energy: float = 0.99) -> Method:
             for name, matrix in mean.items()
             if role_of(name) == "delta"
         }
-        return replace(server, adapter=adapter | factors(mean, adapter) | more_delta(server, rest))
+        new = awake(adapter | factors(mean, adapter), adapter)
+        return replace(server, adapter=new | more_delta(server, rest))
 
     return Method(
         name="fedmomentum",

@@ -1,9 +1,10 @@
 """FedSVD: train lora_B, then refactor so that lora_A is orthonormal (Lee et al., 2025).
 
 Clients train and send only lora_B, so the average is exact as in FFA-LoRA. The server then factors
-the same product again, B·A = U S Vᵀ: lora_A becomes Vᵀ and lora_B becomes U S. So lora_A follows
-what is learned, and its rows are orthonormal from round 2 on; round 1 starts from Kaiming uniform,
-as in the authors' code. arXiv:2505.12805, section 3.
+the same product again, B·A = U S Vᵀ: lora_A becomes Vᵀ and lora_B becomes U S. The rows of lora_A
+are orthonormal from round 2 on, but stay in the space of the first ones, because the rows of B·A
+are sums of those of A: the adapter reads what FFA-LoRA's would. Round 1 starts from Kaiming
+uniform, as in the authors' code. arXiv:2505.12805, section 3.
 """
 
 from __future__ import annotations

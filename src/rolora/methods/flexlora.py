@@ -1,8 +1,10 @@
 """FlexLoRA: average the products, send down their best rank-r factors (Bai et al., NeurIPS 2024).
 
 The server forms D = Σ p_i s B_iA_i, and client j receives its first r_j singular directions: lora_B
-= U √(S/s), lora_A = √(S/s) Vᵀ. The average is exact but for what the rank cannot hold. Before the
-first round D is zero and clients receive the random lora_A. arXiv:2402.11505, Algorithm 1.
+= U √(S/s), lora_A = √(S/s) Vᵀ. The average is exact but for what the rank cannot hold. Where D has
+less than rank r, lora_B is zero and lora_A keeps the rows that it had, or else both would be zero
+for ever; before the first round these are all rows of the random lora_A. arXiv:2402.11505,
+Algorithm 1.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from dataclasses import replace
 
 import torch
 
-from rolora.algorithm.factors import factors, products_and_head, truncated
+from rolora.algorithm.factors import awake, factors, products_and_head, truncated
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
     mean = reduce(project=products_and_head)
-    return replace(server, adapter=server.adapter | factors(mean, server.adapter))
+    new = server.adapter | factors(mean, server.adapter)
+    return replace(server, adapter=awake(new, server.adapter))
 
 
 def method() -> Method:

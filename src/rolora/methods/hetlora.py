@@ -3,7 +3,8 @@
 A client of rank r_i receives the server's first r_i directions. Its factors are padded with zeros
 and averaged with weights ‖B_iA_i‖_F. With ``gamma`` < 1 clients prune: ``decay`` · ‖B[:,
 γr:]‖·‖A[γr:]‖ is added to the loss, and tails that have shrunk are sent as zeros. In the paper such
-a client's rank is reduced for good; here the directions may grow back. arXiv:2401.06432, Algorithm
+a client's rank is reduced for good; here the directions may grow back: one that is zero at all
+clients keeps the server's row of lora_A. arXiv:2401.06432, Algorithm
 1.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Update, layer_of, role_of
 from rolora.algorithm.exactness import norm
-from rolora.algorithm.factors import pair, truncated
+from rolora.algorithm.factors import awake, pair, truncated
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
 
@@ -45,7 +46,8 @@ def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> Ser
     def weight(update: Update) -> float:
         return norm(update.adapter.delta()) or 1e-30  # equal weights while all products are zero
 
-    return replace(server, adapter=server.adapter | reduce(project=padded, weight=weight))
+    new = server.adapter | reduce(project=padded, weight=weight)
+    return replace(server, adapter=awake(new, server.adapter))
 
 
 def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:

@@ -5,7 +5,8 @@ value. Each gradient passes a low-pass filter [1, 4, 6, 4, 1]/16, meant to reduc
 differential privacy. The server averages both factors, as FedIT. Here the filter runs along the
 layer's width, never across rank or clients. The authors' code starts with lora_A, trains lora_B at
 twice the learning rate, and smooths in both dimensions and the head, by a Laplacian in Fourier
-space. arXiv:2602.19926.
+space; there a factor moves by lr times its smoothed gradient, and then also by the optimiser's step
+on the plain one. arXiv:2602.19926.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Specs
-from rolora.algorithm.factors import orthonormal, orthonormal_rows
+from rolora.algorithm.factors import first_core, orthonormal, orthonormal_rows
 from rolora.algorithm.method import CORE, Method
 from rolora.errors import ConfigError
 
@@ -38,7 +38,7 @@ def method(*, heads: int = 2) -> Method:
             if heads < 1 or rank % heads:
                 raise ConfigError(f"ravan: heads = {heads} does not divide lora.rank = {rank}")
             new[up] = orthonormal(up, rank, out, rng).mT.contiguous()
-            new[f"{layer}.lora_core.weight"] = torch.zeros(heads, rank // heads, rank // heads)
+            new[f"{layer}.lora_core.weight"] = first_core(specs, layer, heads, rng)
             new[f"{layer}.lora_gain.weight"] = torch.ones(heads)
         return adapter | new
 

@@ -19,9 +19,10 @@ class MethodRow:
     goes with them. ``trains`` and ``up`` are for rounds 1 and 2; ``down``, for rounds 2 and 3, is
     what travels to a client that took part in the round before. ``keeps``: what is trained but
     never leaves the client. ``exact``: whether the server's product is the mean of the clients'
-    products, None if there is no such mean. ``ranks``, ``secure`` and ``averaged`` are
-    ``heterogeneous_ranks``, ``sum_only`` and ``supports_server_optimizer`` of
-    ``rolora.algorithm.method.Method``. ``options`` are given with their defaults.
+    products, None if there is no such mean. ``ranks`` and ``averaged`` are ``heterogeneous_ranks``
+    and ``supports_server_optimizer`` of ``rolora.algorithm.method.Method``; ``secure`` is
+    ``sum_only`` unless the bytes are those of a ``sparse_upload``, which a secure sum cannot be
+    taken of. ``options`` are given with their defaults.
     """
 
     name: str
@@ -58,7 +59,7 @@ def _describe(name: str) -> MethodRow:
         keeps=_roles(method.personal_roles),
         exact=method.exact if averages else None,
         ranks=method.heterogeneous_ranks,
-        secure=method.sum_only,
+        secure=method.sum_only and not method.sparse_upload,
         averaged=method.supports_server_optimizer,
         options=tuple(f"{option.name}={option.default!r}" for option in options),
         summary=text.splitlines()[0].partition(": ")[2] or text.splitlines()[0],

@@ -16,6 +16,7 @@ import torch
 
 from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
 from rolora.algorithm.factors import to_peft, zero_deltas
+from rolora.algorithm.ledger import gradient_bytes
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
@@ -23,7 +24,7 @@ from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig
 from rolora.plan.dry_run import Untrained
 from rolora.plan.estimate import Estimate, estimate_run
-from rolora.run.experiment import Experiment
+from rolora.run.experiment import Experiment, require_turns
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
@@ -145,6 +146,8 @@ def make_plan(run: Experiment, methods: Sequence[str] = ()) -> Plan:
 
 def _method_plan(run: Estimate) -> MethodPlan:
     method, train = run.experiment.method, run.experiment.config.train
+    if run.rows is not None:
+        require_turns(method, train, run.sizes)
     start = _start(run, method)
     parameters: Counter[str] = Counter()
     for name, tensor in start.items():
@@ -166,7 +169,7 @@ def _method_plan(run: Estimate) -> MethodPlan:
         adapters=bank * start.num_bytes(),
         rounds=rounds[:1] if kinds[0] == kinds[1] else rounds,
         first_down=down[0],
-        up=_total(up, train.rounds, run.cohort),
+        up=_total(up, train.rounds, run.cohort) + gradient_bytes(method, start) * len(run.sizes),
         down=_total(down, train.rounds, run.cohort),
         counted=len(up) >= train.rounds,
         flops=steps * fmean(flops) if known else None,

@@ -249,7 +249,8 @@ def direction(metric: str) -> str:
 
 
 def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str]:
-    """What makes a comparison uneven: different settings, rows or versions, unfinished runs.
+    """What makes a comparison uneven: different settings, rows or versions, runs that
+    stood still or are unfinished.
 
     Keys that are ``tuned`` for each method, and options of methods, may differ.
     """
@@ -274,6 +275,12 @@ def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str
     if differing([dict(flatten(run.provenance.get("versions", {}))) for run in runs]):
         notes.append("Library versions differ between runs (listed below).")
     for run in runs:
+        if still := [line["round"] for line in run.rounds if line.get("moved") is False]:
+            notes.append(
+                f"{run.label}: training moved no tensor of any client in {len(still)} of "
+                f"{run.rounds[-1]['round']} rounds (the first is round {still[0]}): no gradient "
+                "reached what its clients train."
+            )
         done, planned = run.rounds[-1]["round"], run.config.get("train", {}).get("rounds", 0)
         if run.diverged is not None:
             notes.append(

@@ -123,6 +123,13 @@ class Experiment:
                 "server does more than average what clients send: remove it, or use one of "
                 f"{', '.join(able)}"
             )
+        rule, uneven = config.aggregate.rules[-1][0], not isinstance(config.lora.rank, int)
+        if rule != "mean" and (method.sparse_upload or (uneven and not method.resets_factors)):
+            raise ConfigError(
+                f"{method.name} averages pieces that not every client sends, and {rule!r} would "
+                "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
+                "rolora with one lora.rank"
+            )
         if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
             raise ConfigError(
                 f"{method.name} alternates factors between local steps: set train.local_steps to "
@@ -286,11 +293,14 @@ class Experiment:
     def engine(self) -> Engine:
         """All clients in this process.
 
-        ConfigError, before the model is loaded, for ranks or a quorum that do not fit the clients.
+        ConfigError, before the model is loaded, for ranks, steps or a quorum that do not fit the
+        clients.
         """
         if self.clients is None:
             raise ValueError("training needs a folder for the clients' state")
         self.config.lora.ranks(self.rows.shards)
+        sizes = {client: len(rows) for client, rows in self.rows.shards.items()}
+        require_turns(self.method, self.config.train, sizes)
         if (quorum := self.config.aggregate.quorum) > self.cohort:
             raise ConfigError(
                 f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
@@ -449,6 +459,23 @@ def local_settings(train: TrainConfig) -> LocalSettings:
         max_grad_norm=train.max_grad_norm,
         b_lr_ratio=train.b_lr_ratio,
     )
+
+
+def require_turns(method: Method, train: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """ConfigError if a client takes one step a round where factors take turns between steps.
+
+    ``sizes``: client -> its number of rows.
+    """
+    settings = local_settings(train)
+    if method.trainable(1, 0) == method.trainable(1, 1):
+        return
+    for client, rows in sizes.items():
+        if settings.num_steps(rows) == 1:
+            raise ConfigError(
+                f"{method.name} alternates factors between local steps, but client {client!r} with "
+                f"{rows} rows takes one a round: set train.local_epochs to at least 2, or lower "
+                "train.batch_size"
+            )
 
 
 def revisits(train: TrainConfig, sizes: Sequence[int]) -> bool:

@@ -18,10 +18,10 @@ def described(rounds: Iterable[RoundResult], run: Run) -> Iterator[tuple[RoundRe
     left = total - run.state.server.round
     up, down, done, started = 0, 0, 0, time.monotonic()
     for result in rounds:
+        up, down = up + result.bytes_up, down + result.bytes_down
         if result.round == 0:
             yield result, f"before training   {_metrics(result)}"
             continue
-        up, down = up + result.bytes_up, down + result.bytes_down
         done += result.advanced
         seconds = (time.monotonic() - started) / done * (left - done) if done else 0.0
         sent = f"sent {up / 1e6:.2f} MB up, {down / 1e6:.2f} MB down"
@@ -35,6 +35,8 @@ def _parts(result: RoundResult, rounds: int) -> Iterator[str]:
         yield f"no quorum in attempt {result.attempt + 1}; trying again"
     if result.loss is not None:
         yield f"loss {result.loss:.3f}"
+    if result.moved is False:
+        yield "NOTHING MOVED: no gradient reached a tensor of any client"
     if found := _metrics(result):
         yield found
     if result.aggregation_error is not None:

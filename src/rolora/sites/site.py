@@ -44,7 +44,7 @@ from rolora.flower.message import (
     versions,
 )
 from rolora.model.base import layout, tokenizer_digest
-from rolora.run.experiment import Experiment, local_settings
+from rolora.run.experiment import Experiment, local_settings, require_turns
 from rolora.run.shards import Rows, hold_out
 from rolora.sites.site_config import SiteConfig
 from rolora.tasks.classification import in_order
@@ -149,6 +149,8 @@ class Site:
             self.opened = None
             gc.collect()  # its weights are in reference cycles, and would stay mapped
             parts = experiment_here(self.config, config, labels)
+            sizes = {client: len(rows) for client, rows in parts.rows.shards.items()}
+            require_turns(parts.method, parts.config.train, sizes)
             engine = InProcess(
                 parts.base,
                 parts.task,

@@ -160,7 +160,8 @@ class InProcess:
         info, received = assigned.info, assigned.received
         if personal := method.personal(info.round):
             self.store.write(info.id, info.round, trained.adapter.only(personal))
-        metrics = {"loss": trained.loss, "steps": float(trained.steps)}
+        counts = {"steps": float(trained.steps), "moved": float(trained.moved)}
+        metrics = {"loss": trained.loss, **counts}
         sent = method.upload(received, trained.adapter, info).only(method.shared(info.round))
         update = Update(info.id, sent, info.num_examples, metrics)
         unchanged = self.up == "fp32" and not method.sparse_upload

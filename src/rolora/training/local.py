@@ -61,11 +61,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Trained:
-    """A client after its last step; ``loss`` is the mean over its steps."""
+    """A client after its last step; ``loss`` is the mean over its steps.
+
+    ``moved`` counts the tensors that are not, to the bit, what the client started from.
+    """
 
     adapter: AdapterState
     loss: float
     steps: int
+    moved: int
 
 
 def batches(work: Work, batch_size: int, seed: int, round: int) -> Iterator[Tensor]:
@@ -106,9 +110,10 @@ def train_group(
     def finish(first: int) -> None:
         """Take the clients from this place on out of the bank."""
         for place in range(first, bank.clients):
-            steps = active[place].steps
-            loss = float(total[place]) / max(steps, 1)
-            trained[order[place]] = Trained(bank.take(place), loss, steps)
+            start, steps = active[place].start, active[place].steps
+            ended, loss = bank.take(place), float(total[place]) / max(steps, 1)
+            moved = sum(not start.holds(name, tensor) for name, tensor in ended.items())
+            trained[order[place]] = Trained(ended, loss, steps, moved)
 
     try:
         sizes, batch = next(prepared)

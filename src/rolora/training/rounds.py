@@ -14,7 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo
-from rolora.algorithm.ledger import Arrival, Ledger, after_round, record_arrivals
+from rolora.algorithm.ledger import (
+    Arrival,
+    Ledger,
+    after_round,
+    gradient_bytes,
+    record_arrivals,
+)
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
@@ -52,7 +58,8 @@ class RoundResult:
     """One finished round (``advanced``), or one attempt without a quorum.
 
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
-    payload over all clients, as it is encoded.
+    payload over all clients, as it is encoded; those of round 0 are the gradients of all clients,
+    if the method starts from them.
     """
 
     round: int
@@ -79,6 +86,16 @@ class RoundResult:
         if not weight:
             return None
         return sum(c["loss"] * c["num_examples"] for c in self.clients.values()) / weight
+
+    @property
+    def moved(self) -> bool | None:
+        """Whether training moved a tensor of any client; None if no client says.
+
+        Nothing moves where no gradient arrives, for example behind a ReLU that is closed for all
+        rows, or once a loss is 0.
+        """
+        counts = [client["moved"] for client in self.clients.values() if "moved" in client]
+        return any(counts) if counts else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +202,9 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     """
     if state.server.round == 0 and state.server.attempt == 0:
         started = time.perf_counter()
-        before = _evaluated(run, RoundResult(0, 0, state))
+        each = gradient_bytes(run.method, state.server.adapter)
+        up = each * len(run.engine.clients()) if each else 0
+        before = _evaluated(run, RoundResult(0, 0, state, bytes_up=up))
         yield replace(before, seconds=time.perf_counter() - started)
     failed = 0
     patience = math.inf if run.patience is None else run.patience
