@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
@@ -21,6 +22,8 @@ from rolora.model.bank import Bank, LoraLinear, Noise, attach
 from rolora.model.checkpoint import (
     AUTO,
     Quantised,
+    generic_names,
+    in_order_of_outputs,
     label_names,
     load_tokenizer,
     locate,
@@ -37,7 +40,8 @@ from rolora.model.stack import Stack, take_over
 class Base:
     """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration.
 
-    An ``outline`` has shapes and no values (``rolora.plan.meta_model``).
+    An ``outline`` has shapes and no values (``rolora.plan.meta_model``). ``note``: what the user
+    should know of how it was loaded, or nothing.
     """
 
     model: nn.Module
@@ -47,6 +51,7 @@ class Base:
     head_layers: tuple[str, ...]
     stack: Stack | None
     outline: bool = False
+    note: str = ""
 
     @property
     def specs(self) -> Specs:
@@ -129,7 +134,8 @@ def load_base(
 
     ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
     safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
-    but the head's through bitsandbytes. Raises ConfigError, in one line, for anything unusable.
+    but the head's through bitsandbytes. A trained head is used only where the checkpoint names its
+    outputs as ``labels``, in this order. Raises ConfigError, in one line, for anything unusable.
     """
     place = locate(source, root, offline)
     require_here(place, offline)
@@ -148,13 +154,47 @@ def load_base(
             use_safetensors=None if "gguf_file" in place else True,
             output_loading_info=True,
         )
+        stored = transformers.AutoConfig.from_pretrained(**place)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    outputs = _outputs(model) if kind == "classification" else set()
+    note = ""
+    if not outputs <= set(info["missing_keys"]) and (
+        in_order_of_outputs(stored, labels) != [*labels] or outputs & missing
+    ):
+        missing |= outputs
+        note = _another_head(stored, labels)
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     base = with_bank(model, tokenizer, kind, settings, source, missing)
     if not quantise:
         base.model.to(device)
-    return base
+    return replace(base, note=note)
+
+
+def _outputs(model: Any) -> set[str]:
+    """The parameters of the layers that give one number per label."""
+    return {
+        f"{path}.{key}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and above_encoder(model, path)
+        and module.out_features == model.config.num_labels
+        for key, _ in module.named_parameters()
+    }
+
+
+def _another_head(stored: Any, labels: Sequence[object]) -> str:
+    names = [str(stored.id2label.get(index)) for index in range(stored.num_labels)]
+    unnamed = names == generic_names(len(names))
+    called = "have no names" if unnamed else f"are {_listed(names)}"
+    return (
+        f"the checkpoint's head is not used and a new one is drawn: its {len(names)} outputs "
+        f"{called}, the run's labels are {_listed(labels)}"
+    )
+
+
+def _listed(names: Sequence[object], most: int = 5) -> str:
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def with_bank(
