@@ -130,6 +130,98 @@ def test_an_adapter_made_by_plain_peft_is_a_start(tmp_path: Path, kind: str) -> 
     assert torch.allclose(ours, logits(theirs, bench), rtol=0, atol=1e-5)
 
 
+def strong(model: Any, seed: int = 3) -> Any:
+    """A PEFT model whose lora_B is not 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+QUERY = "layer.1.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"lora_alpha": 32},
+        {"use_rslora": True},
+        {"lora_alpha": 3, "use_rslora": True},
+        {"alpha_pattern": {QUERY: 64, "value": 1}},
+        {"r": 4, "rank_pattern": {"query": 2, "value": 2}, "alpha_pattern": {"value": 5}},
+        {"init_lora_weights": "gaussian"},
+        {"lora_dropout": 0.5, "layers_pattern": "layer", "layers_to_transform": [0, 1]},
+        {"exclude_modules": ["key"], "target_modules": r".*self\.(query|key|value)"},
+    ],
+    ids=str,
+)
+def test_the_strength_of_an_adapter_is_that_of_its_own_configuration(
+    tmp_path: Path, theirs: dict[str, Any]
+) -> None:
+    bench = make("bert", tmp_path, rank=2, alpha=8)
+    config = peft.LoraConfig(
+        **{
+            "r": 2,
+            "lora_alpha": 8,
+            "target_modules": ["query", "value"],
+            "modules_to_save": ["classifier"],
+            "task_type": "SEQ_CLS",
+            **theirs,
+        }
+    )
+    model = strong(peft.get_peft_model(fresh("bert", tmp_path / "bert"), config))
+    model.save_pretrained(tmp_path / "theirs")
+    for any_rank in (False, True):
+        adapter = read_adapter(tmp_path / "theirs", bench.base.specs, any_rank=any_rank)
+        assert adapter.scaling == bench.base.specs.scaling
+        with bench.base.holding(adapter):
+            ours = logits(bench.base.model, bench)
+        assert torch.allclose(ours, logits(model, bench), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 1]]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("trainable_token_indices", [3]),
+        ("alora_invocation_tokens", [1]),
+        ("peft_type", "IA3"),
+        ("a_key_of_next_year", {"on": 1}),
+    ],
+)
+def test_an_adapter_that_computes_more_than_its_factors_is_refused_by_the_key_s_name(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    bench = make("bert", tmp_path)
+    folder = save(bench, bench.start(), tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ConfigError, match=key) as caught:
+        read_adapter(folder, bench.base.specs)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    bench = make("bert", tmp_path)
+    folder = save(bench, bench.start(), tmp_path / "adapter")
+    for text in ("{", "[]", '"a"', "{}"):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+            read_adapter(folder, bench.base.specs)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"adapter_config.json is missing"):
+        read_adapter(folder, bench.base.specs)
+
+
 def test_an_adapter_without_a_head_is_read_without_one(tmp_path: Path) -> None:
     bench = make("bert", tmp_path)
     adapter = bench.start()
