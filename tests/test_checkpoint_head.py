@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,6 +16,7 @@ from calls import Calls, configuration
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rolora.config.load import make_config
+from rolora.model.peft import save_adapter
 from rolora.run import runs
 from rolora.run.experiment import Experiment
 from rolora.sites.coordinator import across
@@ -135,3 +138,26 @@ def test_sites_follow_the_checkpoint_s_order_too(tmp_path: Path) -> None:
     start, *_ = run.rounds()
     assert run.experiment.labels == ("pos", "neg")
     assert start.metrics["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("bad", "good")])
+def test_an_adapter_s_head_starts_a_run_only_where_its_outputs_mean_the_same(
+    tmp_path: Path, names: Sequence[str]
+) -> None:
+    tiny.tiny_bert(tmp_path / "model")
+    first = experiment(tmp_path, ["a", "b"] * 20)
+    start = first.start.server.adapter
+    base = first.base
+    config: Any = copy.deepcopy(base.model.config)
+    config.id2label = dict(enumerate(names))
+    other = start | {name: tensor + 1 for name, tensor in start.items()}
+    save_adapter(tmp_path / "adapter", other, base.peft_config, config, base.tokenizer, {})
+    warm = first.config.model_copy(
+        update={"lora": first.config.lora.model_copy(update={"init_from": "adapter"})}
+    )
+    run = Experiment(warm, base=base)
+    taken = run.start.server.adapter
+    assert all(torch.equal(taken[n], other[n]) for n in other if "lora" in n)
+    assert all(torch.equal(taken[n], start[n]) for n in other if "lora" not in n)
+    (said,) = (note for note in run.notes if "head of" in note)
+    assert "its labels are not this run's" in said

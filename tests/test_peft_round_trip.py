@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from states import same
 from tiny_clients import LABELS, Bench, classifier, language_model
+from transformers import AutoModelForSequenceClassification
 
 from rolora.algorithm.adapter import AdapterState
 from rolora.data.examples import collate
@@ -34,7 +35,9 @@ def make(kind: str, folder: Path, **lora: Any) -> Bench:
 
 def save(bench: Bench, adapter: AdapterState, folder: Path) -> Path:
     base = bench.base
-    save_adapter(folder, adapter, base.peft_config, base.model.config, {"task": "any"})
+    save_adapter(
+        folder, adapter, base.peft_config, base.model.config, base.tokenizer, {"task": "any"}
+    )
     return folder
 
 
@@ -79,13 +82,56 @@ def test_peft_loads_what_we_write_and_computes_the_same_logits(
     adapter = bench.start()
     folder = save(bench, adapter, tmp_path / "adapter")
     model = tmp_path / kind.partition(" ")[0]
-    configs = [None, transformers.AutoConfig.from_pretrained(folder)]
+    configs = [None, transformers.AutoConfig.from_pretrained(folder / "model_config.json")]
     for config in configs[kind == "gpt2" :]:  # GPT-2's own names no padding token
         theirs = peft.PeftModel.from_pretrained(fresh(kind, model, config), folder)
         with bench.base.holding(adapter):
             ours = logits(bench.base.model, bench)
         assert torch.allclose(ours, logits(theirs, bench), rtol=0, atol=1e-5)
     assert not torch.allclose(ours, logits(bench.base.model, bench), rtol=0, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "llama", "gpt2 lm", "llama lm"]
+)
+def test_peft_autopeft_and_pipelines_load_what_we_write_from_any_folder(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, task = kind.partition(" ")
+    (tmp_path / "far").mkdir()
+    getattr(tiny, f"tiny_{name}")(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    bench = make(kind, Path(), target_modules=("all-linear",))  # a relative path of the base
+    adapter = bench.start()
+    save(bench, adapter, tmp_path / "adapter")
+    with bench.base.holding(adapter):
+        ours = logits(bench.base.model, bench)
+
+    monkeypatch.chdir(tmp_path / "far")
+    folder = "../adapter"
+    config = transformers.AutoConfig.from_pretrained(f"{folder}/model_config.json")
+    lm = task == "lm"
+    auto = transformers.AutoModelForCausalLM if lm else AutoModelForSequenceClassification
+    autopeft = peft.AutoPeftModelForCausalLM if lm else peft.AutoPeftModelForSequenceClassification
+    more: dict[str, Any] = {} if lm else {"id2label": config.id2label}
+    if name in ("gpt2", "llama"):
+        more["pad_token_id"] = config.pad_token_id
+    what = "text-generation" if lm else "text-classification"
+    pipeline = transformers.pipeline(what, folder, model_kwargs=more)
+    place = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    loaded = [
+        peft.PeftModel.from_pretrained(auto.from_pretrained(place, config=config), folder),
+        autopeft.from_pretrained(folder, **more),
+        auto.from_pretrained(folder, config=config),
+        pipeline.model,
+    ]
+    for model in loaded:
+        assert torch.allclose(ours, logits(model, bench), rtol=0, atol=1e-5)
+    text = tiny.SENTENCES[0]
+    assert pipeline.tokenizer(text)["input_ids"] == bench.base.tokenizer(text)["input_ids"]
+    if not lm:
+        assert pipeline(text)[0]["label"] in LABELS
 
 
 @pytest.mark.parametrize(("kind", "lora"), ROUND_TRIPS[:7], ids=lambda value: str(value))
@@ -105,7 +151,7 @@ def test_the_folder_says_which_base_labels_and_task_it_belongs_to(tmp_path: Path
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "bert")
     assert config["modules_to_save"] == ["classifier"]
-    assert json.loads((folder / "config.json").read_text())["id2label"] == {
+    assert json.loads((folder / "model_config.json").read_text())["id2label"] == {
         str(index): label for index, label in enumerate(LABELS)
     }
     assert json.loads((folder / "rolora.json").read_text()) == {"task": "any"}

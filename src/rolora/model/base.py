@@ -208,8 +208,8 @@ def with_bank(
 ) -> Base:
     """The frozen base that ``model``, changed in place, becomes.
 
-    ``source`` names it; the weights named in ``missing`` are not from the checkpoint; of an
-    ``outline`` only shapes are checked. Raises ConfigError for a model that cannot carry
+    ``source`` names it in messages; the weights named in ``missing`` are not from the checkpoint;
+    of an ``outline`` only shapes are checked. Raises ConfigError for a model that cannot carry
     per-client adapters.
     """
     if model.config.is_encoder_decoder:
@@ -217,7 +217,7 @@ def with_bank(
     head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
     if kind == "causal_lm" and missing:
         raise ConfigError(f"{source!r} lacks {min(missing)}: it is not a causal language model")
-    config = peft_config(model, kind, settings, source, head_layers)
+    config = peft_config(model, kind, settings, head_layers)
     layers = target_layers(model, config, head_layers)
     bank = attach(
         model,
@@ -237,14 +237,20 @@ def with_bank(
 
 
 def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]:
-    """The linear layers above the pre-trained encoder, and those that the checkpoint lacks."""
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [p for p in linears if above_encoder(model, p) or f"{p}.weight" in missing]
-    covered = {f"{path}.{key}" for path in found for key in ("weight", "bias")}
-    if uncovered := set(missing) - covered:
-        raise ConfigError(
-            f"{source!r} lacks {min(uncovered)}, which is not part of a linear task head"
+    """The layers above the pre-trained encoder, and the linear ones that the checkpoint lacks."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if path
+        and any(True for _ in module.parameters(recurse=False))
+        and (
+            above_encoder(model, path)
+            or (isinstance(module, nn.Linear) and f"{path}.weight" in missing)
         )
+    ]
+    layers = {name: name.rpartition(".")[0] for name in missing}
+    if uncovered := sorted(name for name, path in layers.items() if path not in found):
+        raise ConfigError(f"{source!r} lacks {uncovered[0]}, which is not part of a task head")
     return found
 
 

@@ -14,7 +14,7 @@ import transformers
 
 from rolora.errors import ConfigError, ModelNotHere
 from rolora.model import pixel_network
-from rolora.model.peft import Kind
+from rolora.model.peft import MODEL_CONFIG, Kind
 from rolora.network import is_reachable
 
 Quantised = Literal["int8", "nf4"]
@@ -110,6 +110,15 @@ def in_order_of_checkpoint(
             config = transformers.AutoConfig.from_pretrained(**place)
             return in_order_of_outputs(config, labels) or [*labels]
     return [*labels]
+
+
+def in_order_of_adapter(folder: Path, labels: Sequence[Any]) -> list[Any] | None:
+    """The labels in the order of the head of an adapter folder; as they are if it names none."""
+    file = folder / MODEL_CONFIG
+    if not file.is_file():
+        return [*labels]
+    with one_line_errors(str(file)):
+        return in_order_of_outputs(transformers.AutoConfig.from_pretrained(file), labels)
 
 
 def quantisation(

@@ -28,6 +28,7 @@ from rolora.model.bank import PREFIX
 
 Kind = Literal["classification", "causal_lm"]
 WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "model_config.json"
 _CONFIG = "adapter_config.json"
 
 
@@ -52,11 +53,10 @@ class LoraSettings:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def peft_config(
-    model: Any, kind: Kind, settings: LoraSettings, source: str, head_layers: Sequence[str]
-) -> Any:
+def peft_config(model: Any, kind: Kind, settings: LoraSettings, head_layers: Sequence[str]) -> Any:
     """The peft.LoraConfig of an adapter on ``model``; it both finds the layers and is saved.
 
+    It names the base by its hub name, or by an absolute path, which is right from any folder.
     Raises ConfigError where PEFT has no default target modules or the layers do not exist.
     """
     architecture = model.config.model_type
@@ -71,6 +71,7 @@ def peft_config(
             f"no default target_modules for {architecture!r}: set lora.target_modules to some of "
             + ", ".join(sorted(names))
         )
+    place = model.name_or_path
     return peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -84,7 +85,7 @@ def peft_config(
         )
         or None,
         task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
-        base_model_name_or_path=source,
+        base_model_name_or_path=str(Path(place).resolve()) if Path(place).exists() else place,
         inference_mode=True,
     )
 
@@ -140,12 +141,19 @@ def target_layers(model: nn.Module, config: Any, head_layers: Sequence[str]) -> 
 
 
 def save_adapter(
-    folder: Path, adapter: AdapterState, config: Any, model_config: Any, notes: Mapping[str, Any]
+    folder: Path,
+    adapter: AdapterState,
+    config: Any,
+    model_config: Any,
+    tokenizer: Any,
+    notes: Mapping[str, Any],
 ) -> None:
     """Write a PEFT adapter folder, whole or not at all.
 
     Cores and deltas go into the factors, so ranks may differ from layer to layer. Beside PEFT's two
-    files the folder holds the model's ``config.json`` (labels) and ``rolora.json`` (``notes``).
+    files the folder holds the tokenizer, ``rolora.json`` (``notes``) and ``model_config.json``: the
+    base's configuration with the run's labels. Called config.json, it would make loaders take the
+    folder for a whole model.
     """
     plain = to_peft(adapter)
     if plain is not adapter:
@@ -153,8 +161,17 @@ def save_adapter(
     with new_folder(folder) as part:
         config.save_pretrained(str(part))
         save_file({n: t.contiguous() for n, t in plain.items()}, part / WEIGHTS, {"format": "pt"})
-        model_config.save_pretrained(str(part))
+        model_config.to_json_file(part / MODEL_CONFIG)
+        _save_tokenizer(tokenizer, part)
         (part / "rolora.json").write_text(json.dumps(dict(notes), indent=2) + "\n")
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save it without what its last call was asked to truncate and pad to."""
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        fast.no_truncation()
+        fast.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def _with_ranks(config: Any, adapter: AdapterState) -> Any:
