@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from states import same
 from tiny_clients import LABELS, Bench, classifier, language_model
+from transformers import AutoModelForSequenceClassification
 
 from rolora.algorithm.adapter import AdapterState
 from rolora.data.examples import collate
@@ -34,7 +35,9 @@ def make(kind: str, folder: Path, **lora: Any) -> Bench:
 
 def save(bench: Bench, adapter: AdapterState, folder: Path) -> Path:
     base = bench.base
-    save_adapter(folder, adapter, base.peft_config, base.model.config, {"task": "any"})
+    save_adapter(
+        folder, adapter, base.peft_config, base.model.config, base.tokenizer, {"task": "any"}
+    )
     return folder
 
 
@@ -79,13 +82,56 @@ def test_peft_loads_what_we_write_and_computes_the_same_logits(
     adapter = bench.start()
     folder = save(bench, adapter, tmp_path / "adapter")
     model = tmp_path / kind.partition(" ")[0]
-    configs = [None, transformers.AutoConfig.from_pretrained(folder)]
+    configs = [None, transformers.AutoConfig.from_pretrained(folder / "model_config.json")]
     for config in configs[kind == "gpt2" :]:  # GPT-2's own names no padding token
         theirs = peft.PeftModel.from_pretrained(fresh(kind, model, config), folder)
         with bench.base.holding(adapter):
             ours = logits(bench.base.model, bench)
         assert torch.allclose(ours, logits(theirs, bench), rtol=0, atol=1e-5)
     assert not torch.allclose(ours, logits(bench.base.model, bench), rtol=0, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "llama", "gpt2 lm", "llama lm"]
+)
+def test_peft_autopeft_and_pipelines_load_what_we_write_from_any_folder(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, task = kind.partition(" ")
+    (tmp_path / "far").mkdir()
+    getattr(tiny, f"tiny_{name}")(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    bench = make(kind, Path(), target_modules=("all-linear",))  # a relative path of the base
+    adapter = bench.start()
+    save(bench, adapter, tmp_path / "adapter")
+    with bench.base.holding(adapter):
+        ours = logits(bench.base.model, bench)
+
+    monkeypatch.chdir(tmp_path / "far")
+    folder = "../adapter"
+    config = transformers.AutoConfig.from_pretrained(f"{folder}/model_config.json")
+    lm = task == "lm"
+    auto = transformers.AutoModelForCausalLM if lm else AutoModelForSequenceClassification
+    autopeft = peft.AutoPeftModelForCausalLM if lm else peft.AutoPeftModelForSequenceClassification
+    more: dict[str, Any] = {} if lm else {"id2label": config.id2label}
+    if name in ("gpt2", "llama"):
+        more["pad_token_id"] = config.pad_token_id
+    what = "text-generation" if lm else "text-classification"
+    pipeline = transformers.pipeline(what, folder, model_kwargs=more)
+    place = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    loaded = [
+        peft.PeftModel.from_pretrained(auto.from_pretrained(place, config=config), folder),
+        autopeft.from_pretrained(folder, **more),
+        auto.from_pretrained(folder, config=config),
+        pipeline.model,
+    ]
+    for model in loaded:
+        assert torch.allclose(ours, logits(model, bench), rtol=0, atol=1e-5)
+    text = tiny.SENTENCES[0]
+    assert pipeline.tokenizer(text)["input_ids"] == bench.base.tokenizer(text)["input_ids"]
+    if not lm:
+        assert pipeline(text)[0]["label"] in LABELS
 
 
 @pytest.mark.parametrize(("kind", "lora"), ROUND_TRIPS[:7], ids=lambda value: str(value))
@@ -105,7 +151,7 @@ def test_the_folder_says_which_base_labels_and_task_it_belongs_to(tmp_path: Path
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "bert")
     assert config["modules_to_save"] == ["classifier"]
-    assert json.loads((folder / "config.json").read_text())["id2label"] == {
+    assert json.loads((folder / "model_config.json").read_text())["id2label"] == {
         str(index): label for index, label in enumerate(LABELS)
     }
     assert json.loads((folder / "rolora.json").read_text()) == {"task": "any"}
@@ -128,6 +174,98 @@ def test_an_adapter_made_by_plain_peft_is_a_start(tmp_path: Path, kind: str) -> 
     with bench.base.holding(adapter):
         ours = logits(bench.base.model, bench)
     assert torch.allclose(ours, logits(theirs, bench), rtol=0, atol=1e-5)
+
+
+def strong(model: Any, seed: int = 3) -> Any:
+    """A PEFT model whose lora_B is not 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+QUERY = "layer.1.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"lora_alpha": 32},
+        {"use_rslora": True},
+        {"lora_alpha": 3, "use_rslora": True},
+        {"alpha_pattern": {QUERY: 64, "value": 1}},
+        {"r": 4, "rank_pattern": {"query": 2, "value": 2}, "alpha_pattern": {"value": 5}},
+        {"init_lora_weights": "gaussian"},
+        {"lora_dropout": 0.5, "layers_pattern": "layer", "layers_to_transform": [0, 1]},
+        {"exclude_modules": ["key"], "target_modules": r".*self\.(query|key|value)"},
+    ],
+    ids=str,
+)
+def test_the_strength_of_an_adapter_is_that_of_its_own_configuration(
+    tmp_path: Path, theirs: dict[str, Any]
+) -> None:
+    bench = make("bert", tmp_path, rank=2, alpha=8)
+    config = peft.LoraConfig(
+        **{
+            "r": 2,
+            "lora_alpha": 8,
+            "target_modules": ["query", "value"],
+            "modules_to_save": ["classifier"],
+            "task_type": "SEQ_CLS",
+            **theirs,
+        }
+    )
+    model = strong(peft.get_peft_model(fresh("bert", tmp_path / "bert"), config))
+    model.save_pretrained(tmp_path / "theirs")
+    for any_rank in (False, True):
+        adapter = read_adapter(tmp_path / "theirs", bench.base.specs, any_rank=any_rank)
+        assert adapter.scaling == bench.base.specs.scaling
+        with bench.base.holding(adapter):
+            ours = logits(bench.base.model, bench)
+        assert torch.allclose(ours, logits(model, bench), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("use_qalora", True),
+        ("layer_replication", [[0, 1]]),
+        ("target_parameters", ["experts.down_proj"]),
+        ("trainable_token_indices", [3]),
+        ("alora_invocation_tokens", [1]),
+        ("peft_type", "IA3"),
+        ("a_key_of_next_year", {"on": 1}),
+    ],
+)
+def test_an_adapter_that_computes_more_than_its_factors_is_refused_by_the_key_s_name(
+    tmp_path: Path, key: str, value: Any
+) -> None:
+    bench = make("bert", tmp_path)
+    folder = save(bench, bench.start(), tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ConfigError, match=key) as caught:
+        read_adapter(folder, bench.base.specs)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    bench = make("bert", tmp_path)
+    folder = save(bench, bench.start(), tmp_path / "adapter")
+    for text in ("{", "[]", '"a"', "{}"):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"adapter_config\.json"):
+            read_adapter(folder, bench.base.specs)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"adapter_config.json is missing"):
+        read_adapter(folder, bench.base.specs)
 
 
 def test_an_adapter_without_a_head_is_read_without_one(tmp_path: Path) -> None:

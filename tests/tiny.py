@@ -23,6 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -36,7 +38,7 @@ SENTENCES = [
     "system user assistant: you answer in one short line",
 ]
 
-HEADS = ("classifier", "pre_classifier", "score")
+HEADS = ("classifier", "pre_classifier", "score", "head.")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -116,6 +118,19 @@ def tiny_distilbert(folder: Path, seed: int = 0) -> Path:
         vocab_size=len(fast), dim=32, hidden_dim=64, n_layers=2, n_heads=4, pad_token_id=0
     )
     return _save(folder, fast, DistilBertForSequenceClassification, config, seed)
+
+
+def tiny_modernbert(folder: Path, seed: int = 0) -> Path:
+    """A ModernBERT, whose head has a LayerNorm between its two linear layers."""
+    fast = word_tokenizer()
+    config = ModernBertConfig(
+        **_SIZES,
+        vocab_size=len(fast),
+        pad_token_id=fast.pad_token_id,
+        local_attention=16,
+        global_attn_every_n_layers=2,
+    )
+    return _save(folder, fast, ModernBertForSequenceClassification, config, seed)
 
 
 def tiny_deberta(folder: Path, seed: int = 0) -> Path:

@@ -15,8 +15,9 @@ a plain client.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,9 +176,36 @@ class HeadLinear(nn.Module):
         y = segment_linear(x, bank.leaves[f"{self.layer}.weight"], sizes)
         if self.base.bias is None:
             return y
-        bias = bank.leaves[f"{self.layer}.bias"]
-        each = torch.tensor(sizes, device=bias.device)
-        return y + bias.repeat_interleave(each, dim=0, output_size=sum(sizes)).view(y.shape)
+        return y + _each(bank.leaves[f"{self.layer}.bias"], sizes, y)
+
+
+class HeadNorm(nn.Module):
+    """A LayerNorm of the task head with one weight and bias (K, width) per client."""
+
+    def __init__(self, base: nn.LayerNorm, layer: str, bank: Bank) -> None:
+        super().__init__()
+        self.base = base
+        self.layer = layer
+        self.bank = bank
+
+    def forward(self, x: Tensor) -> Tensor:
+        bank, base = self.bank, self.base
+        if not bank.leaves:
+            plain: Tensor = base(x)
+            return plain
+        sizes = bank.sizes(x)
+        y = functional.layer_norm(x, base.normalized_shape, eps=base.eps)
+        y = y * _each(bank.leaves[f"{self.layer}.weight"], sizes, y)
+        return y if base.bias is None else y + _each(bank.leaves[f"{self.layer}.bias"], sizes, y)
+
+
+def _each(leaf: Tensor, sizes: Sequence[int], like: Tensor) -> Tensor:
+    """A (K, width) leaf with each client's vector once for each of its rows, shaped as ``like``."""
+    each = torch.tensor(sizes, device=leaf.device)
+    return leaf.repeat_interleave(each, dim=0, output_size=sum(sizes)).view(like.shape)
+
+
+HEADS: Mapping[type[nn.Module], Any] = {nn.Linear: HeadLinear, nn.LayerNorm: HeadNorm}
 
 
 def attach(
@@ -226,10 +254,18 @@ def attach(
         tensors.append(TensorSpec(f"{PREFIX}{path}.lora_A.weight", "A", (rank, width_in)))
         tensors.append(TensorSpec(f"{PREFIX}{path}.lora_B.weight", "B", (width_out, rank)))
     for path in head_layers:
-        for key, value in model.get_submodule(path).named_parameters():
+        module = model.get_submodule(path)
+        if type(module) not in HEADS:
+            raise ConfigError(
+                f"layer {path!r} of the task head is a {type(module).__name__}; only linear layers "
+                "and LayerNorms can be trained: use another model"
+            )
+        for key, value in module.named_parameters():
             name = f"{PREFIX}{path}.{key}"
             if f"{path}.{key}" not in missing:
                 head[name] = value.detach().float().cpu().clone()
+            elif isinstance(module, nn.LayerNorm):  # never drawn: it starts as the identity
+                head[name] = torch.full(value.shape, float(key == "weight"))
             tensors.append(TensorSpec(name, "head", tuple(value.shape)))
     scalings = {PREFIX + path: scaling for path in layers}
     ordered = tuple(sorted(tensors, key=lambda spec: spec.name))
@@ -238,10 +274,8 @@ def attach(
         layer = LoraLinear(model.get_submodule(path), PREFIX + path, scaling, bank)
         model.set_submodule(path, layer)
     for path in head_layers:
-        linear = model.get_submodule(path)
-        if not isinstance(linear, nn.Linear):
-            raise ConfigError(f"head module {path!r} is a {type(linear).__name__}, not a Linear")
-        model.set_submodule(path, HeadLinear(linear, PREFIX + path, bank))
+        module = model.get_submodule(path)
+        model.set_submodule(path, HEADS[type(module)](module, PREFIX + path, bank))
     model.eval()
     return bank
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
@@ -21,6 +22,8 @@ from rolora.model.bank import Bank, LoraLinear, Noise, attach
 from rolora.model.checkpoint import (
     AUTO,
     Quantised,
+    generic_names,
+    in_order_of_outputs,
     label_names,
     load_tokenizer,
     locate,
@@ -37,7 +40,8 @@ from rolora.model.stack import Stack, take_over
 class Base:
     """A frozen base model with a client bank in it, its tokenizer, and its PEFT configuration.
 
-    An ``outline`` has shapes and no values (``rolora.plan.meta_model``).
+    An ``outline`` has shapes and no values (``rolora.plan.meta_model``). ``note``: what the user
+    should know of how it was loaded, or nothing.
     """
 
     model: nn.Module
@@ -47,6 +51,7 @@ class Base:
     head_layers: tuple[str, ...]
     stack: Stack | None
     outline: bool = False
+    note: str = ""
 
     @property
     def specs(self) -> Specs:
@@ -129,7 +134,8 @@ def load_base(
 
     ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
     safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
-    but the head's through bitsandbytes. Raises ConfigError, in one line, for anything unusable.
+    but the head's through bitsandbytes. A trained head is used only where the checkpoint names its
+    outputs as ``labels``, in this order. Raises ConfigError, in one line, for anything unusable.
     """
     place = locate(source, root, offline)
     require_here(place, offline)
@@ -148,13 +154,47 @@ def load_base(
             use_safetensors=None if "gguf_file" in place else True,
             output_loading_info=True,
         )
+        stored = transformers.AutoConfig.from_pretrained(**place)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    outputs = _outputs(model) if kind == "classification" else set()
+    note = ""
+    if not outputs <= set(info["missing_keys"]) and (
+        in_order_of_outputs(stored, labels) != [*labels] or outputs & missing
+    ):
+        missing |= outputs
+        note = _another_head(stored, labels)
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     base = with_bank(model, tokenizer, kind, settings, source, missing)
     if not quantise:
         base.model.to(device)
-    return base
+    return replace(base, note=note)
+
+
+def _outputs(model: Any) -> set[str]:
+    """The parameters of the layers that give one number per label."""
+    return {
+        f"{path}.{key}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and above_encoder(model, path)
+        and module.out_features == model.config.num_labels
+        for key, _ in module.named_parameters()
+    }
+
+
+def _another_head(stored: Any, labels: Sequence[object]) -> str:
+    names = [str(stored.id2label.get(index)) for index in range(stored.num_labels)]
+    unnamed = names == generic_names(len(names))
+    called = "have no names" if unnamed else f"are {_listed(names)}"
+    return (
+        f"the checkpoint's head is not used and a new one is drawn: its {len(names)} outputs "
+        f"{called}, the run's labels are {_listed(labels)}"
+    )
+
+
+def _listed(names: Sequence[object], most: int = 5) -> str:
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def with_bank(
@@ -168,8 +208,8 @@ def with_bank(
 ) -> Base:
     """The frozen base that ``model``, changed in place, becomes.
 
-    ``source`` names it; the weights named in ``missing`` are not from the checkpoint; of an
-    ``outline`` only shapes are checked. Raises ConfigError for a model that cannot carry
+    ``source`` names it in messages; the weights named in ``missing`` are not from the checkpoint;
+    of an ``outline`` only shapes are checked. Raises ConfigError for a model that cannot carry
     per-client adapters.
     """
     if model.config.is_encoder_decoder:
@@ -177,7 +217,7 @@ def with_bank(
     head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
     if kind == "causal_lm" and missing:
         raise ConfigError(f"{source!r} lacks {min(missing)}: it is not a causal language model")
-    config = peft_config(model, kind, settings, source, head_layers)
+    config = peft_config(model, kind, settings, head_layers)
     layers = target_layers(model, config, head_layers)
     bank = attach(
         model,
@@ -197,14 +237,20 @@ def with_bank(
 
 
 def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]:
-    """The linear layers above the pre-trained encoder, and those that the checkpoint lacks."""
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    found = [p for p in linears if above_encoder(model, p) or f"{p}.weight" in missing]
-    covered = {f"{path}.{key}" for path in found for key in ("weight", "bias")}
-    if uncovered := set(missing) - covered:
-        raise ConfigError(
-            f"{source!r} lacks {min(uncovered)}, which is not part of a linear task head"
+    """The layers above the pre-trained encoder, and the linear ones that the checkpoint lacks."""
+    found = [
+        path
+        for path, module in model.named_modules()
+        if path
+        and any(True for _ in module.parameters(recurse=False))
+        and (
+            above_encoder(model, path)
+            or (isinstance(module, nn.Linear) and f"{path}.weight" in missing)
         )
+    ]
+    layers = {name: name.rpartition(".")[0] for name in missing}
+    if uncovered := sorted(name for name, path in layers.items() if path not in found):
+        raise ConfigError(f"{source!r} lacks {uncovered[0]}, which is not part of a task head")
     return found
 
 

@@ -14,7 +14,7 @@ import transformers
 
 from rolora.errors import ConfigError, ModelNotHere
 from rolora.model import pixel_network
-from rolora.model.peft import Kind
+from rolora.model.peft import MODEL_CONFIG, Kind
 from rolora.network import is_reachable
 
 Quantised = Literal["int8", "nf4"]
@@ -72,6 +72,53 @@ def label_names(labels: Sequence[object]) -> dict[str, Any]:
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
+
+
+def in_order_of_outputs(config: Any, labels: Sequence[Any]) -> list[Any] | None:
+    """The labels in the order of a checkpoint's outputs; None unless its outputs are these labels.
+
+    ``config.id2label`` names the outputs. Names match exactly or, where that keeps them apart, case
+    aside. Names that transformers fills in, LABEL_0, LABEL_1, ..., may stand for "0", "1", ...
+    """
+    names = [str(config.id2label.get(index)) for index in range(config.num_labels)]
+    ours = {str(label): label for label in labels}
+    folded = {name.casefold(): label for name, label in ours.items()}
+    ways = [(names, ours), ([name.casefold() for name in names], folded)]
+    if names == generic_names(len(names)):
+        ways.append(([str(index) for index in range(len(names))], ours))
+    for outputs, found in ways:
+        if len(found) == len(labels) and sorted(found) == sorted(outputs):
+            return [found[name] for name in outputs]
+    return None
+
+
+def generic_names(count: int) -> list[str]:
+    """What transformers calls the outputs of a model that has no names for them."""
+    return [f"LABEL_{index}" for index in range(count)]
+
+
+def in_order_of_checkpoint(
+    source: str, labels: Sequence[Any], *, root: Path, offline: bool
+) -> list[Any]:
+    """The labels in the order of the outputs of the model ``source``, where it names just these.
+
+    Otherwise as they are, also where the model cannot be read: loading it will say why.
+    """
+    with contextlib.suppress(ConfigError), one_line_errors(source), quiet():
+        place = locate(source, root, offline)
+        if "gguf_file" not in place:
+            config = transformers.AutoConfig.from_pretrained(**place)
+            return in_order_of_outputs(config, labels) or [*labels]
+    return [*labels]
+
+
+def in_order_of_adapter(folder: Path, labels: Sequence[Any]) -> list[Any] | None:
+    """The labels in the order of the head of an adapter folder; as they are if it names none."""
+    file = folder / MODEL_CONFIG
+    if not file.is_file():
+        return [*labels]
+    with one_line_errors(str(file)):
+        return in_order_of_outputs(transformers.AutoConfig.from_pretrained(file), labels)
 
 
 def quantisation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +15,21 @@ import peft
 import transformers
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from rolora.algorithm.adapter import AdapterState, Specs
+from rolora.algorithm.adapter import AdapterState, Specs, role_of
 from rolora.algorithm.factors import to_peft
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, one_line
 from rolora.files import new_folder
 from rolora.model.bank import PREFIX
 
 Kind = Literal["classification", "causal_lm"]
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "model_config.json"
+_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,10 @@ class LoraSettings:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def peft_config(
-    model: Any, kind: Kind, settings: LoraSettings, source: str, head_layers: Sequence[str]
-) -> Any:
+def peft_config(model: Any, kind: Kind, settings: LoraSettings, head_layers: Sequence[str]) -> Any:
     """The peft.LoraConfig of an adapter on ``model``; it both finds the layers and is saved.
 
+    It names the base by its hub name, or by an absolute path, which is right from any folder.
     Raises ConfigError where PEFT has no default target modules or the layers do not exist.
     """
     architecture = model.config.model_type
@@ -68,6 +71,7 @@ def peft_config(
             f"no default target_modules for {architecture!r}: set lora.target_modules to some of "
             + ", ".join(sorted(names))
         )
+    place = model.name_or_path
     return peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -81,7 +85,7 @@ def peft_config(
         )
         or None,
         task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
-        base_model_name_or_path=source,
+        base_model_name_or_path=str(Path(place).resolve()) if Path(place).exists() else place,
         inference_mode=True,
     )
 
@@ -137,21 +141,37 @@ def target_layers(model: nn.Module, config: Any, head_layers: Sequence[str]) -> 
 
 
 def save_adapter(
-    folder: Path, adapter: AdapterState, config: Any, model_config: Any, notes: Mapping[str, Any]
+    folder: Path,
+    adapter: AdapterState,
+    config: Any,
+    model_config: Any,
+    tokenizer: Any,
+    notes: Mapping[str, Any],
 ) -> None:
     """Write a PEFT adapter folder, whole or not at all.
 
     Cores and deltas go into the factors, so ranks may differ from layer to layer. Beside PEFT's two
-    files the folder holds the model's ``config.json`` (labels) and ``rolora.json`` (``notes``).
+    files the folder holds the tokenizer, ``rolora.json`` (``notes``) and ``model_config.json``: the
+    base's configuration with the run's labels. Called config.json, it would make loaders take the
+    folder for a whole model.
     """
     plain = to_peft(adapter)
     if plain is not adapter:
         config = _with_ranks(config, plain)
     with new_folder(folder) as part:
         config.save_pretrained(str(part))
-        save_file({n: t.contiguous() for n, t in plain.items()}, part / _WEIGHTS, {"format": "pt"})
-        model_config.save_pretrained(str(part))
+        save_file({n: t.contiguous() for n, t in plain.items()}, part / WEIGHTS, {"format": "pt"})
+        model_config.to_json_file(part / MODEL_CONFIG)
+        _save_tokenizer(tokenizer, part)
         (part / "rolora.json").write_text(json.dumps(dict(notes), indent=2) + "\n")
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save it without what its last call was asked to truncate and pad to."""
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        fast.no_truncation()
+        fast.no_padding()
+    tokenizer.save_pretrained(folder)
 
 
 def _with_ranks(config: Any, adapter: AdapterState) -> Any:
@@ -169,14 +189,17 @@ def _with_ranks(config: Any, adapter: AdapterState) -> Any:
 def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> AdapterState:
     """The tensors of a PEFT adapter folder that fits ``specs``; it may lack the head.
 
-    ``any_rank``: each layer may have a rank of its own, at the same scaling. Only safetensors is
-    read. Raises ConfigError naming the first tensor that does not fit.
+    Each layer's product is the adapter's own: lora_B is multiplied by the adapter's scaling over
+    that of ``specs``. ``any_rank``: each layer may have a rank of its own. Only safetensors is
+    read. Raises ConfigError naming the first tensor that does not fit, or a key of
+    adapter_config.json that asks for more than lora_B @ lora_A.
     """
-    file = folder / _WEIGHTS
+    file = folder / WEIGHTS
     if not file.is_file():
         raise ConfigError(
-            f"{folder} is not a PEFT adapter with safetensors weights: {_WEIGHTS} is missing"
+            f"{folder} is not a PEFT adapter with safetensors weights: {WEIGHTS} is missing"
         )
+    config = _plain_lora(folder)
     expected = {spec.name: spec for spec in specs.tensors}
     try:
         with safe_open(file, framework="pt") as stored:
@@ -196,8 +219,76 @@ def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> Adapt
                         f"expected {spec.shape} (rank, target_modules and layers must be the same)"
                     )
             if extra := sorted(shapes.keys() - expected.keys()):
-                raise ConfigError(f"{folder} does not fit: it also holds {extra[0]}")
+                key = "modules_to_save" if role_of(extra[0]) == "head" else "target_modules"
+                raise ConfigError(
+                    f"{folder} does not fit: it also holds {extra[0]} (see {key} in its "
+                    f"{_CONFIG}): nothing of this run takes it"
+                )
             tensors = {name: stored.get_tensor(name).float() for name in shapes}
     except SafetensorError as error:
         raise ConfigError(f"{file} is damaged: {error}") from error
+    for layer, ours in specs.scaling.items():
+        rank = len(tensors[f"{layer}.lora_A.weight"])
+        theirs = _scaling(config, layer.removeprefix(PREFIX), rank)
+        if theirs is None:
+            raise ConfigError(f"{folder} is damaged: {layer} has another rank in its {_CONFIG}")
+        if not math.isclose(theirs, ours, rel_tol=1e-12):
+            tensors[f"{layer}.lora_B.weight"] *= theirs / ours
     return AdapterState(tensors, specs.scaling)
+
+
+# Keys of adapter_config.json that do not change what an adapter computes from its tensors
+_NO_EFFECT = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config"),
+}
+# ... that the tensors' names and shapes show
+_SHOWN = {
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+    *("layers_pattern",),
+}
+_SCALING = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+# ... and the starts that leave the base's weights as they are
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def _plain_lora(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says, over PEFT's defaults.
+
+    ConfigError for a key with an effect beyond the factors, their scaling and whole modules.
+    """
+    file = folder / _CONFIG
+    try:
+        stored = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is missing or damaged: {one_line(error)}") from None
+    usual = peft.LoraConfig().to_dict()
+    if (kind := str(stored.get("peft_type", "LORA"))) != "LORA":
+        raise ConfigError(f"{folder} is a {kind} adapter (peft_type); only LORA can be read")
+    for key, value in stored.items():
+        if key in _NO_EFFECT | _SHOWN | _SCALING | {"peft_type"} or value == usual.get(key):
+            continue
+        if key == "init_lora_weights" and value in _STARTS:
+            continue
+        if value or key == "bias":
+            raise ConfigError(
+                f"{folder} does not fit: {key} = {json.dumps(value)} in its {_CONFIG} changes what "
+                "it computes, which is not supported"
+            )
+    return {**usual, **stored}
+
+
+def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float | None:
+    """The factor that PEFT puts before a layer's product; None if its rank is another."""
+    found = {
+        "r": config["rank_pattern"] or {},
+        "lora_alpha": config["alpha_pattern"] or {},
+    }
+    own = {
+        key: pattern.get(get_pattern_key(pattern.keys(), path), config[key])
+        for key, pattern in found.items()
+    }
+    if own["r"] != rank:
+        return None
+    return float(own["lora_alpha"]) / (rank**0.5 if config["use_rslora"] else rank)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rolora.model.base import Base, with_bank
@@ -120,13 +119,8 @@ def _tokenizer(place: dict[str, Any]) -> Any:
 
 
 def _head(model: Any) -> set[str]:
-    """The parameters of the linear layers above the encoder."""
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if above_encoder(model, name)
-        and isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear)
-    }
+    """The parameters of the layers above the encoder."""
+    return {name for name, _ in model.named_parameters() if above_encoder(model, name)}
 
 
 def _files(place: dict[str, Any]) -> int:

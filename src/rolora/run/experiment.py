@@ -23,6 +23,7 @@ from rolora.data.examples import Examples
 from rolora.errors import ConfigError
 from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
+from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
 from rolora.model.peft import LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
 from rolora.run.shards import Rows, load_rows
@@ -99,7 +100,16 @@ class Experiment:
 
         source = self.config.data.train
         found = tables.labels(self.rows.train, self.columns["label"], source)
-        return tuple(class_labels(found, source))
+        return self.ordered(class_labels(found, source))
+
+    def ordered(self, labels: Sequence[Label]) -> Sequence[Label]:
+        """These labels in the order of the checkpoint's outputs, where it names just these."""
+        config = self.config
+        return tuple(
+            in_order_of_checkpoint(
+                config.model.path, labels, root=config.root, offline=config.offline
+            )
+        )
 
     @cached_property
     def method(self) -> Method:
@@ -259,8 +269,19 @@ class Experiment:
                     f"{self.method.name} trains cores, which no PEFT adapter has: remove "
                     "lora.init_from"
                 )
-            adapter |= read_adapter(config.root / config.lora.init_from, self.base.specs)
+            adapter |= self._warm_start[0]
         return RunState(ServerState(adapter))
+
+    @cached_property
+    def _warm_start(self) -> tuple[Mapping[str, Tensor], str]:
+        """What is taken from lora.init_from, and a note if that is not all of it."""
+        folder = self.config.root / str(self.config.lora.init_from)
+        adapter = read_adapter(folder, self.base.specs)
+        theirs = in_order_of_adapter(folder, self.labels)
+        if theirs == [*self.labels] or not adapter.only(frozenset({"head"})):
+            return adapter, ""
+        note = f"the head of {folder} is not used: its labels are not this run's, in this order"
+        return adapter.only(frozenset({"A", "B"})), note
 
     @cached_property
     def bank_plan(self) -> BankPlan:
@@ -393,6 +414,8 @@ class Experiment:
                     f"{examples.truncated} of {len(examples)} {what} rows are longer than "
                     f"{config.data.max_length} tokens (data.max_length) and were truncated"
                 )
+        found.append(self.base.note)
+        found.append(self._warm_start[1] if config.lora.init_from is not None else "")
         found.append(self._trained_on[1])
         found.append(self._loaded[1] if "_loaded" in vars(self) else "")
         wanted, plan = config.train.bank, str(self.bank_plan)

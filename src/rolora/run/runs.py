@@ -70,7 +70,14 @@ class Run:
             "labels": list(self.experiment.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
-        save_adapter(self.folder.adapter, adapter, base.peft_config, base.model.config, notes)
+        save_adapter(
+            self.folder.adapter,
+            adapter,
+            base.peft_config,
+            base.model.config,
+            base.tokenizer,
+            notes,
+        )
         write_report([self.folder.path], self.folder.report)
 
 

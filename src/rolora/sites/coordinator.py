@@ -51,7 +51,7 @@ def _prepare(
     rows = Rows(None, test, validation, shards={}, held_out={})
     run = hashlib.sha256(f"{config_hash(config)}{folder.resolve()}".encode()).hexdigest()[:16]
     membership = Membership(transport, Experiment(config), run, notify)
-    labels = tuple(membership.gather())
+    labels = wanted.ordered(membership.gather())
     here = Experiment(config, rows=rows, labels=labels)
     engine = Remote(membership, here)
     members = engine.clients()
@@ -69,7 +69,7 @@ def _prepare(
         data=data_hash({}, here.test),
         bank=1,
         spare=config.federation.spare,
-        notes=(),
+        notes=[note for note in (here.base.note,) if note],
     )
 
 
