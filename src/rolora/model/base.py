@@ -241,8 +241,9 @@ def _refuse_unreachable_layers(model: Any) -> None:
 
 
 def tokenizer_digest(base: Base) -> str:
-    """A hash of the tokenizer's vocabulary and rules, whatever it was last used for."""
+    """A hash of the tokenizer's vocabulary, rules and template, whatever it was last used for."""
     tokenizer = base.tokenizer
+    rules: dict[str, Any]
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         rules |= {"truncation": None, "padding": None}  # settings of the last call
@@ -252,6 +253,7 @@ def tokenizer_digest(base: Base) -> str:
             "vocabulary": tokenizer.get_vocab(),
             "probe": tokenizer("Ab aB, \u00e9\u00c9 x1")["input_ids"],
         }
+    rules["chat template"] = tokenizer.chat_template
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:32]
 
 
