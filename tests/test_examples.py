@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
-from tiny import SENTENCES, tiny_bert
+from tiny import SENTENCES, esm_tokenizer, tiny_bert, tiny_esm, word_tokenizer
 from tiny_clients import LABELS
+from transformers import ByT5Tokenizer
 
 from rolora.data.examples import Examples, collate
-from rolora.model.base import load_base
+from rolora.model.base import load_base, tokenizer_digest
 from rolora.model.peft import LoraSettings
 from rolora.tasks import classification
 
@@ -42,6 +47,52 @@ def test_rows_are_the_same_tokens_however_many_go_through_the_tokenizer_at_once(
     assert whole.types is None or torch.equal(whole.types, _of(parts.types))
     assert whole.truncated == parts.truncated > 0
     assert len(parts) == 11
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["one text", "two texts"])
+@pytest.mark.parametrize("written_in_python", [esm_tokenizer, ByT5Tokenizer, word_tokenizer])
+def test_a_tokenizer_written_in_python_serves_where_no_offsets_are_needed(
+    written_in_python: Callable[[], Any], pair: bool
+) -> None:
+    """The oracle is the tokenizer itself, one row at a time."""
+    tokenizer, limit = written_in_python(), 9
+    firsts = ["MKV", "LAGVSER" * 3, "MKVLAGV", "the cat sat on the mat and looked at the dog"]
+    columns = [firsts, ["GG", "K", "AAAA", "a good film"]] if pair else [firsts]
+    rows = list(zip(*columns, strict=True))
+    found = classification.tokenised(tokenizer, columns, torch.zeros(4).long(), limit, "rows")
+    whole = [tokenizer(*row)["input_ids"] for row in rows]
+    cut = [tokenizer(*row, truncation=True, max_length=limit)["input_ids"] for row in rows]
+    ends = found.offsets.tolist()
+    assert [found.tokens[a:b].tolist() for a, b in itertools.pairwise(ends)] == cut
+    assert found.truncated == sum(len(ids) > limit for ids in whole)
+    assert 0 < found.truncated < 4
+
+
+def test_a_protein_model_is_fine_tuned_with_its_own_tokenizer(tmp_path: Path) -> None:
+    settings = LoraSettings(target_modules=("query", "value"))
+    base = load_base(str(tiny_esm(tmp_path / "esm")), "classification", settings, labels=("a", "b"))
+    task = classification.classification(base, ("a", "b"), ["text"], "label", 16)
+    table = pa.table({"text": ["MKVL", "GGS", "LAGV" * 9], "label": ["a", "b", "a"]})
+    examples = task.encode(table, "rows")
+    batch = collate(examples, torch.arange(3), base.tokenizer.pad_token_id)
+    loss, _ = task.loss(base.model, batch)
+    assert torch.isfinite(loss).all()
+    assert examples.truncated == 1
+
+
+def test_two_tokenizers_written_in_python_differ_by_class_and_words(
+    tmp_path: Path,
+) -> None:
+    settings = LoraSettings(target_modules=("query",))
+    base = load_base(str(tiny_esm(tmp_path)), "classification", settings, labels=("a", "b"))
+    same, words = esm_tokenizer(), esm_tokenizer()
+    words.add_tokens(["J"])
+    digests = {
+        name: tokenizer_digest(replace(base, tokenizer=tokenizer))
+        for name, tokenizer in {"own": same, "words": words, "class": ByT5Tokenizer()}.items()
+    }
+    assert digests["own"] == tokenizer_digest(base)
+    assert len(set(digests.values())) == 3
 
 
 def _of(tensor: torch.Tensor | None) -> torch.Tensor:

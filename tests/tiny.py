@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from transformers import (
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    EsmConfig,
+    EsmForSequenceClassification,
+    EsmTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForSequenceClassification,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -171,6 +176,19 @@ def tiny_bart(folder: Path, seed: int = 0) -> Path:
     return _save(folder, fast, BartForSequenceClassification, config, seed)
 
 
+def tiny_esm(folder: Path, seed: int = 0) -> Path:
+    """A protein model, whose tokenizer is written in Python."""
+    tokens = esm_tokenizer()
+    config = EsmConfig(
+        **_SIZES,
+        vocab_size=len(tokens),
+        pad_token_id=tokens.pad_token_id,
+        mask_token_id=tokens.mask_token_id,
+        position_embedding_type="rotary",
+    )
+    return _save(folder, tokens, EsmForSequenceClassification, config, seed)
+
+
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -204,6 +222,15 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def esm_tokenizer() -> EsmTokenizer:
+    """Amino acids as words."""
+    words = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<mask>"]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(words))
+        file.flush()
+        return EsmTokenizer(file.name)
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """The words of a few sentences, with [CLS] and [SEP]."""
     tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
@@ -229,7 +256,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _save(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, model_class: type, config: object, seed: int
+    folder: Path, tokenizer: PreTrainedTokenizerBase, model_class: type, config: object, seed: int
 ) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rolora.errors import ConfigError, DataError, one_line
 from rolora.files import locked, new_folder, write_file
 from rolora.results.runs import flatten, load_run
 from rolora.results.tuned import Tuning
-from rolora.run.experiment import Experiment
+from rolora.run.experiment import Experiment, dated
 from rolora.run.folder import RunFolder
 from rolora.run.shards import digest
 
@@ -39,6 +39,13 @@ class ComparisonFolder:
     def tuning_file(self) -> Path:
         """The choice; once it exists, the tuning runs are no longer needed."""
         return self.path / "tuning.json"
+
+    def dated(self, comparison: Comparison) -> Comparison:
+        """The comparison on the date that it was started on, which chat templates are given."""
+        file, day = self.path / "comparison.json", None
+        if file.is_file():
+            day = dict(flatten(_read_json(file))).get("data.date")
+        return replace(comparison, config=dated(comparison.config, day))
 
     @contextlib.contextmanager
     def opened(self, comparison: Comparison) -> Iterator[None]:

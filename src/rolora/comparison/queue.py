@@ -79,6 +79,7 @@ def queued_runs(
     ``budget`` core-seconds are used up; the comparison can then be continued.
     """
     folder = ComparisonFolder(path)
+    comparison = folder.dated(comparison)
     with folder.opened(comparison):
         every = [*comparison.tuning_runs(path), *comparison.final_runs(path, None)]
         paths = [one.path for one in every]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from collections.abc import Iterable
@@ -118,6 +119,16 @@ class DataConfig(Section):
         None,
         description="causal_lm: a column of chats, lists of role and content, "
         "written out by the model's chat template",
+    )
+    tools: str | None = Field(
+        None,
+        description="with messages: a column of lists of tools (JSON schemas), or of such lists as "
+        "JSON text, for the chat template",
+    )
+    date: datetime.date | None = Field(
+        None,
+        description="with messages: today, for a chat template that writes the date; left out: the "
+        "day the run starts",
     )
     choices: str | None = Field(None, description="choice: a column of lists of answers")
     answer: str | None = Field(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ class Examples:
     of a text pair, or None; ``targets``: an int64 label per row (classification) or a uint8
     per token, 1 where it is to be predicted (causal_lm, choice). ``truncated`` counts rows that
     were cut to max_length.
-    ``groups`` int64 (rows,) ties the rows of one multiple-choice question together and ``answers``
-    int64 (groups,) says which of its rows, counted from 0, is right. ``prefix`` (total, hidden) is
+    ``groups`` int64 (rows,), in order, says which row of the table each came from, where one may
+    have become several: a question one per choice, a chat one per turn. ``answers`` int64
+    (groups,) says which row of a question, counted from 0, is right. ``prefix`` (total, hidden) is
     what enters the lowest layer with an adapter, per token, where that has been computed.
     """
 
@@ -38,6 +40,15 @@ class Examples:
     def lengths(self) -> Tensor:
         """Tokens per row, int64 (rows,)."""
         return self.offsets.diff()
+
+    def made_of(self, rows: Tensor) -> Tensor:
+        """The examples that these rows of the table became; both are int64 indices."""
+        if self.groups is None:
+            return rows
+        sizes = self.groups.bincount()
+        firsts, sizes = (sizes.cumsum(0) - sizes)[rows], sizes[rows]
+        within = torch.arange(int(sizes.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+        return firsts.repeat_interleave(sizes) + within
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,12 @@ class Batch:
 def flatten(rows: list[list[int]], dtype: torch.dtype) -> Tensor:
     """Lists end to end in one tensor."""
     return torch.tensor([value for row in rows for value in row], dtype=dtype)
+
+
+def grouped(examples: Examples, sizes: Sequence[int]) -> Examples:
+    """The same examples, of which each row of the table became so many."""
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return replace(examples, groups=groups)
 
 
 def offsets_of(rows: list[list[int]]) -> Tensor:

@@ -287,10 +287,19 @@ def _refuse_unreachable_layers(model: Any) -> None:
 
 
 def tokenizer_digest(base: Base) -> str:
-    """A hash of the tokenizer's vocabulary and rules, whatever it was last used for."""
-    fast = getattr(base.tokenizer, "backend_tokenizer", None)
-    rules = base.tokenizer.get_vocab() if fast is None else json.loads(fast.to_str())
-    rules |= {"truncation": None, "padding": None}  # settings of the last call
+    """A hash of the tokenizer's vocabulary, rules and template, whatever it was last used for."""
+    tokenizer = base.tokenizer
+    rules: dict[str, Any]
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules |= {"truncation": None, "padding": None}  # settings of the last call
+    else:  # its rules are code: its name, and what it makes of letters, cases and accents
+        rules = {
+            "class": type(tokenizer).__name__,
+            "vocabulary": tokenizer.get_vocab(),
+            "probe": tokenizer("Ab aB, \u00e9\u00c9 x1")["input_ids"],
+        }
+    rules["chat template"] = tokenizer.chat_template
     return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:32]
 
 

@@ -160,7 +160,8 @@ def estimate_run(run: Experiment) -> Estimate:
         examples = _longest(limit, here.kind)
         notes.append(f"every row is assumed to have {limit} tokens")
     if rows is not None:
-        sizes = {client: len(shard) for client, shard in rows.shards.items()}
+        each = len(examples) / min(SAMPLE, rows.train.num_rows) if drawn.tokenizer else 1
+        sizes = {client: round(each * len(shard)) for client, shard in rows.shards.items()}
     else:
         settings = local_settings(config.train)
         size = (settings.steps or 1) * settings.batch_size

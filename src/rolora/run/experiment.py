@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
 from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
-from rolora.config.schema import LoraConfig, RunConfig, TrainConfig
+from rolora.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
 from rolora.errors import ConfigError
@@ -209,6 +210,11 @@ class Experiment:
         return self._trained_on[0]
 
     @cached_property
+    def shards(self) -> Mapping[str, Tensor]:
+        """Client -> its rows among ``examples``, int64 indices."""
+        return {client: self.examples.made_of(rows) for client, rows in self.rows.shards.items()}
+
+    @cached_property
     def test(self) -> Examples:
         """The rows behind ``metrics`` (see ``eval.rows``), as tokens."""
         return self._cached(self.task.encode_test(*self._held(self.config.eval.rows)))[0]
@@ -245,7 +251,7 @@ class Experiment:
     @cached_property
     def data(self) -> str:
         """A hash of who holds which rows, and of the rows as tokens."""
-        return data_hash(self.rows.shards, self.examples, self.test)
+        return data_hash(self.shards, self.examples, self.test)
 
     @cached_property
     def cohort(self) -> int:
@@ -257,9 +263,9 @@ class Experiment:
         """The state before the first round: the method's own adapter, or that of lora.init_from."""
         config, specs = self.config, self.base.specs
         if self.method.needs_gradient:
-            size, shards = config.train.batch_size, self.rows.shards
+            size = config.train.batch_size
             gradient = first_gradient(
-                self.base, self.task, self.examples, shards, size, config.seed
+                self.base, self.task, self.examples, self.shards, size, config.seed
             )
             specs = replace(specs, gradient=gradient)
         adapter = self.method.init(specs, generator(config.seed, "init"))
@@ -332,7 +338,7 @@ class Experiment:
             self.base,
             self.task,
             self.examples,
-            self.rows.shards,
+            self.shards,
             local_settings(self.config.train),
             ClientStore(self.clients),
             bank_size=self.bank,
@@ -467,6 +473,16 @@ def lora_settings(lora: LoraConfig) -> LoraSettings:
         layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
         rslora=lora.rslora,
     )
+
+
+def dated(config: RunConfig, day: datetime.date | str | None = None) -> RunConfig:
+    """The configuration with the date that chat templates are given: its own, else ``day``, else
+    today. Unchanged for a run without chats."""
+    data = config.data
+    if data.date is not None or "messages" not in task_kind(config.model.task).chosen(dict(data)):
+        return config
+    given = {**data.model_dump(), "date": day or datetime.date.today()}
+    return config.model_copy(update={"data": DataConfig.model_validate(given)})
 
 
 def local_settings(train: TrainConfig) -> LocalSettings:

@@ -18,7 +18,7 @@ from rolora.errors import ConfigError
 from rolora.files import write_file
 from rolora.model.peft import save_adapter
 from rolora.report.page import write_report
-from rolora.run.experiment import Experiment
+from rolora.run.experiment import Experiment, dated
 from rolora.run.folder import RunFolder, require_new
 from rolora.tasks.spans import masks
 from rolora.training.engine import Engine
@@ -97,7 +97,7 @@ def start(config: RunConfig, out: str | Path | None = None, build: Build = Exper
     ``build`` makes the experiment from the configuration and the folder of clients' state.
     Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
-    path = new_path(config, out)
+    path, config = new_path(config, out), dated(config)
     experiment = build(config, path / "clients")
     experiment.prepare()
     drawn = {"server_seed": experiment.config.server_seed}

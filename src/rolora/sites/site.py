@@ -155,7 +155,7 @@ class Site:
                 parts.base,
                 parts.task,
                 parts.examples,
-                parts.rows.shards,
+                parts.shards,
                 local_settings(parts.config.train),
                 ClientStore(folder),
                 bank_size=1,

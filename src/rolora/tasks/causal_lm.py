@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -10,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rolora.data import tables
-from rolora.data.examples import Batch, Examples, tokenizer_limit
+from rolora.data.examples import Batch, Examples, grouped, tokenizer_limit
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
+from rolora.tasks.chats import Template, read_chats, require_answers
 from rolora.tasks.registry import Task
-from rolora.tasks.spans import chats, encode_marked, joined, places, require_offsets
+from rolora.tasks.spans import encode_marked, joined, places, require_offsets
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 
@@ -25,12 +28,15 @@ def causal_lm(
     prompt: str | None = None,
     completion: str | None = None,
     messages: str | None = None,
+    tools: str | None = None,
+    date: datetime.date | None = None,
     max_length: int,
 ) -> Task:
     """The task of writing a completion, given by columns, or the assistant's turns of a chat.
 
     Give ``completion`` (behind ``prompt``, if any; an end-of-text token follows it), or
-    ``messages``, a column of [{"role", "content"}] written out by the tokenizer's chat template.
+    ``messages``, a column of chats (see ``read_chats``) written out by the tokenizer's chat
+    template, which is given the column ``tools`` and ``date`` as today's.
     Metrics: perplexity and loss (nats per token), over trained tokens only. Raises ConfigError
     where the tokenizer lacks offsets or a chat template, or the model's logits are not its output
     embedding's.
@@ -46,17 +52,24 @@ def causal_lm(
 
     def encode(table: Any, source: str) -> Examples:
         if completion is None:
-            rows = chats(base.tokenizer, table, str(messages), source)
+            chats = read_chats(table, str(messages), tools, source)
+            require_answers(chats)
+            template = Template(base.tokenizer, date)
+            rows = [template.marked(chat) for chat in chats]
         else:
             ends = tables.texts(table, completion, source)
             for text, place in zip(ends, places(source), strict=False):
                 if not text.strip():
                     raise DataError(f"{place}: {completion!r} is empty: there is nothing to learn")
             starts = tables.texts(table, prompt, source) if prompt else [""] * len(ends)
-            rows = [joined(*pair) for pair in zip(starts, ends, strict=True)]
+            rows = [[joined(*pair)] for pair in zip(starts, ends, strict=True)]
         limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
         plain = completion is not None
-        return encode_marked(base.tokenizer, rows, places(source), limit, special=plain, end=plain)
+        sizes = [len(parts) for parts in rows]
+        named = chain.from_iterable(map(repeat, places(source), sizes))
+        every = [part for parts in rows for part in parts]
+        found = encode_marked(base.tokenizer, every, named, limit, special=plain, end=plain)
+        return found if max(sizes) == 1 else grouped(found, sizes)
 
     return Task(encode=encode, encode_test=encode, loss=loss, outputs=outputs, score=score)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rolora.data import tables
-from rolora.data.examples import Examples, tokenizer_limit
+from rolora.data.examples import Examples, grouped, tokenizer_limit
 from rolora.errors import DataError
 from rolora.model.base import Base
 from rolora.tasks.causal_lm import loss, outputs, require_plain_logits
@@ -63,11 +63,8 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
         sizes = [len(q.choices) for q in asked]
         rows = [q.marked(number) for q in asked for number in range(len(q.choices))]
         named = chain.from_iterable(map(repeat, places(source), sizes))
-        return replace(
-            encode_marked(base.tokenizer, rows, named, limit, special=True, end=False),
-            groups=torch.arange(len(asked)).repeat_interleave(torch.tensor(sizes)),
-            answers=torch.tensor([q.answer for q in asked]),
-        )
+        found = encode_marked(base.tokenizer, rows, named, limit, special=True, end=False)
+        return replace(grouped(found, sizes), answers=torch.tensor([q.answer for q in asked]))
 
     return Task(encode=encode, encode_test=encode_test, loss=loss, outputs=outputs, score=score)
 

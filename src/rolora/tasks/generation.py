@@ -20,13 +20,15 @@ ANSWER_TOKENS = 32  # as LLM-Adapters lets a model write before it looks for an 
 def answer_metrics(
     base: Base, examples: Examples, count: int, pattern: str | None = None
 ) -> dict[str, float]:
-    """``exact_match`` of answers generated for the first ``count`` rows; with ``pattern``, a
-    regular expression, ``answer_accuracy`` instead. The bank holds the client that answers.
+    """``exact_match`` of answers generated for the table's first ``count`` rows; with ``pattern``,
+    a regular expression, ``answer_accuracy`` instead. The bank holds the client that answers.
 
     A row's right answer is its last completion. An exact match is word for word; for it no more
     tokens are written than the longest completion has.
     """
-    asked = [last_span(examples, row) for row in range(len(examples))[:count]]
+    groups = torch.arange(len(examples)) if examples.groups is None else examples.groups
+    lasts = groups.bincount().cumsum(0) - 1
+    asked = [last_span(examples, row) for row in lasts[:count].tolist()]
     longest = max(len(completion) for _, completion in asked)
     most = longest if pattern is None else ANSWER_TOKENS
     written = generate(base, [prompt for prompt, _ in asked], most)

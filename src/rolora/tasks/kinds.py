@@ -39,6 +39,7 @@ def causal_lm() -> TaskKind:
         name="causal_lm",
         head="causal_lm",
         columns=[("prompt", "completion"), ("messages",)],
+        beside={"tools": "messages", "date": "messages"},
         metrics={"perplexity": False, "loss": False},
         answers={"exact_match": True, "answer_accuracy": True},
         make=make,

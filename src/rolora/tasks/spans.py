@@ -1,4 +1,4 @@
-"""Texts of which only some parts are trained on: completions, and the assistant's turns of a chat.
+"""Texts of which only some parts are trained on, such as the completion of a prompt.
 
 The whole text is tokenised at once, and its tokens are matched to the parts by character offsets,
 so that a token across the border of prompt and completion is the one that any text would have.
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from rolora.data import tables
 from rolora.data.examples import Examples, flatten, offsets_of
 from rolora.errors import ConfigError, DataError
 
@@ -32,68 +31,9 @@ def joined(prompt: str, completion: str) -> Marked:
     return Marked(text, ((len(prompt), len(text)),))
 
 
-def chats(tokenizer: Any, table: Any, column: str, source: str) -> list[Marked]:
-    """A column of chats as the tokenizer's own template writes them, trained on assistant turns.
-
-    A chat is a list of {"role", "content"}. A turn is what the template adds between "assistant,
-    your turn" and the turn's end, end mark included. Raises DataError naming the first row that is
-    not such a chat, or whose earlier turns the template writes differently once later ones follow.
-    """
-    tables.require_columns(table, [column], source)
-    return [
-        _chat(tokenizer, _turns(value, place), place)
-        for value, place in zip(table[column].to_pylist(), places(source), strict=False)
-    ]
-
-
 def places(source: str) -> Iterable[str]:
     """What the rows of a source are called in messages: they count from 1."""
     return (f"{source}, row {row}" for row in itertools.count(1))
-
-
-def _turns(value: Any, place: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        raise DataError(f"{place}: messages must be a list of {{'role', 'content'}} entries")
-    for number, turn in enumerate(value, start=1):
-        for key in ("role", "content"):
-            if not isinstance(turn.get(key), str):
-                raise DataError(f"{place}: message {number} has no text under {key!r}")
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in value):
-        raise DataError(f"{place}: no message with role 'assistant' has any text to learn")
-    if value[0]["role"] == "assistant":
-        raise DataError(
-            f"{place}: the first message is the assistant's: put the system's or user's before it"
-        )
-    # Arrow gives every struct every key that any row has; a template must not see those
-    return [{key: item for key, item in turn.items() if item is not None} for turn in value]
-
-
-def _chat(tokenizer: Any, turns: list[dict[str, Any]], place: str) -> Marked:
-    text = _render(tokenizer, turns, place)
-    spans = []
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = _render(tokenizer, turns[:number], place, asking=True)
-        after = _render(tokenizer, turns[: number + 1], place)
-        if not (after.startswith(before) and text.startswith(after)):
-            raise DataError(
-                f"{place}: the chat template writes message {number + 1} differently depending on "
-                "what follows it: use prompt and completion columns"
-            )
-        spans.append((len(before), len(after)))
-    return Marked(text, tuple(spans))
-
-
-def _render(tokenizer: Any, turns: Sequence[Any], place: str, asking: bool = False) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=asking
-        )
-    except Exception as error:  # a template is a program of the model's author: it raises anything
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{place}: the chat template refuses these messages: {first}") from error
-    return text
 
 
 def require_offsets(tokenizer: Any) -> None:
