@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from rolora.data import hub
+from rolora.data.labels import class_labels, in_order
 from rolora.data.tables import is_glob, labels, read_clients, read_table, require_columns, texts
 from rolora.errors import DataError
 
@@ -388,7 +389,7 @@ def test_numbers_are_written_out_as_text() -> None:
 
 
 def test_infinity_is_no_label() -> None:
-    with pytest.raises(DataError, match="label 'y' is inf in row 2"):
+    with pytest.raises(DataError, match="label 'y' is inf in row 2, but"):
         labels(pa.table({"y": [1.0, float("inf")]}), "y", "a.csv")
 
 
@@ -416,19 +417,29 @@ def test_lists_are_neither_text_nor_labels() -> None:
     ("values", "expected"),
     [
         (["neg", "pos"], ["neg", "pos"]),
-        (["10", "9"], [10, 9]),
-        (["1.0", "2.0"], [1, 2]),
+        (["10", "9"], ["10", "9"]),
+        (["001", "1"], ["001", "1"]),
+        (["1.0", "2.0"], ["1.0", "2.0"]),
         (["1", "x"], ["1", "x"]),
-        ([3, 0], [3, 0]),
-        ([1.0, 2.0], [1, 2]),
-        ([True, False], [True, False]),
+        ([3, 0], ["3", "0"]),
+        ([1.0, 2.0], ["1", "2"]),
+        ([Decimal("1.00"), Decimal(2)], ["1", "2"]),
+        ([True, False], ["True", "False"]),
         (pa.array(["a", "b"]).dictionary_encode(), ["a", "b"]),
+        (pa.array(["a", "b"], pa.large_string()), ["a", "b"]),
     ],
 )
-def test_labels_are_text_whole_numbers_or_booleans(values: Any, expected: list[Any]) -> None:
-    found = labels(pa.table({"y": values}), "y", "a.csv")
-    assert found == expected
-    assert list(map(type, found)) == list(map(type, expected))
+def test_labels_are_text_as_written_and_whole_numbers_in_one_form(
+    values: Any, expected: list[str]
+) -> None:
+    assert labels(pa.table({"y": values}), "y", "a.csv") == expected
+
+
+def test_the_order_of_labels_follows_from_their_names_alone() -> None:
+    names = ["unknown", "10", "9", "-1", "007", "7", "0", "2.0", "True", "1" * 5000]
+    wanted = ["-1", "0", "7", "9", "10", "007", "1" * 5000, "2.0", "True", "unknown"]
+    assert in_order(names) == in_order(reversed(names)) == wanted
+    assert class_labels(["10", "9", "9"], "a.csv") == ["9", "10"]
 
 
 @pytest.mark.parametrize("values", [["a", None], ["a", ""], [1, None], [1.0, float("nan")]])
@@ -437,9 +448,9 @@ def test_a_missing_or_empty_label_is_named_by_its_row(values: list[Any]) -> None
         labels(pa.table({"y": values}), "y", "a.csv")
 
 
-@pytest.mark.parametrize("values", [[1.0, 1e30], ["1", "-9007199254740993.0"]])
+@pytest.mark.parametrize("values", [[1.0, 1e30], [1.0, -9007199254740994.0]])
 def test_a_label_too_large_for_a_whole_number_is_refused(values: list[Any]) -> None:
-    with pytest.raises(DataError, match=r"label 'y' is .* in row 2: labels are classes"):
+    with pytest.raises(DataError, match=r"label 'y' is .* in row 2, but labels are classes"):
         labels(pa.table({"y": values}), "y", "a.csv")
 
 
@@ -449,10 +460,18 @@ def test_json_nested_beyond_measure_is_refused_in_one_line(tmp_path: Path) -> No
         read_table("deep.jsonl", root=tmp_path)
 
 
-@pytest.mark.parametrize("values", [[1.0, 2.5], ["1.0", "2.5"], [Decimal("1.0"), Decimal("2.5")]])
-def test_a_label_that_is_no_whole_number_is_refused_as_regression(values: list[Any]) -> None:
+@pytest.mark.parametrize("values", [[1.0, 2.5], [Decimal("1.0"), Decimal("2.5")]])
+def test_a_label_that_is_no_whole_number_is_refused(values: list[Any]) -> None:
     with pytest.raises(DataError) as caught:
         labels(pa.table({"y": values}), "y", "a.csv")
     assert str(caught.value) == (
-        "a.csv: label 'y' is 2.5 in row 2: labels are classes, and regression is not supported"
+        "a.csv: label 'y' is 2.5 in row 2, but labels are classes: numbers to be predicted are for "
+        'model.task = "regression"'
     )
+
+
+def test_text_labels_are_numbers_only_if_all_of_a_run_are() -> None:
+    with pytest.raises(DataError, match=r"^a.csv: a label is 2\.5, but labels are classes"):
+        class_labels(["1.0", "2.5"], "a.csv")
+    assert class_labels(["1.0", "2.5", "other"], "a.csv") == ["1.0", "2.5", "other"]
+    assert class_labels(["1", "nan"], "a.csv") == ["1", "nan"]

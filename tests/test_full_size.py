@@ -102,7 +102,7 @@ def roberta_large(folder: Path) -> Place:
     base = with_bank(
         model, word_tokenizer(), "classification", LoraSettings(8, 32.0), "roberta-large", head
     )
-    task = classification(base, [0, 1], ["text"], "label", 16)
+    task = classification(base, ["0", "1"], ["text"], "label", 16)
     table = pa.table({"text": TEXTS, "label": [row % 2 for row in range(len(TEXTS))]})
     config = _config(folder, "roberta-large", "classification", "fp32")
     return _place(base, task, config, table, folder)

@@ -34,7 +34,7 @@ from rolora.run.progress import described
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-LABELS = (0, 1, 2, 3)
+LABELS = ("0", "1", "2", "3")
 PIXELS = 36
 LAYER = "base_model.model.hidden.linear"
 
@@ -47,7 +47,7 @@ def write_digits(path: Path, count: int, seed: int) -> None:
         writer.writerow(["text", "label"])
         for row in range(count):
             label = LABELS[row % 4]
-            bright = [draw.randrange(180, 256) if i // 9 == label else 0 for i in range(PIXELS)]
+            bright = [draw.randrange(180, 256) if i // 9 == row % 4 else 0 for i in range(PIXELS)]
             noisy = [value or draw.choice([0, 0, draw.randrange(120)]) for value in bright]
             writer.writerow([" ".join(map(str, noisy)), label])
 

@@ -225,6 +225,23 @@ def test_an_adapter_is_evaluated_by_itself_as_in_its_run(site: Path, whole: Path
     assert evaluate_adapter(whole / "adapter", str(site.parent / "test.csv")) == metrics
 
 
+def test_rows_with_some_of_a_run_s_labels_are_evaluated_by_the_run_s_own_names(
+    site: Path, tmp_path: Path
+) -> None:
+    """Training rows have the labels 1, 2 and "other"; a file with only 1 and 2 has no less."""
+    numbers = "text,label\n" + "a good film,2\na bad film,1\n" * 10
+    (tmp_path / "numbers.csv").write_text(numbers)
+    (tmp_path / "train.csv").write_text(numbers + "the cat sat,other\n" * 10)
+    train = [f"data.train={tmp_path / 'train.csv'}", f"data.test={tmp_path / 'numbers.csv'}"]
+    run = runs.start(load_config(site, [*train, "train.rounds=1"]), tmp_path / "run")
+    *_, last = run.rounds()
+    assert run.experiment.labels == ("1", "2", "other")
+    names = json.loads((tmp_path / "run" / "adapter" / "config.json").read_text())["id2label"]
+    assert names == {"0": "1", "1": "2", "2": "other"}
+    found = evaluate_adapter(tmp_path / "run", str(tmp_path / "numbers.csv"))
+    assert found == last.metrics
+
+
 def test_a_warm_start_begins_where_the_other_run_ended(
     site: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 from rolora.errors import NoQuorum
 from rolora.flower.message import MessageError, SiteMessage, compress_names, expand_names
 from rolora.flower.transport import GridTransport, to_record
+from rolora.run.experiment import Experiment
 from rolora.sites.site import Site
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -154,6 +156,24 @@ def test_a_label_that_only_one_site_has_is_learned_by_all(place: Path, tmp_path:
         transport.sites[node] = changed(transport.sites[node], data=str(tmp_path / f"{label}.csv"))
     run = remote(configuration(place, "train.rounds=1"), tmp_path / "run", transport)
     assert run.experiment.labels == ("bad", "cat", "good")
+
+
+def test_sites_and_one_machine_find_the_same_labels_however_each_file_writes_numbers(
+    place: Path, tmp_path: Path
+) -> None:
+    """One machine reads the three files as one, where a site knows only its own."""
+    transport = calls(place, tmp_path)
+    (tmp_path / "rows").mkdir()
+    for node, own in {10: "12", 11: "12?", 12: ["1", "10"]}.items():
+        file = tmp_path / "rows" / f"{node}.csv"
+        file.write_text("text,label\n" + "".join(f"a good film,{label}\n" for label in own) * 4)
+        transport.sites[node] = changed(transport.sites[node], data=str(file))
+    shutil.copy(tmp_path / "rows" / "11.csv", tmp_path / "test.csv")
+    test = f"data.test={tmp_path / 'test.csv'}"
+    run = remote(configuration(place, "train.rounds=1", test), tmp_path / "run", transport)
+    files = [f"data.train={tmp_path / 'rows' / '*.csv'}", "partition.scheme=files"]
+    alone = Experiment(configuration(place, test, *files))
+    assert run.experiment.labels == alone.labels == ("1", "2", "10", "?")
 
 
 def test_too_few_sites_for_a_quorum_are_waited_for_and_then_given_up(

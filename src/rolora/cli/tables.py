@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rolora.cli.printing import table
+from rolora.data.labels import in_order
 
 if TYPE_CHECKING:
     from rolora.demo.sources import Source
@@ -30,7 +31,7 @@ For everything, including the options' defaults: rolora methods --json"""
 def split_table(split: Mapping[str, Any], test_rows: int) -> Group:
     """The rows of each client, and of each label if there are at most 12 labels."""
     clients = split["clients"]
-    labels = sorted({label for client in clients for label in client["labels"]})
+    labels = in_order(label for client in clients for label in client["labels"])
     shown = labels if len(labels) <= 12 else []
     rows = [
         [c["id"], str(c["num_examples"]), *(str(c["labels"].get(label, "")) for label in shown)]

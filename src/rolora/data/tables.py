@@ -1,7 +1,7 @@
 """Where rows come from: files, saved ``datasets`` folders and hub names, all as Arrow tables.
 
-Values of a CSV stay text exactly as written ("007", "0.50", "True"); :func:`labels` is where text
-that looks like numbers becomes numbers. Files are read without a cache.
+Values of a CSV stay text exactly as written ("007", "0.50", "True"). Files are read without a
+cache.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from rolora.data.labels import label_name, not_a_class
 from rolora.data.partition import client_ids
 from rolora.errors import DataError, NotHere, nearest, one_line
 from rolora.files import write_file
@@ -145,32 +146,27 @@ def texts(table: pa.Table, column: str, source: str) -> list[str]:
         raise DataError(f"{source}: column {column!r} holds {values.type}, not text") from error
 
 
-def labels(table: pa.Table, column: str, source: str) -> list[str | int | bool]:
-    """A column of class labels: text, whole numbers or booleans.
+def labels(table: pa.Table, column: str, source: str) -> list[str]:
+    """A column of class labels as text.
 
-    Text becomes numbers where the whole column is numbers (as in a CSV), and 2.0 becomes 2. Raises
-    DataError for a missing or empty label, a number that is not whole, and any other type.
+    Text is taken exactly as written, so "001" is not "1". Of a typed column, 2 and 2.0 are both
+    "2", and booleans "True" and "False". Raises DataError for a missing or empty label, a number
+    that is not whole, and any other type.
     """
     require_columns(table, [column], source)
-    values = as_numbers(decoded(table[column]))
-    if is_text(values.type):
-        _require_all(pc.equal(pc.fill_null(values, ""), ""), column, source)
-    else:
-        _require_all(values.is_null(nan_is_null=True), column, source)
-    if is_number(values.type) and not pa.types.is_integer(values.type):
-        values = values.cast(pa.float64())
-        fits = pc.less(pc.abs(values), 2.0**53)  # float64 tells whole numbers apart up to there
-        whole = pc.and_(pc.equal(values, pc.round(values)), fits)
-        row = pc.index(whole, False).as_py()
-        if row >= 0:
-            raise DataError(
-                f"{source}: label {column!r} is {values[row]} in row {row + 1}: labels are "
-                "classes, and regression is not supported"
-            )
-        values = values.cast(pa.int64())
-    if not (is_text(values.type) or is_number(values.type) or pa.types.is_boolean(values.type)):
-        raise DataError(f"{source}: column {column!r} holds {values.type}, not labels")
-    return list(values.to_pylist())
+    values = decoded(table[column])
+    kind = values.type
+    missing = pc.equal(values, "") if is_text(kind) else values.is_null(nan_is_null=True)
+    _require_all(pc.fill_null(missing, True), column, source)
+    if not (is_text(kind) or is_number(kind) or pa.types.is_boolean(kind)):
+        raise DataError(f"{source}: column {column!r} holds {kind}, not labels")
+    found = []
+    for row, value in enumerate(values.to_pylist(), start=1):
+        name = label_name(value)
+        if name is None:
+            raise not_a_class(source, f"label {column!r} is {value} in row {row}")
+        found.append(name)
+    return found
 
 
 def decoded(values: pa.ChunkedArray) -> pa.ChunkedArray:

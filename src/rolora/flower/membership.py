@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from rolora.data.labels import class_labels
 from rolora.errors import ConfigError, NoQuorum
 from rolora.flower.message import PROTOCOL, SITE_NAME, MessageError, Scalar, SiteMessage
 from rolora.model.base import Base, layout, tokenizer_digest
 from rolora.run.experiment import Experiment
-from rolora.tasks.classification import class_labels
 
 
 class Transport(Protocol):
@@ -37,7 +37,7 @@ class Hello(NamedTuple):
     """What a site has said of itself: its name, and the labels of its rows."""
 
     site: str
-    labels: list[Any]
+    labels: list[str]
 
 
 class Member(NamedTuple):
@@ -63,7 +63,7 @@ class Membership:
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
 
-    def gather(self) -> list[Any]:
+    def gather(self) -> list[str]:
         """Wait until ``federation.sites`` sites have answered hello; return all their labels.
 
         Raises NoQuorum if too few have after ``federation.wait`` seconds.
@@ -83,7 +83,7 @@ class Membership:
         every = [label for hello in self.hellos.values() for label in hello.labels]
         return class_labels(every, "the sites' rows") if self.wanted.kind.labelled else every
 
-    def present(self, base: Base, labels: Sequence[Any]) -> Mapping[str, Member]:
+    def present(self, base: Base, labels: Sequence[str]) -> Mapping[str, Member]:
         """The members that can be reached now. Nodes that are new may join."""
         nodes = self._greet()
         joined = {member.node for member in self.members.values()}
@@ -126,7 +126,7 @@ class Membership:
             )
         return hello
 
-    def _admit(self, nodes: set[int], base: Base, labels: Sequence[Any]) -> None:
+    def _admit(self, nodes: set[int], base: Base, labels: Sequence[str]) -> None:
         """Have these nodes load the model and the rows, and compare the model with ``base``."""
         question = self.question("ready", json.dumps(labels).encode())
         for node, reply in self._asked(nodes, question):
@@ -138,7 +138,7 @@ class Membership:
                 if known is not None and known.node in self.transport.nodes():
                     raise MessageError("another site of this name is connected")
                 if unknown := set(own) - set(labels):
-                    raise MessageError(f"label {min(map(str, unknown))!r} is not in this run")
+                    raise MessageError(f"label {min(unknown)!r} is not in this run")
                 self.members[name] = Member(node, ready.integer("num_examples"))
                 self.notify(f"site {name} joined with {self.members[name].num_examples:,} rows")
             except MessageError as error:
@@ -149,13 +149,13 @@ class Membership:
         self.notify(f"site {who} is refused: {why}")
 
 
-def _labels(hello: SiteMessage) -> list[Any]:
+def _labels(hello: SiteMessage) -> list[str]:
     try:
         found = json.loads(hello.text("labels"))
     except ValueError:
         found = None
-    if not isinstance(found, list) or not all(isinstance(x, str | int) for x in found):
-        raise MessageError("'labels' is not a list of strings or integers")
+    if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
+        raise MessageError("'labels' is not a list of strings")
     return found
 
 

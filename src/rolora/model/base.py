@@ -124,7 +124,7 @@ def load_base(
     settings: LoraSettings,
     *,
     root: Path = Path(),
-    labels: Sequence[object] = (),
+    labels: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     quantise: Quantised | None = None,
     device: str = "cpu",

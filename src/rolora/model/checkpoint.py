@@ -65,12 +65,11 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
         ) from error
 
 
-def label_names(labels: Sequence[object]) -> dict[str, Any]:
+def label_names(labels: Sequence[str]) -> dict[str, Any]:
     """What a model's configuration says of its labels."""
-    names = [str(label) for label in labels]
     return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: index for index, name in enumerate(labels)},
     }
 
 

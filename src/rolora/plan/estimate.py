@@ -24,7 +24,7 @@ from rolora.run.experiment import (
     revisits,
 )
 from rolora.run.shards import Rows
-from rolora.tasks.registry import Label, TaskKind
+from rolora.tasks.registry import TaskKind
 from rolora.training.precision import WORTH, bf16_speed, is_wide
 from rolora.training.rounds import cohort_size
 
@@ -134,7 +134,7 @@ def estimate_run(run: Experiment) -> Estimate:
     config = run.config
     here = Experiment(config.model_copy(update={"offline": True}))
     rows: Rows | None = None
-    labels: Sequence[Label] = ()
+    labels: Sequence[str] = ()
     notes: list[str] = []
     try:
         rows, labels = here.rows, here.labels
@@ -143,7 +143,7 @@ def estimate_run(run: Experiment) -> Estimate:
         source = f"{missing.source} is not on this machine"
         notes.append(f"{source}: {clients} clients are assumed (partition.clients)")
         if here.kind.labelled:
-            labels = (0, 1)
+            labels = ("0", "1")
             notes.append("2 labels are assumed")
     drawn, dtype = _outline(run, labels)
     if config.model.dtype == "auto":
@@ -172,7 +172,7 @@ def estimate_run(run: Experiment) -> Estimate:
     return Estimate(drawn_run, drawn, examples, sizes, rows, dtype, weights, cached, tuple(notes))
 
 
-def _outline(run: Experiment, labels: Sequence[Label]) -> tuple[Outline, str]:
+def _outline(run: Experiment, labels: Sequence[str]) -> tuple[Outline, str]:
     """The model's shapes, and its dtype by name."""
     config = run.config
 

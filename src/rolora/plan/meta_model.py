@@ -63,7 +63,7 @@ def outline(
     settings: LoraSettings,
     *,
     root: Path = Path(),
-    labels: Sequence[object] = (),
+    labels: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
 ) -> Outline:

@@ -29,7 +29,7 @@ from rolora.model.peft import LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
 from rolora.run.shards import Rows, load_rows
 from rolora.tasks.generation import answer_metrics
-from rolora.tasks.registry import Label, Task, TaskKind, task_kind
+from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
 from rolora.training.local import LocalSettings, evaluate, first_gradient
@@ -42,7 +42,7 @@ class Parts(TypedDict, total=False):
     """Parts of an :class:`Experiment` that are given to it; None is as good as left out."""
 
     rows: Rows
-    labels: Sequence[Label]
+    labels: Sequence[str]
     base: Base | None
     engine: Engine
     partition: Mapping[str, Any]
@@ -93,11 +93,11 @@ class Experiment:
         return self.rows.table()
 
     @cached_property
-    def labels(self) -> Sequence[Label]:
+    def labels(self) -> Sequence[str]:
         """The class labels, in the order of the model's outputs; empty for a task without."""
         if not self.kind.labelled:
             return ()
-        from rolora.tasks.classification import class_labels
+        from rolora.data.labels import class_labels
 
         source = self.config.data.train
         found = tables.labels(self.rows.train, self.columns["label"], source)

@@ -17,6 +17,7 @@ from torch import Tensor
 from rolora.algorithm.seeding import generator
 from rolora.config.schema import DataConfig, PartitionConfig
 from rolora.data import partition, tables
+from rolora.data.labels import in_order, label_name
 from rolora.data.partition import Partition
 from rolora.errors import ConfigError, DataError, NotHere
 
@@ -42,11 +43,12 @@ class Rows:
     def table(self) -> dict[str, Any]:
         """The split as the run folder keeps it: rows and labels per client."""
         label = self.label
-        names = self.train[label].to_pylist() if label else []
+        cells = self.train[label].to_pylist() if label else []
+        names = [label_name(cell) or str(cell) for cell in cells]
         clients = []
         for client, rows in self.shards.items():
-            counts = Counter(str(names[row]) for row in rows.tolist()) if label else {}
-            ordered = dict(sorted(counts.items()))
+            counts = Counter(names[row] for row in rows.tolist()) if label else {}
+            ordered = {name: counts[name] for name in in_order(counts)}
             clients.append({"id": client, "num_examples": len(rows), "labels": ordered})
         return {"clients": clients, "dropped": self.dropped, "note": self.note}
 

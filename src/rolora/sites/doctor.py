@@ -100,7 +100,7 @@ def _try_run(site: SiteConfig, run: str) -> Iterator[Finding]:
         part = "run"
         try:
             labels = answer("hello", run).text("labels")
-            listed = ", ".join(map(str, json.loads(labels)))
+            listed = ", ".join(json.loads(labels))
             yield Finding("labels", True, listed or "none: the task has no labels")
             part = "model"
             ready = answer("ready", labels)

@@ -33,6 +33,7 @@ from rolora.algorithm.method import ServerState
 from rolora.algorithm.seeding import generator
 from rolora.config.load import make_config
 from rolora.data import tables
+from rolora.data.labels import in_order
 from rolora.errors import RoloraError
 from rolora.files import write_file
 from rolora.flower.message import (
@@ -47,7 +48,6 @@ from rolora.model.base import layout, tokenizer_digest
 from rolora.run.experiment import Experiment, local_settings, require_turns
 from rolora.run.shards import Rows, hold_out
 from rolora.sites.site_config import SiteConfig
-from rolora.tasks.classification import in_order
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess, Job, encoded
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,29 +15,13 @@ from rolora.data import tables
 from rolora.data.examples import Batch, Examples, flatten, offsets_of, tokenizer_limit
 from rolora.errors import DataError, nearest, one_line
 from rolora.model.base import Base
-from rolora.tasks.registry import Label, Task
+from rolora.tasks.registry import Task
 
 ROWS_AT_ONCE = 1000  # through the tokenizer
 
 
-def class_labels(values: Iterable[Label], source: str) -> list[Label]:
-    """The distinct labels of all training rows, in order. DataError if there is only one."""
-    found = in_order(values)
-    if len(found) < 2:
-        raise DataError(
-            f"{source} has only one label ({next(iter(found), None)!r}); classification needs at "
-            "least two"
-        )
-    return found
-
-
-def in_order(values: Iterable[Label]) -> list[Label]:
-    """The distinct labels, sorted; numbers come before texts."""
-    return sorted(set(values), key=lambda label: (str(type(label)), label))
-
-
 def classification(
-    base: Base, labels: Sequence[Label], text: Sequence[str], label: str, max_length: int
+    base: Base, labels: Sequence[str], text: Sequence[str], label: str, max_length: int
 ) -> Task:
     """The task of telling ``labels`` apart in column(s) ``text``.
 
@@ -50,7 +34,7 @@ def classification(
         targets = []
         for row, value in enumerate(tables.labels(table, label, source), start=1):
             if value not in index:
-                known = nearest(str(value), map(str, labels))
+                known = nearest(value, labels)
                 raise DataError(
                     f"{source}, row {row}: label {value!r} does not occur in the training data; "
                     f"{known}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rolora.tasks.registry import Label, Task, TaskKind
+from rolora.tasks.registry import Task, TaskKind
 
 
 def classification() -> TaskKind:
     """Telling labels apart in one or two columns of text."""
 
-    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[Label], limit: int) -> Task:
+    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
         from rolora.tasks.classification import classification
 
         text = columns["text"]
@@ -30,7 +30,7 @@ def classification() -> TaskKind:
 def causal_lm() -> TaskKind:
     """Writing the completion of a prompt, or the assistant's turns of a chat."""
 
-    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[Label], limit: int) -> Task:
+    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
         from rolora.tasks.causal_lm import causal_lm
 
         return causal_lm(base, max_length=limit, **columns)
@@ -49,7 +49,7 @@ def causal_lm() -> TaskKind:
 def choice() -> TaskKind:
     """Picking the right one of several answers."""
 
-    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[Label], limit: int) -> Task:
+    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
         from rolora.tasks.choice import choice
 
         return choice(base, max_length=limit, **columns)

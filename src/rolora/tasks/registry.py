@@ -18,7 +18,6 @@ from rolora.data.examples import Batch, Examples
 from rolora.errors import ConfigError, nearest
 from rolora.registry import Registry
 
-Label = str | int | bool
 Head = Literal["classification", "causal_lm"]
 
 TASKS = Registry(
@@ -69,7 +68,7 @@ class TaskKind:
     head: Head
     columns: Sequence[Sequence[str]]
     metrics: Mapping[str, bool]
-    make: Callable[[Any, Mapping[str, Any], Sequence[Label], int], Task]
+    make: Callable[[Any, Mapping[str, Any], Sequence[str], int], Task]
     answers: Mapping[str, bool] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)
 
