@@ -67,10 +67,12 @@ def run(
     from rolora.config.load import load_config
     from rolora.run import runs
 
-    if on is not None:  # a folder is relative to here, not to the configuration
-        where = Path(on).resolve() if Path(on).is_dir() else on
-        overrides = [*(overrides or []), f"federation.on={where}"]
     settings = load_config(config, overrides or [])
+    if on is not None:
+        if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
+            on = os.path.relpath(Path(on).resolve(), settings.root)
+        federation = settings.federation.model_copy(update={"on": on})
+        settings = settings.model_copy(update={"federation": federation})
     if settings.federation.on:
         across_sites(settings, runs.new_path(settings, out), json)
         return
@@ -82,23 +84,35 @@ def run(
 @app.command()
 def resume(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=PLACE]...",
+            help="where files have moved to: data.train=NEW, model.path=NEW, ...",
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="the folder that relative paths now start from")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="the new total number of rounds")] = None,
     json: Json = False,
 ) -> None:
-    """Continue a run from its last checkpoint, as if it had never stopped."""
-    from rolora.config.load import load_config
+    """Continue a run from its last checkpoint, as if it had never stopped.
+
+    It stays the same run wherever its files are: hashes tell whether they are the same.
+    """
     from rolora.run import runs
     from rolora.run.folder import RunFolder
 
     folder = RunFolder.open(path)
-    settings = load_config(folder.config)
+    settings, _ = runs.stored(folder, places or [], root)
     if settings.federation.on and rounds is None and folder.report.is_file():
         _finished(path, json, trained=False)
     elif settings.federation.on:
         across_sites(settings, path, json, rounds)
     else:
         with working("loading the model and the data"):
-            resumed = runs.resume(path, rounds)
+            resumed = runs.resume(path, rounds, overrides=places or [], root=root)
         _follow(resumed, json)
 
 
@@ -264,7 +278,7 @@ def main() -> None:
         from rolora.demo.fetch import how_to_get
 
         hint = "" if error.path is None else how_to_get(error.path)
-        _leave(f"{error}{hint}", error.exit_code)
+        _leave("; ".join([f"{error}{hint}", *_notes(error)]), error.exit_code)
     except RoloraError as error:
         _leave(str(error), error.exit_code)
     except Interrupted:
@@ -275,6 +289,11 @@ def main() -> None:
         where = f" ({error.filename})" if error.filename else ""
         hint = "; free some space, then: rolora resume RUN" if error.errno == errno.ENOSPC else ""
         _leave(f"{os.strerror(error.errno) if error.errno else error}{where}{hint}", 1)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was noted on the error on its way here: what to do next."""
+    return getattr(error, "__notes__", [])
 
 
 def _interrupt(number: int, frame: object) -> None:

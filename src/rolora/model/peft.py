@@ -25,7 +25,7 @@ from rolora.files import new_folder
 from rolora.model.bank import PREFIX
 
 Kind = Literal["classification", "causal_lm"]
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def save_adapter(
         config = _with_ranks(config, plain)
     with new_folder(folder) as part:
         config.save_pretrained(str(part))
-        save_file({n: t.contiguous() for n, t in plain.items()}, part / _WEIGHTS, {"format": "pt"})
+        save_file({n: t.contiguous() for n, t in plain.items()}, part / WEIGHTS, {"format": "pt"})
         model_config.save_pretrained(str(part))
         (part / "rolora.json").write_text(json.dumps(dict(notes), indent=2) + "\n")
 
@@ -172,10 +172,10 @@ def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> Adapt
     ``any_rank``: each layer may have a rank of its own, at the same scaling. Only safetensors is
     read. Raises ConfigError naming the first tensor that does not fit.
     """
-    file = folder / _WEIGHTS
+    file = folder / WEIGHTS
     if not file.is_file():
         raise ConfigError(
-            f"{folder} is not a PEFT adapter with safetensors weights: {_WEIGHTS} is missing"
+            f"{folder} is not a PEFT adapter with safetensors weights: {WEIGHTS} is missing"
         )
     expected = {spec.name: spec for spec in specs.tensors}
     try:

@@ -45,6 +45,7 @@ class Parts(TypedDict, total=False):
     engine: Engine
     partition: Mapping[str, Any]
     data: str
+    run: str
     bank: int
     spare: int
     notes: Sequence[str]
@@ -227,8 +228,14 @@ class Experiment:
 
     @cached_property
     def data(self) -> str:
-        """A hash of who holds which rows, and of the rows as tokens."""
-        return data_hash(self.rows.shards, self.examples, self.test)
+        """A hash of who holds which rows, of the labels, and of all rows as tokens."""
+        held = [self.test] if self.validation is None else [self.test, self.validation]
+        return data_hash(self.rows.shards, self.labels, self.examples, *held)
+
+    @cached_property
+    def run(self) -> str:
+        """The run's name at its sites; "" for a run on one machine."""
+        return ""
 
     @cached_property
     def cohort(self) -> int:
@@ -406,9 +413,9 @@ class Experiment:
         return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
 
 
-def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:
-    """A hash of who holds which rows, and of the rows as tokens."""
-    digest = hashlib.sha256()
+def data_hash(shards: Mapping[str, Tensor], labels: Sequence[Label], *encoded: Examples) -> str:
+    """A hash of who holds which rows, of the labels, and of the rows as tokens."""
+    digest = hashlib.sha256(repr(tuple(labels)).encode())
     for client, rows in shards.items():
         digest.update(client.encode())
         digest.update(rows.numpy().tobytes())
