@@ -6,7 +6,7 @@ import hashlib
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -57,16 +57,21 @@ class Run:
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
         with self.folder.locked():
-            state = self.state
-            try:
-                for result in federate(federation, state):
-                    self.folder.commit(result)
-                    state = result.state
-                    yield result
-            except NonFiniteLoss as error:
-                write_file(self.folder.diverged, f"{error}\n")
-                raise
+            state, results = self.state, federate(federation, self.state)
+            while (result := self._committed(results)) is not None:
+                state = result.state
+                yield result
             self._finish(state)
+
+    def _committed(self, results: Iterator[RoundResult]) -> RoundResult | None:
+        """The next round, on disk; None at the end."""
+        try:
+            if (result := next(results, None)) is not None:
+                self.folder.commit(result)
+            return result
+        except NonFiniteLoss as error:
+            write_file(self.folder.diverged, f"{error}\n")
+            raise
 
     def _finish(self, state: RunState) -> None:
         """Write the adapter of the best validated round (of the last, without validation)."""
