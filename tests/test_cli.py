@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from typer.main import get_command
 
 from rolora import methods
 from rolora.cli import main as cli
+from rolora.cli.printing import Interrupted
 from rolora.config.load import load_config
+from rolora.demo.side_by_side import Demo
 from rolora.errors import EXIT_CODES
 from rolora.run import runs
 
@@ -238,9 +241,57 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
         code, _, err = rolora(patched, capsys, "run", site, "--out", tmp_path / "run")
     assert code == 1
     assert "rolora: No space left on device" in err
+    again = shlex.quote(str(tmp_path / "run"))
+    assert f"free some space; continue with: rolora resume {again}" in err
     assert "Traceback" not in err
     code, _, _ = rolora(monkeypatch, capsys, "resume", tmp_path / "run")
     assert code == 0
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "compare", "eval", "loading", "demo"])
+def test_what_interrupts_a_command_names_the_very_command_that_continues(
+    site: Path,
+    tmp_path: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, config = tmp_path / "my run", load_config(site)
+    words: dict[str, list[object]] = {
+        "run": ["run", site, "--out", out],
+        "resume": ["resume", out],
+        "compare": ["compare", site, "--methods", "rolora,fedit", "--out", out],
+        "eval": ["eval", out, "--data", site.parent / "test.csv"],
+        "loading": ["run", site, "--out", out],
+        "demo": ["demo"],
+    }
+    if command in ("resume", "eval"):
+        runs.start(config, out)
+    places = {"eval": "rolora.run.evaluation.evaluate_adapter", "loading": "rolora.run.runs.start"}
+    ready = Demo(site, out, (0, 1))
+    monkeypatch.setattr("rolora.demo.side_by_side.prepare_demo", lambda folder, llm: ready)
+
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(places.get(command, "rolora.run.runs.federate"), stopped)
+    code, _, err = rolora(monkeypatch, capsys, *words[command])
+    assert code == 130
+    given = {
+        "run": ["rolora", "resume", out],
+        "resume": ["rolora", "resume", out],
+        "compare": ["rolora", *words["compare"]],
+        "demo": [
+            *("rolora", "compare", site, "--methods", "rolora,ffa_lora,fedit"),
+            *("--seeds", "0,1", "--out", out),
+        ],
+    }
+    last = err.splitlines()[-1]
+    if command not in given:
+        assert last == "rolora: interrupted"
+        return
+    how = shlex.join(map(str, given[command]))
+    assert last == f"rolora: interrupted; finished rounds are saved; continue with: {how}"
 
 
 def test_ctrl_c_exits_130_and_the_run_resumes(site: Path, tmp_path: Path) -> None:

@@ -131,6 +131,21 @@ def test_a_server_s_seed_that_is_not_set_is_drawn_once_for_a_run_and_kept(
     assert runs.resume(tmp_path / "one", build=build).experiment.config.server_seed == seeds[0]
 
 
+def test_a_run_whose_folder_has_moved_is_the_same_run_at_its_sites(
+    place: Path, tmp_path: Path
+) -> None:
+    transport = calls(place, tmp_path / "sites")
+    config = configuration(place, FEW)
+    next(remote(config, tmp_path / "run", transport).rounds())
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    build = across(transport, print)
+    list(runs.resume(tmp_path / "elsewhere", build=build).rounds())
+    remote(config, tmp_path / "run", transport)  # a new run that has the old one's place
+    ids = [str(question.head["run"]) for _, question, _ in transport.passed]
+    assert len(dict.fromkeys(ids)) == 2
+    assert ids[0] == ids[ids.index(ids[-1]) - 1]
+
+
 def test_validation_rows_of_the_coordinator_do_not_go_with_parts_that_stay_at_the_sites(
     place: Path, tmp_path: Path
 ) -> None:

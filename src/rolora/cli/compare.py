@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rolora.cli.options import ConfigPath, Json, Overrides
-from rolora.cli.printing import err_console, show
+from rolora.cli.printing import again, err_console, show
 from rolora.errors import ConfigError
 
 
@@ -76,7 +76,10 @@ def compare(
     folder = ComparisonFolder(comparison_path(settings, out))
     if comparison.cut_validation:
         err_console.print(f"note: tuning on {comparison.tuned_on()}")
-    with contextlib.closing(queued_runs(comparison, folder.path, published, seconds)) as queue:
+    with (
+        again(),
+        contextlib.closing(queued_runs(comparison, folder.path, published, seconds)) as queue,
+    ):
         follow_all(queue)
     runs = [load_run(run.path) for run in comparison.final_runs(folder.path, None)]
     tuning = folder.tuning()

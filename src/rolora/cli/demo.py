@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import out_console, show, working
+from rolora.cli.printing import going_on, out_console, show, working
 
 
 def demo(
@@ -25,9 +25,10 @@ def demo(
     with working("fetching the model and the data (once)"):
         ready = prepare_demo(folder, llm=llm)
     runs = []
-    for run in ready.runs():
-        follow(run, run.folder.path.name)
-        runs.append(run)
+    with going_on(ready.command):
+        for run in ready.runs():
+            follow(run, run.folder.path.name)
+            runs.append(run)
     found = [load_run(run.folder.path) for run in runs]
     if llm:
         for prompt, plain, tuned in before_and_after(runs[0]):

@@ -19,7 +19,7 @@ import rolora
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.options import ConfigPath, Json, Overrides, names
-from rolora.cli.printing import out_console, show, working
+from rolora.cli.printing import Interrupted, out_console, resuming, show, working
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError
@@ -67,38 +67,56 @@ def run(
     from rolora.config.load import load_config
     from rolora.run import runs
 
-    if on is not None:  # a folder is relative to here, not to the configuration
-        where = Path(on).resolve() if Path(on).is_dir() else on
-        overrides = [*(overrides or []), f"federation.on={where}"]
     settings = load_config(config, overrides or [])
-    if settings.federation.on:
-        across_sites(settings, runs.new_path(settings, out), json)
-        return
-    with working("loading the model and the data"):
-        started = runs.start(settings, out)
-    _follow(started, json)
+    if on is not None:
+        if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
+            on = os.path.relpath(Path(on).resolve(), settings.root)
+        federation = settings.federation.model_copy(update={"on": on})
+        settings = settings.model_copy(update={"federation": federation})
+    path = runs.new_path(settings, out)
+    with resuming(path):
+        if settings.federation.on:
+            across_sites(settings, path, json)
+            return
+        with working("loading the model and the data"):
+            started = runs.start(settings, path)
+        _follow(started, json)
 
 
 @app.command()
 def resume(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=PLACE]...",
+            help="where files have moved to: data.train=NEW, model.path=NEW, ...",
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="the folder that relative paths now start from")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="the new total number of rounds")] = None,
     json: Json = False,
 ) -> None:
-    """Continue a run from its last checkpoint, as if it had never stopped."""
-    from rolora.config.load import load_config
+    """Continue a run from its last checkpoint, as if it had never stopped.
+
+    It stays the same run wherever its files are: hashes tell whether they are the same.
+    """
     from rolora.run import runs
     from rolora.run.folder import RunFolder
 
     folder = RunFolder.open(path)
-    settings = load_config(folder.config)
+    settings, _ = runs.stored(folder, places or [], root)
     if settings.federation.on and rounds is None and folder.report.is_file():
         _finished(path, json, trained=False)
-    elif settings.federation.on:
-        across_sites(settings, path, json, rounds)
-    else:
+        return
+    with resuming(path):
+        if settings.federation.on:
+            across_sites(settings, path, json, rounds)
+            return
         with working("loading the model and the data"):
-            resumed = runs.resume(path, rounds)
+            resumed = runs.resume(path, rounds, overrides=places or [], root=root)
         _follow(resumed, json)
 
 
@@ -248,10 +266,6 @@ def _finished(path: Path, as_json: bool, *, trained: bool) -> None:
     show_result(path, as_json)
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; a BaseException, so that no library handles it as an error."""
-
-
 def main() -> None:
     """The ``rolora`` command: every error is one line and a documented exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -264,17 +278,23 @@ def main() -> None:
         from rolora.demo.fetch import how_to_get
 
         hint = "" if error.path is None else how_to_get(error.path)
-        _leave(f"{error}{hint}", error.exit_code)
+        moved = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+        _leave(f"{error}{hint}{moved}", error.exit_code)
     except RoloraError as error:
-        _leave(str(error), error.exit_code)
-    except Interrupted:
-        again = sys.argv[1:2] in (["compare"], ["site"], ["federation"])
-        how = "the same command" if again else "rolora resume RUN"
-        _leave(f"interrupted; finished rounds are saved; continue with: {how}", 130)
+        _leave(f"{error}{_continued(error)}", error.exit_code)
+    except Interrupted as error:
+        how = _continued(error)
+        _leave(f"interrupted{'; finished rounds are saved' if how else ''}{how}", 130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        hint = "; free some space, then: rolora resume RUN" if error.errno == errno.ENOSPC else ""
+        full = error.errno == errno.ENOSPC
+        hint = f"; free some space{_continued(error)}" if full else ""
         _leave(f"{os.strerror(error.errno) if error.errno else error}{where}{hint}", 1)
+
+
+def _continued(error: BaseException) -> str:
+    """The command that continues what the error interrupted, if there is one."""
+    return "".join(f"; continue with: {how}" for how in getattr(error, "__notes__", [])[:1])
 
 
 def _interrupt(number: int, frame: object) -> None:

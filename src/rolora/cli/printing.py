@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import track
 from rich.table import Table
+
+from rolora.errors import NoQuorum
 
 out_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -56,6 +60,34 @@ def tracked(items: Sequence[T], what: str) -> Iterator[T]:
     else:
         err_console.print(f"{what} ...")
         yield from items
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; a BaseException, so that no library handles it as an error."""
+
+
+@contextlib.contextmanager
+def going_on(command: Sequence[object], run: Path | None = None) -> Iterator[None]:
+    """Note ``command`` on what interrupts the block, as the way to continue.
+
+    With ``run``, a folder: only if that run has begun.
+    """
+    try:
+        yield
+    except (Interrupted, NoQuorum, OSError) as error:
+        if run is None or (run / "config.toml").is_file():
+            error.add_note(shlex.join(map(str, command)))
+        raise
+
+
+def again() -> contextlib.AbstractContextManager[None]:
+    """Note on what interrupts the block that the same command continues."""
+    return going_on(("rolora", *sys.argv[1:]))
+
+
+def resuming(run: Path) -> contextlib.AbstractContextManager[None]:
+    """Note on what interrupts the block how to resume the run in this folder."""
+    return going_on(("rolora", "resume", run), run)
 
 
 @contextlib.contextmanager

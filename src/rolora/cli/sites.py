@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from rolora.cli.options import Json, names
-from rolora.cli.printing import err_console, out_console, show, working
+from rolora.cli.printing import again, err_console, out_console, show, working
 from rolora.errors import ConfigError, RoloraError
 
 federation = typer.Typer(
@@ -49,7 +49,8 @@ def site(
         return
     if parent_pid is not None:
         end_with_parent(parent_pid)
-    serve(settings, Site(settings).answer, _notify)
+    with again():
+        serve(settings, Site(settings).answer, _notify)
 
 
 def doctor(
@@ -120,7 +121,8 @@ def serve(folder: Folder = Path("federation")) -> None:
     from rolora.sites import serve as programs
     from rolora.sites.folder import FederationFolder
 
-    programs.serve(FederationFolder.open(folder), _notify)
+    with again():
+        programs.serve(FederationFolder.open(folder), _notify)
 
 
 @federation.command()
@@ -152,7 +154,8 @@ def up(
     opened = FederationFolder.open(folder)
     _notify(f"starting {len(opened.public)} sites; once it serves, in another terminal:")
     _notify(f"  rolora run {folder / 'run.toml'} --on {folder}")
-    serve(opened, _notify, list(opened.public))
+    with again():
+        serve(opened, _notify, list(opened.public))
 
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:

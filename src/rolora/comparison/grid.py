@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rolora.comparison.budget import Timing, all_rounds
 from rolora.comparison.tuning import Grid, Setting, make_grids, refuse_unfair, settings
 from rolora.comparison.variants import method_of, variant_overrides
-from rolora.config.load import make_config
+from rolora.config.load import PLACES, make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.results.tuned import Tuning
@@ -112,14 +112,21 @@ class Comparison:
         return where + (unset if self.cut_validation else "") + "; no run trains on them"
 
     def record(self) -> dict[str, Any]:
-        """Everything that the results depend on, as JSON: only the same comparison is resumed."""
+        """Everything that the results depend on, as JSON: only the same comparison is resumed.
+
+        Not where files are: hashes tell whether rows and model are the same.
+        """
         tuned = {
             "tune": {method: dict(grid) for method, grid in self.grids.items()},
             "tune seeds": list(self.tune_seeds),
             "tune rounds": self.tune_rounds,
         }
+        config = self.config.model_dump(mode="json", exclude={"seed", "method", "federation"})
+        for place in PLACES:
+            section, _, key = place.partition(".")
+            config.get(section, {}).pop(key, None)
         return {
-            **self.config.model_dump(mode="json", exclude={"seed", "method", "federation"}),
+            **config,
             "method": self.config.method.model_dump(mode="json"),
             "methods": list(self.methods),  # in the order of the table
             "alone": {method: list(own) for method, own in self.methods.items() if own},

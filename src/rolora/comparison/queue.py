@@ -14,7 +14,7 @@ from rolora.comparison.folder import ComparisonFolder, rounds_done
 from rolora.comparison.grid import TUNE_SEEDS, Comparison, PlannedRun, plan
 from rolora.comparison.tuning import Setting, choose
 from rolora.comparison.variants import checked_labels
-from rolora.config.load import read_toml
+from rolora.config.load import places, read_toml
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, RoloraError
 from rolora.model.base import Base
@@ -151,7 +151,8 @@ def _begin(
         return experiment
 
     if planned.path.exists():
-        return resume(planned.path, build=build)
+        config = planned.config
+        return resume(planned.path, build=build, overrides=places(config), root=config.root)
     if origin is None:
         return start(planned.config, planned.path, build)
     return start(planned.config, planned.path, lambda c, f: build(pinned(c, origin), f))

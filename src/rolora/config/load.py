@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,18 +18,46 @@ from rolora.errors import ConfigError, nearest
 from rolora.methods import METHODS
 from rolora.registry import Registry
 
+# Where the files of a run are. They may move: hashes say whether they are still the same.
+PLACES = (
+    *("data.train", "data.test", "data.validation"),
+    *("model.path", "lora.init_from", "train.cache", "federation.on"),
+)
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), root: str | Path | None = None
+) -> RunConfig:
     """Read a TOML file, apply ``key.path=value`` overrides, and check everything.
 
-    In the ``config.toml`` of a run folder, relative paths still start from the folder of the file
-    that the run was started with. Raises ConfigError naming the key and the nearest known one.
+    Relative paths start from ``root``: if it is left out, from the folder of the file, and in the
+    ``config.toml`` of a run folder from that of the file that the run was started with. Raises
+    ConfigError naming the key and the nearest known one.
     """
     values = read_toml(path)
     file = Path(path).expanduser()
     origin = values.pop("provenance", {})
-    root = origin.get("root", file.parent) if isinstance(origin, dict) else file.parent
+    if root is None:
+        root = origin.get("root", ".") if isinstance(origin, dict) else "."
+        if not isinstance(root, str):
+            raise ConfigError(f"{path} is damaged: provenance.root is {root!r}, not a folder")
+        root = file.resolve().parent / root
     return make_config({"name": file.stem, **values}, overrides, root=Path(root))
+
+
+def places(config: RunConfig) -> list[str]:
+    """The overrides that give another configuration the ``PLACES`` of this one."""
+    found = []
+    for place in PLACES:
+        section, _, key = place.partition(".")
+        if (value := getattr(getattr(config, section), key)) is not None:
+            found.append(f"{place}={tomli_w.dumps({'value': value}).removeprefix('value = ')}")
+    return found
+
+
+def relative_root(config: RunConfig, folder: Path) -> str:
+    """``config.root`` as seen from ``folder``, so that both can be moved together."""
+    return os.path.relpath(config.root, folder.resolve())
 
 
 def read_toml(path: str | Path, hint: str = "rolora init writes one") -> dict[str, Any]:
@@ -63,25 +92,31 @@ def make_config(
     return config
 
 
-def dump_config(config: RunConfig, provenance: dict[str, Any]) -> str:
-    """The resolved configuration as TOML, with a ``[provenance]`` table, for the coordinator's own
-    disk: unlike ``model_dump`` it has the server's seed. Keys that are None are left out."""
+def dump_config(config: RunConfig, provenance: Mapping[str, Any], folder: Path) -> str:
+    """The resolved configuration as TOML, for a file in ``folder``, with a ``[provenance]`` table.
+
+    It is for the coordinator's own disk: unlike ``model_dump`` it has the server's seed. Keys that
+    are None are left out.
+    """
     values = config.model_dump(mode="json", exclude_none=True)
     if config.server_seed is not None:
         values["server_seed"] = config.server_seed
-    return tomli_w.dumps({**values, "provenance": provenance})
+    origin = {**provenance, "root": relative_root(config, folder)}
+    return tomli_w.dumps({**values, "provenance": origin})
 
 
 def config_hash(config: RunConfig) -> str:
     """A hash of the settings that define a run.
 
-    Left out are where it runs, the server's seed, what "auto" resolves to, and the number of
-    rounds, which a resumed run may raise.
+    Left out are where it runs and where its files are (``PLACES``), the server's seed, what "auto"
+    resolves to, and the number of rounds, which a resumed run may raise.
     """
     values = config.model_dump_json(
         exclude={
-            "train": {"rounds", "bank"},
-            "model": {"dtype"},
+            "train": {"rounds", "bank", "cache"},
+            "model": {"dtype", "path"},
+            "data": {"train", "test", "validation"},
+            "lora": {"init_from"},
             "federation": True,
             "aggregate": set() if config.aggregate.options else {"options"},
         }

@@ -99,6 +99,13 @@ class Demo:
         """One run per method and seed, to be advanced through ``rounds()``."""
         return compare(load_config(self.file), METHODS, self.seeds, self.out)
 
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command that continues these runs."""
+        seeds = ",".join(map(str, self.seeds))
+        given = ("--methods", ",".join(METHODS), "--seeds", seeds, "--out", str(self.out))
+        return ("rolora", "compare", str(self.file), *given)
+
 
 def prepare_demo(folder: Path, *, llm: bool = False) -> Demo:
     """Fetch MiniLM and the TREC questions into ``folder`` and write ``questions.toml`` there.

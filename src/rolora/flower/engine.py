@@ -46,7 +46,7 @@ class Remote:
             if time.monotonic() > until:
                 raise NoQuorum(
                     f"{len(present)} sites are connected, too few for a cohort of {quorum} "
-                    "(aggregate.quorum); finished rounds are saved, resume when more are"
+                    "(aggregate.quorum); finished rounds are saved"
                 )
             time.sleep(1)
 
@@ -93,13 +93,16 @@ class Remote:
             return self._with_view("score", view, view, round=info.round, rank=info.rank)
 
         for assigned, reply in self._asked(tuple(clients), score):
-            info = assigned.info
-            try:
-                metrics = json.loads(checked(reply).text("metrics"))
-                held_out = {str(k): float(v) for k, v in metrics.items()}
-                yield ClientMetrics(info.id, held_out)
-            except (MessageError, ValueError, TypeError, AttributeError) as error:
-                self.membership.notify(f"site {info.id} was not evaluated: {error}")
+            if (found := self._scored(assigned.info.id, reply)) is not None:
+                yield found
+
+    def _scored(self, client: str, reply: SiteMessage) -> ClientMetrics | None:
+        try:
+            metrics = json.loads(checked(reply).text("metrics"))
+            return ClientMetrics(client, {str(k): float(v) for k, v in metrics.items()})
+        except (MessageError, ValueError, TypeError, AttributeError) as error:
+            self.membership.notify(f"site {client} was not evaluated: {error}")
+            return None
 
     def _asked(
         self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], SiteMessage]

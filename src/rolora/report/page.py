@@ -105,11 +105,12 @@ def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, str]]:
 def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """What all runs have in common (``shared``), and a table of the rest, one row for each run.
 
-    The folder that a run was started from is left out: pages are made to be shared.
+    The folder that a run was started from, and its name at its sites, are left out: pages are made
+    to be shared.
     """
     tables = []
     for run in runs:
-        made = {key: value for key, value in run.provenance.items() if key != "root"}
+        made = {key: value for key, value in run.provenance.items() if key not in ("root", "run")}
         tables.append({**made.pop("versions", {}), **made})
     names = dict.fromkeys(name for table in tables for name in table)
     apart = differing(tables)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rolora.config.load import make_config
 from rolora.data import tables
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, ModelNotHere
+from rolora.model.base import Base, tokenizer_digest
 from rolora.model.peft import read_adapter
 from rolora.run.experiment import Experiment
 
@@ -19,9 +22,9 @@ def evaluate_adapter(
     """Metrics of a finished run, or of its adapter folder, on other rows.
 
     ``model`` names the base model where it has moved; ``overrides`` change the configuration that
-    the adapter was trained with. Raises ConfigError for a folder that is neither, or damaged, and
-    for a method that leaves a part of each adapter with its client; DataError for rows that do not
-    fit.
+    the adapter was trained with. Raises ConfigError for a folder that is neither, or damaged, for a
+    base or tokenizer that is not the one of the training, and for a method that leaves a part of
+    each adapter with its client; DataError for rows that do not fit.
     """
     ((_, metrics),) = evaluate_each(path, {source: source}, model, overrides)
     return dict(metrics)
@@ -39,7 +42,8 @@ def evaluate_each(
     """
     folder = Path(path)
     folder = folder / "adapter" if (folder / "config.toml").is_file() else folder
-    trained = _trained(folder, model, overrides)
+    notes = _notes(folder)
+    trained = _trained(folder, notes, model, overrides)
     config = trained.config
     read = {
         name: tables.read_table(
@@ -47,7 +51,7 @@ def evaluate_each(
         )
         for name, source in sources.items()
     }
-    base = trained.load_base()
+    base = _load_base(folder, notes, trained)
     experiment = Experiment(config, labels=trained.labels, base=base)
     adapter = read_adapter(folder, base.specs, any_rank=True)
     for name, table in read.items():
@@ -55,19 +59,60 @@ def evaluate_each(
         yield name, experiment.score(examples, adapter)
 
 
-def _trained(folder: Path, model: str | None, overrides: Sequence[str]) -> Experiment:
-    """The experiment that the adapter in this folder comes from; nothing is loaded yet."""
+def _load_base(folder: Path, notes: Mapping[str, Any], trained: Experiment) -> Base:
+    """The base model for this adapter. ConfigError unless its weights are those of the training.
+
+    They are compared in the dtype of the training, of which the hash was taken.
+    """
+    try:
+        base = trained.load_base()
+    except ModelNotHere as error:
+        error.add_note("if it has moved, name its new place with --model")
+        raise
+    dtype = notes["config"]["model"]["dtype"]
+    compared = base
+    if trained.config.model.dtype != dtype:
+        model = trained.config.model.model_copy(update={"dtype": dtype})
+        compared = Experiment(
+            trained.config.model_copy(update={"model": model}), labels=trained.labels
+        ).load_base()
+    found = {"base": compared.digest, "tokenizer": tokenizer_digest(compared)}
+    for key, what in {"base": "other weights", "tokenizer": "another tokenizer"}.items():
+        if found[key] != notes[key]:
+            raise ConfigError(
+                f"{trained.config.model.path} has {what} than the base that {folder} was trained "
+                "on: give that base with --model"
+            )
+    return base
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What the run that left the adapter wrote about it."""
     file = folder / "rolora.json"
     if not file.is_file():
         raise ConfigError(
-            f"{folder} is not an adapter of rolora: rolora.json is missing; "
-            "if its run is unfinished, continue it with: rolora resume"
+            f"{folder} is not an adapter of rolora: rolora.json is missing; if its run is "
+            f"unfinished, continue it with: rolora resume {shlex.quote(str(folder.parent))}"
         )
     try:
-        notes = json.loads(file.read_text())
-        settings, root, labels = notes["config"], Path(notes["root"]), tuple(notes["labels"])
+        notes: dict[str, Any] = json.loads(file.read_text())
+        for key, kind in _NOTES.items():
+            if not isinstance(notes[key], kind):
+                raise TypeError(f"{key} is {notes[key]!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged: {error!r}") from None
+    return notes
+
+
+_NOTES = {"config": dict, "root": str, "labels": list, "base": str, "tokenizer": str}
+
+
+def _trained(
+    folder: Path, notes: Mapping[str, Any], model: str | None, overrides: Sequence[str]
+) -> Experiment:
+    """The experiment that the adapter in this folder comes from; nothing is loaded yet."""
+    settings, labels = notes["config"], tuple(notes["labels"])
+    root = folder.resolve() / notes["root"]
     moved = [] if model is None else [f"model.path={Path(model).resolve()}"]
     trained = Experiment(make_config(settings, [*moved, *overrides], root=root), labels=labels)
     method = trained.method

@@ -47,6 +47,7 @@ class Parts(TypedDict, total=False):
     engine: Engine
     partition: Mapping[str, Any]
     data: str
+    run: str
     bank: int
     spare: int
     notes: Sequence[str]
@@ -103,7 +104,7 @@ class Experiment:
         found = tables.labels(self.rows.train, self.columns["label"], source)
         return self.ordered(class_labels(found, source))
 
-    def ordered(self, labels: Sequence[Label]) -> Sequence[Label]:
+    def ordered(self, labels: Sequence[str]) -> Sequence[str]:
         """These labels in the order of the checkpoint's outputs, where it names just these."""
         config = self.config
         return tuple(
@@ -250,8 +251,14 @@ class Experiment:
 
     @cached_property
     def data(self) -> str:
-        """A hash of who holds which rows, and of the rows as tokens."""
-        return data_hash(self.shards, self.examples, self.test)
+        """A hash of who holds which rows, of the labels, and of all rows as tokens."""
+        held = [self.test] if self.validation is None else [self.test, self.validation]
+        return data_hash(self.shards, self.labels, self.examples, *held)
+
+    @cached_property
+    def run(self) -> str:
+        """The run's name at its sites; "" for a run on one machine."""
+        return ""
 
     @cached_property
     def cohort(self) -> int:
@@ -445,9 +452,9 @@ class Experiment:
         return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
 
 
-def data_hash(shards: Mapping[str, Tensor], *encoded: Examples) -> str:
-    """A hash of who holds which rows, and of the rows as tokens."""
-    digest = hashlib.sha256()
+def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Examples) -> str:
+    """A hash of who holds which rows, of the labels, and of the rows as tokens."""
+    digest = hashlib.sha256(repr(tuple(labels)).encode())
     for client, rows in shards.items():
         digest.update(client.encode())
         digest.update(rows.numpy().tobytes())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+import shlex
 import subprocess
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +14,19 @@ from typing import Any
 
 import torch
 
-from rolora.config.load import config_hash, dump_config, load_config, read_toml
+from rolora.config.load import (
+    PLACES,
+    config_hash,
+    dump_config,
+    load_config,
+    read_toml,
+    relative_root,
+)
 from rolora.config.schema import RunConfig
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, ModelNotHere, NotHere
 from rolora.files import write_file
-from rolora.model.peft import save_adapter
+from rolora.model.base import tokenizer_digest
+from rolora.model.peft import WEIGHTS, save_adapter
 from rolora.report.page import write_report
 from rolora.run.experiment import Experiment, dated
 from rolora.run.folder import RunFolder, require_new
@@ -47,16 +57,21 @@ class Run:
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
         with self.folder.locked():
-            state = self.state
-            try:
-                for result in federate(federation, state):
-                    self.folder.commit(result)
-                    state = result.state
-                    yield result
-            except NonFiniteLoss as error:
-                write_file(self.folder.diverged, f"{error}\n")
-                raise
+            state, results = self.state, federate(federation, self.state)
+            while (result := self._committed(results)) is not None:
+                state = result.state
+                yield result
             self._finish(state)
+
+    def _committed(self, results: Iterator[RoundResult]) -> RoundResult | None:
+        """The next round, on disk; None at the end."""
+        try:
+            if (result := next(results, None)) is not None:
+                self.folder.commit(result)
+            return result
+        except NonFiniteLoss as error:
+            write_file(self.folder.diverged, f"{error}\n")
+            raise
 
     def _finish(self, state: RunState) -> None:
         """Write the adapter of the best validated round (of the last, without validation)."""
@@ -66,7 +81,9 @@ class Run:
         notes = {
             "rolora": version("rolora"),
             "round": state.best.round if state.best else state.server.round,
-            "root": str(config.root),
+            "root": relative_root(config, self.folder.adapter),
+            "base": base.digest,
+            "tokenizer": tokenizer_digest(base),
             "labels": list(self.experiment.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
@@ -101,27 +118,41 @@ def start(config: RunConfig, out: str | Path | None = None, build: Build = Exper
     experiment = build(config, path / "clients")
     experiment.prepare()
     drawn = {"server_seed": experiment.config.server_seed}
-    text = dump_config(config.model_copy(update=drawn), provenance(experiment))
+    text = dump_config(config.model_copy(update=drawn), provenance(experiment), path)
     folder = RunFolder.create(path, text, experiment.partition)
     return Run(experiment, folder, experiment.start, tuple(experiment.notes))
 
 
-def resume(path: str | Path, rounds: int | None = None, build: Build = Experiment) -> Run:
+def resume(
+    path: str | Path,
+    rounds: int | None = None,
+    build: Build = Experiment,
+    *,
+    overrides: Sequence[str] = (),
+    root: str | Path | None = None,
+) -> Run:
     """A run as of its last intact checkpoint; ``rounds`` raises the number of rounds.
 
-    Threads, bank and dtype stay as they were, because bits depend on them. Raises ConfigError if
-    the data, the base model or the configuration has changed since the start.
+    Where files have moved, ``root`` is the folder that relative paths start from, and ``overrides``
+    give new ``PLACES``, such as ``model.path=NEW``. Threads, bank and dtype stay as they were,
+    because bits depend on them. Raises ConfigError if the data, the base model or the configuration
+    has changed since the start.
     """
     folder = RunFolder.open(Path(path))
     with folder.locked():
-        origin = read_toml(folder.config).get("provenance", {})
-        if lost := {"root", "threads", "bank", "dtype", *_SAME, *_ALIKE} - origin.keys():
-            raise ConfigError(f"{folder.config} is damaged: provenance.{min(lost)} is missing")
-        overrides = [] if rounds is None else [f"train.rounds={rounds}"]
-        config = load_config(folder.config, overrides)
+        config, origin = stored(folder, overrides, root)
+        if rounds is not None:
+            config = load_config(folder.config, [*overrides, f"train.rounds={rounds}"], config.root)
         torch.set_num_threads(origin["threads"])
-        experiment = build(pinned(config, origin), folder.clients)
-        experiment.prepare()
+        try:
+            experiment = build(pinned(config, origin), folder.clients)
+            experiment.prepare()
+        except (NotHere, ModelNotHere) as error:
+            error.add_note(
+                f"if it has moved: rolora resume {shlex.quote(str(path))} --root FOLDER, or "
+                "KEY=PLACE"
+            )
+            raise
         now = provenance(experiment)
         for key, what in _SAME.items():
             if now[key] != origin[key]:
@@ -130,14 +161,34 @@ def resume(path: str | Path, rounds: int | None = None, build: Build = Experimen
                     f"again with: rolora run {folder.config} --out NEW_FOLDER"
                 )
         state, notes = folder.restore(experiment.start)
-        if rounds is not None:
-            if rounds < state.server.round:
-                raise ConfigError(f"{path} has already done {state.server.round} rounds")
-            write_file(folder.config, dump_config(config, origin))
+        if rounds is not None and rounds < state.server.round:
+            raise ConfigError(f"{path} has already done {state.server.round} rounds")
+        if rounds is not None or overrides or root is not None:
+            write_file(folder.config, dump_config(config, origin, folder.path))
     for key, what in _ALIKE.items():
         if now[key] != origin[key]:
             notes.append(f"the {what} changed since the run started, so the last bits may differ")
     return Run(experiment, folder, state, (*experiment.notes, *notes))
+
+
+def stored(
+    folder: RunFolder, overrides: Sequence[str] = (), root: str | Path | None = None
+) -> tuple[RunConfig, dict[str, Any]]:
+    """A run's configuration and provenance; see :func:`resume`. ConfigError for other overrides."""
+    for text in overrides:
+        if text.partition("=")[0].strip() not in PLACES:
+            raise ConfigError(
+                f"{text}: a run keeps its settings. Only --rounds and the places of its files can "
+                f"change ({', '.join(PLACES)}), so start another with: rolora run "
+                f"{shlex.quote(str(folder.config))} {shlex.quote(text)} --out NEW_FOLDER"
+            )
+    if root is not None and not Path(root).is_dir():
+        raise ConfigError(f"--root {root} is not a folder")
+    origin = read_toml(folder.config).get("provenance", {})
+    lost = {"root", "threads", "bank", "dtype", *_SAME, *_ALIKE} - dict(origin).keys()
+    if lost:
+        raise ConfigError(f"{folder.config} is damaged: provenance.{min(lost)} is missing")
+    return load_config(folder.config, overrides, root), origin
 
 
 def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bool]]]:
@@ -160,18 +211,24 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
     return {
         "versions": versions,
         "git_commit": _git_commit(Path(__file__).parent),
-        "root": str(experiment.config.root),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         **_chosen(experiment),
         "prefix": experiment.cached,
         "data": experiment.data,
         "base": experiment.base.digest,
+        **({"run": experiment.run} if experiment.run else {}),
+        "init_from": _init_hash(experiment.config),
         "config": config_hash(experiment.config),
     }
 
 
-_SAME = {"data": "the data", "base": "the base model", "config": "the configuration"}
+_SAME = {
+    "data": "the data",
+    "base": "the base model",
+    "init_from": "the adapter of lora.init_from",
+    "config": "the configuration",
+}
 _ALIKE = {"versions": "set of library versions", "cpu": "processor", "prefix": "use of the cache"}
 
 
@@ -188,6 +245,14 @@ def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
+
+
+def _init_hash(config: RunConfig) -> str:
+    """A hash of the adapter that a run starts from, or "" where it draws its own."""
+    if config.lora.init_from is None:
+        return ""
+    file = config.root / config.lora.init_from / WEIGHTS
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
 def _git_commit(folder: Path) -> str:

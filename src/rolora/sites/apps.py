@@ -10,7 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from rolora.config.load import load_config
+from rolora.config.load import load_config, places
 from rolora.flower.transport import GridTransport, from_record, to_record
 from rolora.run import runs
 from rolora.run.progress import described
@@ -41,10 +41,12 @@ def main(grid: Grid, context: Context) -> None:
     with reporting(job) as lines:
         notify = partial(print, file=lines)
         build = across(GridTransport(grid), notify)
+        config = load_config(job / "config.toml")
         if (out / "config.toml").is_file():
-            run = runs.resume(out, order["rounds"], build)
+            moved = places(config)
+            run = runs.resume(out, order["rounds"], build, overrides=moved, root=config.root)
         else:
-            run = runs.start(load_config(job / "config.toml"), out, build)
+            run = runs.start(config, out, build)
         for note in run.notes:
             notify(f"note: {note}")
         for _, line in described(run.rounds(), run):

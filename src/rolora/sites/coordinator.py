@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rolora.config.load import config_hash
+from rolora.config.load import read_toml
 from rolora.data import tables
 from rolora.errors import ConfigError
 from rolora.flower.engine import Remote
@@ -49,12 +48,13 @@ def _prepare(
     if data.validation is not None:
         validation = read(str(data.validation), split="validation")
     rows = Rows(None, test, validation, shards={}, held_out={})
-    run = hashlib.sha256(f"{config_hash(config)}{folder.resolve()}".encode()).hexdigest()[:16]
+    run = _run_id(folder.parent / "config.toml")
     membership = Membership(transport, Experiment(config), run, notify)
     labels = wanted.ordered(membership.gather())
     here = Experiment(config, rows=rows, labels=labels)
     engine = Remote(membership, here)
     members = engine.clients()
+    held = [here.test] if here.validation is None else [here.test, here.validation]
     return Experiment(
         config,
         rows=rows,
@@ -66,11 +66,22 @@ def _prepare(
             "dropped": 0,
             "note": "rows stay at their sites",
         },
-        data=data_hash({}, here.test),
+        data=data_hash({}, labels, *held),
+        run=run,
         bank=1,
         spare=config.federation.spare,
         notes=[note for note in (here.base.note,) if note],
     )
+
+
+def _run_id(file: Path) -> str:
+    """The name of a run at its sites: drawn at its start, then as its ``config.toml`` has it."""
+    if not file.is_file():
+        return secrets.token_hex(8)
+    run = read_toml(file).get("provenance", {}).get("run")
+    if not isinstance(run, str) or not run:
+        raise ConfigError(f"{file} is of a run on one machine: resume it without federation.on")
+    return run
 
 
 def _refuse(wanted: Experiment) -> None:

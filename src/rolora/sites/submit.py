@@ -82,7 +82,7 @@ def run_remotely(
         shutil.rmtree(job)
     (job / "app").mkdir(parents=True)
     try:
-        write_file(job / "config.toml", dump_config(config, {"root": str(config.root)}))
+        write_file(job / "config.toml", dump_config(config, {}, job))
         write_file(job / "order.json", json.dumps({"out": str(out), "rounds": rounds}))
         (job / "progress.log").touch()
         write_file(job / "app" / "pyproject.toml", APP)

@@ -212,7 +212,7 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
         if failed == run.max_attempts:
             raise NoQuorum(
                 f"round {state.server.round + 1}: no quorum of {run.aggregation.quorum} after "
-                f"{run.max_attempts} attempts; the run is saved and can be resumed"
+                f"{run.max_attempts} attempts; finished rounds are saved"
             )
         started = time.perf_counter()
         result = _round(run, state)
