@@ -6,16 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from states import relative
+from tiny_clients import classifier, language_model
 from transformers import AutoConfig, BertForSequenceClassification
 
 from rolora.errors import ConfigError
 from rolora.model import checkpoint
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings
+from rolora.training.local import LocalSettings
 
 
 def config_of(base: Base) -> Any:
@@ -33,13 +37,42 @@ def refusal(folder: Path, **lora: Any) -> ConfigError:
 @pytest.mark.parametrize(
     ("name", "lora", "message"),
     [
-        ("deberta", {}, "layer 'deberta.encoder.layer.0.attention.self.query_proj' is not called"),
-        ("albert", {"target_modules": ("query",)}, "attention.query' is not called once with one"),
-        ("albert", {}, "no default target_modules for 'albert': set lora.target_modules to some"),
-        ("distilbert", {}, "set lora.target_modules to some of k_lin, lin1, lin2, out_lin, q_lin"),
-        ("bart", {}, "is an encoder-decoder"),
-        ("bert", {"target_modules": ("quary",)}, "no layer is named quary"),
-        ("bert", {"target_modules": ("classifier",)}, "no layer is named classifier"),
+        ("deberta", {}, "self.query_proj' is also called with vectors that belong to no row"),
+        ("deberta", {}, "set lora.target_modules to some of dense, value_proj"),
+        ("xlnet", {}, "no layer of 'xlnet' can carry per-client adapters: use another model"),
+        ("xlnet", {"target_modules": "all-linear"}, "does not see its rows one after another, so"),
+        ("albert", {}, "has no default target_modules for 'albert': set lora.target_modules, for"),
+        (
+            "distilbert",
+            {},
+            'for example to ["q_lin", "v_lin"], or to "all-linear" (k_lin, lin1, lin',
+        ),
+        ("bart", {}, "is an encoder-decoder, which is not supported: set model.path to an encoder"),
+        ("bert", {"target_modules": ("quary",)}, "no layer is named 'quary'; this model has dense"),
+        ("bert", {"target_modules": ("query", "quary")}, "no layer is named 'quary'"),
+        ("bert", {"target_modules": r".*\.quary"}, "no layer is named '.*"),
+        (
+            "bert",
+            {"target_modules": r".*\.attention.*"},
+            "layer.0.attention, a BertAttention",
+        ),
+        (
+            "bert",
+            {"target_modules": r".*query", "layers": "top:1"},
+            "remove it, and let",
+        ),
+        (
+            "bert",
+            {"target_modules": ("query", "pooler.dense"), "layers": "top:1"},
+            "in the layers of",
+        ),
+        (
+            "bert",
+            {"target_modules": ("query", "classifier")},
+            "'classifier' is part of the task",
+        ),
+        ("bert", {"target_modules": ("word_embeddings",)}, "word_embeddings, a Embedding, which"),
+        ("bert", {"target_modules": ("query", "embeddings")}, "bert.embeddings, a BertEmbeddings"),
         ("bert", {"layers": "top:3"}, "use 'all', 'top:1'..'top:2', or a list"),
         ("bert", {"layers": (0, 2)}, "the model's layers are 0..1"),
         ("bert", {"rank": 33}, "it has 32 inputs and 32 outputs, so no change of it has a rank"),
@@ -50,6 +83,43 @@ def test_a_model_that_cannot_carry_the_adapters_is_refused_in_one_line(
 ) -> None:
     folder = getattr(tiny, f"tiny_{name}")(tmp_path / "model")
     assert re.search(re.escape(message), str(refusal(folder, **lora)))
+
+
+def test_a_language_model_s_output_embedding_carries_no_adapter_and_is_never_claimed_to(
+    tmp_path: Path,
+) -> None:
+    folder = str(tiny.tiny_llama(tmp_path / "model"))
+    for name, why in (
+        ("lm_head", "lm_head, the output embedding, which stays as it is: use down_proj"),
+        ("embed_tokens", "model.embed_tokens, a Embedding, which cannot carry LoRA here: use"),
+    ):
+        with pytest.raises(ConfigError, match=f"lora.target_modules: '{name}' selects {why}"):
+            load_base(folder, "causal_lm", LoraSettings(target_modules=("q_proj", name)))
+
+
+def test_a_layer_that_is_called_several_times_or_on_flat_rows_serves_each_client_alone(
+    tmp_path: Path,
+) -> None:
+    for name, make in (("albert", classifier), ("opt", language_model)):
+        folder = getattr(tiny, f"tiny_{name}")(tmp_path / name)
+        bench = make(folder, torch.float64, target_modules="all-linear", dropout=0.2)
+        settings = LocalSettings(steps=3, batch_size=4)
+        work = bench.work(settings)
+        together = bench.train(work, settings)
+        for w, one in zip(work, together, strict=True):
+            (alone,) = bench.train([w], settings)
+            assert relative(one.adapter, alone.adapter) <= 1e-9
+
+
+def test_a_layer_that_a_model_never_calls_is_not_among_all_linear_ones(tmp_path: Path) -> None:
+    folder = tiny.tiny_esm(tmp_path / "model")
+    labels = ("no", "yes")
+    base = load_base(
+        str(folder), "classification", LoraSettings(target_modules="all-linear"), labels=labels
+    )
+    assert not [layer for layer in base.specs.scaling if "contact_head" in layer]
+    assert "regression" in str(refusal(folder, rank=1, target_modules=("regression",)))
+    assert "is never called" in str(refusal(folder, rank=1, target_modules=("regression",)))
 
 
 def test_a_folder_without_weights_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -118,15 +188,24 @@ def test_a_head_model_cannot_stand_in_for_a_language_model(tmp_path: Path) -> No
         (("dense",), "all", 7),  # three in each layer, and the pooler, which sees no positions
         (("all-linear",), "all", 13),
         (("all-linear",), "top:1", 6),
+        ("all-linear", "all", 13),
+        ("all-linear", (0,), 6),
+        (r".*\.layer\.1\..*(query|value)", "all", 2),
+        (("layer.1.attention.self.query", "value"), "all", 3),
+        (("pooler.dense",), "all", 1),
     ],
 )
 def test_target_modules_and_layers_choose_what_is_adapted(
-    tmp_path: Path, targets: tuple[str, ...], layers: str | tuple[int, ...], count: int
+    tmp_path: Path, targets: str | tuple[str, ...], layers: str | tuple[int, ...], count: int
 ) -> None:
     folder = tiny.tiny_bert(tmp_path / "model")
     settings = LoraSettings(target_modules=targets, layers=layers)
     base = load_base(str(folder), "classification", settings, labels=("no", "yes"))
     assert len(base.specs.scaling) == count
+    fresh = BertForSequenceClassification.from_pretrained(folder)
+    theirs = peft.get_peft_model(fresh, base.peft_config)  # the saved configuration says the same
+    chosen = {name.rpartition(".lora_A")[0] for name in theirs.state_dict() if "lora_A" in name}
+    assert chosen == base.specs.scaling.keys()
     if layers == (0,):
         assert all(".layer.0." in layer for layer in base.specs.scaling)
     if layers == "top:1":

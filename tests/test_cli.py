@@ -63,7 +63,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
         ("model.path=./nowhere", 2, "model folder './nowhere' does not exist"),
         ("model.path=pictures", 2, "cannot load model 'pictures'"),
         ("model.path=model/none.gguf", 2, "does not exist"),
-        ('lora.target_modules=["quary"]', 2, "no layer is named quary"),
+        ('lora.target_modules=["quary"]', 2, "no layer is named 'quary'"),
         ("lora.layers=top:9", 2, "lora.layers = 'top:9'"),
         ("lora.init_from=model", 2, "is not a PEFT adapter"),
         ("device=cuda", 2, "device = 'cpu'"),

@@ -153,7 +153,7 @@ def test_peft_loads_the_adapter_of_any_method_and_computes_the_same_logits(
         ours = base.model(**inputs).logits
     with base.holding(read_adapter(folder, base.specs, any_rank=True)), torch.no_grad():
         again = base.model(**inputs).logits
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder / "model_config.json")
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(
         site.parent / "model", config=config
     )

@@ -229,7 +229,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(site: Path, whole: Pat
     inputs = base.tokenizer(texts, padding=True, return_tensors="pt")
     with base.holding(adapter), torch.no_grad():
         ours = base.model(**inputs).logits
-    config = transformers.AutoConfig.from_pretrained(whole / "adapter")
+    config = transformers.AutoConfig.from_pretrained(whole / "adapter" / "model_config.json")
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(
         site.parent / "model", config=config
     )

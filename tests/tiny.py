@@ -29,10 +29,14 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 SENTENCES = [
@@ -43,7 +47,7 @@ SENTENCES = [
     "system user assistant: you answer in one short line",
 ]
 
-HEADS = ("classifier", "pre_classifier", "score", "head.")
+HEADS = ("classifier", "pre_classifier", "score", "head.", "sequence_summary", "logits_proj")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -157,6 +161,32 @@ def tiny_albert(folder: Path, seed: int = 0) -> Path:
     fast = word_tokenizer()
     config = AlbertConfig(**_SIZES, vocab_size=len(fast), embedding_size=16)
     return _save(folder, fast, AlbertForSequenceClassification, config, seed)
+
+
+def tiny_xlnet(folder: Path, seed: int = 0) -> Path:
+    """An XLNet, whose layers see (length, rows, width)."""
+    fast = word_tokenizer()
+    config = XLNetConfig(vocab_size=len(fast), d_model=32, n_layer=2, n_head=4, d_inner=64)
+    return _save(folder, fast, XLNetForSequenceClassification, config, seed)
+
+
+def tiny_opt(folder: Path, seed: int = 0) -> Path:
+    """An OPT, whose large layers see (rows · length, width)."""
+    fast = chat_tokenizer()
+    config = OPTConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        init_std=0.2,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    return _save(folder, fast, OPTForCausalLM, config, seed)
 
 
 def tiny_bart(folder: Path, seed: int = 0) -> Path:

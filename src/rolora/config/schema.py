@@ -60,8 +60,10 @@ class LoraConfig(Section):
     )
     alpha: float = Field(8.0, gt=0, description="lora_B @ lora_A is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate on the input of lora_A")
-    target_modules: list[str] = Field(
-        [], description="names of the layers with an adapter; left out: PEFT's default"
+    target_modules: str | list[str] = Field(
+        [],
+        description='names of the layers with an adapter, "all-linear", or a regular expression '
+        "for their whole paths; left out: PEFT's default",
     )
     layers: str | list[int] = Field(
         "all", description='layers with an adapter: "all", "top:2", or a list of indices'

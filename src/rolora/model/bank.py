@@ -302,25 +302,26 @@ class Noise:
     tokens: tuple[Tensor, Tensor] | None = None
 
     def mask(self, x: Tensor, layer_key: int, rate: float) -> Tensor:
-        """A dropout mask for ``x`` (rows, ..., width) or (1, tokens, width), scaled by 1/(1−rate).
+        """A dropout mask for ``x`` (..., width), whose vectors are row after row; times 1/(1−rate).
 
         An element depends on its row's key, the layer and its own place alone: not on the padding,
-        nor on which other clients share the pass. The hash is splitmix64's finaliser (Steele et al.
-        2014) on wrapping int64.
+        nor on which other clients share the pass. A layer that is called several times (ALBERT)
+        has the same mask each time. The hash is splitmix64's finaliser (Steele et al. 2014) on
+        wrapping int64.
         """
-        if self.tokens is not None and x.shape[:-1] == (1, len(self.tokens[0])):
+        width = x.shape[-1]
+        if self.tokens is not None and x.numel() == len(self.tokens[0]) * width:
             row, position = self.tokens
-            keys = self.keys[row].view(1, -1, 1)
-            feature = torch.arange(x.shape[-1], device=x.device)
-            places = position.view(1, -1, 1) * x.shape[-1] + feature
+            keys = self.keys[row].view(-1, 1)
+            places = position.view(-1, 1) * width + torch.arange(width, device=x.device)
         else:
-            keys = self.keys.view(-1, *[1] * (x.dim() - 1))
-            places = torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])
+            keys = self.keys.view(-1, 1)
+            places = torch.arange(x.numel() // len(keys), device=x.device)
         z = (keys ^ _signed(layer_key * _ODD)) + places * _ODD
         z = (z ^ ((z >> 30) & 0x3_FFFF_FFFF)) * _MIX1
         z = (z ^ ((z >> 27) & 0x1F_FFFF_FFFF)) * _MIX2
         uniform = ((z >> 31) & 0xFF_FFFF).to(torch.float32) / float(1 << 24)
-        return (uniform >= rate).to(x.dtype) / (1.0 - rate)
+        return (uniform >= rate).to(x.dtype).view(x.shape) / (1.0 - rate)
 
 
 def _signed(value: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
 from rolora.data.examples import Batch
 from rolora.errors import ConfigError
-from rolora.model.bank import Bank, LoraLinear, Noise, attach
+from rolora.model.bank import Bank, Noise, attach
 from rolora.model.checkpoint import (
     AUTO,
     Quantised,
@@ -32,7 +32,8 @@ from rolora.model.checkpoint import (
     quiet,
     require_here,
 )
-from rolora.model.peft import Kind, LoraSettings, above_encoder, peft_config, target_layers
+from rolora.model.peft import Kind, LoraSettings, above_encoder, linear_layers, peft_config
+from rolora.model.probe import unfit
 from rolora.model.stack import Stack, take_over
 
 
@@ -213,12 +214,22 @@ def with_bank(
     per-client adapters.
     """
     if model.config.is_encoder_decoder:
-        raise ConfigError(f"{source!r} is an encoder-decoder, which is not supported")
-    head_layers = _head_layers(model, missing, source) if kind == "classification" else ()
+        raise ConfigError(
+            f"{source!r} is an encoder-decoder, which is not supported: set model.path to an "
+            "encoder or to a decoder-only model"
+        )
+    head_layers = _head_layers(model, missing, source) if kind == "classification" else []
     if kind == "causal_lm" and missing:
         raise ConfigError(f"{source!r} lacks {min(missing)}: it is not a causal language model")
-    config = peft_config(model, kind, settings, head_layers)
-    layers = target_layers(model, config, head_layers)
+    model.eval()
+    with torch.device(next(model.parameters()).device):  # where the probes make their rows
+        faults = unfit(model, [*linear_layers(model, head_layers), *head_layers], outline=outline)
+    if faulty := [path for path in head_layers if path in faults]:
+        raise ConfigError(
+            f"layer {faulty[0]!r} of the task head {faults[faulty[0]]}, so it cannot be trained "
+            "per client: use another model"
+        )
+    config, layers = peft_config(model, kind, settings, head_layers, faults)
     bank = attach(
         model,
         layers,
@@ -230,8 +241,7 @@ def with_bank(
         scaling=settings.scaling,
         dropout=settings.dropout,
     )
-    with torch.device(next(model.parameters()).device):  # where the probes make their rows
-        _refuse_unreachable_layers(model)
+    with torch.device(next(model.parameters()).device):
         stack = take_over(model, set(layers).__contains__, trusted=outline)
     return Base(model, tokenizer, bank, config, tuple(head_layers), stack, outline)
 
@@ -252,38 +262,6 @@ def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]
     if uncovered := sorted(name for name, path in layers.items() if path not in found):
         raise ConfigError(f"{source!r} lacks {uncovered[0]}, which is not part of a task head")
     return found
-
-
-def _refuse_unreachable_layers(model: Any) -> None:
-    """ConfigError for an adapted layer that is not called once with one row per example.
-
-    Relative-position embeddings (DeBERTa), token-flattening experts and layers read without being
-    called would silently train the wrong thing.
-    """
-    rows, length = 3, 5
-    # path -> the shapes, without the width, of what the layer is called with
-    calls: dict[str, list[tuple[int, ...]]] = {
-        path: [] for path, module in model.named_modules() if isinstance(module, LoraLinear)
-    }
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape[:-1]))
-        )
-        for path, shapes in calls.items()
-    ]
-    try:
-        with torch.no_grad():
-            ids = torch.ones(rows, length, dtype=torch.long)
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for path, shapes in calls.items():
-        if shapes not in ([(rows, length)], [(rows,)]):
-            raise ConfigError(
-                f"layer {path!r} is not called once with one row per example, so it cannot carry "
-                "per-client adapters: remove it from lora.target_modules"
-            )
 
 
 def tokenizer_digest(base: Base) -> str:

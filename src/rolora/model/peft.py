@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from rolora.algorithm.factors import to_peft
 from rolora.errors import ConfigError, one_line
 from rolora.files import new_folder
 from rolora.model.bank import PREFIX
+from rolora.model.probe import NEVER
 
 Kind = Literal["classification", "causal_lm"]
 WEIGHTS = "adapter_model.safetensors"
@@ -36,14 +37,15 @@ _CONFIG = "adapter_config.json"
 class LoraSettings:
     """Where and how large the adapters are. ``layers``: "all", "top:k", or layer indices.
 
-    ``target_modules`` empty means PEFT's default for the architecture. The scaling is
+    ``target_modules`` are names, "all-linear", or a regular expression that a whole path matches;
+    empty means PEFT's default for the architecture. The scaling is
     alpha / rank, or alpha / √rank with ``rslora`` (Kalajdzievski 2023).
     """
 
     rank: int = 4
     alpha: float = 8.0
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
+    target_modules: str | tuple[str, ...] = ()
     layers: str | tuple[int, ...] = "all"
     rslora: bool = False
 
@@ -53,33 +55,26 @@ class LoraSettings:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
-def peft_config(model: Any, kind: Kind, settings: LoraSettings, head_layers: Sequence[str]) -> Any:
-    """The peft.LoraConfig of an adapter on ``model``; it both finds the layers and is saved.
+def peft_config(
+    model: Any,
+    kind: Kind,
+    settings: LoraSettings,
+    head_layers: Sequence[str],
+    unfit: Mapping[str, str],
+) -> tuple[Any, list[str]]:
+    """The peft.LoraConfig of an adapter on ``model``, and the dotted paths that it selects.
 
     It names the base by its hub name, or by an absolute path, which is right from any folder.
-    Raises ConfigError where PEFT has no default target modules or the layers do not exist.
+    ``unfit``: why a layer cannot carry per-client adapters, by path. Raises ConfigError where PEFT
+    has no default target modules, and for each name that selects nothing or what cannot be adapted.
     """
-    architecture = model.config.model_type
-    names = {path.rpartition(".")[2] for path in _usable_paths(model, head_layers)}
-    targets: Any = list(settings.target_modules)
-    if targets == ["all-linear"]:
-        targets = sorted(names)  # by name, so that lora.layers holds for them too
-    if not targets:
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(architecture)
-    if not targets:
-        raise ConfigError(
-            f"no default target_modules for {architecture!r}: set lora.target_modules to some of "
-            + ", ".join(sorted(names))
-        )
     place = model.name_or_path
-    return peft.LoraConfig(
+    usable = linear_layers(model, head_layers)
+    config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=targets,
-        layers_to_transform=_layer_indices(settings.layers, model.config),
         use_rslora=settings.rslora,
-        fan_in_fan_out=architecture == "gpt2",
         modules_to_save=sorted(
             {p.split(".")[0] if above_encoder(model, p) else p for p in head_layers}
         )
@@ -88,11 +83,129 @@ def peft_config(model: Any, kind: Kind, settings: LoraSettings, head_layers: Seq
         base_model_name_or_path=str(Path(place).resolve()) if Path(place).exists() else place,
         inference_mode=True,
     )
+    config.layers_to_transform = _layer_indices(settings.layers, model.config)
+    given = settings.target_modules
+    if given in ("all-linear", ("all-linear",)):
+        _choose_all(config, usable, unfit)
+    elif given:
+        config.target_modules = given if isinstance(given, str) else {*given}
+        if isinstance(given, str) and config.layers_to_transform:
+            raise ConfigError(
+                "lora.layers goes with names in lora.target_modules, not with a regular "
+                "expression: remove it, and let the expression choose the layers"
+            )
+        _refuse_names(model, config, usable)
+    else:
+        config.target_modules = _default(model, usable, unfit)
+    layers = _selected(config, usable)
+    if not layers:
+        raise ConfigError(
+            f"lora.layers = {_shown(settings.layers)} and lora.target_modules select no layer; "
+            f"this model has {_listed(usable)}"
+        )
+    for path in layers:
+        if path in unfit:
+            fit = _names(usable) - _names(unfit)
+            way = f"set lora.target_modules to some of {', '.join(sorted(fit))}"
+            raise ConfigError(
+                f"layer {path!r} {unfit[path]}, so it cannot carry per-client adapters: "
+                + (way if fit else "no layer of this model can; use another model")
+            )
+    conv = transformers.pytorch_utils.Conv1D
+    config.fan_in_fan_out = any(isinstance(model.get_submodule(p), conv) for p in layers)
+    return config, layers
+
+
+def _selected(config: Any, paths: Iterable[str]) -> list[str]:
+    """Those of these modules that PEFT puts an adapter on."""
+    return [path for path in paths if check_target_module_exists(config, path)]
+
+
+def _choose_all(config: Any, usable: Sequence[str], unfit: Mapping[str, str]) -> None:
+    """All linear layers, by name if that selects just these, so that lora.layers is kept as it is.
+
+    A layer that is never called has no effect, with an adapter or without.
+    """
+    called = [path for path in usable if unfit.get(path) != NEVER]
+    config.target_modules = {path.rpartition(".")[2] for path in called}
+    chosen = _selected(config, called)
+    if chosen != _selected(config, usable):
+        config.target_modules, config.layers_to_transform = {*chosen}, None
+
+
+def _refuse_names(model: Any, config: Any, usable: Sequence[str]) -> None:
+    """ConfigError for a name, or an expression, that selects nothing or more than linear layers."""
+    modules = dict(model.named_modules())
+    given = config.target_modules
+    for name in [given] if isinstance(given, str) else sorted(given):
+        alone = copy.copy(config)
+        alone.target_modules = name if isinstance(given, str) else {name}
+        found = _selected(alone, [path for path in modules if path])
+        if beyond := [path for path in found if path not in usable]:
+            raise ConfigError(
+                f"lora.target_modules: {name!r} selects {beyond[0]}, {_role(model, beyond[0])}: "
+                f"use {_listed(usable)}"
+            )
+        if found:
+            continue
+        alone.modules_to_save = alone.layers_to_transform = None
+        heads = [path for path in _selected(alone, modules) if path not in usable]
+        if heads and above_encoder(model, heads[0]):
+            raise ConfigError(
+                f"lora.target_modules: {name!r} is part of the task head, which is trained whole "
+                f"(model.head): use {_listed(usable)}"
+            )
+        within = "" if config.layers_to_transform is None else " in the layers of lora.layers"
+        raise ConfigError(
+            f"lora.target_modules: no layer is named {name!r}{within}; this model has "
+            f"{_listed(usable)}"
+        )
+
+
+def _role(model: Any, path: str) -> str:
+    """What a module is that cannot carry LoRA here."""
+    module = model.get_submodule(path)
+    if module is model.get_output_embeddings():
+        return "the output embedding, which stays as it is"
+    return f"a {type(module).__name__}, which cannot carry LoRA here"
+
+
+_ATTENTION = re.compile(r"(q|v|query|value|qkv|wqkv|query_key_value|c_attn)(_proj|_lin)?", re.I)
+
+
+def _default(model: Any, usable: Sequence[str], unfit: Mapping[str, str]) -> Any:
+    """PEFT's own target modules for this architecture. ConfigError with some if it has none."""
+    architecture = model.config.model_type
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(architecture)
+    if known:
+        return known if isinstance(known, str) else {*known}
+    names = sorted(_names(usable) - _names(unfit))
+    if not names:
+        raise ConfigError(
+            f"no layer of {architecture!r} can carry per-client adapters: use another model"
+        )
+    some = [name for name in names if _ATTENTION.fullmatch(name)] or names[:1]
+    raise ConfigError(
+        f"PEFT has no default target_modules for {architecture!r}: set lora.target_modules, for "
+        f'example to {json.dumps(some)}, or to "all-linear" ({", ".join(names)})'
+    )
+
+
+def _names(paths: Iterable[str]) -> set[str]:
+    return {path.rpartition(".")[2] for path in paths}
+
+
+def _listed(paths: Iterable[str]) -> str:
+    return ", ".join(sorted(_names(paths)))
+
+
+def _shown(layers: str | tuple[int, ...]) -> str:
+    return repr(layers if isinstance(layers, str) else list(layers))
 
 
 def above_encoder(model: Any, path: str) -> bool:
     """Whether a module is part of the task head that transformers puts on its pre-trained model."""
-    return not path.startswith(f"{model.base_model_prefix}.")
+    return not f"{path}.".startswith(f"{model.base_model_prefix}.")
 
 
 def _layer_indices(layers: str | tuple[int, ...], config: Any) -> list[int] | None:
@@ -111,7 +224,7 @@ def _layer_indices(layers: str | tuple[int, ...], config: Any) -> list[int] | No
     return sorted(layers)
 
 
-def _usable_paths(model: Any, head_layers: Sequence[str]) -> list[str]:
+def linear_layers(model: Any, head_layers: Sequence[str]) -> list[str]:
     """Linear layers that may carry LoRA: neither the task head nor the output embedding."""
     output = model.get_output_embeddings()
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
@@ -122,22 +235,6 @@ def _usable_paths(model: Any, head_layers: Sequence[str]) -> list[str]:
         and path not in head_layers
         and module is not output
     ]
-
-
-def target_layers(model: nn.Module, config: Any, head_layers: Sequence[str]) -> list[str]:
-    """Dotted paths of the linear layers that ``config`` (a peft.LoraConfig) selects.
-
-    The task head and the output embedding are never among them. Raises ConfigError if none is.
-    """
-    usable = _usable_paths(model, head_layers)
-    found = [path for path in usable if check_target_module_exists(config, path)]
-    if not found:
-        names = sorted({path.rpartition(".")[2] for path in usable})
-        raise ConfigError(
-            f"no layer is named {' or '.join(sorted(config.target_modules))} (lora.target_modules, "
-            f"lora.layers); this model has {', '.join(names)}"
-        )
-    return found
 
 
 def save_adapter(

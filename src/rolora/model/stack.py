@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from rolora.model.packing import Packing, Place, pack, packed_attention
+from rolora.model.probe import tokens
 
 ATTENTION = "rolora_packed"
 WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size")
@@ -168,11 +169,12 @@ def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = Fal
     windows = [size for name in WINDOWS if (size := getattr(model.config, name, None))]
     originals = [layer.forward for layer in layers]
     before = model.config._attn_implementation
+    plain = None if trusted else _hidden(model)
     transformers.AttentionInterface.register(ATTENTION, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
     stack = Stack(layers, lowest, min(windows) // 2 if windows else None)
     model.set_attn_implementation(ATTENTION)
-    if trusted or _agrees(model, stack):
+    if plain is None or _agrees(model, stack, plain):
         return stack
     model.set_attn_implementation(before)
     for layer, forward in zip(layers, originals, strict=True):
@@ -180,21 +182,37 @@ def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = Fal
     return None
 
 
-def _agrees(model: Any, stack: Stack) -> bool:
-    lengths = torch.tensor([7, 2, 4])
-    real = torch.arange(7) < lengths.unsqueeze(1)
-    ids = torch.arange(21).view(3, 7) % (model.config.vocab_size - 10)
-    ids = torch.where(real, ids + 10, model.config.pad_token_id or 0)
-    tolerance = 5e-2 if next(model.parameters()).dtype.itemsize < 4 else 1e-4
+LENGTHS = (7, 2, 4)  # of the rows that are run both ways
+
+
+def _rows(model: Any) -> tuple[Tensor, Tensor]:
+    """Token ids (3, 7) and which of them are real."""
+    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(1)
+    ids = tokens(model.config, *real.shape)
+    return torch.where(real, ids, model.config.pad_token_id or 0), real
+
+
+def _hidden(model: Any) -> Tensor:
+    """What leaves the model's last layer for these rows, with its own attention."""
+    ids, real = _rows(model)
     with torch.no_grad():
-        plain = model.base_model(input_ids=ids, attention_mask=real.long()).last_hidden_state[real]
-        try:
+        out = model.base_model(input_ids=ids, attention_mask=real.long())
+    hidden: Tensor = out.last_hidden_state[real]
+    return hidden
+
+
+def _agrees(model: Any, stack: Stack, plain: Tensor) -> bool:
+    """Whether packing gives the same; False also where the model cannot run with our attention."""
+    (ids, real), lengths = _rows(model), torch.tensor(LENGTHS)
+    tolerance = 5e-2 if next(model.parameters()).dtype.itemsize < 4 else 1e-4
+    try:
+        with torch.no_grad():
             prefix = stack.below(model, {"input_ids": ids}, lengths)
+            padded = model.base_model(input_ids=ids, attention_mask=real.long())
+            found = [padded.last_hidden_state[real]]
             for given in (None, prefix):
                 with stack.packed(lengths, given):
-                    packed = model.base_model(input_ids=ids).last_hidden_state[real]
-                if not (packed - plain).abs().max() <= tolerance * plain.abs().max():
-                    return False
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-            return False
-    return True
+                    found.append(model.base_model(input_ids=ids).last_hidden_state[real])
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        return False
+    return all((x - plain).abs().max() <= tolerance * plain.abs().max() for x in found)

@@ -472,11 +472,12 @@ def base_dtype(wanted: str, device: str) -> torch.dtype:
 
 def lora_settings(lora: LoraConfig) -> LoraSettings:
     """Where and how large the configured adapters are."""
+    targets = lora.target_modules
     return LoraSettings(
         rank=lora.largest,
         alpha=lora.alpha,
         dropout=lora.dropout,
-        target_modules=tuple(lora.target_modules),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
         layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
         rslora=lora.rslora,
     )
