@@ -97,10 +97,11 @@ def tiny_bert(folder: Path, seed: int = 0) -> Path:
     return _save(folder, fast, BertForSequenceClassification, config, seed)
 
 
-def tiny_roberta(folder: Path, seed: int = 0) -> Path:
+def tiny_roberta(folder: Path, seed: int = 0, pad: str = "[PAD]", **more: Any) -> Path:
     """A two-layer RoBERTa whose head is two linear layers, left out of the file."""
     fast = word_tokenizer()
-    config = RobertaConfig(**_SIZES, vocab_size=len(fast), pad_token_id=fast.pad_token_id)
+    fast.pad_token = pad
+    config = RobertaConfig(**_SIZES, vocab_size=len(fast), pad_token_id=fast.pad_token_id, **more)
     return _save(folder, fast, RobertaForSequenceClassification, config, seed)
 
 

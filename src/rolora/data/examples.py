@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,11 +114,3 @@ def _places(wanted: Tensor) -> Tensor:
     never predicted. Found here, on the CPU: a GPU's own count would be waited for."""
     wanted[:, 0] = 0
     return wanted.flatten().nonzero().squeeze(1)
-
-
-def tokenizer_limit(tokenizer: Any, config: Any, wanted: int) -> int:
-    """``wanted`` tokens, or fewer where the model or tokenizer takes fewer."""
-    limits = [wanted, int(min(tokenizer.model_max_length, 1 << 30))]
-    if positions := getattr(config, "max_position_embeddings", None):
-        limits.append(int(positions))
-    return min(limits)

@@ -9,15 +9,15 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
-from rolora.data.examples import Batch
-from rolora.errors import ConfigError
+from rolora.data.examples import Batch, Examples
+from rolora.errors import ConfigError, DataError
 from rolora.model.bank import Bank, Noise, attach
 from rolora.model.checkpoint import (
     AUTO,
@@ -35,6 +35,13 @@ from rolora.model.checkpoint import (
 from rolora.model.peft import Kind, LoraSettings, above_encoder, linear_layers, peft_config
 from rolora.model.probe import unfit
 from rolora.model.stack import Stack, take_over
+
+
+class Limit(NamedTuple):
+    """The most tokens that a row may have, and what sets it."""
+
+    tokens: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,34 @@ class Base:
     def dtype(self) -> torch.dtype:
         """What the frozen weights are in."""
         return next(self.model.parameters()).dtype
+
+    def limit(self, wanted: int) -> Limit:
+        """``wanted`` tokens (data.max_length), or as many as the model or tokenizer takes."""
+        limits = [
+            Limit(wanted, "data.max_length"),
+            Limit(int(self.tokenizer.model_max_length), "the tokenizer's model_max_length"),
+            Limit(_positions(self.model), "the positions that the model has"),
+        ]
+        return min(limits, key=lambda limit: limit.tokens)
+
+    def require_known(self, examples: Examples, source: str) -> Examples:
+        """The examples. DataError for a token, or a token type, that the model's tables lack."""
+        rows, types = _embeddings(self.model), getattr(self.model.config, "type_vocab_size", 0)
+        most = int(examples.tokens.max()) if len(examples.tokens) else 0
+        if rows is not None and most >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(most)
+            raise DataError(
+                f"{source}: token {token!r} has the id {most}, "
+                f"but the model's embedding has {rows} rows: the tokenizer was given tokens that "
+                "the model was not; resize the model's embedding and save both again"
+            )
+        if examples.types is not None and 0 < types <= int(examples.types.max()):
+            raise DataError(
+                f"{source}: the tokenizer marks the second text with token type "
+                f"{int(examples.types.max())}, but the model has {types}: put both texts into one "
+                "column"
+            )
+        return examples
 
     @contextlib.contextmanager
     def running(
@@ -218,6 +253,12 @@ def with_bank(
             f"{source!r} is an encoder-decoder, which is not supported: set model.path to an "
             "encoder or to a decoder-only model"
         )
+    if (rows := _embeddings(model)) is not None and tokenizer.pad_token_id >= rows:
+        raise ConfigError(
+            f"the padding token of {source!r} has the id {tokenizer.pad_token_id}, but the model's "
+            f"embedding has {rows} rows: name a token that it has as pad_token in the model's "
+            "tokenizer_config.json"
+        )
     head_layers = _head_layers(model, missing, source) if kind == "classification" else []
     if kind == "causal_lm" and missing:
         raise ConfigError(f"{source!r} lacks {min(missing)}: it is not a causal language model")
@@ -244,6 +285,29 @@ def with_bank(
     with torch.device(next(model.parameters()).device):
         stack = take_over(model, set(layers).__contains__, trusted=outline)
     return Base(model, tokenizer, bank, config, tuple(head_layers), stack, outline)
+
+
+def _positions(model: Any) -> int:
+    """How many tokens a row may have, by the model's position embeddings; 2^30 without a limit.
+
+    RoBERTa's kind counts positions from behind the padding token's id.
+    """
+    for path, module in model.named_modules():
+        if (
+            path.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return int(module.num_embeddings - module.padding_idx - 1)
+    found = [getattr(model.config, key, None) for key in ("max_position_embeddings", "max_seq_len")]
+    return next((int(most) for most in found if most), 1 << 30)
+
+
+def _embeddings(model: Any) -> int | None:
+    """The rows of the table of tokens, if there is one."""
+    try:
+        return len(model.get_input_embeddings().weight)
+    except NotImplementedError:
+        return None
 
 
 def _head_layers(model: Any, missing: Collection[str], source: str) -> list[str]:

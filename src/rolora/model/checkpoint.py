@@ -145,10 +145,18 @@ def quantisation(
 
 
 def load_tokenizer(place: dict[str, Any]) -> Any:
-    """The tokenizer, with a padding token. It raises whatever transformers does."""
+    """The tokenizer, with a padding token. It raises whatever transformers does.
+
+    ConfigError for one without a token to pad with.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError("it has no tokenizer")
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {place['pretrained_model_name_or_path']} has neither a padding nor "
+            "an end-of-text token: name one as pad_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

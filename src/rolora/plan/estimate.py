@@ -12,7 +12,7 @@ from torch import nn
 from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.algorithm.seeding import generator
 from rolora.config.schema import TrainConfig
-from rolora.data.examples import Batch, Examples, collate, tokenizer_limit
+from rolora.data.examples import Batch, Examples, collate
 from rolora.errors import NotHere
 from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.meta_model import Outline, outline
@@ -152,7 +152,7 @@ def estimate_run(run: Experiment) -> Estimate:
     if base.stack is not None:
         base.stack.checkpointing = config.train.recompute
     drawn_run = Experiment(config, labels=labels, base=base)
-    limit = tokenizer_limit(base.tokenizer, base.model.config, config.data.max_length)
+    limit = base.limit(config.data.max_length).tokens
     if rows is not None and drawn.tokenizer:
         order = torch.randperm(rows.train.num_rows, generator=generator(0, "plan"))[:SAMPLE]
         examples = drawn_run.task.encode(rows.train.take(order.tolist()), config.data.train)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -202,8 +202,13 @@ class Experiment:
         return self.task_on(self.base)
 
     def task_on(self, base: Base) -> Task:
-        """The configured task on this base model."""
-        return self.kind.make(base, self.columns, self.labels, self.config.data.max_length)
+        """The configured task on this base model; rows that it does not know are refused."""
+        task = self.kind.make(base, self.columns, self.labels, self.config.data.max_length)
+
+        def known(encode: Callable[[Any, str], Examples]) -> Callable[[Any, str], Examples]:
+            return lambda table, source: base.require_known(encode(table, source), source)
+
+        return replace(task, encode=known(task.encode), encode_test=known(task.encode_test))
 
     @cached_property
     def examples(self) -> Examples:
@@ -421,11 +426,12 @@ class Experiment:
             found.append(f"{self.rows.dropped} training rows belong to no client and are not used")
         if empty := self._without_text():
             found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
+        limit = self.base.limit(config.data.max_length)
         for what, examples in (("training", self.examples), (config.eval.rows, self.test)):
             if examples.truncated:
                 found.append(
                     f"{examples.truncated} of {len(examples)} {what} rows are longer than "
-                    f"{config.data.max_length} tokens (data.max_length) and were truncated"
+                    f"{limit.tokens} tokens ({limit.source}) and were truncated"
                 )
         found.append(self.base.note)
         found.append(self._warm_start[1] if config.lora.init_from is not None else "")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rolora.data import tables
-from rolora.data.examples import Batch, Examples, grouped, tokenizer_limit
+from rolora.data.examples import Batch, Examples, grouped
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
 from rolora.tasks.chats import Template, read_chats, require_answers
@@ -63,7 +63,7 @@ def causal_lm(
                     raise DataError(f"{place}: {completion!r} is empty: there is nothing to learn")
             starts = tables.texts(table, prompt, source) if prompt else [""] * len(ends)
             rows = [[joined(*pair)] for pair in zip(starts, ends, strict=True)]
-        limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
+        limit = base.limit(max_length).tokens
         plain = completion is not None
         sizes = [len(parts) for parts in rows]
         named = chain.from_iterable(map(repeat, places(source), sizes))

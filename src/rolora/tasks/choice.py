@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rolora.data import tables
-from rolora.data.examples import Examples, grouped, tokenizer_limit
+from rolora.data.examples import Examples, grouped
 from rolora.errors import DataError
 from rolora.model.base import Base
 from rolora.tasks.causal_lm import loss, outputs, require_plain_logits
@@ -52,7 +52,7 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
     require_offsets(base.tokenizer)
     if not base.outline:
         require_plain_logits(base.model)
-    limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
+    limit = base.limit(max_length).tokens
 
     def encode(table: Any, source: str) -> Examples:
         rows = [q.marked(q.answer) for q in questions(table, prompt, choices, answer, source)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rolora.data import tables
-from rolora.data.examples import Batch, Examples, flatten, offsets_of, tokenizer_limit
+from rolora.data.examples import Batch, Examples, flatten, offsets_of
 from rolora.errors import DataError, nearest, one_line
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
@@ -41,7 +41,7 @@ def classification(
                 )
             targets.append(index[value])
         columns = [tables.texts(table, column, source) for column in text]
-        limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
+        limit = base.limit(max_length).tokens
         return tokenised(base.tokenizer, columns, torch.tensor(targets), limit, source)
 
     def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from rolora.data.examples import Examples, tokenizer_limit
+from rolora.data.examples import Examples
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
 from rolora.model.checkpoint import quiet
@@ -49,7 +49,7 @@ def generate(
     the model room for ``max_new_tokens``; ConfigError if there is none.
     """
     pad = base.tokenizer.pad_token_id
-    room = tokenizer_limit(base.tokenizer, base.model.config, 1 << 30) - max_new_tokens
+    room = base.limit(1 << 30).tokens - max_new_tokens
     if room < 1:
         raise ConfigError(f"the model has no room for {max_new_tokens} new tokens after a prompt")
     # set here, since what is left unset comes from the checkpoint's own generation settings
