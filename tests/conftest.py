@@ -29,6 +29,7 @@ WIDE = {
     "test_pixel_network",
     "test_plan",
     "test_precision",
+    "test_predict",
     "test_prefix",
     "test_report",
     "test_report_conclusions",

@@ -167,6 +167,35 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    data: Annotated[str, typer.Option(help="rows with the run's columns but for right answers")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a .csv or .jsonl file; default: print JSON lines")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="causal_lm: most tokens of a completion")
+    ] = 128,
+) -> None:
+    """Write what a finished run, or an adapter folder, predicts for each of your rows."""
+    from rolora.files import write_file
+    from rolora.run.prediction import predict, writer
+
+    written = writer(out)
+    with working("loading and predicting"):
+        found = predict(path, data, model, overrides or [], max_new_tokens)
+    if out is None:
+        print(written(found), end="")
+    else:
+        write_file(out, written(found))
+        out_console.print(f"wrote {len(found)} predictions to {out}")
+
+
+@app.command()
 def partition(
     config: ConfigPath,
     overrides: Overrides = None,

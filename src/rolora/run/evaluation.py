@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rolora.algorithm.adapter import AdapterState
 from rolora.config.load import make_config
 from rolora.data import tables
 from rolora.errors import ConfigError, ModelNotHere
@@ -40,6 +41,19 @@ def evaluate_each(
 
     All sources are read before the model is loaded, and it is loaded once.
     """
+    experiment, adapter, read = load_trained(path, sources, model, overrides)
+    for name, table in read.items():
+        examples = experiment.task.encode_test(table, sources[name])
+        yield name, experiment.score(examples, adapter)
+
+
+def load_trained(
+    path: str | Path, sources: Mapping[str, str], model: str | None, overrides: Sequence[str]
+) -> tuple[Experiment, AdapterState, dict[str, Any]]:
+    """A finished run's experiment and adapter, and the rows of each source, which are read first.
+
+    See :func:`evaluate_adapter`.
+    """
     folder = Path(path)
     folder = folder / "adapter" if (folder / "config.toml").is_file() else folder
     notes = _notes(folder)
@@ -53,10 +67,7 @@ def evaluate_each(
     }
     base = _load_base(folder, notes, trained)
     experiment = Experiment(config, labels=trained.labels, base=base)
-    adapter = read_adapter(folder, base.specs, any_rank=True)
-    for name, table in read.items():
-        examples = experiment.task.encode_test(table, sources[name])
-        yield name, experiment.score(examples, adapter)
+    return experiment, read_adapter(folder, base.specs, any_rank=True), read
 
 
 def _load_base(folder: Path, notes: Mapping[str, Any], trained: Experiment) -> Base:

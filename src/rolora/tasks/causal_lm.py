@@ -15,9 +15,10 @@ from rolora.data import tables
 from rolora.data.examples import Batch, Examples, grouped
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
-from rolora.tasks.chats import Template, read_chats, require_answers
+from rolora.tasks.chats import Template, question, read_chats, require_answers
+from rolora.tasks.generation import generate
 from rolora.tasks.registry import Task
-from rolora.tasks.spans import encode_marked, joined, places, require_offsets
+from rolora.tasks.spans import encode_marked, joined, places, prompts, require_offsets
 
 CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 
@@ -71,7 +72,27 @@ def causal_lm(
         found = encode_marked(base.tokenizer, every, named, limit, special=plain, end=plain)
         return found if max(sizes) == 1 else grouped(found, sizes)
 
-    return Task(encode=encode, encode_test=encode, loss=loss, outputs=outputs, score=score)
+    def predict(table: Any, source: str, _: Any, most: int) -> list[dict[str, Any]]:
+        if completion is None:
+            chats = read_chats(table, str(messages), tools, source)
+            template = Template(base.tokenizer, date)
+            starts = [template.write(question(chat), asking=True) for chat in chats]
+        else:
+            starts = tables.texts(table, str(prompt), source)
+        asked = prompts(base.tokenizer, starts, special=completion is not None)
+        for ids, place in zip(asked, places(source), strict=False):
+            if not ids:
+                raise DataError(f"{place}: {prompt!r} is empty: there is nothing to continue")
+        return [{"completion": text} for text in generate(base, asked, most)]
+
+    return Task(
+        encode=encode,
+        encode_test=encode,
+        loss=loss,
+        outputs=outputs,
+        score=score,
+        predict=predict,
+    )
 
 
 def require_plain_logits(model: Any) -> None:

@@ -60,22 +60,47 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
 
     def encode_test(table: Any, source: str) -> Examples:
         asked = questions(table, prompt, choices, answer, source)
+        answers = torch.tensor([q.answer for q in asked])
+        return replace(weighed(asked, source), answers=answers)
+
+    def weighed(asked: Sequence[Question], source: str) -> Examples:
         sizes = [len(q.choices) for q in asked]
         rows = [q.marked(number) for q in asked for number in range(len(q.choices))]
         named = chain.from_iterable(map(repeat, places(source), sizes))
         found = encode_marked(base.tokenizer, rows, named, limit, special=True, end=False)
-        return replace(grouped(found, sizes), answers=torch.tensor([q.answer for q in asked]))
+        return grouped(found, sizes)
 
-    return Task(encode=encode, encode_test=encode_test, loss=loss, outputs=outputs, score=score)
+    def predict(table: Any, source: str, run: Any, _: int) -> list[dict[str, Any]]:
+        asked = questions(table, prompt, choices, None, source)
+        found = picked(run(weighed(asked, source))[:, 0], [len(q.choices) for q in asked])
+        return [
+            {"answer": number, "choice": q.choices[number]}
+            for q, number in zip(asked, found.tolist(), strict=True)
+        ]
+
+    return Task(
+        encode=encode,
+        encode_test=encode_test,
+        loss=loss,
+        outputs=outputs,
+        score=score,
+        predict=predict,
+    )
 
 
-def questions(table: Any, prompt: str, choices: str, answer: str, source: str) -> list[Question]:
-    """The table's rows as questions. Raises DataError naming the first row that is not one."""
-    tables.require_columns(table, [prompt, choices, answer], source)
+def questions(
+    table: Any, prompt: str, choices: str, answer: str | None, source: str
+) -> list[Question]:
+    """The table's rows as questions; without a column ``answer``, the first choice counts as right.
+
+    Raises DataError naming the first row that is not one.
+    """
+    tables.require_columns(table, [prompt, choices, *([answer] if answer else [])], source)
+    first = [0] * table.num_rows
     asked = zip(
         tables.texts(table, prompt, source),
         table[choices].to_pylist(),
-        tables.decoded(table[answer]).to_pylist(),
+        tables.decoded(table[answer]).to_pylist() if answer else first,
         places(source),
         strict=False,
     )
@@ -108,6 +133,11 @@ def _position(answer: object, options: Sequence[str]) -> int | None:
     return int(answer) if answer in range(len(options)) else None
 
 
+def picked(losses: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Of each question's choices, which ``sizes`` counts, the one with the lowest loss, from 0."""
+    return torch.stack([part.argmin() for part in torch.split(losses, list(sizes))])
+
+
 def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
     """Metrics of the rows of ``encode_test``.
 
@@ -122,7 +152,7 @@ def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
     hits = {"choice_accuracy": outputs[:, 0], "choice_accuracy_norm": outputs[:, 0] / outputs[:, 1]}
     metrics = {}
     for name, values in hits.items():
-        picked = torch.stack([part.argmin() for part in torch.split(values, sizes.tolist())])
-        metrics[name] = float((picked == examples.answers).double().mean())
+        found = picked(values, sizes.tolist())
+        metrics[name] = float((found == examples.answers).double().mean())
     right = sizes.cumsum(0) - sizes + examples.answers
     return metrics | score_completions(outputs[right], examples)

@@ -40,9 +40,12 @@ def classification(
                     f"{known}"
                 )
             targets.append(index[value])
+        return read(table, torch.tensor(targets), source)
+
+    def read(table: Any, targets: Tensor, source: str) -> Examples:
         columns = [tables.texts(table, column, source) for column in text]
         limit = base.limit(max_length).tokens
-        return tokenised(base.tokenizer, columns, torch.tensor(targets), limit, source)
+        return tokenised(base.tokenizer, columns, targets, limit, source)
 
     def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         each = functional.cross_entropy(logits(model, batch), batch.targets, reduction="none")
@@ -51,7 +54,25 @@ def classification(
     def outputs(model: Any, batch: Batch) -> Tensor:
         return logits(model, batch).float()
 
-    return Task(encode=encode, encode_test=encode, loss=loss, outputs=outputs, score=score)
+    def predict(table: Any, source: str, run: Any, _: int) -> list[dict[str, Any]]:
+        examples = read(table, torch.zeros(table.num_rows, dtype=torch.int64), source)
+        names = list(map(str, labels))
+        return [
+            {
+                "label": names[max(range(len(row)), key=row.__getitem__)],
+                "probabilities": dict(zip(names, row, strict=True)),
+            }
+            for row in run(examples).softmax(dim=1).tolist()
+        ]
+
+    return Task(
+        encode=encode,
+        encode_test=encode,
+        loss=loss,
+        outputs=outputs,
+        score=score,
+        predict=predict,
+    )
 
 
 def tokenised(

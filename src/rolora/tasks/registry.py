@@ -18,6 +18,7 @@ from rolora.data.examples import Batch, Examples
 from rolora.errors import ConfigError, nearest
 from rolora.registry import Registry
 
+Predict = Callable[[Any, str, Callable[[Examples], Tensor], int], list[dict[str, Any]]]
 Head = Literal["classification", "causal_lm"]
 
 TASKS = Registry(
@@ -40,7 +41,9 @@ class Task:
     one per choice). ``loss(model, batch)`` gives per row a summed loss and the number of terms in
     that sum, both (rows,), so that a client's loss is Σ loss / Σ count over its own rows;
     ``outputs(model, batch)`` gives (rows, width) float32 for ``score(outputs, examples)``, which
-    returns the metrics of an ``encode_test``.
+    returns the metrics of an ``encode_test``. ``predict(table, source, outputs, max_new_tokens)``
+    gives a dict per table row, which needs no right answer, while the bank holds the adapter;
+    ``outputs(examples)`` gives (rows, width) for them. None: the task makes no predictions.
     """
 
     encode: Callable[[Any, str], Examples]
@@ -48,6 +51,7 @@ class Task:
     loss: Callable[[Any, Batch], tuple[Tensor, Tensor]]
     outputs: Callable[[Any, Batch], Tensor]
     score: Callable[[Tensor, Examples], dict[str, float]]
+    predict: Predict | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,17 @@ def encode_marked(
     )
 
 
+def prompts(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Texts to continue, as tokens; ``special`` adds what the tokenizer begins a text with."""
+    if not special:
+        encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(ids) for ids in encoded]
+    encoded, end = tokenizer(list(texts), verbose=False)["input_ids"], tokenizer.eos_token_id
+    # some also end every text
+    ended = end is not None and tokenizer("a")["input_ids"][-1] == end
+    return [list(ids[:-1]) if ended else list(ids) for ids in encoded]
+
+
 def last_span(examples: Examples, row: int) -> tuple[list[int], list[int]]:
     """A row's tokens before its last run of trained tokens, and that run."""
     pairs = _pairs(examples, row)

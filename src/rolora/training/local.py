@@ -254,14 +254,20 @@ def first_gradient(
 def evaluate(
     base: Base, task: Task, examples: Examples, adapter: AdapterState, batch_size: int = 64
 ) -> dict[str, float]:
-    """The task's metrics for one adapter on these rows, batched by length."""
+    """The task's metrics for one adapter on these rows."""
+    with base.holding(adapter):
+        return task.score(outputs(base, task, examples, batch_size), examples)
+
+
+def outputs(base: Base, task: Task, examples: Examples, batch_size: int = 64) -> Tensor:
+    """The task's outputs for these rows, (rows, width), batched by length; the bank holds the
+    adapter."""
     pad = base.tokenizer.pad_token_id
     order = examples.lengths.argsort(stable=True)
     found: list[Tensor] = []
-    with base.holding(adapter), torch.inference_mode():
+    with torch.inference_mode():
         for rows in torch.split(order, batch_size):
             batch = collate(examples, rows, pad).to(base.device)
             with base.running(batch) as given:
                 found.append(task.outputs(base.model, given).cpu())
-    outputs = torch.cat(found)
-    return task.score(outputs[order.argsort()], examples)
+    return torch.cat(found)[order.argsort()]

@@ -1,0 +1,68 @@
+"""What a finished run, or its adapter folder, predicts for rows; and predictions as text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rolora.errors import ConfigError
+from rolora.results.runs import flatten
+from rolora.run.evaluation import load_trained
+from rolora.training.local import outputs
+
+
+def predict(
+    path: str | Path,
+    source: str,
+    model: str | None = None,
+    overrides: Sequence[str] = (),
+    max_new_tokens: int = 128,
+) -> list[dict[str, Any]]:
+    """What a finished run, or its adapter folder, predicts for each row of ``source``, in order.
+
+    The rows need the columns that a prediction is made from, not those of the right answers. A
+    classification gives "label" and "probabilities" (label -> share), a choice "answer" (from 0)
+    and "choice", a language model "completion", of at most ``max_new_tokens`` tokens, taken
+    greedily; for a chat, the answer to its last turn, in place of one that it ends with.
+    ``model`` and ``overrides`` are those of ``evaluate_adapter``, which also says what it raises.
+    """
+    experiment, adapter, read = load_trained(path, {source: source}, model, overrides)
+    task, base = experiment.task, experiment.base
+    if task.predict is None:
+        raise ConfigError(f"task {experiment.kind.name!r} makes no predictions")
+    with base.holding(adapter):
+        return task.predict(read[source], source, partial(outputs, base, task), max_new_tokens)
+
+
+def writer(file: Path | None) -> Callable[[Sequence[Mapping[str, Any]]], str]:
+    """What turns predictions into the text of this file: .csv or .jsonl (None: JSON lines).
+
+    In a CSV a table's entries have columns such as probabilities.LABEL, and a list is JSON.
+    Raises ConfigError for another suffix.
+    """
+    suffix = ".jsonl" if file is None else file.suffix.lower()
+    if suffix not in _WRITERS:
+        raise ConfigError(f"{file}: predictions are written as {' or '.join(_WRITERS)}")
+    return _WRITERS[suffix]
+
+
+def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    flat = [dict(flatten(row)) for row in rows]
+    text = io.StringIO()
+    found = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
+    found.writeheader()
+    for row in flat:
+        found.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+_WRITERS = {".csv": _csv, ".jsonl": _jsonl}
