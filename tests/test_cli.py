@@ -202,7 +202,7 @@ def test_json_output_is_json_and_nothing_else(
     words = ("run", site, "train.rounds=1", "--out", tmp_path / "out", "--json")
     code, out, err = rolora(monkeypatch, capsys, *words)
     assert code == 0
-    (row,) = json.loads(out)
+    (row,) = json.loads(out)["methods"]
     assert (row["method"], row["rounds"]) == ("rolora", 1)
     assert "round 1/1" in err  # progress is on standard error, in plain lines
 

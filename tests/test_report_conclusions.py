@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import tomli_w
 
+from rolora.cli.results import show_results
 from rolora.errors import ConfigError, DataError
 from rolora.report.narrative import Conclusion, cautions, conclusions
 from rolora.report.page import write_report
+from rolora.results.export import export_results
 from rolora.results.ranking import rank_methods
-from rolora.results.runs import load_run, summarise
+from rolora.results.runs import load_run, sorted_out, summarise
 
 MEGABYTE = 1_000_000
 
@@ -244,7 +246,76 @@ def test_an_unfinished_run_is_reported_and_said_to_be_unfinished(tmp_path: Path)
     lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
     (run / "rounds.jsonl").write_text("".join(lines[:2]))
     page = write_report([run], tmp_path / "page.html").read_text()
-    assert f"{tmp_path.name}/a has done 1 of 3 rounds." in page
+    assert "No run is finished" in page
+    assert f"{tmp_path.name}/a has done 1 of 3 rounds (0.500 so far)" in page
+
+
+def shortened(run: Path, rounds: int) -> Path:
+    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (run / "rounds.jsonl").write_text("".join(lines[: rounds + 1]))
+    return run
+
+
+@pytest.mark.parametrize("rounds", [-1, 0, 1])
+def test_an_unfinished_seed_is_in_no_mean_and_stands_apart_with_how_far_it_is(
+    tmp_path: Path, rounds: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [
+        write(tmp_path / "r0", [0.1, 0.5, 0.8], seed=0),
+        shortened(write(tmp_path / "r1", [0.1, 0.2, 0.9], seed=1), rounds),
+        write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit", seed=0),
+    ]
+    page = write_report(paths, tmp_path / "page.html").read_text()
+    found = export_results([load_run(path) for path in paths])
+    assert {row["method"]: row["final_mean"] for row in found["methods"]} == {
+        "rolora": 0.8,
+        "fedit": 0.6,
+    }
+    (apart,) = found["unfinished"]
+    assert (apart["run"], apart["round"], apart["rounds"]) == ("r1", max(rounds, 0), 2)
+    assert f"{tmp_path.name}/r1 is unfinished and in no mean: it has done" in page
+    assert "sends nothing" not in page
+    assert "stroke-dasharray: 3" not in page
+    show_results(paths, False)
+    out = capsys.readouterr().out
+    assert "unfinished:" in out
+    assert "r1 (rolora, seed 1), round" in out
+    assert out.count("±") == 1  # in the head of the table alone
+
+
+def test_a_method_without_a_finished_run_is_called_unfinished_and_drawn_dashed(
+    tmp_path: Path,
+) -> None:
+    paths = [
+        write(tmp_path / "r0", [0.1, 0.5, 0.8]),
+        shortened(write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit"), 1),
+    ]
+    page = write_report(paths, tmp_path / "page.html").read_text()
+    runs = [load_run(path) for path in paths]
+    assert [row.method for row in summarise(sorted_out(runs).finished)] == ["rolora"]
+    assert "fedit (unfinished)" in page
+    assert "Dashed, with open markers: unfinished." in page
+    assert "sends nothing" not in page
+    assert "leads" not in page
+
+
+def test_a_run_that_stopped_early_is_finished_and_a_diverged_one_is_in_no_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write(tmp_path / "a", [0.1, 0.5, 0.4, 0.3, 0.2])
+    config = run / "config.toml"
+    config.write_text(config.read_text() + "\n[eval]\npatience = 2\n")
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["validation"] = line["metrics"]
+    for rounds, finished in ((1, False), (2, False), (3, True)):
+        text = "".join(json.dumps(line) + "\n" for line in lines[: rounds + 1])
+        (run / "rounds.jsonl").write_text(text)
+        assert load_run(run).finished == finished
+    other = write(tmp_path / "b", [0.1, 0.9], seed=1)
+    (other / "diverged.txt").write_text("the loss is not finite\n")
+    show_results([run, other], False)
+    assert "0.300" in capsys.readouterr().out
 
 
 def damage(run: Path, how: str) -> None:
@@ -277,7 +348,7 @@ def damage(run: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "error", "says"),
     [
-        ("cut off", DataError, "line 2 is not valid JSON; if a crash cut it off, rolora resume"),
+        ("cut off", DataError, "line 2 is not valid JSON; if a crash cut it off, repair it"),
         ("not text", DataError, "line 1 is not valid JSON"),
         ("a field gone", DataError, "line 1: 'bytes_up' is missing"),
         ("a word as metric", DataError, "line 2: a metric is not a number"),

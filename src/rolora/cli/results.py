@@ -21,16 +21,17 @@ from rolora.report.narrative import (
     format_metric,
     format_rounds,
 )
+from rolora.results.export import unfinished
 from rolora.results.paired import CONFIDENCE, differences
 from rolora.results.published import Published, beside_published
 from rolora.results.ranking import Ranking, rankings
 from rolora.results.runs import (
     RunRecord,
+    Runs,
     Summary,
     by_method,
     load_run,
-    not_diverged,
-    primary_metric,
+    sorted_out,
     summarise,
 )
 from rolora.results.tuned import Tuning
@@ -38,8 +39,25 @@ from rolora.results.tuned import Tuning
 
 def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:
     """Print the summary of one or more run folders, and for people ``more``."""
-    rows = summarise([load_run(path) for path in paths])
-    show(as_json, [dataclasses.asdict(row) for row in rows], results_table(rows), *more)
+    runs = sorted_out([load_run(path) for path in paths])
+    rows = summarise(runs.finished)
+    found = {
+        "methods": [dataclasses.asdict(row) for row in rows],
+        "unfinished": [unfinished(run, runs.metric) for run in runs.unfinished],
+    }
+    tables = [results_table(rows)] if rows else []
+    show(as_json, found, *tables, *_unfinished(runs), *more)
+
+
+def _unfinished(runs: Runs) -> list[RenderableType]:
+    """A line for each run that has not ended, which is in no mean."""
+    lines: list[RenderableType] = []
+    for run in runs.unfinished:
+        value = run.last(runs.metric)
+        so_far = "" if value is None else f", {runs.metric} {format_metric(value)} so far"
+        far = f"round {run.done} of {run.planned}{so_far}"
+        lines.append(f"unfinished: {run.label} ({run.method}, seed {run.seed}), {far}")
+    return lines
 
 
 def show_result(path: Path, as_json: bool) -> None:
@@ -73,16 +91,18 @@ def comparison_text(
     every: Sequence[RunRecord], tuning: Tuning | None = None, published: Published | None = None
 ) -> Group:
     """How settings were tuned, the ranking at each kind of equal budget, and published numbers."""
-    runs = not_diverged(every)
-    metric, methods = primary_metric(runs), list(by_method(runs))
+    sorted_runs = sorted_out(every)
+    runs, metric = sorted_runs.finished, sorted_runs.metric
+    methods = list(by_method(runs))
     parts: list[RenderableType] = [] if tuning is None else [*_tuning(tuning), ""]
-    found = {one.axis: one for one in conclusions(runs)}
-    width = max(map(len, methods))
+    found = {one.axis: one for one in conclusions(runs)} if runs else {}
+    width = max(map(len, methods), default=0)
     for ranking in rankings(runs, metric):
         if one := found.get(ranking.axis):
             title = f"{TITLES[ranking.axis]}, {format_budget(ranking)}: {one.headline}"
             parts += [_bold(title), _ranking(ranking, metric, methods[0], width), one.text, ""]
-    if published is not None:
+    parts += _unfinished(sorted_runs)
+    if published is not None and runs:
         parts += [*_published(published, runs), ""]
     notes = cautions(every, tuning.keys if tuning else ())
     return Group(*parts, *(f"note: {note}" for note in notes))

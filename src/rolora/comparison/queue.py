@@ -20,7 +20,7 @@ from rolora.errors import ConfigError, RoloraError
 from rolora.model.base import Base
 from rolora.report.page import write_report
 from rolora.results.published import Published
-from rolora.results.runs import load_run, not_diverged, primary_metric
+from rolora.results.runs import load_run, sorted_out
 from rolora.results.tuned import Tuning
 from rolora.run.experiment import Experiment
 from rolora.run.runs import Run, pinned, resume, start
@@ -114,7 +114,7 @@ def _pending(comparison: Comparison, folder: ComparisonFolder) -> Iterator[Plann
 def _choose(comparison: Comparison, path: Path) -> Tuning:
     planned = comparison.tuning_runs(path)
     runs = [load_run(one.path) for one in planned]
-    metric = comparison.config.eval.metric or primary_metric(not_diverged(runs))
+    metric = comparison.config.eval.metric or sorted_out(runs).metric
     scores: dict[str, dict[Setting, list[float | None]]] = {}
     for one, run in zip(planned, runs, strict=True):
         score = None if run.diverged else run.curve(metric)[-1].value

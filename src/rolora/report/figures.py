@@ -36,7 +36,7 @@ DASHES: tuple[Any, ...] = (
     *("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))),
     *((0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (4, 4)), (0, (12, 2, 2, 2))),
 )
-DOTTED = (0, (1, 2))
+DOTTED, DASHED = (0, (1, 2)), (0, (3, 3))
 INK, GRID, BAND = "#222222", "#cccccc", "#eeeeee"
 WIDTH, HEIGHT, TEXT = 5.0, 3.1, 11  # inches, inches, points
 ROUNDING = 1e-6  # aggregation errors up to here are float32 rounding
@@ -81,6 +81,7 @@ class Series:
     x: Sequence[float]
     mean: Sequence[float]
     sd: Sequence[float | None]
+    finished: bool = True
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -95,14 +96,15 @@ def new_figure(height: float = HEIGHT) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def look(style: int, points: int = 0, shift: float = 0.0) -> dict[str, Any]:
-    """A method's colour, marker and dashes, by its number.
+def look(style: int, points: int = 0, shift: float = 0.0, finished: bool = True) -> dict[str, Any]:
+    """A method's colour, marker and dashes, by its number; one that is unfinished is dashed.
 
     Of a line with so many ``points`` about eight have a marker, the first of them ``shift`` of
     their distance from the start.
     """
     every = max(1, math.ceil(points / 8))
     turn = style // len(PALETTE)
+    unfinished = {} if finished else {"linestyle": DASHED, "markerfacecolor": "none"}
     return {
         "color": PALETTE[style % len(PALETTE)],
         "marker": MARKERS[(style + turn) % len(MARKERS)],
@@ -110,12 +112,13 @@ def look(style: int, points: int = 0, shift: float = 0.0) -> dict[str, Any]:
         "linewidth": 1.6,
         "markersize": 5,
         "markevery": (int(shift * every), every),
+        **unfinished,
     }
 
 
 def _draw(axes: Any, series: Series, shift: float) -> None:
     """A line and its sd band; ``shift`` as in ``look``."""
-    axes.plot(series.x, series.mean, **look(series.style, len(series.x), shift))
+    axes.plot(series.x, series.mean, **look(series.style, len(series.x), shift, series.finished))
     band = [
         (x, m - s, m + s) for x, m, s in zip(series.x, series.mean, series.sd, strict=True) if s
     ]
@@ -291,12 +294,13 @@ def elided(text: str, width: int) -> str:
 
 
 @styled
-def key(style: int) -> Figure:
+def key(style: int, finished: bool = True) -> Figure:
     """A method's line and marker alone, for a legend."""
     figure = Figure(figsize=(0.5, 0.17))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.plot([0, 1, 2], [0, 0, 0], clip_on=False, **{**look(style), "markevery": [1]})
+    line = {**look(style, finished=finished), "markevery": [1]}
+    axes.plot([0, 1, 2], [0, 0, 0], clip_on=False, **line)
     axes.set_xlim(0, 2)
     return figure
 

@@ -11,6 +11,7 @@ from rolora.results.paired import CONFIDENCE, MIN_SEEDS, Difference, difference,
 from rolora.results.ranking import Axis, Place, Ranking, rankings
 from rolora.results.runs import (
     RunRecord,
+    Runs,
     Summary,
     by_method,
     differing,
@@ -149,6 +150,16 @@ def conclusions(runs: Sequence[RunRecord]) -> list[Conclusion]:
     return found or [_single(row) for row in summarise(runs)]
 
 
+def nothing_finished(runs: Runs) -> Conclusion:
+    """That there is no result yet, and how far each run is."""
+    far = [
+        f"{run.label} has done {run.done} of {run.planned} rounds"
+        + ("" if (value := run.last(runs.metric)) is None else f" ({format_metric(value)} so far)")
+        for run in runs.unfinished
+    ]
+    return Conclusion("unfinished", "", "No run is finished", f"{runs.metric}: {'; '.join(far)}.")
+
+
 def _same(one: Conclusion, other: Conclusion) -> bool:
     values = [{place.method: place.values for place in each.places} for each in (one, other)]
     return values[0] == values[1] and one.headline == other.headline
@@ -281,12 +292,14 @@ def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str
                 f"{run.rounds[-1]['round']} rounds (the first is round {still[0]}): no gradient "
                 "reached what its clients train."
             )
-        done, planned = run.rounds[-1]["round"], run.config.get("train", {}).get("rounds", 0)
         if run.diverged is not None:
             notes.append(
                 f"{run.label} diverged and is left out of every mean, which flatters {run.method}: "
                 f"{run.diverged}"
             )
-        elif done < planned:
-            notes.append(f"{run.label} has done {done} of {planned} rounds.")
+        elif not run.finished:
+            notes.append(
+                f"{run.label} is unfinished and in no mean: it has done {run.done} of "
+                f"{run.planned} rounds."
+            )
     return notes

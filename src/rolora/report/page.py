@@ -12,16 +12,14 @@ import tomli_w
 from rolora.errors import ConfigError
 from rolora.files import write_file
 from rolora.report import figures, narrative
-from rolora.report.pictures import pictures
+from rolora.report.pictures import are_finished, pictures
 from rolora.report.svg import inline_svg
 from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
     RunRecord,
-    by_method,
     differing,
     load_run,
-    not_diverged,
-    primary_metric,
+    sorted_out,
     summarise,
 )
 from rolora.results.tuned import Tuning
@@ -52,10 +50,11 @@ def render(
     every: Sequence[RunRecord], tuning: Tuning | None = None, published: Published | None = None
 ) -> str:
     """The page's HTML."""
-    runs = not_diverged(every)
-    metric, groups = primary_metric(runs), by_method(runs)
-    conclusions = narrative.conclusions(runs)
-    names = {run.name for run in runs}
+    found = sorted_out(every)
+    runs, metric, groups = found.finished, found.metric, found.methods
+    conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
+    left = runs or found.unfinished
+    names = {run.name for run in left}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,20 +71,23 @@ def render(
     }
     return environment.get_template("page.html.j2").render(
         title=names.pop() if len(names) == 1 else f"{len(groups)} methods compared",
-        about=narrative.describe_runs(runs),
+        about=narrative.describe_runs(left),
         conclusions=conclusions,
-        reference=next(iter(groups)),
+        reference=next(iter(groups), ""),
         cautions=narrative.cautions(every, tuning.keys if tuning else ()),
         tuning=tuning,
         published=published,
-        beside=beside_published(published, runs) if published else [],
+        beside=beside_published(published, runs) if published and runs else [],
         metric=metric,
         direction=narrative.direction(metric),
         rows=summarise(runs),
         rounding=figures.ROUNDING,
         palette=list(enumerate(figures.PALETTE)),
-        keys={m: (n, inline_svg(figures.key(n), f"key-{n}")) for n, m in enumerate(groups)},
-        pictures=pictures(runs, groups, metric, conclusions),
+        keys={
+            method: (n, inline_svg(figures.key(n, are_finished(own)), f"key-{n}"))
+            for n, (method, own) in enumerate(groups.items())
+        },
+        pictures=pictures(left, groups, metric, conclusions),
         rejected=_rejected(every),
         configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
         **_provenance(every),

@@ -40,6 +40,11 @@ class Picture:
         return inline_svg(self.figure, self.name, self.description)
 
 
+def are_finished(runs: Sequence[RunRecord]) -> bool:
+    """Whether a method's runs are finished; those of an unfinished method are drawn dashed."""
+    return all(run.finished for run in runs)
+
+
 def pictures(
     runs: Sequence[RunRecord], groups: Groups, metric: str, conclusions: Sequence[Conclusion]
 ) -> list[Picture]:
@@ -65,7 +70,8 @@ def _series(groups: Groups, points: Callable[[RunRecord], Points]) -> dict[str, 
         if rounds:
             xs = [mean_sd([own[round][0] for own in each])[0] for round in rounds]
             ys = [mean_sd([own[round][1] for own in each]) for round in rounds]
-            found[method] = Series(style, xs, [mean for mean, _ in ys], [sd for _, sd in ys])
+            means, sds = [mean for mean, _ in ys], [sd for _, sd in ys]
+            found[method] = Series(style, xs, means, sds, are_finished(runs))
     return found
 
 
@@ -76,13 +82,16 @@ def _by_round(run: RunRecord, key: str) -> Points:
 
 
 def _missing(groups: Groups, drawn: Iterable[str], why: str) -> str:
-    absent = [method for method in groups if method not in drawn]
+    absent = [m for m, runs in groups.items() if m not in drawn and are_finished(runs)]
     return f" Not drawn, because {why}: {', '.join(absent)}." if absent else ""
 
 
 def _band(groups: Groups) -> str:
     several = any(len(runs) > 1 for runs in groups.values())
-    return " Lines are means over seeds, bands one standard deviation." if several else ""
+    text = " Lines are means over seeds, bands one standard deviation." if several else ""
+    if not all(map(are_finished, groups.values())):
+        text += " Dashed, with open markers: unfinished."
+    return text
 
 
 def _metric_by_round(groups: Groups, metric: str) -> Picture:
@@ -108,7 +117,8 @@ def _metric_by_megabyte(runs: Sequence[RunRecord], groups: Groups, metric: str) 
     lines = _series(groups, points)
     if not lines:
         return None
-    ranking = rank_methods(runs, metric, "megabytes")
+    finished = [run for run in runs if run.finished]
+    ranking = rank_methods(finished, metric, "megabytes") if finished else None
     budget = ranking.budget if ranking is not None and len(ranking.places) > 1 else None
     caption = "The fair axis where communication is the cost: all that clients have uploaded."
     if budget is not None:
@@ -164,6 +174,8 @@ def _aggregation_error(groups: Groups) -> Picture | None:
 def _client_spread(groups: Groups, metric: str) -> Picture | None:
     clients = {}
     for method, runs in groups.items():
+        if not are_finished(runs):
+            continue
         last = [[line for line in run.rounds if line["metrics"]][-1] for run in runs]
         held = [own for line in last for own in line["client_metrics"].values()]
         if values := [own[metric] for own in held if metric in own]:

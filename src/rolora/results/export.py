@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from rolora.results.paired import CONFIDENCE, differences
 from rolora.results.published import Published, beside_published
 from rolora.results.ranking import Ranking, rankings
-from rolora.results.runs import RunRecord, by_method, not_diverged, primary_metric, summarise
+from rolora.results.runs import RunRecord, by_method, sorted_out, summarise
 from rolora.results.tuned import Tuning
 
 
@@ -23,14 +23,16 @@ def export_results(
 
     Numbers that are not finite become None. AllDiverged if every run did.
     """
-    runs = not_diverged(every)
-    metric, reference = primary_metric(runs), next(iter(by_method(runs)))
+    sorted_runs = sorted_out(every)
+    runs, metric = sorted_runs.finished, sorted_runs.metric
+    reference = next(iter(by_method(runs)), None)
     found = {
         "metric": metric,
         "reference": reference,
         "confidence": CONFIDENCE,
         "methods": summarise(runs),
-        "budgets": [_budget(ranking, reference) for ranking in rankings(runs, metric)],
+        "budgets": [_budget(ranking, str(reference)) for ranking in rankings(runs, metric)],
+        "unfinished": [unfinished(run, metric) for run in sorted_runs.unfinished],
         "diverged": {run.path.name: run.diverged for run in every if run.diverged is not None},
         "tuning": tuning,
         "published": published
@@ -38,6 +40,18 @@ def export_results(
     }
     exported: dict[str, Any] = json.loads(TypeAdapter(Any).dump_json(found))
     return exported
+
+
+def unfinished(run: RunRecord, metric: str) -> dict[str, Any]:
+    """How far a run is that has not ended; ``value`` is the metric's so far."""
+    return {
+        "run": run.path.name,
+        "method": run.method,
+        "seed": run.seed,
+        "round": run.done,
+        "rounds": run.planned,
+        "value": run.last(metric),
+    }
 
 
 def _budget(ranking: Ranking, reference: str) -> dict[str, Any]:

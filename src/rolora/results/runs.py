@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,6 +67,36 @@ class RunRecord:
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
     diverged: str | None = None
+
+    @property
+    def done(self) -> int:
+        """The rounds that are on disk."""
+        return int(self.rounds[-1]["round"]) if self.rounds else 0
+
+    @property
+    def planned(self) -> int:
+        """The rounds of the whole run."""
+        return int(self.config.get("train", {}).get("rounds", self.done))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its end: its last round, or that of an early stop."""
+        return bool(self.rounds) and (self.done >= self.planned or self._stopped_early())
+
+    def _stopped_early(self) -> bool:
+        """As the round loop does: after ``eval.patience`` evaluations without a new best."""
+        how = self.config.get("eval", {})
+        held = [line for line in self.rounds if line["round"] and line.get("validation")]
+        if (patience := how.get("patience")) is None or not held:
+            return False
+        metric = how.get("metric", next(iter(held[0]["validation"])))
+        gains = [gain(metric, line["validation"][metric]) for line in held]
+        return bool(len(gains) - 1 - gains.index(max(gains)) >= patience)
+
+    def last(self, metric: str) -> float | None:
+        """The metric at the last evaluated round; None before the first."""
+        curve = self.curve(metric)
+        return curve[-1].value if curve else None
 
     @property
     def label(self) -> str:
@@ -160,8 +191,8 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             raise DataError(
-                f"{where} is not valid JSON; if a crash cut it off, rolora resume {file.parent} "
-                "repairs it"
+                f"{where} is not valid JSON; if a crash cut it off, repair it with: "
+                f"rolora resume {shlex.quote(str(file.parent))}"
             ) from None
         for key, kind in _ROUND_FIELDS.items():
             if not isinstance(line, dict) or not isinstance(line.get(key, ...), kind):
@@ -171,12 +202,37 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def not_diverged(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs that did not diverge. AllDiverged if every run did."""
-    found = [run for run in runs if run.diverged is None]
-    if runs and not found:
-        raise AllDiverged(f"every run diverged; the first is {runs[0].path}: {runs[0].diverged}")
-    return found
+@dataclass(frozen=True)
+class Runs:
+    """Runs by how far they are. Only ``finished`` ones enter a mean; diverged ones are in neither.
+
+    ``metric`` is the primary one of the finished runs, or of the unfinished ones if none is.
+    """
+
+    finished: list[RunRecord]
+    unfinished: list[RunRecord]
+    metric: str
+
+    @property
+    def methods(self) -> dict[str, list[RunRecord]]:
+        """The finished runs of each method (see ``by_method``), then the methods without any."""
+        found = by_method(self.finished)
+        for method, runs in by_method(self.unfinished).items():
+            known = method in found or {run.method for run in runs} <= found.keys()
+            if not known and all(run.curve(self.metric) for run in runs):
+                found[f"{method} (unfinished)"] = runs
+        return found
+
+
+def sorted_out(every: Sequence[RunRecord]) -> Runs:
+    """The runs by how far they are. AllDiverged if every run diverged; see ``primary_metric``."""
+    left = list({run.path: run for run in every if run.diverged is None}.values())
+    if every and not left:
+        raise AllDiverged(f"every run diverged; the first is {every[0].path}: {every[0].diverged}")
+    finished = [run for run in left if run.finished]
+    unfinished = [run for run in left if not run.finished]
+    evaluated = [run for run in unfinished if any(line["metrics"] for line in run.rounds)]
+    return Runs(finished, unfinished, primary_metric(finished or evaluated or unfinished))
 
 
 def primary_metric(runs: Sequence[RunRecord]) -> str:
@@ -240,7 +296,9 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def summarise(runs: Sequence[RunRecord]) -> list[Summary]:
-    """A summary of each method (see ``by_method``), best final metric first."""
+    """A summary of each method (see ``by_method``), best final metric first; [] for no runs."""
+    if not runs:
+        return []
     metric = primary_metric(runs)
     rows = [_summary(method, members, metric) for method, members in by_method(runs).items()]
     return sorted(rows, key=lambda row: gain(metric, row.final_mean), reverse=True)

@@ -163,6 +163,8 @@ def resume(
         state, notes = folder.restore(experiment.start)
         if rounds is not None and rounds < state.server.round:
             raise ConfigError(f"{path} has already done {state.server.round} rounds")
+        if rounds is not None:
+            folder.report.unlink(missing_ok=True)  # marks the end, which now lies ahead
         if rounds is not None or overrides or root is not None:
             write_file(folder.config, dump_config(config, origin, folder.path))
     for key, what in _ALIKE.items():
