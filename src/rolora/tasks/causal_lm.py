@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 def causal_lm(
     base: Base,
     *,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     completion: str | None = None,
+    separator: str | None = None,
     messages: str | None = None,
     max_length: int,
 ) -> Task:
     """The task of writing a completion, given by columns, or the assistant's turns of a chat.
 
-    Give ``completion`` (behind ``prompt``, if any; an end-of-text token follows it), or
+    Give ``completion`` (behind the text of ``prompt``'s columns, if any; an end-of-text token
+    follows it; for ``separator`` see ``tables.prompts``), or
     ``messages``, a column of [{"role", "content"}] written out by the tokenizer's chat template.
     Metrics: perplexity and loss (nats per token), over trained tokens only. Raises ConfigError
     where the tokenizer lacks offsets or a chat template, or the model's logits are not its output
@@ -52,7 +55,9 @@ def causal_lm(
             for text, place in zip(ends, places(source), strict=False):
                 if not text.strip():
                     raise DataError(f"{place}: {completion!r} is empty: there is nothing to learn")
-            starts = tables.texts(table, prompt, source) if prompt else [""] * len(ends)
+            starts = [""] * len(ends)
+            if prompt:
+                starts = tables.prompts(table, prompt, separator, source)
             rows = [joined(*pair) for pair in zip(starts, ends, strict=True)]
         limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
         plain = completion is not None

@@ -56,7 +56,8 @@ class TaskKind:
 
     ``head``: "classification" for a model with one output per class, whose rows carry a label, or
     "causal_lm" for one that predicts tokens. ``columns`` lists the keys of ``[data]`` that name the
-    columns it reads; of several alternatives a run gives one. ``metrics`` maps each metric of
+    columns it reads; of several alternatives a run gives one. ``beside`` maps further keys, which
+    may be left out, to the key that they go with. ``metrics`` maps each metric of
     ``Task.score`` to whether higher is better, the main one first; ``answers`` does so for the
     metrics of generated answers, and is empty where the task generates none.
     ``make(base, columns, labels, max_length)`` makes the task: a ``rolora.model.base.Base``, key
@@ -69,6 +70,7 @@ class TaskKind:
     metrics: Mapping[str, bool]
     make: Callable[[Any, Mapping[str, Any], Sequence[str], int], Task]
     answers: Mapping[str, bool] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def labelled(self) -> bool:
@@ -76,11 +78,11 @@ class TaskKind:
         return self.head == "classification"
 
     def chosen(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns that ``data``, the keys of ``[data]``, gives this task.
+        """What ``data``, the keys of ``[data]``, gives this task to read.
 
         Raises ConfigError unless they are those of exactly one alternative.
         """
-        read = {key for keys in self.columns for key in keys}
+        read = {*(key for keys in self.columns for key in keys), *self.beside}
         if unknown := sorted(read - data.keys()):
             hint = nearest(unknown[0], data)
             raise ConfigError(f"task {self.name!r} reads data.{unknown[0]}, an unknown key: {hint}")
@@ -89,7 +91,8 @@ class TaskKind:
             ways = [_listed([f"data.{key}" for key in keys]) for keys in self.columns]
             either = "either " if len(ways) > 1 else ""
             raise ConfigError(f"task {self.name!r} needs {either}{', or '.join(ways)}")
-        return {key: data[key] for key in given[0]}
+        also = [key for key, main in self.beside.items() if main in given[0]]
+        return {key: data[key] for key in (*given[0], *also) if data[key] is not None}
 
 
 def task_kind(name: str) -> TaskKind:

@@ -42,7 +42,7 @@ def chats(tokenizer: Any, table: Any, column: str, source: str) -> list[Marked]:
     tables.require_columns(table, [column], source)
     return [
         _chat(tokenizer, _turns(value, place), place)
-        for value, place in zip(table[column].to_pylist(), places(source), strict=False)
+        for value, place in zip(tables.cells(table, column), places(source), strict=False)
     ]
 
 
@@ -64,8 +64,7 @@ def _turns(value: Any, place: str) -> list[dict[str, Any]]:
         raise DataError(
             f"{place}: the first message is the assistant's: put the system's or user's before it"
         )
-    # Arrow gives every struct every key that any row has; a template must not see those
-    return [{key: item for key, item in turn.items() if item is not None} for turn in value]
+    return value
 
 
 def _chat(tokenizer: Any, turns: list[dict[str, Any]], place: str) -> Marked:
