@@ -31,6 +31,7 @@ WIDE = {
     "test_precision",
     "test_predict",
     "test_prefix",
+    "test_readers",
     "test_report",
     "test_report_conclusions",
     "test_runs",

@@ -43,7 +43,15 @@ class Question:
         return joined(prompt, text if spaced else " " + text)
 
 
-def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: int) -> Task:
+def choice(
+    base: Base,
+    *,
+    prompt: str | Sequence[str],
+    choices: str,
+    answer: str,
+    separator: str | None = None,
+    max_length: int,
+) -> Task:
     """The task of picking the right one of a row's choices.
 
     ``choices`` is a column of lists of texts; ``answer`` gives the right one's position from 0,
@@ -55,11 +63,13 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
     limit = base.limit(max_length).tokens
 
     def encode(table: Any, source: str) -> Examples:
-        rows = [q.marked(q.answer) for q in questions(table, prompt, choices, answer, source)]
+        rows = [
+            q.marked(q.answer) for q in questions(table, prompt, choices, answer, source, separator)
+        ]
         return encode_marked(base.tokenizer, rows, places(source), limit, special=True, end=False)
 
     def encode_test(table: Any, source: str) -> Examples:
-        asked = questions(table, prompt, choices, answer, source)
+        asked = questions(table, prompt, choices, answer, source, separator)
         answers = torch.tensor([q.answer for q in asked])
         return replace(weighed(asked, source), answers=answers)
 
@@ -71,7 +81,7 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
         return grouped(found, sizes)
 
     def predict(table: Any, source: str, run: Any, _: int) -> list[dict[str, Any]]:
-        asked = questions(table, prompt, choices, None, source)
+        asked = questions(table, prompt, choices, None, source, separator)
         found = picked(run(weighed(asked, source))[:, 0], [len(q.choices) for q in asked])
         return [
             {"answer": number, "choice": q.choices[number]}
@@ -89,18 +99,22 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
 
 
 def questions(
-    table: Any, prompt: str, choices: str, answer: str | None, source: str
+    table: Any,
+    prompt: str | Sequence[str],
+    choices: str,
+    answer: str | None,
+    source: str,
+    separator: str | None = None,
 ) -> list[Question]:
     """The table's rows as questions; without a column ``answer``, the first choice counts as right.
 
     Raises DataError naming the first row that is not one.
     """
-    tables.require_columns(table, [prompt, choices, *([answer] if answer else [])], source)
-    first = [0] * table.num_rows
+    tables.require_columns(table, [choices, *([answer] if answer else [])], source)
     asked = zip(
-        tables.texts(table, prompt, source),
-        table[choices].to_pylist(),
-        tables.decoded(table[answer]).to_pylist() if answer else first,
+        tables.prompts(table, prompt, separator, source),
+        tables.cells(table, choices),
+        tables.cells(table, answer) if answer else [0] * table.num_rows,
         places(source),
         strict=False,
     )
