@@ -30,6 +30,7 @@ WIDE = {
     "test_plan",
     "test_precision",
     "test_prefix",
+    "test_readers",
     "test_report",
     "test_report_conclusions",
     "test_runs",

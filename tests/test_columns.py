@@ -100,7 +100,19 @@ def test_the_example_shows_numbers_as_written() -> None:
         ),
         (
             {"instruction": SHORT, "input": [""] * 8, "output": LONG},
-            ("causal_lm", {"prompt": "instruction", "completion": "output"}),
+            ("causal_lm", {"prompt": ["instruction", "input"], "completion": "output"}),
+        ),
+        (
+            {"instruction": SHORT, "context": LONG, "response": LONG, "category": YES_NO},
+            ("causal_lm", {"prompt": ["instruction", "context"], "completion": "response"}),
+        ),
+        (
+            {"text": LONG, "kind": ["a", "b", "c", "d"] * 2, "split": ["train", "test"] * 4},
+            ("classification", {"text": "text", "label": "kind"}),
+        ),
+        (
+            {"id": SHORT, "conversations": [[{"from": "human", "value": "hi"}]] * 8},
+            ("causal_lm", {"messages": "conversations"}),
         ),
         (
             {"question": SHORT, "answer": LONG},
@@ -109,6 +121,10 @@ def test_the_example_shows_numbers_as_written() -> None:
         (
             {"prompt": SHORT, "topic": YES_NO, "completion": LONG},
             ("causal_lm", {"prompt": "prompt", "completion": "completion"}),
+        ),
+        (
+            {"messages": CHAT, "tools": [[{"type": "function"}], None] * 4},
+            ("causal_lm", {"messages": "messages", "tools": "tools"}),
         ),
         ({"source": YES_NO, "messages": CHAT}, ("causal_lm", {"messages": "messages"})),
         ({"turns": CHAT, "label": YES_NO}, ("causal_lm", {"messages": "turns"})),
@@ -130,3 +146,12 @@ def test_a_table_that_fits_no_task_is_refused_with_what_was_seen() -> None:
     with pytest.raises(DataError) as caught:
         guess_columns(pa.table({"id": list(range(8)), "blob": LONG}))
     assert "id (number), blob (text); name them in [data]" in str(caught.value)
+
+
+def test_a_column_for_each_class_is_refused_by_their_names() -> None:
+    """Each alone could be the label, and the others' information would be gone."""
+    hot = {"anger": [1, 0] * 4, "joy": ["0", "1"] * 4, "fear": [False, True] * 4}
+    with pytest.raises(DataError, match=r"^the columns anger, joy, fear hold 0 or 1 each"):
+        guess_columns(pa.table({"text": LONG, **hot}))
+    task, chosen = guess_columns(pa.table({"text": LONG, **hot, "label": YES_NO}))
+    assert (task, chosen["label"]) == ("classification", "label")

@@ -83,3 +83,17 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def one_line(error: Exception) -> str:
     """The start of another library's error, on one line."""
     return " ".join(str(error).split())[:160]
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with what is not printable, such as line breaks and terminal commands, escaped.
+
+    Names of columns, labels and files are their owners' and may hold anything. ``keep`` lists
+    characters that are left as they are.
+    """
+    return "".join(
+        letter
+        if letter.isprintable() or letter in keep
+        else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )

@@ -22,7 +22,7 @@ from rolora.cli.options import ConfigPath, Json, Overrides, names
 from rolora.cli.printing import Interrupted, out_console, resuming, show, working
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
-from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError
+from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError, printable
 
 if TYPE_CHECKING:
     from rolora.run.runs import Run
@@ -235,12 +235,19 @@ def init(
     model: Annotated[
         str, typer.Option(help="the base model: a folder, a hub name or a .gguf file")
     ] = "",
+    delimiter: Annotated[
+        str | None, typer.Option(help="between the values of a csv; left out: it is found")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="of text files; left out: it is found")
+    ] = None,
 ) -> None:
     """Look at the columns of your file and write a commented configuration for it."""
     from rolora.run.config_template import write_template
 
-    write_template(data, out, model)
-    out_console.print(f"wrote {out}; next: rolora partition {out}")
+    for note in write_template(data, out, model, delimiter, encoding):
+        out_console.print(f"note: {note}")
+    out_console.print(printable(f"wrote {out}; next: rolora partition {out}"))
 
 
 app.command()(theory)
@@ -302,6 +309,5 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _leave(message: str, code: int) -> None:
-    one_line = " ".join(message.split())
-    print(f"rolora: {one_line}", file=sys.stderr)
+    print(f"rolora: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

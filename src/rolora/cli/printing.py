@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import track
 from rich.table import Table
 
-from rolora.errors import NoQuorum
+from rolora.errors import NoQuorum, printable
 
 out_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -37,10 +37,10 @@ def table(
         right = align[min(number, len(align) - 1)] == "r"
         width = widths[number] if number < len(widths) else None
         made.add_column(
-            name, justify="right" if right else "left", min_width=width, overflow="fold"
+            printable(name), justify="right" if right else "left", min_width=width, overflow="fold"
         )
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(printable, row))
     return made
 
 

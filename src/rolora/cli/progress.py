@@ -15,6 +15,7 @@ from rolora.algorithm.method import Method
 from rolora.cli.printing import err_console
 from rolora.comparison.budget import Outlook, Timing, core_hours
 from rolora.comparison.queue import QueuedRun
+from rolora.errors import printable
 from rolora.run.progress import clock, described
 from rolora.run.runs import Run
 from rolora.training.engine import ClientMetrics, Engine, Job
@@ -47,7 +48,7 @@ class Watched:
 def follow(run: Run, title: str) -> int:
     """Run to the end, showing each round; returns how many there were."""
     for note in run.notes:
-        err_console.print(f"note: {note}")
+        err_console.print(f"note: {printable(note)}")
     with _bars() as bars:
         return _show(run, title, bars)
 
@@ -127,7 +128,7 @@ def _follow_queued(queued: QueuedRun, said: set[str]) -> None:
     err_console.print(f"{where}   {left(run.state.server.round or -1)}".rstrip())
     for note in run.notes:
         if note not in said:
-            err_console.print(f"note: {note}")
+            err_console.print(f"note: {printable(note)}")
     said.update(run.notes)
     with _bars() as bars:
         total = bars.add_task("all", total=outlook.of, completed=outlook.number - 1, text="runs")

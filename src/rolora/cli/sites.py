@@ -13,7 +13,7 @@ import typer
 
 from rolora.cli.options import Json, names
 from rolora.cli.printing import again, err_console, out_console, show, working
-from rolora.errors import ConfigError, RoloraError
+from rolora.errors import ConfigError, RoloraError, printable
 
 federation = typer.Typer(
     no_args_is_help=True, help="Make keys for a federation, serve it, or try one on this machine."
@@ -201,5 +201,5 @@ def _need_flower() -> None:
 
 
 def _notify(line: str) -> None:
-    err_console.print(line)
+    err_console.print(printable(line))
     sys.stderr.flush()

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rolora.cli.printing import table
 from rolora.data.labels import in_order
+from rolora.errors import printable
 
 if TYPE_CHECKING:
     from rolora.demo.sources import Source
@@ -49,6 +50,7 @@ def masked_text(rows: Iterable[Sequence[tuple[str, bool]]]) -> Text:
     for row, pieces in enumerate(rows, start=1):
         text.append(f"\nrow {row}; the text between ⟦ and ⟧ is trained on:\n")
         for piece, trained in pieces:
+            piece = printable(piece, keep="\n\t")
             text.append(*((f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")))
         text.append("\n")
     return text

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rolora.algorithm.codec import Format
+from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, nearest
 from rolora.tasks.registry import task_kind
 
@@ -96,7 +97,10 @@ class LoraConfig(Section):
 class DataConfig(Section):
     """``[data]``: where rows come from and which columns are used."""
 
-    train: str = Field(description="csv, jsonl, parquet, a datasets folder, a hub name, or a glob")
+    train: str = Field(
+        description="a csv, tsv, json, jsonl or parquet file, also .gz or .zst; a folder or "
+        "pattern of them; a datasets folder; a hub name"
+    )
     test: str | Share = Field(
         0.2, description="test rows, held by the server: a source, or a share of train"
     )
@@ -111,9 +115,20 @@ class DataConfig(Section):
         "train", description="split for training, of a datasets folder or hub name"
     )
     test_split: str = Field("test", description="split for data.test, likewise")
+    delimiter: str | None = Field(
+        None, description='between the values of a csv; left out: ",", in .tsv a tab'
+    )
+    encoding: str = Field("utf-8", description='of text files, for example "cp1252"')
     text: str | Texts = Field("text", description="classification: one or two text columns")
     label: str = Field("label", description="the label column, also for partitions by label")
-    prompt: str | None = Field(None, description="causal_lm, choice: the prompt column")
+    prompt: str | Texts | None = Field(
+        None, description="causal_lm, choice: one or two columns of the prompt"
+    )
+    separator: str | None = Field(
+        None,
+        description="between two prompt columns, and between prompt and answer; left out: a line "
+        "break, and nothing",
+    )
     completion: str | None = Field(None, description="causal_lm: the completion column")
     messages: str | None = Field(
         None,
@@ -138,6 +153,16 @@ class DataConfig(Section):
     made_by: str | None = Field(
         None, description="how to get the rows; quoted in the error if they are missing"
     )
+
+    @property
+    def form(self) -> TextForm:
+        """How this machine's text files are written."""
+        return TextForm(self.delimiter, self.encoding)
+
+    @model_validator(mode="after")
+    def _has_a_known_form(self) -> Self:
+        self.form  # noqa: B018  it checks itself
+        return self
 
     @field_validator("test", "validation", mode="before")
     @classmethod
@@ -372,8 +397,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if not self.name or set(self.name) & set("/\\") or self.name.startswith("."):
-            raise ConfigError(f"name {self.name!r} must be usable as a folder name")
+        name = self.name
+        if not name.isprintable() or not name or set(name) & set("/\\") or name.startswith("."):
+            raise ConfigError(f"name {name!r} must be usable as a folder name")
         kind, metric = task_kind(self.model.task), self.eval.metric
         kind.chosen(dict(self.data))
         if metric is not None and metric not in kind.metrics:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rolora.data.tables import as_numbers, decoded, is_number, is_text
+from rolora.data.readers import KEPT
+from rolora.data.tables import as_numbers, cells, decoded, is_number, is_text
 from rolora.errors import DataError
 
+SAMPLE = 10_000  # rows of lists or objects that are looked at
+TURNS = ({"role", "content"}, {"from", "value"})
 Kind = Literal["text", "category", "number", "messages", "list", "other"]
 
 
@@ -31,10 +34,13 @@ class Column:
 
 def describe(table: pa.Table) -> list[Column]:
     """One :class:`Column` for each column of ``table``, in order."""
-    return [_describe(name, decoded(table[name])) for name in table.column_names]
+    return [_describe(table, name) for name in table.column_names]
 
 
-def _describe(name: str, values: pa.ChunkedArray) -> Column:
+def _describe(table: pa.Table, name: str) -> Column:
+    values = decoded(table[name])
+    if values.type == KEPT or pa.types.is_nested(values.type):
+        return _nested(name, [v for v in cells(table.slice(0, SAMPLE), name) if v is not None])
     raw = values.drop_null()
     values = as_numbers(raw)
     rows, kind = len(values), values.type
@@ -48,12 +54,21 @@ def _describe(name: str, values: pa.ChunkedArray) -> Column:
             found = "category"
         return Column(name, found, distinct, example, length)
     distinct = len({repr(value) for value in values.to_pylist()})
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return Column(name, "other", distinct, example, 0.0)
-    item = kind.value_type
-    fields = {field.name for field in item} if pa.types.is_struct(item) else set()
-    found = "messages" if {"role", "content"} <= fields else "list"
-    return Column(name, found, distinct, example, _mean(pc.list_value_length(values)))
+    return Column(name, "other", distinct, example, 0.0)
+
+
+def _nested(name: str, values: Sequence[Any]) -> Column:
+    """A column of lists, objects or values of several types."""
+    distinct = len({repr(value) for value in values})
+    example = " ".join(str(values[0]).split())[:60] if values else ""
+    lists = [value for value in values if isinstance(value, list)]
+    if not values or len(lists) < len(values):
+        flat = not any(isinstance(value, list | dict) for value in values)
+        return Column(name, "text" if values and flat else "other", distinct, example, 0.0)
+    items = [item for value in lists for item in value]
+    chat = all(isinstance(i, dict) and any(turn <= i.keys() for turn in TURNS) for i in items)
+    found: Kind = "messages" if items and chat else "list"
+    return Column(name, found, distinct, example, len(items) / len(lists))
 
 
 def _mean(values: pa.ChunkedArray) -> float:
@@ -73,18 +88,27 @@ TEXT = ("text", "sentence", "content", "review", "tweet", "message", "comment", 
 LABEL = ("label", "labels", "class", "coarselabel")
 CLASS = ("target", "category", "sentiment", "intent", "topic", "answer")
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "input")
+CONTEXT = ("input", "context")
 COMPLETION = ("completion", "response", "output", "answer", "target", "solution", "chosen")
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialog")
+TOOLS = ("tools", "functions")
 CHOICES = ("choices", "options", "endings", "answers")
 ANSWER = ("answer", "label", "answerkey", "target", "correct", "gold")
 
+SPLIT = ("split", "fold", "subset", "partition")
+ONE_HOT = {"0", "1", "0.0", "1.0", "true", "false"}
 
-def guess_columns(table: pa.Table) -> tuple[str, dict[str, str | list[str]]]:
+
+Guess = tuple[str, dict[str, str | list[str]]]
+
+
+def guess_columns(table: pa.Table) -> Guess:
     """The task that a table seems to be for, and key of ``[data]`` -> its column or columns.
 
-    In order: a column of messages; a list of choices with an answer and a prompt; a prompt with a
-    text completion and no column named like a label; a class label with one or two texts. Raises
-    DataError if nothing fits.
+    In order: a column of messages; a list of choices with an answer and a prompt; a prompt, of two
+    columns as in Alpaca and Dolly or of one, with a text completion and no column named like a
+    label; a class label with one or two texts. Raises DataError if nothing fits, or if each class
+    has a column of its own.
     """
     columns = describe(table)
 
@@ -95,7 +119,9 @@ def guess_columns(table: pa.Table) -> tuple[str, dict[str, str | list[str]]]:
 
     chats = [column.name for column in columns if column.kind == "messages"]
     if chats:
-        return "causal_lm", {"messages": called(MESSAGES, "messages") or chats[0]}
+        tools = called(TOOLS, "list", "text", "category", "other")
+        beside: dict[str, str | list[str]] = {"tools": tools} if tools else {}
+        return "causal_lm", {"messages": called(MESSAGES, "messages") or chats[0], **beside}
 
     prompt = called(PROMPT, "text", "category")
     choices, answer = called(CHOICES, "list"), called(ANSWER, "category", "number", "text")
@@ -105,12 +131,26 @@ def guess_columns(table: pa.Table) -> tuple[str, dict[str, str | list[str]]]:
     label = called(LABEL, "category", "number", "text")
     completion = called(COMPLETION, "text")
     if prompt and completion and not label and prompt != completion:
+        context = called(CONTEXT, "text", "category")
+        if context and context not in (prompt, completion):
+            return "causal_lm", {"prompt": [prompt, context], "completion": completion}
         return "causal_lm", {"prompt": prompt, "completion": completion}
 
     # the category with the fewest values; of several the last, where labels usually are
-    categories = [column for column in reversed(columns) if column.kind == "category"]
+    categories = [
+        column
+        for column in reversed(columns)
+        if column.kind == "category" and _bare(column.name) not in SPLIT
+    ]
     fewest = min(categories, key=lambda column: column.distinct).name if categories else None
-    label = label or called(CLASS, "category") or fewest
+    named = label or called(CLASS, "category")
+    switches = [column.name for column in reversed(categories) if _is_switch(table, column)]
+    if not named and len(switches) > 2:
+        raise DataError(
+            f"the columns {', '.join(switches)} hold 0 or 1 each, as if every class had its own: "
+            "write the name of each row's class into one column, called label"
+        )
+    label = named or fewest
     text = _text_columns([column for column in columns if column.name != label])
     if label and text:
         return "classification", {"text": text, "label": label}
@@ -119,6 +159,12 @@ def guess_columns(table: pa.Table) -> tuple[str, dict[str, str | list[str]]]:
         "the columns are neither text and label, nor prompt and completion, nor messages: "
         f"{seen}; name them in [data]"
     )
+
+
+def _is_switch(table: pa.Table, column: Column) -> bool:
+    """Whether a column holds 0 or 1, or false or true, in whatever form."""
+    values = decoded(table[column.name]).drop_null().unique().to_pylist()
+    return {str(value).lower() for value in values} <= ONE_HOT
 
 
 def _text_columns(columns: Sequence[Column]) -> str | list[str] | None:

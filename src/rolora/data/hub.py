@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from rolora.data.readers import named_classes, neighbour, usual_types
 from rolora.errors import DataError, NotHere, nearest, one_line
 from rolora.network import is_reachable
 
@@ -18,19 +19,19 @@ HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 
 
 def read_folder(path: Path, source: str, split: str) -> pa.Table:
-    """One split of what ``save_to_disk`` wrote. DataError, naming ``source``, if it is not that."""
+    """One split of what ``save_to_disk`` wrote. DataError, naming ``source``, if it is damaged."""
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+        if not isinstance(saved, datasets.DatasetDict):
+            return _table(saved)
+        if split in saved:
+            return _table(saved[split])
+    except Exception as error:  # a damaged folder raises errors of several libraries
         raise DataError(
-            f"{source} is a folder, but not one written by datasets' save_to_disk: "
-            f"{one_line(error)}; for a file per client write {source.rstrip('/')}/*.csv"
+            f"{source} looks like a folder written by datasets' save_to_disk, but cannot be read: "
+            f"{one_line(error)}"
         ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise DataError(f"{source} has no split {split!r}: {nearest(split, map(str, saved))}")
-        saved = saved[split]
-    return _with_label_names(saved)
+    raise DataError(f"{source} has no split {split!r}: {nearest(split, map(str, saved))}")
 
 
 def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
@@ -40,13 +41,14 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
     """
     name = HUB_NAME.fullmatch(source)
     if not name:
-        looked = f"{source}: no such file or folder (looked in {root.resolve()})"
+        near = neighbour(root / Path(source).expanduser())
+        looked = f"{source}: no such file or folder (looked in {root.resolve()}{near})"
         raise NotHere(looked, source)
     config = datasets.config
     alone = offline or config.HF_HUB_OFFLINE or not is_reachable(config.HF_ENDPOINT)
     try:
         with _told_offline(alone):
-            found = datasets.load_dataset(name["name"], name["config"], split=split)
+            return _table(datasets.load_dataset(name["name"], name["config"], split=split))
     except Exception as error:  # the hub's client raises errors of several libraries
         if alone:
             raise NotHere(_how_to_get(source, name, root, offline), source) from error
@@ -54,7 +56,6 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
             f"{source} is not a file or folder in {root.resolve()}, and loading it from the hub "
             f"failed: {one_line(error)}"
         ) from error
-    return _with_label_names(found)
 
 
 @contextlib.contextmanager
@@ -81,12 +82,6 @@ def _how_to_get(source: str, name: re.Match[str], root: Path, offline: bool) -> 
     )
 
 
-def _with_label_names(rows: Any) -> pa.Table:
-    """A Dataset as a table, classes by their names; its -1, an unknown class, is missing."""
-    table: pa.Table = rows.with_format("arrow")[:]
-    for place, (column, feature) in enumerate(rows.features.items()):
-        if names := getattr(feature, "names", None):
-            known = {number: str(name) for number, name in enumerate(names)}
-            values = [known.get(number) for number in table[column].to_pylist()]
-            table = table.set_column(place, column, pa.array(values, pa.string()))
-    return table
+def _table(rows: Any) -> pa.Table:
+    """A Dataset as a table, classes by their names."""
+    return named_classes(usual_types(rows.with_format("arrow")[:]))

@@ -6,51 +6,73 @@ cache.
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 from rolora.data.labels import label_name, not_a_class
 from rolora.data.partition import client_ids
-from rolora.errors import DataError, NotHere, nearest, one_line
+from rolora.data.readers import (
+    COMPRESSED,
+    KEPT,
+    READERS,
+    delimiter_hint,
+    delimiters_in,
+    kept,
+    kind_of,
+    read_file,
+)
+from rolora.data.text_form import PLAIN, TextForm
+from rolora.errors import DataError, NotHere, nearest
 from rolora.files import write_file
 
-# One block for most files: a row may not span two of Arrow's blocks, and row numbers in its
-# messages count from the start of a block.
-LARGEST_BLOCK = 1 << 30
 
-
-def read_table(source: str, *, root: Path, split: str = "train", offline: bool = False) -> pa.Table:
+def read_table(
+    source: str,
+    *,
+    root: Path,
+    split: str = "train",
+    offline: bool = False,
+    form: TextForm = PLAIN,
+) -> pa.Table:
     """The rows of one source.
 
     Args:
-        source: a .csv, .tsv, .json, .jsonl or .parquet file, a folder written by ``save_to_disk``,
-            or a hub name with an optional configuration ("nyu-mll/glue:sst2").
+        source: a .csv, .tsv, .json, .jsonl or .parquet file, also with .gz or .zst behind it; a
+            folder or a pattern of such files, which are one set of rows; a folder written by
+            ``save_to_disk``; or a hub name with an optional configuration ("nyu-mll/glue:sst2").
         root: the folder that relative paths start from.
-        split: which split to take of a ``DatasetDict`` folder or a hub data set.
+        split: which split to take of a folder of several, or of a hub data set.
         offline: refuse hub names.
+        form: how text files are written.
 
     Raises DataError, in one line, if the source is missing, malformed, or has no rows.
     """
     path = root / Path(source).expanduser()
-    if path.is_dir():
+    if is_glob(source, root=root):
+        table = _joined_files(list(files_of(source, root=root)), root, form)
+    elif path.is_dir() and any((path / name).is_file() for name in _SAVED):
         from rolora.data.hub import read_folder  # importing datasets takes seconds
 
         table = read_folder(path, source, split)
-    elif path.suffix.lower() in READERS:
-        table = _read_file(path, source)
+    elif path.is_dir():
+        names = [str(Path(source) / name) for name in _parts(path, source, split)]
+        table = _joined_files(names, root, form)
+    elif kind_of(path.name):
+        table = read_file(path, source, form)
     elif path.is_file():
-        raise DataError(f"{source}: unknown file type; use one of {', '.join(READERS)}")
+        raise DataError(
+            f"{source}: unknown file type; use one of {', '.join(READERS)}, plain or with "
+            f"{' or '.join(COMPRESSED)} behind it"
+        )
     else:
         from rolora.data.hub import read_hub
 
@@ -64,6 +86,76 @@ def read_table(source: str, *, root: Path, split: str = "train", offline: bool =
     return table
 
 
+_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+
+
+def _parts(folder: Path, source: str, split: str) -> list[str]:
+    """The files in a folder that are one set of rows, sorted.
+
+    Where names begin with a split's, as the hub's do ("train-00000-of-00002.parquet"), those of
+    ``split``: test rows must not be trained on.
+    """
+    names = sorted(one.name for one in folder.iterdir() if one.is_file() and kind_of(one.name))
+    splits = {name: found[1].lower() for name in names if (found := _SPLIT.match(name))}
+    if splits:
+        if split not in splits.values():
+            hint = nearest(split, set(splits.values()))
+            raise DataError(f"{source} has no files of split {split!r}: {hint}")
+        names = [name for name in names if splits.get(name) == split]
+    kinds = sorted({kind_of(name) for name in names})
+    if len(kinds) == 1:
+        return names
+    if kinds:
+        raise DataError(f"{source} holds files of several kinds ({', '.join(kinds)}): name one")
+    raise NotHere(
+        f"{source} is a folder without rows: it holds neither {', '.join(READERS)} files, nor what "
+        "datasets' save_to_disk writes",
+        source,
+        folder,
+    )
+
+
+def _joined_files(names: Sequence[str], root: Path, form: TextForm) -> pa.Table:
+    return stacked({name: read_table(name, root=root, form=form) for name in names})
+
+
+def stacked(parts: Mapping[str, pa.Table], needed: Sequence[str] = ()) -> pa.Table:
+    """The rows of several tables, one below the other, in the columns that all of them have.
+
+    A column of different types keeps each row's own value. ``parts`` are named as in messages.
+    Raises DataError naming the table that lacks one of the columns ``needed``; without any, all
+    tables need the same columns.
+    """
+    if needed:
+        for name, table in parts.items():
+            require_columns(table, needed, name)
+    else:
+        columns = {name: sorted(table.column_names) for name, table in parts.items()}
+        usual = Counter(map(tuple, columns.values())).most_common(1)[0][0]
+        for name, own in columns.items():
+            if tuple(own) != usual:
+                raise DataError(
+                    f"{name} has columns {', '.join(own)}, but most files have "
+                    f"{', '.join(usual)}: all need the same columns"
+                )
+    first, *others = parts.values()
+    common = [name for name in first.column_names if all(name in t.column_names for t in others)]
+    return pa.table({name: _one_below_the_other(parts, name) for name in common})
+
+
+def _one_below_the_other(parts: Mapping[str, pa.Table], column: str) -> pa.ChunkedArray:
+    each = [pa.table({column: decoded(table[column])}) for table in parts.values()]
+    kinds = {part.schema.field(0).type for part in each} - {pa.null()}
+    if len(kinds) < 2 or all(map(is_number, kinds)) or all(map(is_text, kinds)):
+        try:
+            return pa.concat_tables(each, promote_options="permissive")[column]
+        except pa.ArrowException:  # numbers of no common type
+            pass
+    values = (value for table in parts.values() for value in cells(table, column))
+    return pa.chunked_array([kept(values)])
+
+
 def write_table(table: pa.Table, path: Path) -> None:
     """The rows as a Parquet file, with their types, whole or not at all."""
     buffer = pa.BufferOutputStream()
@@ -71,51 +163,65 @@ def write_table(table: pa.Table, path: Path) -> None:
     write_file(path, buffer.getvalue().to_pybytes())
 
 
-def read_clients(pattern: str, *, root: Path) -> dict[str, pa.Table]:
-    """One table per file that matches ``pattern``, by client id (the file's stem, sorted).
+def read_clients(
+    pattern: str,
+    *,
+    root: Path,
+    needed: Sequence[str] = (),
+    form: TextForm = PLAIN,
+) -> tuple[pa.Table, list[str]]:
+    """The rows of all files or folders that match ``pattern``, and the client of each row.
 
-    Every table has the same columns in the same order. Raises DataError if nothing matches, a file
-    cannot be read or is empty, two files share a stem, or one has other columns.
+    A client's id is its file's stem or its folder's name; clients are sorted by id. For the columns
+    see :func:`stacked`. Raises DataError if nothing matches, a file cannot be read or is empty, or
+    two share a name.
     """
     stems = files_of(pattern, root=root)
-    tables = {name: read_table(name, root=root) for name in stems}
-    columns = {name: sorted(table.column_names) for name, table in tables.items()}
-    usual = Counter(map(tuple, columns.values())).most_common(1)[0][0]
-    for name, own in columns.items():
-        if tuple(own) != usual:
-            raise DataError(
-                f"{name} has columns {', '.join(own)}, but most clients have "
-                f"{', '.join(usual)}: all clients need the same columns"
-            )
     ids = client_ids(stems.values())
-    clients = {ids[stem]: tables[name] for name, stem in stems.items()}
-    order = clients[min(clients)].column_names
-    return {client: clients[client].select(order) for client in sorted(clients)}
-
-
-def joined(clients: Mapping[str, pa.Table]) -> tuple[pa.Table, list[str]]:
-    """The tables of :func:`read_clients` as one, and the client of each of its rows."""
-    owners = [client for client, table in clients.items() for _ in range(table.num_rows)]
-    return pa.concat_tables(clients.values(), promote_options="permissive"), owners
+    names = sorted(stems, key=lambda name: ids[stems[name]])
+    parts = {name: read_table(name, root=root, form=form) for name in names}
+    owners = [ids[stems[name]] for name in names for _ in range(parts[name].num_rows)]
+    return stacked(parts, needed), owners
 
 
 def files_of(pattern: str, *, root: Path) -> dict[str, str]:
-    """The files that match ``pattern``, sorted, and the stem of each.
+    """What matches ``pattern``, sorted: each file and its stem; without any file, each folder.
 
-    Raises NotHere if none does, DataError if two share a stem.
+    Raises NotHere if nothing does, DataError if two share a stem.
     """
     found = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True))
-    stems = {name: Path(name).stem for name in found if (root / name).is_file()}
+    stems = {name: _stem(name) for name in found if (root / name).is_file()}
+    stems = stems or {name: Path(name).name for name in found if (root / name).is_dir()}
     if not stems:
-        raise NotHere(f"{pattern}: no file matches (looked in {root.resolve()})", pattern)
+        raise NotHere(f"{pattern}: no file matches ({_looked(pattern, root)})", pattern)
     stem, times = Counter(stems.values()).most_common(1)[0]
     if times > 1:
         raise DataError(f"{pattern}: {times} files are called {stem!r}: each needs its own name")
     return stems
 
 
+def _stem(name: str) -> str:
+    path = Path(name)
+    return path.with_suffix("").stem if path.suffix.lower() in COMPRESSED else path.stem
+
+
+def _looked(pattern: str, root: Path) -> str:
+    """Where a pattern looked, and what is there instead."""
+    parts = Path(pattern).expanduser().parts
+    fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+    folder = (root / Path(*parts[:fixed])).resolve()
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    names = sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
+    listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    brackets = ""
+    if "[" in pattern and not set("*?") & set(pattern):
+        brackets = "; brackets stand for one of the characters in them"
+    return f"{folder} holds {listed or 'nothing'}{brackets}"
+
+
 def is_glob(source: str, *, root: Path) -> bool:
-    """Whether ``source`` is a pattern of per-client files rather than one source.
+    """Whether ``source`` is a pattern of files rather than one source.
 
     A name of an existing file or folder is not a pattern, even with brackets.
     """
@@ -128,22 +234,75 @@ def require_columns(table: pa.Table, columns: Sequence[str], source: str) -> Non
         if column not in table.column_names:
             hint = nearest(column, table.column_names)
             known = "" if hint.startswith("known") else f" known: {', '.join(table.column_names)}"
+            marks = delimiters_in(table.column_names[0]) if len(table.column_names) == 1 else []
+            if marks:
+                known += f"; {delimiter_hint(marks[0])}"
             raise DataError(f"{source} has no column {column!r}: {hint}{known}")
+
+
+def cells(table: pa.Table, column: str) -> list[Any]:
+    """A column's values, each exactly as its row has it, with lists and dicts for nested ones.
+
+    A Parquet file or ``datasets`` cannot tell a key that a row lacks from one that is null, since
+    all rows' objects share their keys there: null is taken for lacking, at every depth.
+    """
+    values = table[column]
+    if values.type == KEPT:
+        return [None if text is None else json.loads(text) for text in values.to_pylist()]
+    found = list(decoded(values).to_pylist(maps_as_pydicts="lossy"))
+    return [_without_nulls(value) for value in found] if pa.types.is_nested(values.type) else found
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(own) for key, own in value.items() if own is not None}
+    if isinstance(value, list):
+        return [_without_nulls(own) for own in value]
+    return value
 
 
 def texts(table: pa.Table, column: str, source: str) -> list[str]:
     """A column as text, numbers written out; empty text is allowed.
 
-    Raises DataError for a missing value (rows count from 1, a header not counted) and for columns
-    of lists or structs.
+    Raises DataError for a missing value (rows count from 1, a header not counted) and for lists or
+    objects.
     """
     require_columns(table, [column], source)
     values = decoded(table[column])
     _require_all(values.is_null(nan_is_null=True), column, source)
+    if values.type == KEPT:
+        return [
+            _text(value, f"{source}: column {column!r} holds {{}} in row {row}, not text")
+            for row, value in enumerate(cells(table, column), start=1)
+        ]
     try:
         return list(values.cast(pa.string()).to_pylist())
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+    except pa.ArrowException as error:
         raise DataError(f"{source}: column {column!r} holds {values.type}, not text") from error
+
+
+def prompts(
+    table: pa.Table, columns: str | Sequence[str], separator: str | None, source: str
+) -> list[str]:
+    """The text in front of an answer: one column, or two with ``separator`` between them.
+
+    Left out, the separator is a line break between two columns, and nothing stands behind the
+    prompt; given, it also stands there, before the answer. A part that is empty in a row, such as
+    Alpaca's ``input``, is left out with its separator.
+    """
+    columns = [columns] if isinstance(columns, str) else columns
+    between, behind = ("\n", "") if separator is None else (separator, separator)
+    each = [texts(table, column, source) for column in columns]
+    joined = (between.join(filter(None, parts)) for parts in zip(*each, strict=True))
+    return [text + behind if text else "" for text in joined]
+
+
+def _text(value: object, otherwise: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | dict):
+        raise DataError(otherwise.format("a list" if isinstance(value, list) else "an object"))
+    return label_name(value) or json.dumps(value)
 
 
 def labels(table: pa.Table, column: str, source: str) -> list[str]:
@@ -156,14 +315,19 @@ def labels(table: pa.Table, column: str, source: str) -> list[str]:
     require_columns(table, [column], source)
     values = decoded(table[column])
     kind = values.type
+    if not (is_text(kind) or is_number(kind) or pa.types.is_boolean(kind) or kind == KEPT):
+        raise DataError(f"{source}: column {column!r} holds {kind}, not labels")
     missing = pc.equal(values, "") if is_text(kind) else values.is_null(nan_is_null=True)
     _require_all(pc.fill_null(missing, True), column, source)
-    if not (is_text(kind) or is_number(kind) or pa.types.is_boolean(kind)):
-        raise DataError(f"{source}: column {column!r} holds {kind}, not labels")
     found = []
-    for row, value in enumerate(values.to_pylist(), start=1):
+    for row, value in enumerate(cells(table, column), start=1):
         name = label_name(value)
         if name is None:
+            if isinstance(value, list | dict):
+                raise DataError(
+                    f"{source}: label {column!r} is a list or an object in row {row}: a label is "
+                    "one name"
+                )
             raise not_a_class(source, f"label {column!r} is {value} in row {row}")
         found.append(name)
     return found
@@ -204,84 +368,3 @@ def _require_all(missing: pa.ChunkedArray, column: str, source: str) -> None:
             f"{source}: column {column!r} is missing in row {row + 1} "
             f"({pc.sum(missing).as_py()} of {len(missing)} rows): fill or remove it"
         )
-
-
-def _read_csv(path: Path, delimiter: str = ",") -> pa.Table:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next((row for row in csv.reader(file, delimiter=delimiter) if row), [])
-    block = min(path.stat().st_size, LARGEST_BLOCK)
-    try:
-        table = pyarrow.csv.read_csv(
-            path,
-            # Arrow counts rows for its messages only with one thread.
-            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=block),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={name: pa.string() for name in header}
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        path.read_bytes().decode()  # where the encoding is at fault, this says at which byte
-        raise ValueError(str(error).replace("Row #", "row ") + " (the header is row 1)") from error
-    # Arrow takes an open quote as closed by the end of the file, and all rows up to there as text.
-    last = table.column(-1)[-1].as_py() if table.num_rows else ""
-    if "\n" in last and not path.read_bytes().rstrip().endswith(b'"'):
-        raise ValueError(f"the quote opened in row {table.num_rows + 1} is never closed")
-    return table
-
-
-def _read_json(path: Path) -> pa.Table:
-    """JSON lines, or one array of objects; dates stay text."""
-    text = path.read_text("utf-8-sig")
-    if text.lstrip().startswith("["):
-        text = "\n".join(json.dumps(row) for row in json.loads(text))
-    data = text.encode()
-    block = pyarrow.json.ReadOptions(block_size=min(len(data), LARGEST_BLOCK))
-
-    def parse(schema: pa.Schema | None) -> pa.Table:
-        options = pyarrow.json.ParseOptions(explicit_schema=schema)
-        return pyarrow.json.read_json(pa.BufferReader(data), block, options)
-
-    try:
-        table = parse(None)
-        dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
-        return parse(pa.schema([(name, pa.string()) for name in dates])) if dates else table
-    except pa.ArrowInvalid as error:
-        counted = re.sub(r"in row (\d+)", lambda row: f"in row {int(row[1]) + 1}", str(error))
-        raise ValueError(_json_fault(text) or counted) from error
-
-
-def _json_fault(text: str) -> str:
-    """Which line is not a JSON object, and why; empty if all are."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"line {number}, character {error.colno}: {error.msg}"
-        if not isinstance(value, dict):
-            return f"line {number} is not an object {{...}}"
-    return ""
-
-
-READERS: Mapping[str, Callable[[Path], pa.Table]] = {
-    ".csv": _read_csv,
-    ".tsv": lambda path: _read_csv(path, "\t"),
-    ".json": _read_json,
-    ".jsonl": _read_json,
-    ".parquet": lambda path: pyarrow.parquet.read_table(path, partitioning=None),
-}
-
-
-def _read_file(path: Path, source: str) -> pa.Table:
-    if not path.is_file():
-        looked = f"{source}: no such file (looked in {path.parent.resolve()})"
-        raise NotHere(looked, source, path)
-    if path.stat().st_size == 0:
-        raise DataError(f"{source} is empty")
-    try:
-        return READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{source} is not UTF-8 (line {line}): save it as UTF-8") from error
-    except (pa.ArrowException, csv.Error, OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{source} cannot be read: {one_line(error)}") from error

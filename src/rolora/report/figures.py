@@ -21,7 +21,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, printable
 from rolora.files import write_file
 from rolora.results.paired import Difference
 
@@ -285,6 +285,7 @@ def _whole(most: int) -> MaxNLocator:
 
 def elided(text: str, width: int) -> str:
     """``text``, cut in the middle to at most ``width`` characters: names differ at their ends."""
+    text = printable(text)
     if len(text) <= width:
         return text
     return text[: width // 2] + "…" + text[len(text) - (width - width // 2 - 1) :]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rolora.data import tables
-from rolora.data.columns import describe, guess_columns
-from rolora.errors import ConfigError
+from rolora.data.columns import Guess, describe, guess_columns
+from rolora.data.readers import guess_form
+from rolora.data.text_form import TextForm
+from rolora.errors import ConfigError, printable
 from rolora.files import write_file
 from rolora.tasks.registry import TASKS, task_kind
 
@@ -28,39 +32,94 @@ scheme = "iid"                    # or by_field with field = "a column"
 clients = 10"""
 
 
-def write_template(source: str, out: Path, model: str = "") -> None:
+def write_template(
+    source: str,
+    out: Path,
+    model: str = "",
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> list[str]:
     """Look at the rows of ``source`` (a file or a pattern of files) and write a config to ``out``.
 
-    Raises ConfigError if ``out`` exists, DataError if no task fits the columns.
+    ``delimiter`` and ``encoding`` of text files are found where they are left out. Returns what a
+    user should know of the guess, a line each. Raises ConfigError if ``out`` exists or an argument
+    is wrong, DataError if no task fits the columns.
     """
     if out.exists():
         raise ConfigError(f"{out} exists and is not overwritten: name another file with --out")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
-    here = Path()
-    clients = 0
-    if tables.is_glob(source, root=here):
-        each = tables.read_clients(source, root=here)
-        table, clients = next(iter(each.values())), len(each)
+    root = Path()
+    files = list(tables.files_of(source, root=root)) if tables.is_glob(source, root=root) else []
+    found = guess_form(Path(files[0] if files else source))
+    form = TextForm(delimiter or found.delimiter, encoding or found.encoding)
+    owners: list[str] = []
+    if files and not all(_SHARD.search(name) for name in files):
+        table, owners = tables.read_clients(source, root=root, form=form)
     else:
-        table = tables.read_table(source, root=here)
-    if clients or Path(source).exists():
+        table = tables.read_table(source, root=root, form=form)
+    if files or Path(source).exists():
         source = os.path.relpath(source, out.parent)
     if model and Path(model).exists():
         model = os.path.relpath(model, out.parent)
-    write_file(out, _template(source, table, clients, model, out))
+    guess = guess_columns(table)
+    notes = _notes(table, guess, form)
+    write_file(out, _template(source, table, guess, form, len(set(owners)), model, out, notes))
+    return notes
 
 
-def _template(source: str, table: Any, clients: int, model: str, out: Path) -> str:
-    """The text of the config. ``clients``: the number of per-client files, 0 for one file."""
-    task, chosen = guess_columns(table)
+# the usual names of the parts of one set of rows
+_SHARD = re.compile(r"-\d{3,}-of-\d{3,}\.")
+
+
+def _notes(table: Any, guess: Guess, form: TextForm) -> list[str]:
+    task, chosen = guess
+    notes = [f"found {key} = {_toml(value)}" for key, value in _stated(form).items()]
+    used = {n for names in chosen.values() for n in ([names] if isinstance(names, str) else names)}
+    unused = [printable(name) for name in table.column_names if name not in used]
+    if unused:
+        notes.append(f"columns that are not used: {', '.join(unused)}")
+    if task == "causal_lm" and "prompt" in chosen:
+        notes.append(
+            "separator stands between the two columns of the prompt and before the completion"
+            if isinstance(chosen["prompt"], list)
+            else "nothing stands between prompt and completion: set separator if the texts need a "
+            "space or a line break there"
+        )
+    return notes
+
+
+def _stated(form: TextForm) -> dict[str, str]:
+    """The keys of [data] that say how text is written, where it is not the usual way."""
+    keys = {"delimiter": form.delimiter, "encoding": form.encoding}
+    return {key: value for key, value in keys.items() if value not in (None, "utf-8")}
+
+
+def _template(
+    source: str,
+    table: Any,
+    guess: Guess,
+    form: TextForm,
+    clients: int,
+    model: str,
+    out: Path,
+    notes: Sequence[str],
+) -> str:
+    """The text of the config. ``clients``: the number of per-client files, or 0."""
+    task, chosen = guess
     kind = task_kind(task)
     small, length, rate = _START[kind.head]
     seen = "\n".join(
-        f"#   {c.name}: {c.kind}, {c.distinct} distinct, for example {_toml(c.example[:40])}"
+        f"#   {printable(c.name)}: {c.kind}, {c.distinct} distinct, for example "
+        f"{_toml(printable(c.example[:40]))}"
         for c in describe(table)
     )
+    seen += "".join(f"\n# {note}" for note in notes)
     columns = "\n".join(f"{key} = {_toml(column)}" for key, column in chosen.items())
+    if task == "causal_lm" and "prompt" in chosen:
+        off = "" if isinstance(chosen["prompt"], list) else "# "
+        columns += f'\n{off}separator = "\\n"                # between the parts of each row'
+    written = "".join(f"\n{key} = {_toml(value)}" for key, value in _stated(form).items())
     if clients:
         split = f'scheme = "files"                  # {clients} files, one client each'
     elif kind.labelled:
@@ -68,8 +127,8 @@ def _template(source: str, table: Any, clients: int, model: str, out: Path) -> s
     else:
         split = _EVENLY
     return f"""\
-# A federated LoRA run. Any key can be overridden: rolora run {out.name} train.lr=1e-3
-name = {_toml(out.stem if out.stem != "rolora" else Path(source).stem.replace("*", "all"))}
+# A federated LoRA run. Any key can be overridden: rolora run {printable(out.name)} train.lr=1e-3
+name = {_toml(_name(source, out))}
 seed = 0
 device = "cpu"                    # cpu | cuda | mps
 
@@ -85,7 +144,7 @@ alpha = 8
 
 [data]                            # columns found:
 {seen}
-train = {_toml(source)}
+train = {_toml(source)}{written}
 test = 0.2                        # a share of the rows, or another file
 # validation = 0.1                # for the best round and early stopping
 {columns}
@@ -110,6 +169,15 @@ every = 5
 """
 
 
+def _name(source: str, out: Path) -> str:
+    """A name for the run that any file system takes."""
+    stem = out.stem if out.stem != "rolora" else Path(source).name.partition(".")[0]
+    return re.sub(r"[^\w.-]+", "-", stem.replace("*", "all")).strip(".-") or "run"
+
+
 def _toml(value: str | list[str]) -> str:
-    # a JSON string or list of strings is also TOML
-    return json.dumps(value, ensure_ascii=False)
+    # a JSON string or list of strings is also TOML, but for control characters that JSON leaves
+    return "".join(
+        letter if letter.isprintable() else f"\\U{ord(letter):08x}"
+        for letter in json.dumps(value, ensure_ascii=False)
+    )

@@ -47,7 +47,11 @@ def evaluate_each(
     config = trained.config
     read = {
         name: tables.read_table(
-            source, root=Path(), split=config.data.test_split, offline=config.offline
+            source,
+            root=Path(),
+            split=config.data.test_split,
+            offline=config.offline,
+            form=config.data.form,
         )
         for name, source in sources.items()
     }

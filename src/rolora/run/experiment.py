@@ -84,8 +84,16 @@ class Experiment:
     def rows(self) -> Rows:
         """All rows and their split."""
         given = self.config
+        keys = {key for keys in self.kind.columns for key in keys}
+        named = [names for key, names in self.columns.items() if key in keys]
+        columns = [n for names in named for n in ([names] if isinstance(names, str) else names)]
         return load_rows(
-            given.data, given.partition, seed=given.seed, root=given.root, offline=given.offline
+            given.data,
+            given.partition,
+            columns=columns,
+            seed=given.seed,
+            root=given.root,
+            offline=given.offline,
         )
 
     @cached_property

@@ -43,7 +43,7 @@ class Rows:
     def table(self) -> dict[str, Any]:
         """The split as the run folder keeps it: rows and labels per client."""
         label = self.label
-        cells = self.train[label].to_pylist() if label else []
+        cells = tables.cells(self.train, label) if label else []
         names = [label_name(cell) or str(cell) for cell in cells]
         clients = []
         for client, rows in self.shards.items():
@@ -54,15 +54,23 @@ class Rows:
 
 
 def load_rows(
-    data: DataConfig, how: PartitionConfig, *, seed: int, root: Path, offline: bool = False
+    data: DataConfig,
+    how: PartitionConfig,
+    *,
+    columns: Sequence[str],
+    seed: int,
+    root: Path,
+    offline: bool = False,
 ) -> Rows:
     """Read the configured sources and split them; relative paths start from ``root``.
+
+    ``columns`` are those that the task reads, which every client's file must have.
 
     Test and validation shares are cut off first and do not depend on the seed, so that runs with
     other seeds are evaluated on the same rows. Raises DataError or ConfigError.
     """
     try:
-        return _load_rows(data, how, seed, root, offline)
+        return _load_rows(data, how, columns, seed, root, offline)
     except NotHere as missing:
         if data.made_by is None:
             raise
@@ -71,19 +79,24 @@ def load_rows(
 
 
 def _load_rows(
-    data: DataConfig, how: PartitionConfig, seed: int, root: Path, offline: bool
+    data: DataConfig,
+    how: PartitionConfig,
+    columns: Sequence[str],
+    seed: int,
+    root: Path,
+    offline: bool,
 ) -> Rows:
-    read = partial(tables.read_table, root=root, offline=offline)
-    per_file = tables.is_glob(data.train, root=root)
-    if per_file != (how.scheme == "files"):
-        raise ConfigError(
-            "partition.scheme = 'files' goes with a data.train pattern like 'data/site-*.jsonl'; "
-            f"here scheme is {how.scheme!r} and data.train is {data.train!r}"
-        )
-    if per_file:
-        train, owners = tables.joined(tables.read_clients(data.train, root=root))
+    read = partial(tables.read_table, root=root, offline=offline, form=data.form)
+    owners: list[str] = []
+    if how.scheme != "files":
+        train = read(data.train, split=data.train_split)
+    elif tables.is_glob(data.train, root=root):
+        train, owners = tables.read_clients(data.train, root=root, needed=columns, form=data.form)
     else:
-        train, owners = read(data.train, split=data.train_split), []
+        raise ConfigError(
+            "partition.scheme = 'files' goes with a data.train pattern like 'data/site-*.jsonl' or "
+            f"'data/*/'; here data.train is {data.train!r}"
+        )
     left = torch.arange(train.num_rows)
     test, left = _part(data.test, "test", train, left, partial(read, split=data.test_split))
     validation = None

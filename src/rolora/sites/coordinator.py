@@ -42,7 +42,13 @@ def _prepare(
         dtype = "bf16" if config.device == "cuda" else "fp32"
         model = config.model.model_copy(update={"dtype": dtype})
         config = config.model_copy(update={"model": model})
-    read, data = partial(tables.read_table, root=config.root, offline=config.offline), config.data
+    data = config.data
+    read = partial(
+        tables.read_table,
+        root=config.root,
+        offline=config.offline,
+        form=data.form,
+    )
     test = read(str(data.test), split=data.test_split)
     validation = None
     if data.validation is not None:

@@ -60,7 +60,7 @@ def table_here(site: SiteConfig) -> Any:
 
     Raises DataError if the file, or one of these columns, is missing.
     """
-    table = tables.read_table(site.data, root=site.root)
+    table = tables.read_table(site.data, root=site.root, form=site.form)
     if site.columns is None:
         return table
     tables.require_columns(table, site.columns, site.data)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from rolora.config.load import first_fault, read_toml
 from rolora.config.schema import Section
+from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError
 from rolora.flower.message import SITE_NAME
 
@@ -30,6 +31,8 @@ class SiteConfig(Section):
         description="the client id, the same in every run"
     )
     data: str = Field(description="this site's rows: csv, jsonl, parquet or a datasets folder")
+    delimiter: str | None = Field(None, description="as data.delimiter of a run, for this file")
+    encoding: str = Field("utf-8", description="as data.encoding of a run, for this file")
     columns: list[str] | None = Field(
         None, min_length=1, description="those that a run may read; left out: all in the file"
     )
@@ -50,6 +53,11 @@ class SiteConfig(Section):
     certificates: str | None = Field(None, description="the CA certificate, PEM; none: no TLS")
     key: str | None = Field(None, description="this site's private key; none: no key is asked for")
     root: Path = Field(Path(), exclude=True)
+
+    @property
+    def form(self) -> TextForm:
+        """How this site's file is written, if it is text."""
+        return TextForm(self.delimiter, self.encoding)
 
     @property
     def folder(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -25,8 +26,9 @@ CHUNK_LOGITS = 1 << 24  # logits held at a time: 64 MiB of float32
 def causal_lm(
     base: Base,
     *,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     completion: str | None = None,
+    separator: str | None = None,
     messages: str | None = None,
     tools: str | None = None,
     date: datetime.date | None = None,
@@ -34,9 +36,10 @@ def causal_lm(
 ) -> Task:
     """The task of writing a completion, given by columns, or the assistant's turns of a chat.
 
-    Give ``completion`` (behind ``prompt``, if any; an end-of-text token follows it), or
-    ``messages``, a column of chats (see ``read_chats``) written out by the tokenizer's chat
-    template, which is given the column ``tools`` and ``date`` as today's.
+    Give ``completion`` (behind the text of ``prompt``'s columns, if any; an end-of-text token
+    follows it; for ``separator`` see ``tables.prompts``), or ``messages``, a column of chats (see
+    ``read_chats``) written out by the tokenizer's chat template, which is given the column
+    ``tools`` and ``date`` as today's.
     Metrics: perplexity and loss (nats per token), over trained tokens only. Raises ConfigError
     where the tokenizer lacks offsets or a chat template, or the model's logits are not its output
     embedding's.
@@ -61,7 +64,9 @@ def causal_lm(
             for text, place in zip(ends, places(source), strict=False):
                 if not text.strip():
                     raise DataError(f"{place}: {completion!r} is empty: there is nothing to learn")
-            starts = tables.texts(table, prompt, source) if prompt else [""] * len(ends)
+            starts = [""] * len(ends)
+            if prompt:
+                starts = tables.prompts(table, prompt, separator, source)
             rows = [[joined(*pair)] for pair in zip(starts, ends, strict=True)]
         limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
         plain = completion is not None

@@ -117,8 +117,8 @@ def read_chats(table: Any, messages: str, tools: str | None, source: str) -> lis
     Raises DataError naming the first row that is not such a chat.
     """
     tables.require_columns(table, [messages, *([tools] if tools else [])], source)
-    chats = table[messages].to_pylist()
-    offered = table[tools].to_pylist() if tools else [None] * len(chats)
+    chats = tables.cells(table, messages)
+    offered = tables.cells(table, tools) if tools else [None] * len(chats)
     return [
         _chat(turns, given, place)
         for turns, given, place in zip(chats, offered, places(source), strict=False)

@@ -43,7 +43,15 @@ class Question:
         return joined(prompt, text if spaced else " " + text)
 
 
-def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: int) -> Task:
+def choice(
+    base: Base,
+    *,
+    prompt: str | Sequence[str],
+    choices: str,
+    answer: str,
+    separator: str | None = None,
+    max_length: int,
+) -> Task:
     """The task of picking the right one of a row's choices.
 
     ``choices`` is a column of lists of texts; ``answer`` gives the right one's position from 0,
@@ -55,11 +63,13 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
     limit = tokenizer_limit(base.tokenizer, base.model.config, max_length)
 
     def encode(table: Any, source: str) -> Examples:
-        rows = [q.marked(q.answer) for q in questions(table, prompt, choices, answer, source)]
+        rows = [
+            q.marked(q.answer) for q in questions(table, prompt, choices, answer, source, separator)
+        ]
         return encode_marked(base.tokenizer, rows, places(source), limit, special=True, end=False)
 
     def encode_test(table: Any, source: str) -> Examples:
-        asked = questions(table, prompt, choices, answer, source)
+        asked = questions(table, prompt, choices, answer, source, separator)
         sizes = [len(q.choices) for q in asked]
         rows = [q.marked(number) for q in asked for number in range(len(q.choices))]
         named = chain.from_iterable(map(repeat, places(source), sizes))
@@ -69,13 +79,20 @@ def choice(base: Base, *, prompt: str, choices: str, answer: str, max_length: in
     return Task(encode=encode, encode_test=encode_test, loss=loss, outputs=outputs, score=score)
 
 
-def questions(table: Any, prompt: str, choices: str, answer: str, source: str) -> list[Question]:
+def questions(
+    table: Any,
+    prompt: str | Sequence[str],
+    choices: str,
+    answer: str,
+    source: str,
+    separator: str | None = None,
+) -> list[Question]:
     """The table's rows as questions. Raises DataError naming the first row that is not one."""
-    tables.require_columns(table, [prompt, choices, answer], source)
+    tables.require_columns(table, [choices, answer], source)
     asked = zip(
-        tables.texts(table, prompt, source),
-        table[choices].to_pylist(),
-        tables.decoded(table[answer]).to_pylist(),
+        tables.prompts(table, prompt, separator, source),
+        tables.cells(table, choices),
+        tables.cells(table, answer),
         places(source),
         strict=False,
     )

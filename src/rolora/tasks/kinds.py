@@ -39,7 +39,7 @@ def causal_lm() -> TaskKind:
         name="causal_lm",
         head="causal_lm",
         columns=[("prompt", "completion"), ("messages",)],
-        beside={"tools": "messages", "date": "messages"},
+        beside={"separator": "prompt", "tools": "messages", "date": "messages"},
         metrics={"perplexity": False, "loss": False},
         answers={"exact_match": True, "answer_accuracy": True},
         make=make,
@@ -58,6 +58,7 @@ def choice() -> TaskKind:
         name="choice",
         head="causal_lm",
         columns=[("prompt", "choices", "answer")],
+        beside={"separator": "prompt"},
         metrics={
             "choice_accuracy": True,
             "choice_accuracy_norm": True,

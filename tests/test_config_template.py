@@ -1,0 +1,145 @@
+"""``rolora init``: what it writes can be read, discards nothing unsaid, and holds odd names."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from rolora.config.load import load_config
+from rolora.config.schema import RunConfig
+from rolora.data import tables
+from rolora.errors import ConfigError, printable
+from rolora.run.config_template import write_template
+
+HOSTILE = (
+    "two\nlines",
+    "a\ttab",
+    "a \"quote\" and 'another'",
+    "\\ and \\n and \\u0041",
+    "[red]bold[/red] [link=x]",
+    "<script>alert(1)</script> &amp;",
+    "\x1b[31mred\x1b[0m\x07",
+    "\x00 \x7f \x85 \u2028 \u202e",
+    "# no comment",
+    "'''\"\"\"",
+    "",
+    "= ]] [[data]]",
+)
+
+
+def write_csv(path: Path, head: list[str], rows: list[list[str]], **form: Any) -> str:
+    encoding = form.pop("encoding", "utf-8")
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, **form).writerows([head, *rows])
+    return str(path)
+
+
+def made(source: str, tmp_path: Path, **options: Any) -> tuple[RunConfig, list[str], str]:
+    """The configuration that init writes, what it says, and the file's text."""
+    out = tmp_path / "made.toml"
+    notes = write_template(source, out, **options)
+    return load_config(out), notes, out.read_text()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_header_may_hold_anything_and_the_configuration_reads_it_back(
+    tmp_path: Path, name: str
+) -> None:
+    head = [f"long{name}", f"label{name}", f"id{name}"]
+    rows = [[f"a text that is long {row} {name}", f"{name}{row % 2}", str(row)] for row in range(8)]
+    config, notes, text = made(write_csv(tmp_path / "a.csv", head, rows), tmp_path)
+    assert (config.data.text, config.data.label) == (head[0], head[1])
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert notes == [f"columns that are not used: {printable(head[2])}"]
+    assert f"# {notes[0]}\n" in text
+    table = tables.read_table(config.data.train, root=config.root, form=config.data.form)
+    assert tables.labels(table, config.data.label, "")[:2] == [f"{name}0", f"{name}1"]
+
+
+@pytest.mark.parametrize("name", ['it\'s [v1] "x"', "a\nb\x1b[31m", "- .x."])
+def test_a_file_s_name_may_hold_anything(tmp_path: Path, name: str) -> None:
+    rows = [[f"a text that is long {row}", str(row % 2)] for row in range(8)]
+    source = write_csv(tmp_path / f"{name}.csv", ["text", "label"], rows)
+    (tmp_path / "rolora").mkdir()
+    out = tmp_path / "rolora" / "rolora.toml"
+    write_template(source, out)
+    config = load_config(out)
+    assert tables.read_table(config.data.train, root=config.root).num_rows == 8
+    assert config.name.strip("-._").isprintable()
+    assert all(letter.isprintable() or letter == "\n" for letter in out.read_text())
+
+
+@pytest.mark.parametrize(
+    "names", [("instruction", "input", "output"), ("instruction", "context", "response")]
+)
+def test_a_prompt_in_two_columns_is_taken_whole(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Alpaca and Dolly: half of the question stands in the second column, where it has one."""
+    first, second, answer = names
+    rows = [
+        {
+            first: f"Add {row}",
+            second: "1 and 2" if row % 2 else "",
+            answer: f"The sum is {row}.",
+            "id": row,
+        }
+        for row in range(6)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    config, notes, _ = made(str(tmp_path / "a.json"), tmp_path)
+    assert config.model.task == "causal_lm"
+    assert config.data.prompt == [first, second]
+    assert "columns that are not used: id" in notes
+    table = tables.read_table(config.data.train, root=config.root)
+    asked = tables.prompts(table, config.data.prompt, config.data.separator, "a.json")
+    assert asked[:2] == ["Add 0\n", "Add 1\n1 and 2\n"]
+
+
+def test_a_completion_that_follows_its_prompt_at_once_is_said_and_a_separator_offered(
+    tmp_path: Path,
+) -> None:
+    rows = [[f"Question {row}?", f"Answer number {row}."] for row in range(6)]
+    source = write_csv(tmp_path / "a.csv", ["prompt", "completion"], rows)
+    config, notes, text = made(source, tmp_path)
+    assert notes == [
+        "nothing stands between prompt and completion: set separator if the texts need a space or "
+        "a line break there"
+    ]
+    assert config.data.separator is None
+    assert '\n# separator = "\\n"' in text
+    tomllib.loads(text.replace("# separator", "separator"))
+
+
+def test_delimiter_and_encoding_are_found_said_and_written(tmp_path: Path) -> None:
+    rows = [[f"Ein Müller, {row} €", "gut" if row % 2 else "schlecht"] for row in range(8)]
+    form: dict[str, Any] = {"delimiter": ";", "encoding": "cp1252"}
+    source = write_csv(tmp_path / "a.csv", ["text", "label"], rows, **form)
+    config, notes, _ = made(source, tmp_path)
+    assert notes == ['found delimiter = ";"', 'found encoding = "cp1252"']
+    table = tables.read_table(config.data.train, root=config.root, form=config.data.form)
+    assert tables.texts(table, "text", "")[0] == "Ein Müller, 0 €"
+    (tmp_path / "made.toml").unlink()
+    config, *_ = made(source, tmp_path, encoding="latin-1")
+    assert config.data.encoding == "latin-1"
+    (tmp_path / "made.toml").unlink()
+    with pytest.raises(ConfigError, match="encoding 'klingon' is not known"):
+        made(source, tmp_path, encoding="klingon")
+
+
+def test_parts_of_one_set_are_not_taken_for_clients(tmp_path: Path) -> None:
+    for part in range(2):
+        rows = {"text": [f"a text that is long {row}" for row in range(8)], "label": [0, 1] * 4}
+        for name in (f"train-0000{part}-of-00002", f"site-{part}"):
+            pyarrow.parquet.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
+    config, *_ = made(str(tmp_path / "train-*.parquet"), tmp_path)
+    assert config.partition.scheme == "dirichlet"
+    assert tables.read_table(config.data.train, root=config.root).num_rows == 16
+    (tmp_path / "made.toml").unlink()
+    config, *_ = made(str(tmp_path / "site-*.parquet"), tmp_path)
+    assert config.partition.scheme == "files"
