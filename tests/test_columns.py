@@ -122,6 +122,10 @@ def test_the_example_shows_numbers_as_written() -> None:
             {"prompt": SHORT, "topic": YES_NO, "completion": LONG},
             ("causal_lm", {"prompt": "prompt", "completion": "completion"}),
         ),
+        (
+            {"messages": CHAT, "tools": [[{"type": "function"}], None] * 4},
+            ("causal_lm", {"messages": "messages", "tools": "tools"}),
+        ),
         ({"source": YES_NO, "messages": CHAT}, ("causal_lm", {"messages": "messages"})),
         ({"turns": CHAT, "label": YES_NO}, ("causal_lm", {"messages": "turns"})),
         (

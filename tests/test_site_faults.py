@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -164,14 +164,16 @@ def test_sites_and_one_machine_find_the_same_labels_however_each_file_writes_num
     """One machine reads the three files as one, where a site knows only its own."""
     transport = calls(place, tmp_path)
     (tmp_path / "rows").mkdir()
-    for node, own in {10: "12", 11: "12?", 12: ["1", "10"]}.items():
-        file = tmp_path / "rows" / f"{node}.csv"
-        file.write_text("text,label\n" + "".join(f"a good film,{label}\n" for label in own) * 4)
+    labels: dict[int, list[Any]] = {10: [1, 2], 11: ["1", "2", "?"], 12: [1.0, 10]}
+    for node, own in labels.items():
+        file = tmp_path / "rows" / f"{node}.jsonl"
+        lines = [json.dumps({"text": "a good film", "label": label}) for label in own * 4]
+        file.write_text("\n".join(lines))
         transport.sites[node] = changed(transport.sites[node], data=str(file))
-    shutil.copy(tmp_path / "rows" / "11.csv", tmp_path / "test.csv")
+    (tmp_path / "test.csv").write_text("text,label\na good film,1\na bad film,?\n")
     test = f"data.test={tmp_path / 'test.csv'}"
     run = remote(configuration(place, "train.rounds=1", test), tmp_path / "run", transport)
-    files = [f"data.train={tmp_path / 'rows' / '*.csv'}", "partition.scheme=files"]
+    files = [f"data.train={tmp_path / 'rows' / '*.jsonl'}", "partition.scheme=files"]
     alone = Experiment(configuration(place, test, *files))
     assert run.experiment.labels == alone.labels == ("1", "2", "10", "?")
 

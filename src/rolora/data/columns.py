@@ -91,6 +91,7 @@ PROMPT = ("prompt", "instruction", "question", "query", "problem", "input")
 CONTEXT = ("input", "context")
 COMPLETION = ("completion", "response", "output", "answer", "target", "solution", "chosen")
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialog")
+TOOLS = ("tools", "functions")
 CHOICES = ("choices", "options", "endings", "answers")
 ANSWER = ("answer", "label", "answerkey", "target", "correct", "gold")
 
@@ -118,7 +119,9 @@ def guess_columns(table: pa.Table) -> Guess:
 
     chats = [column.name for column in columns if column.kind == "messages"]
     if chats:
-        return "causal_lm", {"messages": called(MESSAGES, "messages") or chats[0]}
+        tools = called(TOOLS, "list", "text", "category", "other")
+        beside: dict[str, str | list[str]] = {"tools": tools} if tools else {}
+        return "causal_lm", {"messages": called(MESSAGES, "messages") or chats[0], **beside}
 
     prompt = called(PROMPT, "text", "category")
     choices, answer = called(CHOICES, "list"), called(ANSWER, "category", "number", "text")
