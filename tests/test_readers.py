@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rolora.data.tables import cells, read_table
 from rolora.data.text_form import PLAIN, TextForm
 from rolora.errors import DataError
+from rolora.tasks.chats import read_chats
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 TRICKY = st.text(st.sampled_from('a1,;\t"\n\r\\ \ufeff\u2028\x00é'), max_size=8)
@@ -127,3 +128,18 @@ def test_any_bytes_are_rows_of_json_or_refused(content: bytes) -> None:
     assert isinstance(found, str) or all(isinstance(row, dict) for row in found)
     found = read("a.parquet", content)
     assert isinstance(found, str)
+
+
+def test_a_chat_s_tool_calls_reach_its_template_as_their_file_has_them(tmp_path: Path) -> None:
+    """One row's arguments are not the other's, and a date among them is the text it was."""
+    chats = [
+        [
+            {"role": "user", "content": "Now?"},
+            {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]},
+        ]
+        for name, arguments in (("weather", {"day": "2020-01-01"}), ("add", {"a": 1, "b": None}))
+    ]
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = read_chats(read_table("a.jsonl", root=tmp_path), "messages", None, "a.jsonl")
+    assert [list(chat.turns) for chat in found] == chats
