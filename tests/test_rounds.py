@@ -20,8 +20,10 @@ from rolora.algorithm.adapter import (
     Failure,
     Roles,
     Update,
+    layer_of,
     role_of,
 )
+from rolora.algorithm.growth import grown
 from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.algorithm.reduce import clip, mean
 from rolora.algorithm.seeding import derived_seed
@@ -213,8 +215,15 @@ def test_a_client_is_sent_every_tensor_that_it_does_not_hold_bit_for_bit_and_no_
             client, view = assigned.info, assigned.received
             has: Mapping[str, Tensor] = holds.get(client.id, {})
             lacks = {n for n in view if n not in has or not torch.equal(has[n], view[n])}
-            least += view.select(lacks.__contains__).num_bytes()
-            most += view.select((lacks | own.pop(client.id, set())).__contains__).num_bytes()
+            made = grown(has, job.server.growth)
+            factors = {n for n in lacks & made.keys() if torch.equal(made[n], view[n])}
+            growth, layers = job.server.growth, set(map(layer_of, factors))
+            added = [tensor for name, tensor in growth.items() if layer_of(name) in layers]
+            least += view.select((lacks - factors).__contains__).num_bytes()
+            least += sum(tensor.nbytes for tensor in added)
+            often = (lacks | own.pop(client.id, set())) - factors
+            most += view.select(often.__contains__).num_bytes()
+            most += sum(tensor.nbytes for tensor in added)
             holds[client.id] = view
         for update in Pretended(broken).run(run.method, job):
             if isinstance(update, Update) and run.method.federated:

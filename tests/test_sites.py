@@ -257,3 +257,25 @@ def test_a_site_that_takes_one_step_a_round_is_refused_where_factors_take_turns_
     assert list(run.experiment.engine.clients()) == ["site-ann"]
     refused = [line for line in transport.notified if "takes one a round" in line]
     assert len(refused) == 2
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("more", [(), ("data.client_test=0.3", "eval.every=1")], ids=" ".join)
+def test_a_site_grows_its_deltas_by_what_it_is_sent_and_lacks_nothing(
+    name: str, more: tuple[str, ...], place: Path, tmp_path: Path
+) -> None:
+    asked: list[tuple[int, int, bool]] = []
+
+    def watch(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage:
+        if question.head["ask"] == "train":
+            growth, lacks = question.integer("growth"), "lacks" in reply.head
+            asked.append((question.integer("round"), growth, lacks))
+        return reply
+
+    config = configuration(place, f"method.name={name}", "train.participation=1.0", FEW, *more)
+    run = remote(config, tmp_path / "run", calls(place, tmp_path / "state", watch))
+    *_, last = run.rounds()
+    assert last.rejected == {}
+    assert sorted(asked) == [
+        (round, 0 if round == 1 else 6, False) for round in (1, 2, 3) for _ in "abc"
+    ]

@@ -27,6 +27,8 @@ _SUFFIX: dict[str, Role] = {
     ".lora_core.weight": "core",
     ".lora_gain.weight": "core",
     ".lora_delta.weight": "delta",
+    ".lora_grown_A.weight": "delta",
+    ".lora_grown_B.weight": "delta",
 }
 
 
@@ -36,7 +38,8 @@ def role_of(name: str) -> Role:
 
     ``"A"``: lora_A (rank, in). ``"B"``: lora_B (out, rank). ``"core"``: matrices (heads, r, r)
     between lora_B and lora_A and their gains (heads,), where rank = heads · r. ``"delta"``: a
-    change of the base weight (out, in) beside the factors. ``"head"``: everything else.
+    change of the base weight (out, in) beside the factors, or what it grew by in a round (see
+    ``rolora.algorithm.growth``). ``"head"``: everything else.
     """
     return next((role for suffix, role in _SUFFIX.items() if name.endswith(suffix)), "head")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update, role_of
+from rolora.algorithm.growth import in_factors
 from rolora.algorithm.method import Method, ServerState
 
 
@@ -116,7 +117,8 @@ def lacking(
 ) -> AdapterState:
     """The tensors of ``view``, the adapter that a client should have, that it does not hold.
 
-    ``has``: the ledger's entry for this client, None if it never took part.
+    ``has``: the ledger's entry for this client, None if it never took part. A delta that the client
+    holds as of the round before is replaced by what the last round added, where that is smaller.
     """
 
     def lacks(name: str) -> bool:
@@ -126,4 +128,6 @@ def lacking(
             return True
         return has.sent and role_of(name) in method.shared(has.round + 1)
 
-    return view.select(lacks)
+    lacked = view.select(lacks)
+    previous = has is not None and has.round == server.round - 1
+    return in_factors(lacked, server.growth) if previous else lacked

@@ -16,6 +16,7 @@ import torch
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.exactness import AggregationError
+from rolora.algorithm.growth import as_factors
 from rolora.algorithm.method import Method, Project, ServerState
 from rolora.algorithm.reduce import Memory, Reducer, Value
 
@@ -111,8 +112,10 @@ def step(
         return stalled, RoundReport(tuple(accepted), rejected, None, quorum_met=False)
     if not kept:
         raise RuntimeError(f"method {method.name!r} did not call reduce")
-    after = replace(after, memory=kept[0], round=round, attempt=0)
-    error = None if missed is None else missed.of(after.adapter)
+    rank = sum(cohort[client].info.rank for client in accepted)
+    adapter, growth = as_factors(server.adapter, after.adapter, rank, rng)
+    after = replace(after, adapter=adapter, memory=kept[0], round=round, attempt=0, growth=growth)
+    error = None if missed is None else missed.of(adapter)
     return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True)
 
 

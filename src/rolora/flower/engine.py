@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.codec import WireError, body_bytes, decode, encode
+from rolora.algorithm.growth import layout, rank_of
 from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method
 from rolora.errors import NoQuorum
@@ -129,8 +130,10 @@ class Remote:
         self, ask: str, view: AdapterState, missing: AdapterState, **head: Scalar
     ) -> SiteMessage:
         payload, _ = encode("fp32", missing, missing, {})
-        names = compress_names(missing.keys(), view.keys())
-        return self.membership.question(ask, payload, view=digest(view), names=names, **head)
+        rank = rank_of(missing)
+        names = compress_names(missing.keys(), layout(view, rank).keys())
+        head = {"growth": rank, "view": digest(view), "names": names, **head}
+        return self.membership.question(ask, payload, **head)
 
     def _update(self, method: Method, assigned: Assignment, reply: SiteMessage) -> Update | Failure:
         info, view = assigned.info, assigned.received

@@ -2,8 +2,9 @@
 
 The factors are averaged as in FedIT. What that misses, the residual Σ p_i s B_iA_i − s·B̄Ā, is
 added to the base as a delta beside the frozen weights, so the average is exact. Besides the
-factors, the sum of all residuals travels down: a full matrix per layer. arXiv:2410.09432, section
-4.
+factors, the last residual travels down as factors of rank N · r, to a client that took part in the
+round before; to others, or where it is smaller, the sum of all residuals, a full matrix per layer.
+arXiv:2410.09432, section 4.
 """
 
 from __future__ import annotations

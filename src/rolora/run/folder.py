@@ -186,7 +186,11 @@ class RunFolder:
 def contents(state: RunState) -> dict[str, Tensor]:
     """The tensors that a checkpoint of this state holds."""
     memory = {n: t for n, t in state.server.memory.items() if isinstance(t, Tensor)}
-    parts: dict[str, Mapping[str, Tensor]] = {"adapter": state.server.adapter, "memory": memory}
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "adapter": state.server.adapter,
+        "memory": memory,
+        "growth": state.server.growth,
+    }
     if state.best is not None:
         parts["best"] = state.best.adapter
     return {
@@ -201,7 +205,8 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
     payload = (folder / "state.safetensors").read_bytes()
     if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
         raise ValueError("its sha256 does not match")
-    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "memory": {}, "best": {}}
+    kinds = ("adapter", "memory", "growth", "best")
+    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for name, tensor in load(payload).items():
         part, _, rest = name.partition("/")
         parts[part][rest] = tensor
@@ -211,6 +216,7 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
         memory=parts["memory"],
         round=manifest["round"],
         attempt=manifest["attempt"],
+        growth=parts["growth"],
     )
     best = manifest["best"]
     if best is not None:
