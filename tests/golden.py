@@ -44,6 +44,7 @@ COARSE = {
     "sites-rolora-int8": 2e-3,
     "local-client-test": 1e-3,
     "fedex_lora": 1e-3,
+    "fedmomentum": 1e-3,
     "fedmomentum-whole": 1e-3,
 }
 
