@@ -25,6 +25,7 @@ WIDE = {
     "test_flower_strategy",
     "test_memory",
     "test_method_runs",
+    "test_models",
     "test_moved",
     "test_pixel_network",
     "test_plan",

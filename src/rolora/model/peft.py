@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 import peft
 import transformers
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import (
+    _check_lora_target_modules_mamba,
+    check_target_module_exists,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -167,10 +170,14 @@ def _role(model: Any, path: str) -> str:
     module = model.get_submodule(path)
     if module is model.get_output_embeddings():
         return "the output embedding, which stays as it is"
+    if _refused_by_peft(model, path):
+        return f"on which PEFT puts no adapter in a {model.config.model_type!r}"
     return f"a {type(module).__name__}, which cannot carry LoRA here"
 
 
-_ATTENTION = re.compile(r"(q|v|query|value|qkv|wqkv|query_key_value|c_attn)(_proj|_lin)?", re.I)
+_ATTENTION = re.compile(
+    r"(q|v|query|value|qkv|wqkv|query_key_value|c_attn)(_proj|_lin|_head)?", re.IGNORECASE
+)
 
 
 def _default(model: Any, usable: Sequence[str], unfit: Mapping[str, str]) -> Any:
@@ -225,7 +232,10 @@ def _layer_indices(layers: str | tuple[int, ...], config: Any) -> list[int] | No
 
 
 def linear_layers(model: Any, head_layers: Sequence[str]) -> list[str]:
-    """Linear layers that may carry LoRA: neither the task head nor the output embedding."""
+    """Linear layers that may carry LoRA.
+
+    Not the task head, the output embedding, or what PEFT refuses (a Mamba's output projection).
+    """
     output = model.get_output_embeddings()
     kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
     return [
@@ -234,7 +244,16 @@ def linear_layers(model: Any, head_layers: Sequence[str]) -> list[str]:
         if (isinstance(module, kinds) or "Linear" in type(module).__name__)
         and path not in head_layers
         and module is not output
+        and not _refused_by_peft(model, path)
     ]
+
+
+def _refused_by_peft(model: Any, path: str) -> bool:
+    try:
+        _check_lora_target_modules_mamba(peft.LoraConfig(), model, path.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def save_adapter(

@@ -17,6 +17,7 @@ from torch import Tensor
 from rolora.errors import ConfigError, one_line
 
 NEVER = "is never called"
+OWN_VECTORS = "is also called with vectors that belong to no row, such as relative positions"
 ROWS, LENGTH = 3, 5
 
 
@@ -29,9 +30,10 @@ def unfit(model: Any, paths: Sequence[str], *, outline: bool = False) -> dict[st
     ids = tokens(model.config, ROWS, LENGTH)
     whole = _inputs(model, paths, ids, outline)
     single = [_inputs(model, paths, row, outline) for row in ids.unsqueeze(1)]
+    rough = model.dtype.itemsize < 4 or getattr(model, "is_quantized", False)
     found = {}
     for path in paths:
-        if why := _fault(whole[path], [alone[path] for alone in single], model.dtype):
+        if why := _fault(whole[path], [alone[path] for alone in single], 5e-2 if rough else 1e-4):
             found[path] = why
     return found
 
@@ -76,11 +78,10 @@ def _inputs(
 
 
 def _fault(
-    whole: Sequence[Tensor | int], single: Sequence[Sequence[Tensor | int]], dtype: torch.dtype
+    whole: Sequence[Tensor | int], single: Sequence[Sequence[Tensor | int]], tolerance: float
 ) -> str:
     if not whole:
         return NEVER
-    tolerance = 5e-2 if dtype.itemsize < 4 else 1e-4
     if {len(calls) for calls in single} != {len(whole)}:
         return "is called more or less often depending on the rows"
     for together, *alone in zip(whole, *single, strict=True):
@@ -91,9 +92,7 @@ def _fault(
         joined = torch.cat(alone)
         if len(together) != len(joined):
             return OWN_VECTORS
-        if not (together - joined).abs().max() <= tolerance * joined.abs().max():
+        # most vectors, not all: rounding may send a token of a mixture to another expert
+        if not (together - joined).abs().median() <= tolerance * joined.abs().max():
             return "does not see its rows one after another"
     return ""
-
-
-OWN_VECTORS = "is also called with vectors that belong to no row, such as relative positions"

@@ -109,14 +109,17 @@ def by_segment(x: Tensor, matrices: Tensor, sizes: Sizes, onto: Tensor | None = 
         return onto + by_segment(x, matrices, sizes).to(onto.dtype)
     if grouped(x, matrices):
         return functional.grouped_mm(x, matrices, offs=_ends(sizes, x.device))
-    if even(sizes):
-        shaped = x.view(len(sizes), sizes[0], -1)
-        if onto is None:
-            return torch.bmm(shaped, matrices).flatten(0, 1)
-        under = onto.view(len(sizes), sizes[0], -1)
-        return torch.baddbmm(under, shaped, matrices).flatten(0, 1)
-    split = [*sizes]
+    # the result is no view, so that a model may change it in place (Falcon)
     out = x.new_empty(len(x), matrices.shape[2])
+    if even(sizes):
+        shaped, into = (part.view(len(sizes), sizes[0], -1) for part in (x, out))
+        if onto is None:
+            torch.bmm(shaped, matrices, out=into)
+        else:
+            under = onto.view(len(sizes), sizes[0], -1)
+            torch.baddbmm(under, shaped, matrices, out=into)
+        return out
+    split = [*sizes]
     parts = zip(torch.split(x, split), matrices, torch.split(out, split), strict=True)
     if onto is None:
         for rows, matrix, into in parts:
