@@ -14,6 +14,7 @@ WIDE = {
     "test_chat_runs",
     "test_cli",
     "test_compare",
+    "test_corpus",
     "test_compare_command",
     "test_doctor",
     "test_engine",

@@ -124,7 +124,8 @@ class Comparison:
         config = self.config.model_dump(mode="json", exclude={"seed", "method", "federation"})
         for place in PLACES:
             section, _, key = place.partition(".")
-            config.get(section, {}).pop(key, None)
+            if isinstance(config.get(section, {}).get(key), str):  # a share of rows is no place
+                del config[section][key]
         return {
             **config,
             "method": self.config.method.model_dump(mode="json"),

@@ -66,12 +66,12 @@ def read_toml(path: str | Path, hint: str = "rolora init writes one") -> dict[st
     ``hint`` tells the user how to get such a file.
     """
     try:
-        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"config {path} does not exist ({hint})") from None
     except IsADirectoryError:
         raise ConfigError(f"config {path} is a folder; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -82,7 +82,7 @@ def make_config(
     for override in overrides:
         values = _override(values, override)
     if "root" in values:
-        raise ConfigError(f"unknown key 'root': {nearest('root', RunConfig.model_fields)}")
+        raise ConfigError(f"unknown key 'root': {nearest('root', _keys(RunConfig, []))}")
     try:
         config = RunConfig.model_validate({**values, "root": root.resolve()})
     except ValidationError as error:
@@ -129,9 +129,11 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r} is not of the form key.path=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word, as in method.name=ffa_lora
+        read = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        read = {}
+    # anything but one TOML value is a bare word, as in method.name=ffa_lora
+    value = read["value"] if len(read) == 1 else text
     return _with(values, key.strip().split("."), value)
 
 

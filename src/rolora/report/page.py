@@ -39,6 +39,8 @@ def write_report(
     """
     if not runs:
         raise ConfigError("a report needs at least one run folder")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name the page to write, such as {out / 'page.html'}")
     folders = dict.fromkeys(Path(run).resolve() for run in runs)
     page = render([load_run(folder) for folder in folders], tuning, published)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -105,10 +105,10 @@ def _notes(folder: Path) -> dict[str, Any]:
     """What the run that left the adapter wrote about it."""
     file = folder / "rolora.json"
     if not file.is_file():
-        raise ConfigError(
-            f"{folder} is not an adapter of rolora: rolora.json is missing; if its run is "
-            f"unfinished, continue it with: rolora resume {shlex.quote(str(folder.parent))}"
-        )
+        run = folder.parent
+        unfinished = (run / "config.toml").is_file()
+        hint = f"; finish its run with: rolora resume {shlex.quote(str(run))}" if unfinished else ""
+        raise ConfigError(f"{folder} is not an adapter of rolora: rolora.json is missing{hint}")
     try:
         notes: dict[str, Any] = json.loads(file.read_text())
         for key, kind in _NOTES.items():
@@ -129,7 +129,10 @@ def _trained(
     settings, labels = notes["config"], tuple(notes["labels"])
     root = folder.resolve() / notes["root"]
     moved = [] if model is None else [f"model.path={Path(model).resolve()}"]
+    own = make_config(settings, moved, root=root)
     trained = Experiment(make_config(settings, [*moved, *overrides], root=root), labels=labels)
+    if trained.config.lora != own.lora:
+        raise ConfigError(f"the keys of [lora] are those of {folder}: leave them as they are")
     method = trained.method
     if method.personal_roles:
         kept = "+".join(sorted(method.personal_roles))

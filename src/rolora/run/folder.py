@@ -43,9 +43,10 @@ def require_new(path: Path) -> None:
     if path.is_file():
         raise ConfigError(f"{path} is a file: name a new folder with --out")
     if path.exists():
+        run = (path / "config.toml").is_file()
+        hint = f", or continue it with: rolora resume {shlex.quote(str(path))}" if run else ""
         raise ConfigError(
-            f"{path} exists and is not overwritten: name another folder with --out, "
-            f"or continue it with: rolora resume {shlex.quote(str(path))}"
+            f"{path} exists and is not overwritten: name another folder with --out{hint}"
         )
 
 
@@ -172,11 +173,11 @@ class RunFolder:
             write_file(self.rounds, "")  # round 0 is evaluated, and written, again
             return
         kept, round = [], state.server.round
-        for text in self.rounds.read_text().splitlines():
+        for text in self.rounds.read_text(errors="replace").splitlines():
             try:
                 if json.loads(text)["round"] <= round:
                     kept.append(text)
-            except json.JSONDecodeError:
+            except (ValueError, TypeError, KeyError):
                 break  # a line cut off by a crash
         if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
             kept.append(json.dumps(last))

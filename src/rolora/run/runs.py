@@ -187,8 +187,9 @@ def stored(
     if root is not None and not Path(root).is_dir():
         raise ConfigError(f"--root {root} is not a folder")
     origin = read_toml(folder.config).get("provenance", {})
-    lost = {"root", "threads", "bank", "dtype", *_SAME, *_ALIKE} - dict(origin).keys()
-    if lost:
+    if not isinstance(origin, dict):
+        raise ConfigError(f"{folder.config} is damaged: provenance is not a table")
+    if lost := {"root", "threads", "bank", "dtype", *_SAME, *_ALIKE} - origin.keys():
         raise ConfigError(f"{folder.config} is damaged: provenance.{min(lost)} is missing")
     return load_config(folder.config, overrides, root), origin
 
