@@ -215,7 +215,7 @@ def test_peft_loads_a_run_s_adapter_with_the_same_logits_merged_or_not(
     adapter = [result.state.server.adapter for result in run.rounds()][-1]
     _, batch = rows(run.experiment.base, config)
     ours = logits(run.experiment.base, adapter, batch)
-    labels = transformers.AutoConfig.from_pretrained(run.folder.adapter)
+    labels = transformers.AutoConfig.from_pretrained(run.folder.adapter / "model_config.json")
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         place / "model", config=labels
     )
