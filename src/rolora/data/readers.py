@@ -102,6 +102,8 @@ def read_json(data: bytes, delimiter: str) -> pa.Table:
     array = _array(text)
     if array is not None:
         return _table(array)
+    if re.search(r"^[^\S\n]*[^{\s]", text, re.MULTILINE):  # Arrow crashes on a line such as null
+        return _table(_lines(text, object_pairs_hook=_object))
     data = text.encode()
     block = pyarrow.json.ReadOptions(block_size=max(min(len(data), LARGEST_BLOCK), 1))
     try:
