@@ -698,8 +698,8 @@ def test_a_label_that_is_no_whole_number_is_refused(values: list[Any]) -> None:
     with pytest.raises(DataError) as caught:
         labels(pa.table({"y": values}), "y", "a.csv")
     assert str(caught.value) == (
-        "a.csv: label 'y' is 2.5 in row 2, but labels are classes: numbers to be predicted are for "
-        'model.task = "regression"'
+        "a.csv: label 'y' is 2.5 in row 2, but labels are classes: no task that comes with rolora "
+        "predicts numbers"
     )
 
 

@@ -66,8 +66,7 @@ def class_labels(names: Iterable[str], source: str) -> list[str]:
 def not_a_class(source: str, what: str) -> DataError:
     """The error for a number that is not whole among labels."""
     return DataError(
-        f"{source}: {what}, but labels are classes: numbers to be predicted are for "
-        'model.task = "regression"'
+        f"{source}: {what}, but labels are classes: no task that comes with rolora predicts numbers"
     )
 
 
