@@ -50,7 +50,13 @@ def refusal(folder: Path, **lora: Any) -> ConfigError:
         ("bart", {}, "is an encoder-decoder, which is not supported: set model.path to an encoder"),
         ("bert", {"target_modules": ("quary",)}, "no layer is named 'quary'; this model has dense"),
         ("bert", {"target_modules": ("query", "quary")}, "no layer is named 'quary'"),
-        ("bert", {"target_modules": r".*\.quary"}, "no layer is named '.*"),
+        ("bert", {"target_modules": r".*\.quary"}, "no layer's whole path matches '.*"),
+        (
+            "bert",
+            {"target_modules": "query"},
+            "matches 'query'; for names write a list",
+        ),
+        ("bert", {"target_modules": "("}, "lora.target_modules = '(' is no regular expression: "),
         (
             "bert",
             {"target_modules": r".*\.attention.*"},

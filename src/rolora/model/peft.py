@@ -97,7 +97,12 @@ def peft_config(
                 "lora.layers goes with names in lora.target_modules, not with a regular "
                 "expression: remove it, and let the expression choose the layers"
             )
-        _refuse_names(model, config, usable)
+        try:
+            _refuse_names(model, config, usable)
+        except re.error as error:
+            raise ConfigError(
+                f"lora.target_modules = {given!r} is no regular expression: {error}"
+            ) from None
     else:
         config.target_modules = _default(model, usable, unfit)
     layers = _selected(config, usable)
@@ -157,6 +162,11 @@ def _refuse_names(model: Any, config: Any, usable: Sequence[str]) -> None:
             raise ConfigError(
                 f"lora.target_modules: {name!r} is part of the task head, which is trained whole "
                 f"(model.head): use {_listed(usable)}"
+            )
+        if isinstance(given, str):
+            raise ConfigError(
+                f"lora.target_modules: no layer's whole path matches {name!r}; for names write a "
+                f"list: this model has {_listed(usable)}"
             )
         within = "" if config.layers_to_transform is None else " in the layers of lora.layers"
         raise ConfigError(
