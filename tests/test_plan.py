@@ -220,7 +220,7 @@ def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
 
 def test_a_model_that_cannot_carry_adapters_is_refused_as_by_a_run(tmp_path: Path) -> None:
     folder = tiny_deberta(tmp_path / "model")
-    with pytest.raises(ConfigError, match="is not called once"):
+    with pytest.raises(ConfigError, match="so it cannot carry per-client adapters"):
         outline(str(folder), "classification", LoraSettings())
 
 

@@ -256,7 +256,7 @@ def test_rows_with_some_of_a_run_s_labels_are_evaluated_by_the_run_s_own_names(
     run = runs.start(load_config(site, [*train, "train.rounds=1"]), tmp_path / "run")
     *_, last = run.rounds()
     assert run.experiment.labels == ("1", "2", "other")
-    names = json.loads((tmp_path / "run" / "adapter" / "config.json").read_text())["id2label"]
+    names = json.loads((tmp_path / "run" / "adapter" / "model_config.json").read_text())["id2label"]
     assert names == {"0": "1", "1": "2", "2": "other"}
     found = evaluate_adapter(tmp_path / "run", str(tmp_path / "numbers.csv"))
     assert found == last.metrics
