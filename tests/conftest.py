@@ -12,10 +12,13 @@ from tiny_site import make_site
 # files prove the kernel and the guards, and are what `make test` runs.
 WIDE = {
     "test_chat_runs",
+    "test_chats",
+    "test_checkpoint_head",
     "test_cli",
     "test_compare",
-    "test_corpus",
     "test_compare_command",
+    "test_config_template",
+    "test_corpus",
     "test_doctor",
     "test_engine",
     "test_evaluation",
@@ -24,6 +27,7 @@ WIDE = {
     "test_federation_folder",
     "test_fetch",
     "test_flower_strategy",
+    "test_harness",
     "test_memory",
     "test_method_runs",
     "test_models",
@@ -42,6 +46,7 @@ WIDE = {
     "test_site_faults",
     "test_sites",
     "test_studies",
+    "test_tables_of_tokens",
     "test_theory",
     "test_wiretap",
 }
