@@ -30,7 +30,7 @@ from rolora.comparison.folder import ComparisonFolder
 from rolora.errors import AllDiverged
 from rolora.files import write_file
 from rolora.results.export import export_results
-from rolora.results.runs import RunRecord, by_method, load_run, not_diverged, primary_metric
+from rolora.results.runs import RunRecord, by_method, load_run, primary_metric
 from rolora.training.local import NonFiniteLoss
 
 HERE = Path(__file__).parent
@@ -135,7 +135,7 @@ def read_cell(out: Path, study: Study, cell: Mapping[str, Any]) -> dict[str, Any
     seconds = sum(line["seconds"] for one in every for line in one.rounds)
     made = {key: finals[0].provenance[key] for key in ("versions", "cpu", "threads", "git_commit")}
     record = {"cell": dict(cell), "core_seconds": round(seconds * made["threads"]), "made": made}
-    runs = not_diverged(finals) if any(one.diverged is None for one in finals) else []
+    runs = [one for one in finals if one.finished]
     if not runs:
         return {**record, "diverged": {one.path.name: one.diverged for one in finals}}
     first, *others = by_method(runs)
