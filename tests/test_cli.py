@@ -23,6 +23,7 @@ from rolora.config.load import load_config
 from rolora.demo.side_by_side import Demo
 from rolora.errors import EXIT_CODES
 from rolora.run import runs
+from rolora.run.experiment import Experiment
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +168,20 @@ def test_per_client_files_with_an_empty_one_name_it(
     code, _, err = rolora(monkeypatch, capsys, *words, "--out", tmp_path / "out")
     assert code == 3
     assert "site-b.csv" in err.splitlines()[-1]
+
+
+def test_client_files_that_are_not_made_clients_are_said_to_be_split_anew(
+    site: Path, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        write_rows(tmp_path / f"site-{name}.csv", 20)
+    changes = [f"data.train={tmp_path}/site-*.csv", "data.test=0.2"]
+    assert 'partition.scheme = "files" makes each a client' in split_note(site, changes)
+    assert not split_note(site, [*changes, "partition.scheme=files"])
+
+
+def split_note(config: Path, changes: list[str]) -> str:
+    return Experiment(load_config(config, changes)).rows.note
 
 
 def test_rows_longer_than_the_model_takes_are_truncated_counted_and_said(

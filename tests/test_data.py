@@ -441,6 +441,17 @@ def test_a_folder_or_a_pattern_of_files_is_one_set_of_rows(tmp_path: Path) -> No
     assert refusal(tmp_path, "e") == "e holds files of several kinds (.csv, .jsonl): name one"
 
 
+def test_a_folder_leaves_out_no_file_without_a_word(tmp_path: Path) -> None:
+    """A site called "test-lab" does not make the other sites' files disappear."""
+    for name in ("north", "test-lab"):
+        write(tmp_path / "d" / f"{name}.csv", "text\nx\n")
+    assert refusal(tmp_path, "d", split="test") == (
+        "d holds test-lab.csv, named after a split, and north.csv, which is of none: name the "
+        "files, for example d/*.csv"
+    )
+    assert read_table("d/*.csv", root=tmp_path).num_rows == 2
+
+
 def test_each_matching_folder_is_a_client_named_by_it(tmp_path: Path) -> None:
     for site in ("north", "south"):
         write(tmp_path / "data" / site / "1.csv", f"text\n{site} 1\n")

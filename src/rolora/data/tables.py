@@ -102,7 +102,12 @@ def _parts(folder: Path, source: str, split: str) -> list[str]:
         if split not in splits.values():
             hint = nearest(split, set(splits.values()))
             raise DataError(f"{source} has no files of split {split!r}: {hint}")
-        names = [name for name in names if splits.get(name) == split]
+        if other := [name for name in names if name not in splits]:
+            raise DataError(
+                f"{source} holds {next(iter(splits))}, named after a split, and {other[0]}, which "
+                f"is of none: name the files, for example {source}/*{kind_of(other[0])}"
+            )
+        names = [name for name in names if splits[name] == split]
     kinds = sorted({kind_of(name) for name in names})
     if len(kinds) == 1:
         return names

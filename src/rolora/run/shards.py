@@ -112,7 +112,14 @@ def _load_rows(
         if len(kept):
             held_out[client] = kept
     label = data.label if data.label in train.column_names else None
-    return Rows(train, test, validation, shards, held_out, label, split.dropped, split.note)
+    notes = [split.note]
+    if how.scheme != "files" and tables.is_glob(data.train, root=root):
+        notes.append(
+            f"the files of {data.train} are one set of rows, split anew ({how.scheme}); "
+            'partition.scheme = "files" makes each a client'
+        )
+    note = "; ".join(filter(None, notes))
+    return Rows(train, test, validation, shards, held_out, label, split.dropped, note)
 
 
 def digest(rows: Rows) -> str:
