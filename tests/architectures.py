@@ -102,7 +102,7 @@ OTHERWISE = {"deberta-v2": ["value_proj", "dense"]}
 NOT_SHARED = {"xlnet": {"max_position_embeddings"}, "funnel": {"num_hidden_layers"}}
 
 
-def save(model_type: str, task: str, folder: Path) -> None:
+def save(model_type: str, task: str, folder: Path) -> Path:
     """Save one of the models above with a tokenizer, without a head if the task trains one."""
     tokenizer = chat_tokenizer() if task == "causal_lm" else word_tokenizer()
     special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
@@ -124,6 +124,7 @@ def save(model_type: str, task: str, folder: Path) -> None:
     }
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 def configuration(folder: Path, task: str, targets: str | list[str], **train: Any) -> RunConfig:

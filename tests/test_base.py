@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import architectures
 import peft
 import pytest
 import tiny
@@ -37,8 +38,8 @@ def refusal(folder: Path, **lora: Any) -> ConfigError:
 @pytest.mark.parametrize(
     ("name", "lora", "message"),
     [
-        ("deberta", {}, "self.query_proj' is also called with vectors that belong to no row"),
-        ("deberta", {}, "set lora.target_modules to some of dense, value_proj"),
+        ("deberta-v2", {}, "self.query_proj' is also called with vectors that belong to no row"),
+        ("deberta-v2", {}, "set lora.target_modules to some of dense, value_proj"),
         ("xlnet", {}, "no layer of 'xlnet' can carry per-client adapters: use another model"),
         ("xlnet", {"target_modules": "all-linear"}, "does not see its rows one after another, so"),
         ("albert", {}, "has no default target_modules for 'albert': set lora.target_modules, for"),
@@ -87,7 +88,10 @@ def refusal(folder: Path, **lora: Any) -> ConfigError:
 def test_a_model_that_cannot_carry_the_adapters_is_refused_in_one_line(
     tmp_path: Path, name: str, lora: dict[str, Any], message: str
 ) -> None:
-    folder = getattr(tiny, f"tiny_{name}")(tmp_path / "model")
+    if name in ("bert", "distilbert"):
+        folder = getattr(tiny, f"tiny_{name}")(tmp_path / "model")
+    else:
+        folder = architectures.save(name, "classification", tmp_path / "model")
     assert re.search(re.escape(message), str(refusal(folder, **lora)))
 
 
@@ -106,8 +110,11 @@ def test_a_language_model_s_output_embedding_carries_no_adapter_and_is_never_cla
 def test_a_layer_that_is_called_several_times_or_on_flat_rows_serves_each_client_alone(
     tmp_path: Path,
 ) -> None:
-    for name, make in (("albert", classifier), ("opt", language_model)):
-        folder = getattr(tiny, f"tiny_{name}")(tmp_path / name)
+    for name, task, make in (
+        ("albert", "classification", classifier),
+        ("opt", "causal_lm", language_model),
+    ):
+        folder = architectures.save(name, task, tmp_path / name)
         bench = make(folder, torch.float64, target_modules="all-linear", dropout=0.2)
         settings = LocalSettings(steps=3, batch_size=4)
         work = bench.work(settings)

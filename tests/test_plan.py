@@ -9,11 +9,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from allocation import allocated
 from safetensors.torch import load_file
-from tiny import tiny_bert, tiny_deberta, tiny_llama
+from tiny import tiny_bert, tiny_llama
 from tiny_clients import Bench, classifier, language_model
 from tiny_site import make_site, values
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -219,7 +220,7 @@ def test_a_model_that_is_nowhere_is_refused_in_one_line() -> None:
 
 
 def test_a_model_that_cannot_carry_adapters_is_refused_as_by_a_run(tmp_path: Path) -> None:
-    folder = tiny_deberta(tmp_path / "model")
+    folder = architectures.save("deberta-v2", "classification", tmp_path / "model")
     with pytest.raises(ConfigError, match="so it cannot carry per-client adapters"):
         outline(str(folder), "classification", LoraSettings())
 

@@ -10,14 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as byte_decoders
 from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
-    BartConfig,
-    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     EsmConfig,
@@ -29,14 +23,10 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
-    XLNetConfig,
-    XLNetForSequenceClassification,
 )
 
 SENTENCES = [
@@ -141,70 +131,6 @@ def tiny_modernbert(folder: Path, seed: int = 0) -> Path:
         global_attn_every_n_layers=2,
     )
     return _save(folder, fast, ModernBertForSequenceClassification, config, seed)
-
-
-def tiny_deberta(folder: Path, seed: int = 0) -> Path:
-    """A DeBERTa-v2, whose key and query layers also see relative positions without a row axis."""
-    fast = word_tokenizer()
-    config = DebertaV2Config(
-        **_SIZES,
-        vocab_size=len(fast),
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=8,
-        share_att_key=True,
-    )
-    return _save(folder, fast, DebertaV2ForSequenceClassification, config, seed)
-
-
-def tiny_albert(folder: Path, seed: int = 0) -> Path:
-    """An ALBERT: one layer, called once per depth."""
-    fast = word_tokenizer()
-    config = AlbertConfig(**_SIZES, vocab_size=len(fast), embedding_size=16)
-    return _save(folder, fast, AlbertForSequenceClassification, config, seed)
-
-
-def tiny_xlnet(folder: Path, seed: int = 0) -> Path:
-    """An XLNet, whose layers see (length, rows, width)."""
-    fast = word_tokenizer()
-    config = XLNetConfig(vocab_size=len(fast), d_model=32, n_layer=2, n_head=4, d_inner=64)
-    return _save(folder, fast, XLNetForSequenceClassification, config, seed)
-
-
-def tiny_opt(folder: Path, seed: int = 0) -> Path:
-    """An OPT, whose large layers see (rows · length, width)."""
-    fast = chat_tokenizer()
-    config = OPTConfig(
-        vocab_size=len(fast),
-        hidden_size=32,
-        ffn_dim=64,
-        word_embed_proj_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        init_std=0.2,
-        bos_token_id=fast.bos_token_id,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
-    )
-    return _save(folder, fast, OPTForCausalLM, config, seed)
-
-
-def tiny_bart(folder: Path, seed: int = 0) -> Path:
-    """A BART: encoder and decoder."""
-    fast = word_tokenizer()
-    config = BartConfig(
-        vocab_size=len(fast),
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=64,
-    )
-    return _save(folder, fast, BartForSequenceClassification, config, seed)
 
 
 def tiny_esm(folder: Path, seed: int = 0) -> Path:

@@ -150,11 +150,7 @@ class Experiment:
                 "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
                 "rolora with one lora.rank"
             )
-        if config.train.local_steps == 1 and method.trainable(1, 0) != method.trainable(1, 1):
-            raise ConfigError(
-                f"{method.name} alternates factors between local steps: set train.local_steps to "
-                "at least 2"
-            )
+        require_turns(method, config.train, {})  # of each client once its rows are known
         return freeze_head(method) if config.model.head == "freeze" else method
 
     @cached_property
@@ -525,11 +521,16 @@ def local_settings(train: TrainConfig) -> LocalSettings:
 def require_turns(method: Method, train: TrainConfig, sizes: Mapping[str, int]) -> None:
     """ConfigError if a client takes one step a round where factors take turns between steps.
 
-    ``sizes``: client -> its number of rows.
+    ``sizes``: client -> its number of rows, by which epochs count their steps.
     """
     settings = local_settings(train)
     if method.trainable(1, 0) == method.trainable(1, 1):
         return
+    if train.local_steps == 1:
+        raise ConfigError(
+            f"{method.name} alternates factors between local steps: set train.local_steps to at "
+            "least 2"
+        )
     for client, rows in sizes.items():
         if settings.num_steps(rows) == 1:
             raise ConfigError(
