@@ -11,6 +11,8 @@ from tiny_site import make_site
 # Files that run the program as a whole: engines, comparisons, the command line, sites. The other
 # files prove the kernel and the guards, and are what `make test` runs.
 WIDE = {
+    "test_bank_parts",
+    "test_catalogue",
     "test_chat_runs",
     "test_chats",
     "test_checkpoint_head",
@@ -26,12 +28,15 @@ WIDE = {
     "test_extension",
     "test_federation_folder",
     "test_fetch",
+    "test_flower_internals",
     "test_flower_strategy",
     "test_harness",
     "test_memory",
     "test_method_runs",
     "test_models",
     "test_moved",
+    "test_packing",
+    "test_peft_round_trip",
     "test_pixel_network",
     "test_plan",
     "test_precision",
@@ -47,9 +52,16 @@ WIDE = {
     "test_sites",
     "test_studies",
     "test_tables_of_tokens",
+    "test_tasks",
     "test_theory",
     "test_wiretap",
 }
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file of which nothing will run; each worker of a run imports what is collected."""
+    unwanted = "not wide" in config.option.markexpr and collection_path.stem in WIDE
+    return True if unwanted else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

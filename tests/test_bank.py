@@ -41,8 +41,10 @@ SETTINGS = {
 
 @pytest.mark.parametrize("how", SETTINGS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(("name", "make"), [("bert", classifier), ("llama", language_model)])
+@pytest.mark.parametrize(
+    ("name", "make", "dtype"),
+    [("bert", classifier, torch.float64), ("llama", language_model, torch.float32)],
+)
 def test_clients_in_one_bank_end_where_each_ends_alone(
     folders: dict[str, Path],
     name: str,
