@@ -48,6 +48,7 @@ WIDE = {
     "test_runs",
     "test_scale",
     "test_server_optimizers",
+    "test_several_labels",
     "test_site_faults",
     "test_sites",
     "test_studies",

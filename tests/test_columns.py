@@ -99,6 +99,18 @@ def test_the_example_shows_numbers_as_written() -> None:
             ("classification", {"text": "fulltext", "label": "ok"}),
         ),
         (
+            {"text": LONG, "labels": [["a"], ["a", "b"]] * 4, "kind": YES_NO},
+            ("multi_label", {"text": "text", "label": "labels"}),
+        ),
+        (
+            {"sentence1": LONG, "sentence2": SHORT, "score": [0.5, 1.0, 2.25, 3.0] * 2},
+            ("regression", {"text": ["sentence1", "sentence2"], "label": "score"}),
+        ),
+        (
+            {"text": LONG, "label": ["1.5", "2", "3", "4.5", "5", "6", "7", "8"]},
+            ("regression", {"text": "text", "label": "label"}),
+        ),
+        (
             {"instruction": SHORT, "input": [""] * 8, "output": LONG},
             ("causal_lm", {"prompt": ["instruction", "input"], "completion": "output"}),
         ),
@@ -148,10 +160,9 @@ def test_a_table_that_fits_no_task_is_refused_with_what_was_seen() -> None:
     assert "id (number), blob (text); name them in [data]" in str(caught.value)
 
 
-def test_a_column_for_each_class_is_refused_by_their_names() -> None:
-    """Each alone could be the label, and the others' information would be gone."""
+def test_a_column_for_each_class_is_a_label_and_none_of_them_is_left_out() -> None:
     hot = {"anger": [1, 0] * 4, "joy": ["0", "1"] * 4, "fear": [False, True] * 4}
-    with pytest.raises(DataError, match=r"^the columns anger, joy, fear hold 0 or 1 each"):
-        guess_columns(pa.table({"text": LONG, **hot}))
+    task, chosen = guess_columns(pa.table({"text": LONG, **hot}))
+    assert (task, chosen) == ("multi_label", {"text": "text", "label": ["anger", "joy", "fear"]})
     task, chosen = guess_columns(pa.table({"text": LONG, **hot, "label": YES_NO}))
     assert (task, chosen["label"]) == ("classification", "label")

@@ -60,7 +60,7 @@ def test_a_header_may_hold_anything_and_the_configuration_reads_it_back(
     assert notes == [f"columns that are not used: {printable(head[2])}"]
     assert f"# {notes[0]}\n" in text
     table = tables.read_table(config.data.train, root=config.root, form=config.data.form)
-    assert tables.labels(table, config.data.label, "")[:2] == [f"{name}0", f"{name}1"]
+    assert tables.labels(table, str(config.data.label), "")[:2] == [f"{name}0", f"{name}1"]
 
 
 @pytest.mark.parametrize("name", ['it\'s [v1] "x"', "a\nb\x1b[31m", "- .x."])

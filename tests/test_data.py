@@ -694,7 +694,7 @@ def test_a_missing_or_empty_label_is_named_by_its_row(values: list[Any]) -> None
 
 @pytest.mark.parametrize("values", [[1.0, 1e30], [1.0, -9007199254740994.0]])
 def test_a_label_too_large_for_a_whole_number_is_refused(values: list[Any]) -> None:
-    with pytest.raises(DataError, match=r"label 'y' is .* in row 2, but labels are classes"):
+    with pytest.raises(DataError, match=r"label 'y' is .* in row 2, but a class is a name"):
         labels(pa.table({"y": values}), "y", "a.csv")
 
 
@@ -709,13 +709,13 @@ def test_a_label_that_is_no_whole_number_is_refused(values: list[Any]) -> None:
     with pytest.raises(DataError) as caught:
         labels(pa.table({"y": values}), "y", "a.csv")
     assert str(caught.value) == (
-        "a.csv: label 'y' is 2.5 in row 2, but labels are classes: no task that comes with rolora "
-        "predicts numbers"
+        "a.csv: label 'y' is 2.5 in row 2, but a class is a name or a whole number; "
+        "model.task = 'regression' predicts numbers"
     )
 
 
 def test_text_labels_are_numbers_only_if_all_of_a_run_are() -> None:
-    with pytest.raises(DataError, match=r"^a.csv: a label is 2\.5, but labels are classes"):
+    with pytest.raises(DataError, match=r"^a.csv: a label is 2\.5, but a class is a name"):
         class_labels(["1.0", "2.5"], "a.csv")
     assert class_labels(["1.0", "2.5", "other"], "a.csv") == ["1.0", "2.5", "other"]
     assert class_labels(["1", "nan"], "a.csv") == ["1", "nan"]

@@ -49,7 +49,7 @@ FENCES: dict[str, set[str]] = {
     "pyarrow": {"data"},
     "safetensors": {"algorithm", "model", "training", "run"},
     "sklearn": {"tasks"},
-    "scipy": {"results"},
+    "scipy": {"results", "tasks"},
     "psutil": {"training"},
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},

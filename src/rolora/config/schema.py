@@ -39,7 +39,8 @@ class ModelConfig(Section):
     path: str = Field(description="a folder, a hub name, or a file ending in .gguf")
     task: str = Field(
         "classification",
-        description="classification, causal_lm, choice, or the task of an installed package",
+        description="classification, multi_label, regression, causal_lm, choice, or the task of an "
+        "installed package",
     )
     dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = Field(
         "auto",
@@ -121,15 +122,21 @@ class DataConfig(Section):
         None, description='between the values of a csv; left out: ",", in .tsv a tab'
     )
     encoding: str = Field("utf-8", description='of text files, for example "cp1252"')
-    text: str | Texts = Field("text", description="classification: one or two text columns")
-    label: str = Field("label", description="the label column, also for partitions by label")
+    text: str | Texts = Field(
+        "text", description="classification, multi_label, regression: one or two text columns"
+    )
+    label: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "label",
+        description="the column of labels, also for partitions by label; multi_label: of lists of "
+        "labels, or several columns of 0 and 1; regression: of numbers",
+    )
     prompt: str | Texts | None = Field(
         None, description="causal_lm, choice: one or two columns of the prompt"
     )
     separator: str | None = Field(
         None,
         description="between two prompt columns, and between prompt and answer; left out: a line "
-        "break, and nothing",
+        "break, and nothing; multi_label: between the labels in a text",
     )
     completion: str | None = Field(None, description="causal_lm: the completion column")
     messages: str | None = Field(

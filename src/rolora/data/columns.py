@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rolora.data.readers import KEPT
-from rolora.data.tables import as_numbers, cells, decoded, is_number, is_text
+from rolora.data.tables import SWITCH, as_numbers, cells, decoded, is_number, is_text
 from rolora.errors import DataError
 
 SAMPLE = 10_000  # rows of lists or objects that are looked at
@@ -86,6 +86,7 @@ TEXT_PAIRS = (
 )
 TEXT = ("text", "sentence", "content", "review", "tweet", "message", "comment", "question", "body")
 LABEL = ("label", "labels", "class", "coarselabel")
+SCORE = ("score", "scores", "rating", "similarity", "relatedness", "value")
 CLASS = ("target", "category", "sentiment", "intent", "topic", "answer")
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "input")
 CONTEXT = ("input", "context")
@@ -96,7 +97,6 @@ CHOICES = ("choices", "options", "endings", "answers")
 ANSWER = ("answer", "label", "answerkey", "target", "correct", "gold")
 
 SPLIT = ("split", "fold", "subset", "partition")
-ONE_HOT = {"0", "1", "0.0", "1.0", "true", "false"}
 
 
 Guess = tuple[str, dict[str, str | list[str]]]
@@ -107,8 +107,8 @@ def guess_columns(table: pa.Table) -> Guess:
 
     In order: a column of messages; a list of choices with an answer and a prompt; a prompt, of two
     columns as in Alpaca and Dolly or of one, with a text completion and no column named like a
-    label; a class label with one or two texts. Raises DataError if nothing fits, or if each class
-    has a column of its own.
+    label; one or two texts with several classes a row, in a list or in columns of 0 and 1, with a
+    number that is not always whole, or with a class. Raises DataError if nothing fits.
     """
     columns = describe(table)
 
@@ -145,26 +145,38 @@ def guess_columns(table: pa.Table) -> Guess:
     fewest = min(categories, key=lambda column: column.distinct).name if categories else None
     named = label or called(CLASS, "category")
     switches = [column.name for column in reversed(categories) if _is_switch(table, column)]
-    if not named and len(switches) > 2:
-        raise DataError(
-            f"the columns {', '.join(switches)} hold 0 or 1 each, as if every class had its own: "
-            "write the name of each row's class into one column, called label"
-        )
-    label = named or fewest
-    text = _text_columns([column for column in columns if column.name != label])
-    if label and text:
-        return "classification", {"text": text, "label": label}
+    task = "classification"
+    chosen: str | list[str] | None = named or fewest
+    if several := called(LABEL, "list"):
+        task, chosen = "multi_label", several
+    elif not named and len(switches) > 2:
+        task, chosen = "multi_label", switches
+    elif measured := _fractional(table, called((*LABEL, *SCORE), "number")):
+        task, chosen = "regression", measured
+    used = [chosen] if isinstance(chosen, str) else chosen or []
+    text = _text_columns([column for column in columns if column.name not in used])
+    if chosen and text:
+        return task, {"text": text, "label": chosen}
     seen = ", ".join(f"{column.name} ({column.kind})" for column in columns)
     raise DataError(
-        "the columns are neither text and label, nor prompt and completion, nor messages: "
+        "the columns are neither text and label or score, nor prompt and completion, nor messages: "
         f"{seen}; name them in [data]"
     )
+
+
+def _fractional(table: pa.Table, name: str | None) -> str | None:
+    """``name`` if a number in this column is not whole."""
+    if name is None:
+        return None
+    values = as_numbers(decoded(table[name]).drop_null())
+    whole = pc.all(pc.equal(values, pc.round(values))).as_py()
+    return None if whole else name
 
 
 def _is_switch(table: pa.Table, column: Column) -> bool:
     """Whether a column holds 0 or 1, or false or true, in whatever form."""
     values = decoded(table[column.name]).drop_null().unique().to_pylist()
-    return {str(value).lower() for value in values} <= ONE_HOT
+    return {str(value).lower() for value in values} <= SWITCH.keys()
 
 
 def _text_columns(columns: Sequence[Column]) -> str | list[str] | None:

@@ -14,8 +14,9 @@ class Examples:
     """Tokenised rows, end to end: row i is ``tokens[offsets[i]:offsets[i+1]]``.
 
     ``tokens`` int32 (total,); ``offsets`` int64 (rows + 1,); ``types`` uint8 (total,) token types
-    of a text pair, or None; ``targets``: an int64 label per row (classification) or a uint8
-    per token, 1 where it is to be predicted (causal_lm, choice). ``truncated`` counts rows that
+    of a text pair, or None; ``targets``: per row an int64 label (classification), a float32 number
+    (regression) or (labels,) float32 of 0 and 1 (multi_label); or a uint8 per token, 1 where it is
+    to be predicted (causal_lm, choice). ``truncated`` counts rows that
     were cut to max_length.
     ``groups`` int64 (rows,), in order, says which row of the table each came from, where one may
     have become several: a question one per choice, a chat one per turn. ``answers`` int64
@@ -53,8 +54,8 @@ class Examples:
 @dataclass(frozen=True)
 class Batch:
     """Right-padded rows: ``inputs`` as the model takes them; ``lengths`` (rows,) int64;
-    ``targets`` int64, (rows,) labels or, where tokens are predicted, the places of those among
-    rows × length; ``prefix`` its real tokens' (tokens, hidden), row after row, or None."""
+    ``targets``: those of the examples or, where tokens are predicted, the places of those among
+    rows × length, int64; ``prefix`` its real tokens' (tokens, hidden), row after row, or None."""
 
     inputs: dict[str, Tensor]
     lengths: Tensor

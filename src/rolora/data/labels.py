@@ -43,17 +43,18 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=place)
 
 
-def class_labels(names: Iterable[str], source: str) -> list[str]:
+def class_labels(names: Iterable[str], source: str, fewest: int = 2) -> list[str]:
     """The class labels of a run, in order, from the labels of all its training rows.
 
-    Raises DataError if there is only one, or if they are numbers of which one is not whole: those
-    are measured, not told apart.
+    Raises DataError if there are fewer than ``fewest``, or if they are numbers of which one is not
+    whole: those are measured, not told apart.
     """
     found = in_order(names)
-    if len(found) < 2:
+    if not found:
+        raise DataError(f"{source} has no row with a label")
+    if len(found) < fewest:
         raise DataError(
-            f"{source} has only one label ({next(iter(found), None)!r}); classification needs at "
-            "least two"
+            f"{source} has only one label ({found[0]!r}); classification needs at least two"
         )
     values = [_number(name) for name in found]
     if all(value is not None for value in values):
@@ -66,7 +67,8 @@ def class_labels(names: Iterable[str], source: str) -> list[str]:
 def not_a_class(source: str, what: str) -> DataError:
     """The error for a number that is not whole among labels."""
     return DataError(
-        f"{source}: {what}, but labels are classes: no task that comes with rolora predicts numbers"
+        f"{source}: {what}, but a class is a name or a whole number; model.task = 'regression' "
+        "predicts numbers"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,7 @@ def read_table(
     return table
 
 
+SWITCH = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
@@ -335,6 +337,73 @@ def labels(table: pa.Table, column: str, source: str) -> list[str]:
                 )
             raise not_a_class(source, f"label {column!r} is {value} in row {row}")
         found.append(name)
+    return found
+
+
+def label_sets(
+    table: pa.Table, column: str | Sequence[str], separator: str | None, source: str
+) -> list[list[str]]:
+    """The classes of each row, which may have any number of them.
+
+    ``column`` holds lists of names, also as JSON text, or text with ``separator`` between names; or
+    it lists columns of 0 and 1, which are called like their classes. Raises DataError for anything
+    else, and for a missing value; an empty list or text is a row without a class.
+    """
+    if not isinstance(column, str):
+        return _switched_on(table, column, source)
+    require_columns(table, [column], source)
+    _require_all(decoded(table[column]).is_null(), column, source)
+    found = []
+    for row, value in enumerate(cells(table, column), start=1):
+        names = _split(value, separator) if isinstance(value, str) else value
+        each = [label_name(name) for name in names] if isinstance(names, list) else [None]
+        if None in each:
+            raise DataError(
+                f"{source}: label {column!r} is no list of names in row {row}; for names in a "
+                "text, set data.separator to what stands between them; for columns of 0 and 1, "
+                "list them in data.label"
+            )
+        found.append([name for name in each if name is not None])
+    return found
+
+
+def _split(text: str, separator: str | None) -> Any:
+    """The names in a text; None if there is no separator and the text is not JSON."""
+    if separator is not None:
+        return [name.strip() for name in text.split(separator) if name.strip()]
+    try:
+        return json.loads(text) if text else []
+    except (ValueError, RecursionError):
+        return None
+
+
+def _switched_on(table: pa.Table, columns: Sequence[str], source: str) -> list[list[str]]:
+    """Those of ``columns`` that are 1, or true, in each row; DataError unless all are 0 or 1."""
+    found: list[list[str]] = [[] for _ in range(table.num_rows)]
+    for column in columns:
+        for row, text in enumerate(texts(table, column, source)):
+            value = SWITCH.get(text.lower())
+            if value is None:
+                raise DataError(
+                    f"{source}: column {column!r} is {text!r} in row {row + 1}; a column of "
+                    "data.label holds 0 or 1"
+                )
+            if value:
+                found[row].append(column)
+    return found
+
+
+def numbers(table: pa.Table, column: str, source: str) -> list[float]:
+    """A column of finite numbers, also as text. Raises DataError for anything else."""
+    found = []
+    for row, text in enumerate(texts(table, column, source), start=1):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{source}: column {column!r} is {text!r} in row {row}, not a number")
+        found.append(value)
     return found
 
 

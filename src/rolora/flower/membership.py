@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import NamedTuple, Protocol
 
-from rolora.data.labels import class_labels
 from rolora.errors import ConfigError, NoQuorum
 from rolora.flower.message import PROTOCOL, SITE_NAME, MessageError, Scalar, SiteMessage
 from rolora.model.base import Base, layout, tokenizer_digest
@@ -81,7 +80,7 @@ class Membership:
             time.sleep(1)
             self._greet()
         every = [label for hello in self.hellos.values() for label in hello.labels]
-        return class_labels(every, "the sites' rows") if self.wanted.kind.labelled else every
+        return self.wanted.kind.vocabulary(every, "the sites' rows")
 
     def present(self, base: Base, labels: Sequence[str]) -> Mapping[str, Member]:
         """The members that can be reached now. Nodes that are new may join."""

@@ -24,10 +24,10 @@ from rolora.model.checkpoint import (
     Quantised,
     generic_names,
     in_order_of_outputs,
-    label_names,
     load_tokenizer,
     locate,
     one_line_errors,
+    outputs_config,
     quantisation,
     quiet,
     require_here,
@@ -176,8 +176,8 @@ def load_base(
     place = locate(source, root, offline)
     require_here(place, offline)
     auto, more = AUTO[kind], dict[str, Any]()
-    if kind == "classification":
-        more = {**label_names(labels), "num_labels": len(labels), "ignore_mismatched_sizes": True}
+    if kind != "causal_lm":
+        more = {**outputs_config(kind, labels), "ignore_mismatched_sizes": True}
     if quantise:
         more |= quantisation(place, auto, quantise, dtype, device)
     with one_line_errors(source), quiet():
@@ -192,7 +192,7 @@ def load_base(
         )
         stored = transformers.AutoConfig.from_pretrained(**place)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    outputs = _outputs(model) if kind == "classification" else set()
+    outputs = set() if kind == "causal_lm" else _outputs(model)
     note = ""
     if not outputs <= set(info["missing_keys"]) and (
         in_order_of_outputs(stored, labels) != [*labels] or outputs & missing
@@ -223,9 +223,10 @@ def _another_head(stored: Any, labels: Sequence[object]) -> str:
     names = [str(stored.id2label.get(index)) for index in range(stored.num_labels)]
     unnamed = names == generic_names(len(names))
     called = "have no names" if unnamed else f"are {_listed(names)}"
+    wanted = f"run's labels are {_listed(labels)}" if labels else "run predicts one number"
     return (
         f"the checkpoint's head is not used and a new one is drawn: its {len(names)} outputs "
-        f"{called}, the run's labels are {_listed(labels)}"
+        f"{called}, the {wanted}"
     )
 
 
@@ -259,7 +260,7 @@ def with_bank(
             f"embedding has {rows} rows: name a token that it has as pad_token in the model's "
             "tokenizer_config.json"
         )
-    head_layers = _head_layers(model, missing, source) if kind == "classification" else []
+    head_layers = [] if kind == "causal_lm" else _head_layers(model, missing, source)
     if kind == "causal_lm" and missing:
         raise ConfigError(f"{source!r} lacks {min(missing)}: it is not a causal language model")
     model.eval()

@@ -20,6 +20,8 @@ from rolora.network import is_reachable
 Quantised = Literal["int8", "nf4"]
 AUTO: Mapping[Kind, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
+    "multi_label": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
     "causal_lm": transformers.AutoModelForCausalLM,
 }
 
@@ -65,9 +67,17 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
         ) from error
 
 
-def label_names(labels: Sequence[str]) -> dict[str, Any]:
-    """What a model's configuration says of its labels."""
+def outputs_config(kind: Kind, labels: Sequence[str]) -> dict[str, Any]:
+    """What a model's configuration says of its outputs: one per label, or one number.
+
+    ``problem_type`` too, which pipelines go by: a checkpoint may come from another problem.
+    """
+    if kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    problem = "multi_label" if kind == "multi_label" else "single_label"
     return {
+        "num_labels": len(labels),
+        "problem_type": f"{problem}_classification",
         "id2label": dict(enumerate(labels)),
         "label2id": {name: index for index, name in enumerate(labels)},
     }
@@ -78,7 +88,10 @@ def in_order_of_outputs(config: Any, labels: Sequence[Any]) -> list[Any] | None:
 
     ``config.id2label`` names the outputs. Names match exactly or, where that keeps them apart, case
     aside. Names that transformers fills in, LABEL_0, LABEL_1, ..., may stand for "0", "1", ...
+    Without labels, the outputs have to be one number.
     """
+    if not labels:
+        return [] if config.num_labels == 1 else None
     names = [str(config.id2label.get(index)) for index in range(config.num_labels)]
     ours = {str(label): label for label in labels}
     folded = {name.casefold(): label for name, label in ours.items()}

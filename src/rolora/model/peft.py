@@ -30,7 +30,7 @@ from rolora.files import new_folder
 from rolora.model.bank import PREFIX
 from rolora.model.probe import NEVER
 
-Kind = Literal["classification", "causal_lm"]
+Kind = Literal["classification", "multi_label", "regression", "causal_lm"]
 WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "model_config.json"
 _CONFIG = "adapter_config.json"
@@ -82,7 +82,7 @@ def peft_config(
             {p.split(".")[0] if above_encoder(model, p) else p for p in head_layers}
         )
         or None,
-        task_type="SEQ_CLS" if kind == "classification" else "CAUSAL_LM",
+        task_type="CAUSAL_LM" if kind == "causal_lm" else "SEQ_CLS",
         base_model_name_or_path=str(Path(place).resolve()) if Path(place).exists() else place,
         inference_mode=True,
     )

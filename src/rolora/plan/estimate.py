@@ -157,7 +157,7 @@ def estimate_run(run: Experiment) -> Estimate:
         order = torch.randperm(rows.train.num_rows, generator=generator(0, "plan"))[:SAMPLE]
         examples = drawn_run.task.encode(rows.train.take(order.tolist()), config.data.train)
     else:
-        examples = _longest(limit, here.kind)
+        examples = _longest(limit, here.kind, len(labels))
         notes.append(f"every row is assumed to have {limit} tokens")
     if rows is not None:
         each = len(examples) / min(SAMPLE, rows.train.num_rows) if drawn.tokenizer else 1
@@ -208,9 +208,13 @@ def _weights(model: Any, dtype: str) -> int:
     return total - round(sum(w.numel() * (w.dtype.itemsize - width) for w in linears))
 
 
-def _longest(length: int, kind: TaskKind) -> Examples:
+def _longest(length: int, kind: TaskKind, labels: int) -> Examples:
     """One row of this length; of a language model's row every token is a target."""
-    per_row, per_token = torch.zeros(1).long(), torch.ones(length, dtype=torch.uint8)
-    targets = per_row if kind.labelled else per_token
+    targets = {
+        "causal_lm": torch.ones(length, dtype=torch.uint8),
+        "classification": torch.zeros(1, dtype=torch.int64),
+        "multi_label": torch.zeros(1, labels),
+        "regression": torch.zeros(1),
+    }[kind.head]
     tokens = torch.full((length,), 2, dtype=torch.int32)
     return Examples(tokens, torch.tensor([0, length]), targets)

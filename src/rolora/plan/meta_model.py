@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rolora.model.base import Base, with_bank
 from rolora.model.checkpoint import (
     AUTO,
-    label_names,
     load_tokenizer,
     locate,
     one_line_errors,
+    outputs_config,
     quiet,
     require_here,
 )
@@ -77,8 +77,8 @@ def outline(
     with one_line_errors(source), quiet():
         config, found = _config(place, root, offline)
         width = (getattr(config, "dtype", None) or torch.float32).itemsize  # on disk
-        if kind == "classification" and labels:
-            config.update(label_names(labels))
+        if kind == "regression" or labels:
+            config.update(outputs_config(kind, labels))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             model = AUTO[kind].from_config(config, dtype=dtype)
@@ -86,7 +86,7 @@ def outline(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
     stored = _files(place) or width * sum(p.numel() for p in model.parameters())
-    missing = _head(model) if kind == "classification" else set()
+    missing = set() if kind == "causal_lm" else _head(model)
     stand_in = NoTokenizer(model.config.pad_token_id)
     with mode:
         base = with_bank(

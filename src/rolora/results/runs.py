@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
 
-METRICS = (
-    *("accuracy", "choice_accuracy", "answer_accuracy", "exact_match"),
-    *("perplexity", "loss"),
-)
+FIRST = ("accuracy", "choice_accuracy", "answer_accuracy", "exact_match")
+LAST = ("perplexity", "loss")
 MEGABYTE = 1e6  # bytes
 
 _ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -236,18 +234,18 @@ def sorted_out(every: Sequence[RunRecord]) -> Runs:
 
 
 def primary_metric(runs: Sequence[RunRecord]) -> str:
-    """The first metric that all runs have, those of ``METRICS`` before others.
+    """The metric that all runs have and that says most: a loss only where there is no other.
 
     DataError if there is none.
     """
-    measured = [
+    measured: list[list[str]] = [
         list(dict.fromkeys(name for line in run.rounds for name in line["metrics"])) for run in runs
     ]
     for run, names in zip(runs, measured, strict=True):
         if not names:
             raise DataError(f"{run.path} has no evaluated round yet: resume it, or leave it out")
-    candidates: list[str] = [*METRICS, *measured[0]]
-    for metric in candidates:
+    others = [name for name in measured[0] if name not in LAST]
+    for metric in (*FIRST, *others, *LAST):
         if all(metric in names for names in measured):
             return metric
     found = "; ".join(sorted({", ".join(sorted(names)) for names in measured}))

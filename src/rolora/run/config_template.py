@@ -19,7 +19,7 @@ from rolora.tasks.registry import TASKS, task_kind
 
 # by the model's head: a small model, max_length, and a learning rate to begin with
 _START = {
-    "classification": ("sentence-transformers/all-MiniLM-L6-v2", 128, "5e-3"),
+    "texts": ("sentence-transformers/all-MiniLM-L6-v2", 128, "5e-3"),
     "causal_lm": ("HuggingFaceTB/SmolLM2-135M-Instruct", 512, "2e-3"),
 }
 
@@ -108,7 +108,7 @@ def _template(
     """The text of the config. ``clients``: the number of per-client files, or 0."""
     task, chosen = guess
     kind = task_kind(task)
-    small, length, rate = _START[kind.head]
+    small, length, rate = _START["causal_lm" if kind.head == "causal_lm" else "texts"]
     seen = "\n".join(
         f"#   {printable(c.name)}: {c.kind}, {c.distinct} distinct, for example "
         f"{_toml(printable(c.example[:40]))}"
@@ -122,7 +122,7 @@ def _template(
     written = "".join(f"\n{key} = {_toml(value)}" for key, value in _stated(form).items())
     if clients:
         split = f'scheme = "files"                  # {clients} files, one client each'
-    elif kind.labelled:
+    elif kind.head == "classification":
         split = _BY_LABEL
     else:
         split = _EVENLY

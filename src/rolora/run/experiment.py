@@ -21,6 +21,7 @@ from rolora.algorithm.step import Aggregation
 from rolora.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
+from rolora.data.labels import label_name
 from rolora.errors import ConfigError
 from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
@@ -84,6 +85,12 @@ class Experiment:
     def rows(self) -> Rows:
         """All rows and their split."""
         given = self.config
+        scheme = given.partition.scheme
+        if scheme in ("dirichlet", "by_label") and self.kind.head in ("multi_label", "regression"):
+            raise ConfigError(
+                f"partition.scheme = {scheme!r} goes by the one class of each row, which task "
+                f"{self.kind.name!r} does not have: use 'iid', 'by_field' or 'files'"
+            )
         keys = {key for keys in self.kind.columns for key in keys}
         named = [names for key, names in self.columns.items() if key in keys]
         columns = [n for names in named for n in ([names] if isinstance(names, str) else names)]
@@ -91,10 +98,21 @@ class Experiment:
             given.data,
             given.partition,
             columns=columns,
+            classes=self._classes,
             seed=given.seed,
             root=given.root,
             offline=given.offline,
         )
+
+    def _classes(self, table: Any) -> list[list[str]]:
+        """The classes of each row, where it has any: also of rows that are not learned by class."""
+        data = self.config.data
+        if self.kind.head == "multi_label":
+            return self.kind.classes(table, self.columns, data.train)
+        if self.kind.head == "regression" or data.label not in table.column_names:
+            return []
+        cells = tables.cells(table, str(data.label))
+        return [[label_name(cell) or str(cell)] for cell in cells]
 
     @cached_property
     def partition(self) -> Mapping[str, Any]:
@@ -104,13 +122,9 @@ class Experiment:
     @cached_property
     def labels(self) -> Sequence[str]:
         """The class labels, in the order of the model's outputs; empty for a task without."""
-        if not self.kind.labelled:
-            return ()
-        from rolora.data.labels import class_labels
-
         source = self.config.data.train
-        found = tables.labels(self.rows.train, self.columns["label"], source)
-        return self.ordered(class_labels(found, source))
+        found = self.kind.labels(self.rows.train, self.columns, source)
+        return self.ordered(self.kind.vocabulary(found, source))
 
     def ordered(self, labels: Sequence[str]) -> Sequence[str]:
         """These labels in the order of the checkpoint's outputs, where it names just these."""

@@ -197,10 +197,10 @@ def stored(
 def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bool]]]:
     """The first training rows in runs of tokens, each with whether the loss is taken on it.
 
-    ConfigError for a task that learns a label per row.
+    ConfigError for a task that learns from whole rows.
     """
-    if experiment.kind.labelled:
-        raise ConfigError(f"{experiment.kind.name} learns one label per row: there are no masks")
+    if experiment.kind.head != "causal_lm":
+        raise ConfigError(f"{experiment.kind.name} is learned by whole rows: there are no masks")
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
     examples = experiment.task_on(base).encode(table, source)

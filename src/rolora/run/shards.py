@@ -17,9 +17,11 @@ from torch import Tensor
 from rolora.algorithm.seeding import generator
 from rolora.config.schema import DataConfig, PartitionConfig
 from rolora.data import partition, tables
-from rolora.data.labels import in_order, label_name
+from rolora.data.labels import in_order
 from rolora.data.partition import Partition
 from rolora.errors import ConfigError, DataError, NotHere
+
+Classes = Callable[[Any], Sequence[Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Rows:
 
     ``shards`` and ``held_out`` map clients to int64 row indices into ``train``; the two are
     disjoint. ``dropped`` rows belong to no client; ``note`` says what the split had to adjust.
-    ``label`` names the label column, where the data has one.
+    ``classes`` gives the classes of each row of a table, or nothing where rows have none.
     """
 
     train: Any
@@ -36,18 +38,15 @@ class Rows:
     validation: Any | None
     shards: Mapping[str, Tensor]
     held_out: Mapping[str, Tensor]
-    label: str | None = None
+    classes: Classes = lambda table: ()
     dropped: int = 0
     note: str = ""
 
     def table(self) -> dict[str, Any]:
         """The split as the run folder keeps it: rows and labels per client."""
-        label = self.label
-        cells = tables.cells(self.train, label) if label else []
-        names = [label_name(cell) or str(cell) for cell in cells]
-        clients = []
+        names, clients = self.classes(self.train), []
         for client, rows in self.shards.items():
-            counts = Counter(names[row] for row in rows.tolist()) if label else {}
+            counts = Counter(name for row in rows.tolist() if names for name in names[row])
             ordered = {name: counts[name] for name in in_order(counts)}
             clients.append({"id": client, "num_examples": len(rows), "labels": ordered})
         return {"clients": clients, "dropped": self.dropped, "note": self.note}
@@ -58,19 +57,21 @@ def load_rows(
     how: PartitionConfig,
     *,
     columns: Sequence[str],
+    classes: Classes,
     seed: int,
     root: Path,
     offline: bool = False,
 ) -> Rows:
     """Read the configured sources and split them; relative paths start from ``root``.
 
-    ``columns`` are those that the task reads, which every client's file must have.
+    ``columns`` are those that the task reads, which every client's file must have; for ``classes``
+    see :class:`Rows`.
 
     Test and validation shares are cut off first and do not depend on the seed, so that runs with
     other seeds are evaluated on the same rows. Raises DataError or ConfigError.
     """
     try:
-        return _load_rows(data, how, columns, seed, root, offline)
+        return _load_rows(data, how, columns, classes, seed, root, offline)
     except NotHere as missing:
         if data.made_by is None:
             raise
@@ -82,6 +83,7 @@ def _load_rows(
     data: DataConfig,
     how: PartitionConfig,
     columns: Sequence[str],
+    classes: Classes,
     seed: int,
     root: Path,
     offline: bool,
@@ -111,7 +113,6 @@ def _load_rows(
         shards[client], kept = hold_out(left[chosen], data.client_test or 0, seed, client)
         if len(kept):
             held_out[client] = kept
-    label = data.label if data.label in train.column_names else None
     notes = [split.note]
     if how.scheme != "files" and tables.is_glob(data.train, root=root):
         notes.append(
@@ -119,7 +120,7 @@ def _load_rows(
             'partition.scheme = "files" makes each a client'
         )
     note = "; ".join(filter(None, notes))
-    return Rows(train, test, validation, shards, held_out, label, split.dropped, note)
+    return Rows(train, test, validation, shards, held_out, classes, split.dropped, note)
 
 
 def digest(rows: Rows) -> str:
@@ -170,7 +171,7 @@ def _partition(
     if how.scheme == "by_field":
         values = tables.texts(rows, how.field or "", data.train)
         return partition.by_field(values, min_examples=at_least)
-    labels = tables.labels(rows, data.label, data.train)
+    labels = tables.labels(rows, str(data.label), data.train)
     if how.scheme == "by_label":
         k = how.labels_per_client
         return partition.by_label(labels, how.clients, k, rng, min_examples=at_least)

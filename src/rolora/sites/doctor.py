@@ -51,8 +51,9 @@ def examine_site(site: SiteConfig, run: str | None) -> Iterator[Finding]:
         table = table_here(site)
         columns = ", ".join(table.column_names)
         yield Finding("rows", True, f"{table.num_rows:,} in {site.data}: {columns}")
-        wanted = [*([site.text] if isinstance(site.text, str) else site.text or []), site.label]
-        tables.require_columns(table, [name for name in wanted if name], site.data)
+        for names in (site.text, site.label):
+            wanted = [names] if isinstance(names, str) else names or []
+            tables.require_columns(table, wanted, site.data)
     except RoloraError as error:
         yield Finding("rows", False, str(error))
         return

@@ -34,7 +34,6 @@ from rolora.algorithm.method import ServerState
 from rolora.algorithm.seeding import generator
 from rolora.config.load import make_config
 from rolora.data import tables
-from rolora.data.labels import in_order
 from rolora.errors import RoloraError
 from rolora.files import write_file
 from rolora.flower.message import (
@@ -179,9 +178,7 @@ def _hello(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", request.body)
     parts = experiment_here(site.config, request.body)
-    labels = []
-    if parts.kind.labelled:
-        labels = in_order(tables.labels(parts.rows.train, parts.columns["label"], site.config.data))
+    labels = parts.kind.labels(parts.rows.train, parts.columns, site.config.data)
     count = len(parts.rows.shards[site.config.name])
     return SiteMessage({**versions(), "num_examples": count, "labels": json.dumps(labels)})
 

@@ -45,7 +45,9 @@ class SiteConfig(Section):
         description="how the base model's hash must begin, for rolora site --check",
     )
     text: str | list[str] | None = Field(None, description="columns here; left out: the run's")
-    label: str | None = Field(None, description="the label column here; left out: the run's")
+    label: str | list[str] | None = Field(
+        None, description="the label column or columns here; left out: the run's"
+    )
     device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")
     threads: int | None = Field(None, ge=1, description="of torch; left out: all cores")
     state: str = Field("rolora-site", description="folder for what the site keeps")

@@ -1,11 +1,12 @@
-"""Sequence classification: one or two text columns, one label column."""
+"""What is predicted for whole texts: a class, any number of classes, or a number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import scipy.stats
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
@@ -21,58 +22,167 @@ ROWS_AT_ONCE = 1000  # through the tokenizer
 
 
 def classification(
-    base: Base, labels: Sequence[str], text: Sequence[str], label: str, max_length: int
+    base: Base, labels: Sequence[str], text: str | Sequence[str], label: str, max_length: int
 ) -> Task:
     """The task of telling ``labels`` apart in column(s) ``text``.
 
     Metrics: accuracy, macro_f1, matthews (scikit-learn) and loss (mean cross-entropy, nats).
     """
-    index = {value: position for position, value in enumerate(labels)}
+
+    def targets(table: Any, source: str) -> Tensor:
+        rows = [[name] for name in tables.labels(table, label, source)]
+        return torch.tensor(_places(rows, labels, source), dtype=torch.int64).flatten()
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, targets, reduction="none")
+
+    def predictions(logits: Tensor) -> list[dict[str, Any]]:
+        return [
+            {"label": max(row, key=row.__getitem__), "probabilities": row}
+            for row in _named(logits.softmax(dim=1), labels)
+        ]
+
+    def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
+        truth, guess = examples.targets.numpy(), outputs.argmax(dim=1).numpy()
+        return {
+            "accuracy": float(accuracy_score(truth, guess)),
+            "macro_f1": _f1(truth, guess, "macro"),
+            "matthews": _matthews(truth, guess),
+            "loss": _mean(loss(outputs, examples.targets)),
+        }
+
+    return _of_texts(base, text, max_length, targets, loss, score, predictions)
+
+
+def multi_label(
+    base: Base,
+    labels: Sequence[str],
+    text: str | Sequence[str],
+    label: str | Sequence[str],
+    max_length: int,
+    separator: str | None = None,
+) -> Task:
+    """The task of telling which of ``labels`` column(s) ``text`` have, each by itself.
+
+    For ``label`` and ``separator`` see :func:`rolora.data.tables.label_sets`. A label is predicted
+    where its probability is at least 1/2. Metrics: micro_f1, macro_f1, subset_accuracy (the rows
+    of which every label is right) and loss (binary cross-entropy, nats, mean over rows and labels).
+    """
+
+    def targets(table: Any, source: str) -> Tensor:
+        sets = tables.label_sets(table, label, separator, source)
+        found = torch.zeros(len(sets), len(labels))
+        for row, places in enumerate(_places(sets, labels, source)):
+            found[row, places] = 1.0
+        return found
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        each = functional.binary_cross_entropy_with_logits(
+            logits, targets.to(logits.dtype), reduction="none"
+        )
+        return each.mean(dim=1)
+
+    def predictions(logits: Tensor) -> list[dict[str, Any]]:
+        return [
+            {"labels": [name for name in row if row[name] >= 0.5], "probabilities": row}
+            for row in _named(logits.sigmoid(), labels)
+        ]
+
+    def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
+        truth, guess = examples.targets.numpy() > 0, outputs.numpy() >= 0
+        return {
+            "micro_f1": _f1(truth, guess, "micro"),
+            "macro_f1": _f1(truth, guess, "macro"),
+            "subset_accuracy": float(accuracy_score(truth, guess)),
+            "loss": _mean(loss(outputs, examples.targets)),
+        }
+
+    return _of_texts(base, text, max_length, targets, loss, score, predictions)
+
+
+def regression(base: Base, text: str | Sequence[str], label: str, max_length: int) -> Task:
+    """The task of predicting the number in column ``label`` from column(s) ``text``.
+
+    Metrics: pearson and spearman (scipy; 0 where a side is constant), mean_absolute_error, and
+    loss (mean squared error).
+    """
+
+    def targets(table: Any, source: str) -> Tensor:
+        return torch.tensor(tables.numbers(table, label, source), dtype=torch.float32)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits.squeeze(1) - targets).square()
+
+    def predictions(logits: Tensor) -> list[dict[str, Any]]:
+        return [{"value": value} for value in logits.squeeze(1).tolist()]
+
+    def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
+        truth, guess = examples.targets.double(), outputs.squeeze(1).double()
+        return {
+            "pearson": _correlation(scipy.stats.pearsonr, truth, guess),
+            "spearman": _correlation(scipy.stats.spearmanr, truth, guess),
+            "mean_absolute_error": _mean((truth - guess).abs()),
+            "loss": _mean(loss(outputs, examples.targets)),
+        }
+
+    return _of_texts(base, text, max_length, targets, loss, score, predictions)
+
+
+def _of_texts(
+    base: Base,
+    text: str | Sequence[str],
+    max_length: int,
+    targets: Callable[[Any, str], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    score: Callable[[Tensor, Examples], dict[str, float]],
+    predictions: Callable[[Tensor], list[dict[str, Any]]],
+) -> Task:
+    """A task with one target for each row of one or two columns of texts.
+
+    ``targets(table, source)`` has an entry per row, ``loss(logits, targets)`` is each row's own,
+    (rows,), and ``predictions(logits)`` has a dict per row.
+    """
+    columns = [text] if isinstance(text, str) else text
+
+    def read(table: Any, source: str, targets: Tensor) -> Examples:
+        each = [tables.texts(table, column, source) for column in columns]
+        return tokenised(base.tokenizer, each, targets, base.limit(max_length).tokens, source)
 
     def encode(table: Any, source: str) -> Examples:
-        tables.require_columns(table, [*text, label], source)
-        targets = []
-        for row, value in enumerate(tables.labels(table, label, source), start=1):
-            if value not in index:
-                known = nearest(value, labels)
-                raise DataError(
-                    f"{source}, row {row}: label {value!r} does not occur in the training data; "
-                    f"{known}"
-                )
-            targets.append(index[value])
-        return read(table, torch.tensor(targets), source)
+        return read(table, source, targets(table, source))
 
-    def read(table: Any, targets: Tensor, source: str) -> Examples:
-        columns = [tables.texts(table, column, source) for column in text]
-        limit = base.limit(max_length).tokens
-        return tokenised(base.tokenizer, columns, targets, limit, source)
-
-    def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        each = functional.cross_entropy(logits(model, batch), batch.targets, reduction="none")
+    def losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        each = loss(logits(model, batch), batch.targets)
         return each, torch.ones_like(each)
 
     def outputs(model: Any, batch: Batch) -> Tensor:
         return logits(model, batch).float()
 
     def predict(table: Any, source: str, run: Any, _: int) -> list[dict[str, Any]]:
-        examples = read(table, torch.zeros(table.num_rows, dtype=torch.int64), source)
-        names = list(map(str, labels))
-        return [
-            {
-                "label": names[max(range(len(row)), key=row.__getitem__)],
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
-            for row in run(examples).softmax(dim=1).tolist()
-        ]
+        unknown = torch.zeros(table.num_rows, dtype=torch.int64)
+        return predictions(run(read(table, source, unknown)))
 
     return Task(
         encode=encode,
         encode_test=encode,
-        loss=loss,
+        loss=losses,
         outputs=outputs,
         score=score,
         predict=predict,
     )
+
+
+def _places(rows: Sequence[Sequence[str]], labels: Sequence[str], source: str) -> list[list[int]]:
+    """Where each row's classes stand among ``labels``; DataError for one that is not there."""
+    index = {name: place for place, name in enumerate(labels)}
+    for row, names in enumerate(rows, start=1):
+        for name in names:
+            if name not in index:
+                raise DataError(
+                    f"{source}, row {row}: label {name!r} does not occur in the training data; "
+                    f"{nearest(name, labels)}"
+                )
+    return [[index[name] for name in names] for names in rows]
 
 
 def tokenised(
@@ -136,19 +246,28 @@ def logits(model: Any, batch: Batch) -> Tensor:
     return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
 
 
-def score(outputs: Tensor, examples: Examples) -> dict[str, float]:
-    """Metrics of (rows, labels) logits against the examples' labels."""
-    truth, guess = examples.targets.numpy(), outputs.argmax(dim=1).numpy()
-    loss = float(functional.cross_entropy(outputs, examples.targets))
-    return {
-        "accuracy": float(accuracy_score(truth, guess)),
-        "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
-        "matthews": _matthews(truth, guess),
-        "loss": loss if math.isfinite(loss) else math.inf,
-    }
+def _named(shares: Tensor, labels: Sequence[str]) -> list[dict[str, float]]:
+    return [dict(zip(labels, row, strict=True)) for row in shares.tolist()]
+
+
+def _mean(each: Tensor) -> float:
+    mean = float(each.mean())
+    return mean if math.isfinite(mean) else math.inf
+
+
+def _f1(truth: Any, guess: Any, average: str) -> float:
+    return float(f1_score(truth, guess, average=average, zero_division=0))
 
 
 def _matthews(truth: Any, guess: Any) -> float:
     # scikit-learn warns where truth or guess has one class only; the coefficient is 0 there
     constant = (truth == truth[0]).all() or (guess == guess[0]).all()
     return 0.0 if constant else float(matthews_corrcoef(truth, guess))
+
+
+def _correlation(measure: Any, truth: Tensor, guess: Tensor) -> float:
+    # scipy warns where a side is constant or not finite
+    for side in (truth, guess):
+        if not side.isfinite().all() or (side == side[0]).all():
+            return 0.0
+    return float(measure(truth.numpy(), guess.numpy()).statistic)

@@ -14,15 +14,48 @@ def classification() -> TaskKind:
     def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
         from rolora.tasks.classification import classification
 
-        text = columns["text"]
-        text = [text] if isinstance(text, str) else text
-        return classification(base, labels, text, columns["label"], limit)
+        return classification(base, labels, max_length=limit, **columns)
 
     return TaskKind(
         name="classification",
         head="classification",
         columns=[("text", "label")],
         metrics={"accuracy": True, "macro_f1": True, "matthews": True, "loss": False},
+        make=make,
+    )
+
+
+def multi_label() -> TaskKind:
+    """Telling which labels, any number of them, one or two columns of text have."""
+
+    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
+        from rolora.tasks.classification import multi_label
+
+        return multi_label(base, labels, max_length=limit, **columns)
+
+    return TaskKind(
+        name="multi_label",
+        head="multi_label",
+        columns=[("text", "label")],
+        beside={"separator": "label"},
+        metrics={"micro_f1": True, "macro_f1": True, "subset_accuracy": True, "loss": False},
+        make=make,
+    )
+
+
+def regression() -> TaskKind:
+    """Predicting a number from one or two columns of text."""
+
+    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
+        from rolora.tasks.classification import regression
+
+        return regression(base, max_length=limit, **columns)
+
+    return TaskKind(
+        name="regression",
+        head="regression",
+        columns=[("text", "label")],
+        metrics={"pearson": True, "spearman": True, "mean_absolute_error": False, "loss": False},
         make=make,
     )
 

@@ -8,24 +8,29 @@ function without arguments that returns the :class:`TaskKind`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from rolora.data.examples import Batch, Examples
+from rolora.data.labels import class_labels, in_order
 from rolora.errors import ConfigError, nearest
 from rolora.registry import Registry
 
+if TYPE_CHECKING:
+    from rolora.model.peft import Kind
+
 Predict = Callable[[Any, str, Callable[[Examples], Tensor], int], list[dict[str, Any]]]
-Head = Literal["classification", "causal_lm"]
 
 TASKS = Registry(
     kind="task",
     group="rolora.tasks",
     own={
         "classification": "rolora.tasks.kinds:classification",
+        "multi_label": "rolora.tasks.kinds:multi_label",
+        "regression": "rolora.tasks.kinds:regression",
         "causal_lm": "rolora.tasks.kinds:causal_lm",
         "choice": "rolora.tasks.kinds:choice",
     },
@@ -58,8 +63,9 @@ class Task:
 class TaskKind:
     """What is known of a task before its model is loaded.
 
-    ``head``: "classification" for a model with one output per class, whose rows carry a label, or
-    "causal_lm" for one that predicts tokens. ``columns`` lists the keys of ``[data]`` that name the
+    ``head``: "classification" for a model with one output per class, of which a row has one,
+    "multi_label" where it has any number, "regression" for one output, or "causal_lm" for a model
+    that predicts tokens. ``columns`` lists the keys of ``[data]`` that name the
     columns it reads; of several alternatives a run gives one. ``beside`` maps further keys, which
     may be left out, to the key that they go with. ``metrics`` maps each metric of
     ``Task.score`` to whether higher is better, the main one first; ``answers`` does so for the
@@ -69,7 +75,7 @@ class TaskKind:
     """
 
     name: str
-    head: Head
+    head: Kind
     columns: Sequence[Sequence[str]]
     metrics: Mapping[str, bool]
     make: Callable[[Any, Mapping[str, Any], Sequence[str], int], Task]
@@ -78,8 +84,34 @@ class TaskKind:
 
     @property
     def labelled(self) -> bool:
-        """Whether each row has a class label, which all clients have to agree on."""
-        return self.head == "classification"
+        """Whether rows have classes, whose names all clients have to agree on."""
+        return self.head in ("classification", "multi_label")
+
+    def classes(self, table: Any, columns: Mapping[str, Any], source: str) -> list[list[str]]:
+        """The names of each row's classes; ``columns``: key of ``[data]`` -> column."""
+        from rolora.data import tables  # pyarrow: more than is needed to know a task
+
+        label = columns["label"]
+        if self.head == "multi_label":
+            return tables.label_sets(table, label, columns.get("separator"), source)
+        return [[name] for name in tables.labels(table, label, source)]
+
+    def labels(self, table: Any, columns: Mapping[str, Any], source: str) -> list[str]:
+        """The names of all classes in these rows, in order; empty for a task without."""
+        if not self.labelled:
+            return []
+        rows = self.classes(table, columns, source)
+        switches = columns["label"] if isinstance(columns["label"], list) else []
+        return in_order([*switches, *(name for row in rows for name in row)])
+
+    def vocabulary(self, names: Iterable[str], source: str) -> list[str]:
+        """The labels of a run whose rows have classes of these names, in order; see ``labels``.
+
+        Raises DataError if they are too few to learn, or numbers that are not whole.
+        """
+        if not self.labelled:
+            return []
+        return class_labels(names, source, fewest=2 if self.head == "classification" else 1)
 
     def chosen(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What ``data``, the keys of ``[data]``, gives this task to read.
@@ -95,6 +127,11 @@ class TaskKind:
             ways = [_listed([f"data.{key}" for key in keys]) for keys in self.columns]
             either = "either " if len(ways) > 1 else ""
             raise ConfigError(f"task {self.name!r} needs {either}{', or '.join(ways)}")
+        if isinstance(data.get("label"), list) and self.head != "multi_label":
+            raise ConfigError(
+                f"data.label names several columns, and task {self.name!r} reads one: name it, or "
+                "set model.task = 'multi_label'"
+            )
         also = [key for key, main in self.beside.items() if main in given[0]]
         return {key: data[key] for key in (*given[0], *also) if data[key] is not None}
 
