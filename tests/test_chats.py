@@ -178,6 +178,18 @@ def test_gpt_oss_calls_and_answers_are_learnt_with_the_marks_that_end_them(
         ]
 
 
+@pytest.mark.parametrize("writes", ["call.arguments | tojson", "'' + call.arguments"])
+def test_arguments_that_are_json_text_are_not_written_as_json_once_more(
+    base: Base, template: Any, writes: str
+) -> None:
+    """OpenAI's rows hold text; most templates want an object, DeepSeek's the text."""
+    template(GPT_OSS.replace("call.arguments | tojson", writes))
+    call = {"type": "function", "function": {"name": "seek", "arguments": '{"of": "cat"}'}}
+    turns = [PLAIN[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (found,) = shown(base, encode(base, turns, date=datetime.date.today()))
+    assert found[1] == [' to=seek<|message|>{"of": "cat"}<|call|>']
+
+
 def test_deepseek_an_answer_is_learnt_where_the_template_asks_for_more_than_it_writes(
     base: Base, template: Any
 ) -> None:

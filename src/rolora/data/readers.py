@@ -324,6 +324,8 @@ def _not_encoded(data: bytes, encoding: str) -> str:
         line += data[: error.start].count(b"\n")
     named = "UTF-8" if encoding == "utf-8" else encoding
     guess = guess_encoding(data)
+    if guess == encoding:
+        return f"is not {named} (line {line}), nor another encoding that is known by its bytes"
     return (
         f"is not {named} (line {line}): save it as UTF-8, or set data.encoding, "
         f'for example "{guess}"'

@@ -99,6 +99,7 @@ def _load_rows(
             "partition.scheme = 'files' goes with a data.train pattern like 'data/site-*.jsonl' or "
             f"'data/*/'; here data.train is {data.train!r}"
         )
+    tables.require_columns(train, columns, data.train)
     left = torch.arange(train.num_rows)
     test, left = _part(data.test, "test", train, left, partial(read, split=data.test_split))
     validation = None

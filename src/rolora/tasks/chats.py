@@ -55,12 +55,26 @@ class Template:
     date: datetime.date | None
 
     def write(self, chat: Chat, *, asking: bool = False) -> str:
-        """The chat as text; ``asking`` adds what tells the assistant that it is its turn."""
+        """The chat as text; ``asking`` adds what tells the assistant that it is its turn.
+
+        OpenAI's rows hold the arguments of a tool call as JSON text. Most templates write an object
+        as JSON, and would write text as JSON once more: they are given the object. Those that
+        fail on it are given the text.
+        """
+        parsed = [_with_objects(turn) for turn in chat.turns]
+        try:
+            return self._written(parsed, chat, asking)
+        except DataError:
+            if parsed == list(chat.turns):
+                raise
+            return self._written(list(chat.turns), chat, asking)
+
+    def _written(self, turns: Sequence[Mapping[str, Any]], chat: Chat, asking: bool) -> str:
         tools = None if chat.tools is None else list(chat.tools)
         try:
             with _on(self.date):
                 text: str = self.tokenizer.apply_chat_template(
-                    list(chat.turns), tools, tokenize=False, add_generation_prompt=asking
+                    turns, tools, tokenize=False, add_generation_prompt=asking
                 )
         except Exception as error:  # a template is its author's program: it raises anything
             first = next(iter(str(error).splitlines()), type(error).__name__)
@@ -176,6 +190,24 @@ def _turn(given: Mapping[str, Any], what: str) -> dict[str, Any]:
         if not isinstance(turn.get(key), str):
             raise DataError(f"{what} has no text under {key!r}")
     return turn
+
+
+def _with_objects(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The turn with the arguments of its tool calls as objects, where they are JSON text of one."""
+    calls = turn.get("tool_calls")
+    return {**turn, "tool_calls": list(map(_parsed, calls))} if isinstance(calls, list) else turn
+
+
+def _parsed(call: Any) -> Any:
+    function: Any = call.get("function") if isinstance(call, dict) else None
+    text = function.get("arguments") if isinstance(function, dict) else None
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    return (
+        {**call, "function": {**function, "arguments": found}} if isinstance(found, dict) else call
+    )
 
 
 def _text(part: Any, what: str) -> str:
