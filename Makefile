@@ -6,6 +6,7 @@
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on
+# make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
 VENV ?= .venv
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: install demo demo-llm test test-wide test-processors test-all test-slow test-flower soak-flower check results bench bench-gpu build clean
+.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow test-flower soak-flower check results bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -84,6 +85,36 @@ $(PEERS)/installed: benchmarks/constraints.txt
 
 build: install
 	$(BIN)/python -m build --outdir dist
+
+# every file by its hash, and nothing that is not listed; torch goes by version alone, since its
+# builds for CPUs and GPUs share one
+locked:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m pip check
+	touch $(VENV)/installed
+
+SUPPLY := .venv-supply
+
+# the packages that go with torch's builds for GPUs are left out with it
+lock:
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet uv
+	$(SUPPLY)/bin/uv pip compile --quiet --no-header --no-annotate --generate-hashes \
+	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
+	  --constraint constraints.txt --extra flower --extra dev pyproject.toml \
+	  | awk '/^[a-z0-9]/ { keep = $$1 !~ /^(torch==|triton|nvidia-|cuda-)/ } keep' > requirements.lock
+
+# what an installation consists of (CycloneDX), and whether a wheel is the same bytes each time
+supply: install
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet cyclonedx-bom
+	mkdir -p dist
+	$(SUPPLY)/bin/cyclonedx-py environment --output-reproducible --output-file dist/sbom.json $(BIN)/python
+	for turn in 1 2; do $(BIN)/python -m build --quiet --wheel --no-isolation --outdir build/$$turn; done
+	cmp build/1/*.whl build/2/*.whl
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache
