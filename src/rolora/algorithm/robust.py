@@ -162,7 +162,7 @@ def nnm(inner: Reducer, *, byzantine: int = 0) -> Reducer:
 
     def mixing(values: Sequence[Value], start: Value, rng: torch.Generator) -> list[Tensor]:
         count = len(values)
-        apart = squared_distances(inner_products(values, start)).fill_diagonal_(-1.0)
+        apart = squared_distances(inner_products(values, start))
         ranked = apart.argsort(dim=1, stable=True)[:, : count - f]
         return [_equal_weights(row.tolist(), count) for row in ranked]
 
