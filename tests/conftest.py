@@ -45,6 +45,7 @@ WIDE = {
     "test_readers",
     "test_report",
     "test_report_conclusions",
+    "test_robust_runs",
     "test_runs",
     "test_scale",
     "test_server_optimizers",

@@ -28,9 +28,14 @@ Memory = Mapping[str, Any]
 class Reducer(NamedTuple):
     """``init()`` -> memory; ``add(memory, value, reference, weight)`` -> memory, once per client in
     the order of the cohort; ``finish(memory, rng)`` -> (reduced value, memory for the next round).
+    ``least``: the fewest clients that it can reduce; with fewer a round does not advance.
 
-    ``add`` may change in place what it has put into the memory, but no value or reference. The
-    memory that ``finish`` returns is saved in checkpoints, so it maps names to tensors.
+    ``add`` may change in place what it has put into the memory, but no value or reference. In a run
+    ``reference`` is an ``AdapterState``: beside what the value's tensors were before, it has the
+    rest of the adapter, and so what the value does to the model. The memory that ``finish`` returns
+    is saved in checkpoints, so it maps names to tensors. Under the name ``CLIENT_WEIGHTS`` it may
+    have the weight (clients,) of each client in the reduced value: a mean over coordinates, in the
+    order of ``add``. It is recorded and not kept. Without it, all clients count as used.
 
     >>> reducer = compose([("clip", {"norm": 1.0}), ("mean", {})])
     >>> memory, start = reducer.init(), {"x": torch.zeros(2)}
@@ -43,14 +48,24 @@ class Reducer(NamedTuple):
     init: Callable[[], Memory]
     add: Callable[[Memory, Value, Value, float], Memory]
     finish: Callable[[Memory, torch.Generator], tuple[Value, Memory]]
+    least: int = 1
 
+
+CLIENT_WEIGHTS = "client_weights"
 
 REDUCERS = Registry(
     kind="reducer",
     group="rolora.reducers",
     own={
-        name: f"{__name__}:{name}"
-        for name in ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam")
+        name: f"rolora.algorithm.{module}:{name}"
+        for module, names in {
+            "reduce": ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam"),
+            "robust": (
+                *("krum", "multi_krum", "bulyan", "geometric_median", "centered_clip"),
+                *("nnm", "bucketing", "clip_product"),
+            ),
+        }.items()
+        for name in names
     },
 )
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam")
@@ -85,7 +100,9 @@ def compose(rules: Sequence[tuple[str, Mapping[str, Any]]]) -> Reducer:
     *wrappers, (rule, options) = rules
     reducer: Reducer = REDUCERS.make(rule, **options)
     for name, options in reversed(wrappers):
-        reducer = REDUCERS.make(name, reducer, **options)
+        wrapped: Reducer = REDUCERS.make(name, reducer, **options)
+        # a wrapper of another package may have made a Reducer of three functions alone
+        reducer = wrapped._replace(least=max(wrapped.least, reducer.least))
     return reducer
 
 
@@ -140,40 +157,59 @@ def mean(*, dtype: Literal["float64", "float32"] = "float64") -> Reducer:
     return Reducer(dict, add, finish)
 
 
-def median() -> Reducer:
+def median(*, byzantine: int = 0) -> Reducer:
     """Coordinate-wise median (Yin et al. 2018, Alg. 1, option I). Ignores weights.
 
-    With an even number of clients, the mean of the two middle values.
+    With an even number of clients, the mean of the two middle values. ``byzantine`` = f bad clients
+    need n ≥ 2 f + 1.
     """
-    return _sorted_rule(lambda count: (count - 1) // 2)
+    if byzantine < 0:
+        raise ConfigError(f"median: byzantine must be at least 0, not {byzantine}")
+    return _sorted_rule(lambda count: (count - 1) // 2, 2 * byzantine + 1)
 
 
-def trimmed_mean(*, trim: float = 0.1) -> Reducer:
+def trimmed_mean(*, trim: float = 0.1, byzantine: int = 0) -> Reducer:
     """Coordinate-wise trimmed mean (Yin et al. 2018, Alg. 1, option II). Ignores weights.
 
     ``trim`` in [0, 0.5) is the share cut at *each* end, rounded up to whole clients (the number of
-    bad clients to tolerate), but at least one client is left.
+    bad clients to tolerate), but at least one client is left. With ``byzantine`` = f > 0, f clients
+    are cut at each end instead, and n ≥ 2 f + 1.
     """
     if not 0 <= trim < 0.5:
         raise ConfigError(f"trimmed_mean: trim must be in [0, 0.5), not {trim}")
+    if byzantine < 0:
+        raise ConfigError(f"trimmed_mean: byzantine must be at least 0, not {byzantine}")
+    if byzantine:
+        return _sorted_rule(lambda count: byzantine, 2 * byzantine + 1)
     # round() first: in binary 0.1 * 30 is slightly above 3
     return _sorted_rule(lambda count: min(math.ceil(round(trim * count, 9)), (count - 1) // 2))
 
 
-def _sorted_rule(cut: Callable[[int], int]) -> Reducer:
+def _sorted_rule(cut: Callable[[int], int], least: int = 1) -> Reducer:
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
         return {"values": [*memory.get("values", []), value]}
 
     def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
         values = memory["values"]
+        if len(values) < least:
+            raise ValueError(f"this rule needs {least} updates, but there are {len(values)}")
         k = cut(len(values))
         reduced = {}
+        kept = torch.zeros(len(values), dtype=torch.float64)
         for name, like in values[0].items():
-            ordered = torch.stack([value[name] for value in values]).double().sort(dim=0).values
+            stack = torch.stack([value[name] for value in values]).double()
+            ordered, order = stack.sort(dim=0, stable=True)
             reduced[name] = ordered[k : len(values) - k].mean(dim=0).to(like.dtype)
-        return reduced, {}
+            middle = order[k : len(values) - k].reshape(-1)
+            kept += torch.bincount(middle, minlength=len(values))
+        return reduced, {CLIENT_WEIGHTS: coordinate_weights(kept)}
 
-    return Reducer(dict, add, finish)
+    return Reducer(dict, add, finish, least)
+
+
+def coordinate_weights(kept: Tensor) -> Tensor:
+    """Each client's weight (clients,), from how many of its coordinates a rule kept."""
+    return kept / kept.sum() if kept.any() else torch.full_like(kept, 1 / len(kept))
 
 
 def clip(inner: Reducer, *, norm: float) -> Reducer:
@@ -185,16 +221,32 @@ def clip(inner: Reducer, *, norm: float) -> Reducer:
         raise ConfigError(f"clip: norm must be positive, not {norm}")
 
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
+        if "scales" not in memory:
+            memory = {"scales": [], "inner": memory or inner.init()}
+        scale = 1.0
         moves = {name: tensor.double() - reference[name].double() for name, tensor in value.items()}
         size = sum(float(move.square().sum()) for move in moves.values()) ** 0.5
         if size > norm:
+            scale = norm / size
             value = {
-                name: (reference[name].double() + move * (norm / size)).to(value[name].dtype)
+                name: (reference[name].double() + move * scale).to(value[name].dtype)
                 for name, move in moves.items()
             }
-        return inner.add(memory, value, reference, weight)
+        added = inner.add(memory["inner"], value, reference, weight)
+        return {"scales": [*memory["scales"], scale], "inner": added}
 
-    return Reducer(inner.init, add, inner.finish)
+    def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
+        reduced, kept = inner.finish(memory["inner"], rng)
+        return reduced, with_scales(kept, memory["scales"])
+
+    return Reducer(dict, add, finish, inner.least)
+
+
+def with_scales(kept: Memory, scales: Sequence[float]) -> Memory:
+    """What ``finish`` keeps, with each client's weight in the result times its scale."""
+    shares = torch.tensor(scales, dtype=torch.float64)
+    weights = kept.get(CLIENT_WEIGHTS, torch.full_like(shares, 1 / len(scales)))
+    return {**kept, CLIENT_WEIGHTS: weights * shares}
 
 
 def fedavgm(inner: Reducer, *, lr: float = 1.0, momentum: float = 0.9) -> Reducer:
@@ -264,6 +316,7 @@ def _remembering(
     def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
         reduced, kept = inner.finish(memory["inner"], rng)
         held, stepped = dict(memory["held"]), {}
+        passed = {key: tensor for key, tensor in kept.items() if key == CLIENT_WEIGHTS}
         for name, tensor in reduced.items():
             before = memory["reference"][name].double()
             was = [
@@ -276,6 +329,7 @@ def _remembering(
             stepped[name] = (before + step).to(tensor.dtype)
             for kind, remembered in zip(start, now, strict=True):
                 held[f"{kind}/{name}"] = remembered.to(tensor.dtype)
-        return stepped, {**held, **{f"inner/{key}": tensor for key, tensor in kept.items()}}
+        inside = {f"inner/{key}": tensor for key, tensor in kept.items() if key not in passed}
+        return stepped, {**held, **inside, **passed}
 
-    return Reducer(dict, add, finish)
+    return Reducer(dict, add, finish, inner.least)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,7 +18,9 @@ from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.exactness import AggregationError
 from rolora.algorithm.growth import as_factors
 from rolora.algorithm.method import Method, Project, ServerState
-from rolora.algorithm.reduce import Memory, Reducer, Value
+from rolora.algorithm.reduce import CLIENT_WEIGHTS, Memory, Reducer, Value
+
+MOSTLY = 0.5  # a client that is cut by more than this counts as cut in a round
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Aggregation:
     quorum: int = 1
     exactness: bool = True
 
+    @property
+    def fewest(self) -> int:
+        """The fewest usable updates for a round to advance: the quorum, or what the rule needs."""
+        return max(1, self.quorum, self.reducer.least)
+
 
 @dataclass(frozen=True)
 class RoundReport:
@@ -40,12 +47,15 @@ class RoundReport:
 
     ``aggregation_error``: see ``rolora.algorithm.exactness.AggregationError``; None if it was not
     asked for, or if the server cannot know it because clients keep factors to themselves.
+    ``cut``: by which share the reducer used less of a client's update than of an equal share, from
+    0 (left out) to 1 (not used at all); only of rules that say so, and only clients that were cut.
     """
 
     accepted: tuple[str, ...]
     rejected: Mapping[str, str]
     aggregation_error: float | None
     quorum_met: bool
+    cut: Mapping[str, float] = field(default_factory=dict)
 
 
 class _BelowQuorum(Exception):
@@ -64,13 +74,15 @@ def step(
 
     ``cohort``: client -> its assignment; updates are combined in this order, in whatever order they
     arrive. A faulty update is rejected with a reason and stops nothing; of several from one client
-    the first counts. Below the quorum the round does not advance: the same state comes back with
-    ``attempt + 1``. ``rng`` is what the reducer and the method draw from.
+    the first counts. Below the quorum, or with fewer updates than the reducer needs, the round does
+    not advance: the same state comes back with ``attempt + 1``. ``rng`` is what the reducer and the
+    method draw from.
     """
     round = server.round + 1
     accepted: list[str] = []
     rejected: dict[str, str] = {}
     kept: list[Memory] = []
+    cut: dict[str, float] = {}
     known = aggregation.exactness and not method.personal(round)
     missed = AggregationError(server.adapter) if known else None
 
@@ -95,11 +107,14 @@ def step(
                 share = weight(replace(update, adapter=sent))
             if missed is not None:
                 missed.add(received, returned, share)
-            value, reference = into(returned), into(received)
+            value, reference = into(returned), received | into(received)
             memory = reducer.add(memory, value, reference, share)
-        if len(accepted) < max(1, aggregation.quorum):
+        if len(accepted) < aggregation.fewest:
             raise _BelowQuorum
         reduced, memory = reducer.finish(memory, rng)
+        if (weights := memory.get(CLIENT_WEIGHTS)) is not None:
+            cut.update(_cut(accepted, weights) if reduced else {})  # nothing shared, nothing cut
+            memory = {name: kept for name, kept in memory.items() if name != CLIENT_WEIGHTS}
         if odd := [name for name, kept in memory.items() if not isinstance(kept, torch.Tensor)]:
             raise TypeError(f"the reducer keeps {odd[0]!r}, which is not a tensor")
         kept.append(memory)
@@ -116,7 +131,22 @@ def step(
     adapter, growth = as_factors(server.adapter, after.adapter, rank, rng)
     after = replace(after, adapter=adapter, memory=kept[0], round=round, attempt=0, growth=growth)
     error = None if missed is None else missed.of(adapter)
-    return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True)
+    return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True, cut=cut)
+
+
+def _cut(accepted: Sequence[str], weights: torch.Tensor) -> dict[str, float]:
+    """Client -> by how much its weight is below 1 / clients, as a share, to four decimals."""
+    if weights.shape != (len(accepted),):
+        raise TypeError(
+            f"the reducer's {CLIENT_WEIGHTS!r} have shape {tuple(weights.shape)}, but "
+            f"{len(accepted)} clients were reduced"
+        )
+    shares = (1 - weights.double() * len(accepted)).clamp_min(0).tolist()
+    return {
+        client: round(share, 4)
+        for client, share in zip(accepted, shares, strict=True)
+        if share >= 5e-5
+    }
 
 
 def _in_turn(

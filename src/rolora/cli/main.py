@@ -19,7 +19,7 @@ import rolora
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.options import ConfigPath, Json, Overrides, names
-from rolora.cli.printing import Interrupted, out_console, resuming, show, working
+from rolora.cli.printing import Interrupted, err_console, out_console, resuming, show, working
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError, printable
@@ -61,13 +61,20 @@ def run(
     on: Annotated[
         str | None, typer.Option(help="run on the sites of this federation folder")
     ] = None,
+    suspicious: Annotated[
+        int | None,
+        typer.Option(min=1, help="clients of a round that may send anything; cut them"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
     from rolora.config.load import load_config
     from rolora.run import runs
 
-    settings = load_config(config, overrides or [])
+    byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
+    settings = load_config(config, [*byzantine, *(overrides or [])])
+    if byzantine:
+        err_console.print(f"note: {settings.aggregate.price}")
     if on is not None:
         if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
             on = os.path.relpath(Path(on).resolve(), settings.root)

@@ -118,7 +118,9 @@ def config_hash(config: RunConfig) -> str:
             "data": {"train", "test", "validation"},
             "lora": {"init_from"},
             "federation": True,
-            "aggregate": set() if config.aggregate.options else {"options"},
+            "aggregate": {
+                key for key in ("options", "byzantine") if not getattr(config.aggregate, key)
+            },
         }
     )
     return hashlib.sha256(values.encode()).hexdigest()[:32]
@@ -195,6 +197,23 @@ def _check_reducers(how: AggregateConfig) -> None:
         inner = [mean()] if is_wrapper(name) else []
         check_options(REDUCERS, name, options, f"aggregate.options.{name}", *inner)
     compose(how.rules)
+    if how.byzantine:
+        _check_byzantine(how)
+
+
+def _check_byzantine(how: AggregateConfig) -> None:
+    """ConfigError for settings that let clients who send anything have their way."""
+    names = [name for name, _ in how.rules]
+    if names[-1] == "mean" or not any("byzantine" in REDUCERS.options(name) for name in names):
+        raise ConfigError(
+            f"aggregate.byzantine = {how.byzantine}, but {names} withstands no client: leave out "
+            "aggregate.reducer, or end it with a rule such as 'trimmed_mean' or 'krum'"
+        )
+    if how.trim != AggregateConfig().trim:
+        raise ConfigError(
+            "[aggregate]: give trim or byzantine, not both: byzantine is how many clients "
+            "trimmed_mean cuts at each end"
+        )
 
 
 def check_options(

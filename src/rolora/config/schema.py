@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from rolora.algorithm.codec import Format
+from rolora.algorithm.reduce import REDUCERS
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, nearest
 from rolora.tasks.registry import task_kind
@@ -227,10 +228,22 @@ class AggregateConfig(Section):
 
     reducer: str | Annotated[list[str], Field(min_length=1)] = Field(
         "mean",
-        description="mean, median, trimmed_mean (the last two are coordinate-wise and ignore "
-        "weights), one that an installed package adds, or a list: what wraps first, the rule last",
+        description="mean, or a rule that ignores weights: median, trimmed_mean, krum, multi_krum, "
+        "bulyan, geometric_median, centered_clip; or one that an installed package adds; or a "
+        "list: what comes before it (clip, clip_product, nnm, bucketing), then the rule",
     )
-    trim: float = Field(0.1, ge=0, lt=0.5, description="for trimmed_mean: share cut at each end")
+    byzantine: int = Field(
+        0,
+        ge=0,
+        description="clients of a round that may send anything, for all rules that ask; above 0 "
+        'and without a reducer, the reducer is ["nnm", "trimmed_mean"]',
+    )
+    trim: float = Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="for trimmed_mean: share cut at each end, where byzantine is 0",
+    )
     weights: Literal["num_examples", "uniform"] = Field(
         "num_examples", description="weights of the clients in a mean"
     )
@@ -253,9 +266,20 @@ class AggregateConfig(Section):
         {}, description="[aggregate.options.NAME]: further options of the reducer of that name"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_rule(cls, values: Any) -> Any:
+        """The rule to use where clients are suspected and none was chosen."""
+        if isinstance(values, dict) and values.get("byzantine") and "reducer" not in values:
+            return {**values, "reducer": ["nnm", "trimmed_mean"]}
+        return values
+
     @property
     def rules(self) -> list[tuple[str, dict[str, Any]]]:
-        """Name and options of each reducer for ``rolora.algorithm.reduce.compose``."""
+        """Name and options of each reducer for ``rolora.algorithm.reduce.compose``.
+
+        Raises ConfigError for an unknown name.
+        """
         listed = [self.reducer] if isinstance(self.reducer, str) else self.reducer
         clip = ["clip"] if self.clip_norm is not None and "clip" not in listed else []
         optimizer = [] if self.optimizer == "none" else [self.optimizer]
@@ -273,8 +297,20 @@ class AggregateConfig(Section):
         found = []
         for name in (*optimizer, *clip, *listed):
             given = {key: value for key, value in keys.get(name, {}).items() if value is not None}
+            if self.byzantine and "byzantine" in REDUCERS.options(name):
+                given["byzantine"] = self.byzantine
             found.append((name, {**given, **self.options.get(name, {})}))
         return found
+
+    @property
+    def price(self) -> str:
+        """What it costs to withstand ``byzantine`` clients, in one line."""
+        names = ", then ".join(name for name, _ in self.rules)
+        who = "1 client" if self.byzantine == 1 else f"{self.byzantine} clients"
+        return (
+            f"{who} of a round may send anything ({names}): the server holds all updates of a "
+            "round in memory, none is averaged as it comes, and aggregate.weights are ignored"
+        )
 
 
 class TrainConfig(Section):

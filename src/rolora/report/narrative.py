@@ -14,6 +14,7 @@ from rolora.results.runs import (
     Runs,
     Summary,
     by_method,
+    cuts,
     differing,
     flatten,
     primary_metric,
@@ -254,6 +255,21 @@ def _single(row: Summary) -> Conclusion:
     )
 
 
+def _cut_notes(run: RunRecord) -> list[str]:
+    """Who was cut in most rounds, in one sentence."""
+    every = cuts(run)
+    named = [one for one in every if one.in_most_rounds]
+    if not named:
+        return []
+    if 2 * len(named) > len(every):
+        return [
+            f"{run.label}: the rule used few clients a round; {len(named)} of {len(every)} were "
+            "cut by more than half in most of their rounds."
+        ]
+    words = [f"{one.client} ({one.mostly} of {one.rounds})" for one in named]
+    return [f"{run.label}: cut by more than half in most of their rounds: {_all(words)}."]
+
+
 def direction(metric: str) -> str:
     """'higher is better' or 'lower is better'."""
     return "higher is better" if higher_is_better(metric) else "lower is better"
@@ -292,6 +308,7 @@ def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str
                 f"{run.rounds[-1]['round']} rounds (the first is round {still[0]}): no gradient "
                 "reached what its clients train."
             )
+        notes += _cut_notes(run)
         if run.diverged is not None:
             notes.append(
                 f"{run.label} diverged and is left out of every mean, which flatters {run.method}: "

@@ -17,12 +17,15 @@ from rolora.report.svg import inline_svg
 from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
     RunRecord,
+    cuts,
     differing,
     load_run,
     sorted_out,
     summarise,
 )
 from rolora.results.tuned import Tuning
+
+CUT_ROWS = 20  # of each run: the clients that were cut most
 
 
 def write_report(
@@ -91,6 +94,7 @@ def render(
         },
         pictures=pictures(left, groups, metric, conclusions),
         rejected=_rejected(every),
+        cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],
         configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
         **_provenance(every),
     )

@@ -157,12 +157,19 @@ class Experiment:
                 "server does more than average what clients send: remove it, or use one of "
                 f"{', '.join(able)}"
             )
-        rule, uneven = config.aggregate.rules[-1][0], not isinstance(config.lora.rank, int)
+        names = [name for name, _ in config.aggregate.rules]
+        rule = next((name for name in names if name in ("nnm", "bucketing")), names[-1])
+        uneven = not isinstance(config.lora.rank, int)
         if rule != "mean" and (method.sparse_upload or (uneven and not method.resets_factors)):
             raise ConfigError(
                 f"{method.name} averages pieces that not every client sends, and {rule!r} would "
                 "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
                 "rolora with one lora.rank"
+            )
+        if compose(config.aggregate.rules).least > 1 and not method.federated:
+            raise ConfigError(
+                f"{method.name} trains on the rows of all clients together, so {rule!r} has nobody "
+                "to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
             )
         require_turns(method, config.train, {})  # of each client once its rows are known
         return freeze_head(method) if config.model.head == "freeze" else method
@@ -362,6 +369,14 @@ class Experiment:
             raise ConfigError(
                 f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
                 f"(train.participation of {len(self.rows.shards)} clients)"
+            )
+        least = compose(self.config.aggregate.rules).least
+        if least > self.cohort and self.method.federated:
+            names = [name for name, _ in self.config.aggregate.rules]
+            raise ConfigError(
+                f"aggregate.reducer {names} needs {least} updates a round to withstand "
+                f"{self.config.aggregate.byzantine} bad ones (aggregate.byzantine), but a cohort "
+                f"has {self.cohort} (train.participation of {len(self.rows.shards)} clients)"
             )
         kind = Debug if self.config.train.engine == "debug" else InProcess
         return kind(

@@ -34,6 +34,8 @@ def line(result: RoundResult) -> dict[str, Any]:
     """A round's line in ``rounds.jsonl``."""
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     del values["advanced"], values["state"]
+    if not result.cut:
+        del values["cut"]  # most rules cut nobody
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
     return values
 

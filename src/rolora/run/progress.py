@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
+from rolora.algorithm.step import MOSTLY
 from rolora.run.runs import Run
 from rolora.training.rounds import RoundResult
 
@@ -12,7 +13,8 @@ from rolora.training.rounds import RoundResult
 def described(rounds: Iterable[RoundResult], run: Run) -> Iterator[tuple[RoundResult, str]]:
     """Each round of ``run`` as it finishes, with a line about it.
 
-    The line: phase, cohort, loss, metrics, aggregation error, bytes sent so far, time left.
+    The line: phase, cohort, loss, metrics, aggregation error, whose update was mostly not used,
+    bytes sent so far, time left.
     """
     total = run.experiment.federation.rounds
     left = total - run.state.server.round
@@ -41,6 +43,8 @@ def _parts(result: RoundResult, rounds: int) -> Iterator[str]:
         yield found
     if result.aggregation_error is not None:
         yield f"aggregation error {result.aggregation_error:.1e}"
+    if worst := [client for client, share in result.cut.items() if share > MOSTLY]:
+        yield f"cut {len(worst)}: {', '.join(worst[:3])}{', ...' if len(worst) > 3 else ''}"
     if result.rejected:
         client, reason = next(iter(result.rejected.items()))
         yield f"rejected {len(result.rejected)}: {client} ({reason})"

@@ -59,7 +59,7 @@ class RoundResult:
 
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
     payload over all clients, as it is encoded; those of round 0 are the gradients of all clients,
-    if the method starts from them.
+    if the method starts from them. ``cut``: see ``rolora.algorithm.step.RoundReport``.
     """
 
     round: int
@@ -77,6 +77,7 @@ class RoundResult:
     bytes_down: int = 0
     seconds: float = 0.0
     rejected: Mapping[str, str] = field(default_factory=dict)
+    cut: Mapping[str, float] = field(default_factory=dict)
     advanced: bool = True
 
     @property
@@ -211,7 +212,7 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     while state.server.round < run.rounds and state.stale < patience:
         if failed == run.max_attempts:
             raise NoQuorum(
-                f"round {state.server.round + 1}: no quorum of {run.aggregation.quorum} after "
+                f"round {state.server.round + 1}: no quorum of {run.aggregation.fewest} after "
                 f"{run.max_attempts} attempts; finished rounds are saved"
             )
         started = time.perf_counter()
@@ -263,6 +264,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
         bytes_up=bytes_up,
         bytes_down=bytes_down,
         rejected=report.rejected,
+        cut=report.cut,
         advanced=report.quorum_met,
         state=replace(state, server=after, ledger=ledger),
     )

@@ -1,0 +1,297 @@
+"""Claims about robust rules in runs: every method, both engines, configuration, records, page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import calls
+import pytest
+import torch
+from states import assign as assigned_to
+from states import effect, make_specs, start_of, updates_from
+from synthetic_runs import write_run
+from typer.testing import CliRunner
+
+from rolora.algorithm.adapter import AdapterState, ClientInfo, Update
+from rolora.algorithm.method import ServerState
+from rolora.algorithm.reduce import Reducer, mean, trimmed_mean
+from rolora.algorithm.robust import krum, nnm
+from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation, RoundReport, step
+from rolora.cli.main import app
+from rolora.config.load import config_hash, load_config
+from rolora.errors import ConfigError, NoQuorum
+from rolora.methods import get_method, method_names
+from rolora.report.page import write_report
+from rolora.results.runs import Cut, cuts, load_run
+from rolora.run import runs
+
+pytestmark = pytest.mark.usefixtures("quick")
+SUSPECT = ["aggregate.byzantine=1", "train.participation=1.0", "eval.every=9"]
+REFUSED = {
+    "centralized": "trains on the rows of all clients together, so 'nnm' has nobody to leave out",
+    "lora_a2": "averages pieces that not every client sends",
+}
+every_method = pytest.mark.parametrize("name", method_names())
+
+
+def robust() -> Reducer:
+    return nnm(trimmed_mean(byzantine=2), byzantine=2)
+
+
+def spoiled(update: Update, size: float) -> Update:
+    """An update of noise this large."""
+    rng = generator(7, "noise")
+    tensors = {n: torch.randn(t.shape, generator=rng) * size for n, t in update.adapter.items()}
+    return replace(update, adapter=AdapterState(tensors, update.adapter.scaling))
+
+
+def after_rounds(
+    name: str, reducer: Reducer, bad: float | None, rounds: int = 2
+) -> tuple[ServerState, list[RoundReport]]:
+    """The server after some rounds of nine clients, of which two send noise of this size."""
+    method, reports = get_method(name), []
+    server = ServerState(start_of(method, make_specs(), 0, scale=0.3))
+    for round in range(1, rounds + 1):
+        infos = [ClientInfo(f"client-{n}", 5, 2, round) for n in range(9)]
+        cohort = assigned_to(method, server, infos)
+        updates = updates_from(method, cohort, 10 * round, size=0.02)
+        if bad is not None:
+            updates[:2] = [spoiled(update, bad) for update in updates[:2]]
+        rng = generator(0, "aggregate", round)
+        server, report = step(method, Aggregation(reducer), server, cohort, updates, rng)
+        reports.append(report)
+    return server, reports
+
+
+def far(one: ServerState, other: ServerState) -> float:
+    ones, others = effect(one.adapter), effect(other.adapter)
+    return math.sqrt(sum(float((ones[k] - others[k]).double().square().sum()) for k in ones))
+
+
+@pytest.mark.parametrize("name", sorted({*method_names()} - {"local", "centralized", "lora_a2"}))
+def test_two_bad_clients_of_nine_take_no_method_off_its_way(name: str) -> None:
+    clean, _ = after_rounds(name, mean(), None)
+    start = ServerState(start_of(get_method(name), make_specs(), 0, scale=0.3))
+    held, reports = after_rounds(name, robust(), 1e4)
+    lost, _ = after_rounds(name, mean(), 1e4)
+    way = far(clean, start)
+    assert far(held, clean) < 1.5 * way
+    assert far(lost, clean) > 20 * way
+    for report in reports:
+        bad = [report.cut["client-0"], report.cut["client-1"]]
+        assert min(bad) > 0.7
+        honest = [share for client, share in report.cut.items() if client[-1] not in "01"]
+        assert max(honest, default=0.0) < min(bad)
+
+
+@every_method
+def test_every_method_runs_with_mixing_and_a_trimmed_mean_or_says_why_not(
+    name: str, site: Path, tmp_path: Path
+) -> None:
+    config = load_config(site, [f"method.name={name}", "train.rounds=2", *SUSPECT])
+    if name in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[name]) as caught:
+            runs.start(config, tmp_path / "run")
+        assert "\n" not in str(caught.value)
+        return
+    results = list(runs.start(config, tmp_path / "run").rounds())
+    assert [(result.round, result.advanced) for result in results] == [(0, 1), (1, 1), (2, 1)]
+    assert all(math.isfinite(value) for value in results[-1].metrics.values())
+
+
+@pytest.mark.parametrize("rule", ["median", "geometric_median", "centered_clip"])
+@pytest.mark.parametrize("name", ["rolora", "fedit", "flexlora", "ravan"])
+def test_runs_use_each_rule_that_needs_few(
+    name: str, rule: str, site: Path, tmp_path: Path
+) -> None:
+    overrides = [f"method.name={name}", f"aggregate.reducer={rule}", "train.rounds=2", *SUSPECT]
+    results = list(runs.start(load_config(site, overrides), tmp_path / "run").rounds())
+    assert results[-1].advanced
+
+
+@pytest.mark.parametrize("rule", ['["nnm", "krum"]', "multi_krum", '["clip_product", "krum"]'])
+def test_runs_use_each_rule_that_chooses(rule: str, site: Path, tmp_path: Path) -> None:
+    product = ["aggregate.options.clip_product.norm=0.1"] if "product" in rule else []
+    overrides = [f"aggregate.reducer={rule}", "train.rounds=2", *product, *SUSPECT]
+    results = list(runs.start(load_config(site, overrides), tmp_path / "run").rounds())
+    assert results[-1].advanced
+    assert results[-1].cut
+
+
+def test_sites_and_one_process_end_with_the_same_bits_and_cut_the_same(tmp_path: Path) -> None:
+    place = calls.make_place(tmp_path)
+    overrides = ("aggregate.byzantine=1", "train.rounds=3", "train.participation=1.0")
+    config = calls.configuration(place, *overrides)
+    here = list(runs.start(config, tmp_path / "here").rounds())
+    there = list(
+        calls.remote(config, tmp_path / "there", calls.calls(place, tmp_path / "state")).rounds()
+    )
+    assert here[-1].state.server.adapter == there[-1].state.server.adapter
+    assert [one.cut for one in here] == [one.cut for one in there]
+    assert any(one.cut for one in here)
+
+
+def test_a_run_that_is_resumed_draws_the_same_buckets(site: Path, tmp_path: Path) -> None:
+    overrides = ['aggregate.reducer=["bucketing", "median"]', "train.rounds=3", "eval.every=9"]
+    config = load_config(site, [*overrides, "train.participation=1.0"])
+    whole = list(runs.start(config, tmp_path / "whole").rounds())
+    first = runs.start(config, tmp_path / "parts").rounds()
+    for result in first:
+        if result.round == 1:
+            first.close()
+    rest = list(runs.resume(tmp_path / "parts").rounds())
+    assert rest[-1].state.server.adapter == whole[-1].state.server.adapter
+
+
+def test_with_fewer_updates_than_the_rule_needs_the_round_does_not_advance() -> None:
+    method = get_method("rolora")
+    server = ServerState(start_of(method, make_specs(), 0))
+    cohort = assigned_to(method, server, [ClientInfo(f"c-{n}", 5, 2, 1) for n in range(5)])
+    updates = updates_from(method, cohort)
+    for came, advances in ((5, True), (4, False)):
+        rule = Aggregation(krum(byzantine=1))
+        after, report = step(method, rule, server, cohort, updates[:came], generator(0))
+        assert (report.quorum_met, after.round) == (advances, int(advances))
+        assert report.cut.keys() <= cohort.keys()
+        assert after.attempt == int(not advances)
+
+
+def test_a_run_of_which_too_few_clients_answer_says_how_many_it_needs(
+    tmp_path: Path, site: Path
+) -> None:
+    place = calls.make_place(tmp_path)
+    overrides = ("aggregate.byzantine=1", "train.rounds=3", "train.participation=1.0")
+    config = calls.configuration(place, *overrides, "federation.sites=2")
+    transport = calls.calls(place, tmp_path / "state")
+    transport.away.add("site-cy")
+    with pytest.raises(NoQuorum, match="no quorum of 3"):
+        list(calls.remote(config, tmp_path / "run", transport).rounds())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["aggregate.byzantine=2", "train.participation=0.6"],
+            r"needs 5 updates a round to withstand 2 bad ones .* but a cohort has 3",
+        ),
+        (
+            ["aggregate.byzantine=1", "aggregate.reducer=bulyan"],
+            "needs 7 updates a round to withstand 1 bad ones .* but a cohort has 3",
+        ),
+        (["aggregate.byzantine=1", "aggregate.reducer=mean"], "withstands no client"),
+        (["aggregate.byzantine=1", 'aggregate.reducer=["nnm", "mean"]'], "withstands no client"),
+        (["aggregate.byzantine=1", "aggregate.trim=0.2"], "give trim or byzantine, not both"),
+        (["aggregate.byzantine=-1"], "aggregate.byzantine: Input should be greater than or equal"),
+        (["aggregate.byzantine=1.5"], "aggregate.byzantine: Input should be a valid integer"),
+        (['aggregate.reducer=["krum", "mean"]'], "reducer 'krum' wraps no other"),
+        (["aggregate.reducer=nnm"], "reducer 'nnm' wraps another one: add a rule"),
+        (['aggregate.reducer=["clip_product", "krum"]'], "clip_product.norm is missing"),
+    ],
+)
+def test_a_rule_that_cannot_keep_its_promise_is_one_line_before_the_run(
+    overrides: Sequence[str], said: str, site: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        runs.start(load_config(site, overrides), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_suspects_without_a_rule_are_met_by_mixing_and_a_trimmed_mean(site: Path) -> None:
+    config = load_config(site, ["aggregate.byzantine=1"])
+    assert config.aggregate.reducer == ["nnm", "trimmed_mean"]
+    assert [(n, o["byzantine"]) for n, o in config.aggregate.rules] == [
+        ("nnm", 1),
+        ("trimmed_mean", 1),
+    ]
+    chosen = load_config(site, ["aggregate.byzantine=1", "aggregate.reducer=krum"])
+    assert chosen.aggregate.rules == [("krum", {"byzantine": 1})]
+    assert load_config(site).aggregate.rules == [("mean", {})]
+
+
+def test_nobody_suspected_is_the_run_that_it_was_before_there_was_such_a_key(site: Path) -> None:
+    plain, zero = load_config(site), load_config(site, ["aggregate.byzantine=0"])
+    assert config_hash(plain) == config_hash(zero)
+    assert config_hash(plain) != config_hash(load_config(site, ["aggregate.byzantine=1"]))
+
+
+def test_the_command_line_takes_suspects_and_says_what_they_cost(
+    site: Path, tmp_path: Path
+) -> None:
+    given = ["train.rounds=1", "train.participation=1.0", "--suspicious", "1"]
+    result = CliRunner().invoke(app, ["run", str(site), *given, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    (said,) = [line for line in result.stderr.splitlines() if "may send anything" in line]
+    assert "1 client of a round may send anything (nnm, then trimmed_mean)" in said
+    assert "holds all updates of a round in memory" in said
+    assert "aggregate.weights are ignored" in said
+    assert "byzantine = 1" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_rule_that_keeps_weights_of_another_number_of_clients_is_an_error() -> None:
+    method = get_method("rolora")
+    server = ServerState(start_of(method, make_specs(), 0))
+    cohort = assigned_to(method, server, [ClientInfo(f"c-{n}", 5, 2, 1) for n in range(3)])
+    first = Reducer(
+        dict,
+        lambda memory, value, reference, weight: memory or dict(value),
+        lambda memory, rng: (memory, {"client_weights": torch.ones(2)}),
+    )
+    with pytest.raises(TypeError, match=r"have shape \(2,\), but 3 clients were reduced"):
+        step(method, Aggregation(first), server, cohort, updates_from(method, cohort), generator(0))
+
+
+def test_rounds_name_who_was_cut_and_plain_means_say_nothing(site: Path, tmp_path: Path) -> None:
+    for name, overrides in {"mean": [], "krum": ["aggregate.reducer=krum"]}.items():
+        config = load_config(site, ["train.rounds=2", "train.participation=1.0", *overrides])
+        list(runs.start(config, tmp_path / name).rounds())
+        lines = (tmp_path / name / "rounds.jsonl").read_text().splitlines()
+        found = [json.loads(line).get("cut") for line in lines]
+        if name == "mean":
+            assert found == [None, None, None]
+        else:  # all but the one that was chosen
+            assert found[0] is None
+            assert all(sorted(one.values()) == [1.0] * 4 for one in found[1:])
+
+
+def with_cuts(folder: Path, cut: dict[str, float]) -> Path:
+    """A finished run in which these clients were cut, in each round that they took part in."""
+    path = write_run(folder, clients=6, rounds=10)
+    lines = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["cut"] = {client: share for client, share in cut.items() if client in line["clients"]}
+    (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_client_that_is_cut_in_most_rounds_is_named_on_the_page(tmp_path: Path) -> None:
+    path = with_cuts(tmp_path / "run", {"client-001": 0.9, "client-002": 0.3})
+    run = load_run(path)
+    first, second, *others = cuts(run)
+    took = sum("client-001" in line["clients"] for line in run.rounds)
+    assert first == Cut("client-001", took, took, first.mean)
+    assert first.mean == pytest.approx(0.9)
+    assert (second.client, second.mostly, second.in_most_rounds) == ("client-002", 0, False)
+    assert {one.mean for one in others} == {0.0}
+    page = write_report([path], tmp_path / "page.html").read_text()
+    assert f"cut by more than half in most of their rounds: client-001 ({took} of {took})" in page
+    assert "<strong>client-001</strong>" in page
+    assert "<strong>client-002</strong>" not in page
+    assert "Whose updates were cut" in page
+
+
+def test_a_rule_that_uses_few_clients_names_nobody(tmp_path: Path) -> None:
+    path = with_cuts(tmp_path / "run", {f"client-00{n}": 1.0 for n in range(5)})
+    page = write_report([path], tmp_path / "page.html").read_text()
+    assert "the rule used few clients a round; 5 of 6 were cut by more than half" in page
+
+
+def test_a_run_in_which_nobody_was_cut_has_no_table_of_it(tmp_path: Path) -> None:
+    page = write_report([write_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+    assert "Whose updates were cut" not in page
