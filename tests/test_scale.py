@@ -189,8 +189,8 @@ def test_held_out_rows_are_tokenised_only_for_the_client_that_is_measured(
     encoded: list[int] = []
     made = classification.classification
 
-    def watched(*given: Any) -> Task:
-        task = made(*given)
+    def watched(*given: Any, **more: Any) -> Task:
+        task = made(*given, **more)
 
         def encode_test(table: Any, source: str) -> Any:
             encoded.append(table.num_rows)
