@@ -219,6 +219,13 @@ class AggregateConfig(Section):
     weights: Literal["num_examples", "uniform"] = Field(
         "num_examples", description="weights of the clients in a mean"
     )
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="largest share of one client in the weight of a round; left out: none on one "
+        "machine, 0.5 across sites, where sizes are claims",
+    )
     clip_norm: float | None = Field(
         None, gt=0, description="clip each client's update to this norm"
     )

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ from rolora.errors import ConfigError, RoloraError
 from rolora.files import locked, new_folder, sync, write_file
 from rolora.training.rounds import Best, RoundResult, RunState
 
-KEPT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained from
 
 
 def line(result: RoundResult) -> dict[str, Any]:
     """A round's line in ``rounds.jsonl``."""
     values = {field.name: getattr(result, field.name) for field in fields(result)}
-    del values["advanced"], values["state"]
+    del values["advanced"], values["reason"], values["state"]
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
     return values
 
@@ -127,6 +127,7 @@ class RunFolder:
             "stale": state.stale,
             "best": state.best and {"round": state.best.round, "value": state.best.value},
             "line": values if result.advanced else None,
+            "reason": result.reason,
             "sha256": hashlib.sha256(payload).hexdigest(),
         }
         retry = f"-attempt-{state.server.attempt:03d}" if state.server.attempt else ""
@@ -138,8 +139,8 @@ class RunFolder:
             with self.rounds.open("a") as file:
                 file.write(json.dumps(values) + "\n")
             sync(self.rounds)
-        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            _remove(old)
+        for old in _unneeded([folder.name for folder in self._checkpoints()]):
+            _remove(self.path / "checkpoints" / old)
 
     def restore(self, start: RunState) -> tuple[RunState, list[str]]:
         """The newest intact state, and notes on damaged ones.
@@ -182,6 +183,18 @@ class RunFolder:
         if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
             kept.append(json.dumps(last))
         write_file(self.rounds, "".join(text + "\n" for text in kept))
+
+
+def _unneeded(names: Sequence[str]) -> list[str]:
+    """The checkpoints, in order, that neither a resume needs nor anybody who goes back to the last
+    state that is known to be good: a round was trained from it."""
+    older, newest = names[:-KEPT_CHECKPOINTS], names[-1]
+    proven = [name for name in names if _round_of(name) < _round_of(newest)]
+    return [name for name in older if name not in proven[-1:]]
+
+
+def _round_of(name: str) -> str:
+    return name.partition("-attempt-")[0]
 
 
 def contents(state: RunState) -> dict[str, Tensor]:

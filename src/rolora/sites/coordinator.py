@@ -16,6 +16,8 @@ from rolora.run.experiment import Experiment, data_hash
 from rolora.run.runs import Build
 from rolora.run.shards import Rows
 
+SITES_SHARE = 0.5  # of one site in a round's weight, where it is not set: sizes are claims
+
 
 def across(transport: Transport, notify: Callable[[str], None]) -> Build:
     """What sets up a run on the sites of ``transport``, for ``runs.start`` and ``runs.resume``.
@@ -76,6 +78,7 @@ def _prepare(
         run=run,
         bank=1,
         spare=config.federation.spare,
+        max_share=config.aggregate.max_share or SITES_SHARE,
         notes=[note for note in (here.base.note,) if note],
     )
 
