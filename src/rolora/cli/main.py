@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -306,8 +307,12 @@ def main() -> None:
     """The ``rolora`` command: every error is one line and a documented exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _interrupt)
     # a forked worker that raised in the middle of a library's code would leave its locks held
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        usual = partial(signal.signal, number, signal.SIG_DFL)
+        os.register_at_fork(after_in_child=usual)
     try:
         app()
     except (NotHere, ModelNotHere) as error:

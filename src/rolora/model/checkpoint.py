@@ -99,7 +99,8 @@ def _kernel(stored: Any) -> str:
         return next(filter(None, map(_kernel, stored)), "")
     if not isinstance(stored, dict):
         return ""
-    for key, value in stored.items():
+    items: dict[str, Any] = stored
+    for key, value in items.items():
         if key in ("use_kernels", "kernel_config") and value:
             return key
         if key.endswith("_implementation") and "/" in json.dumps(value):

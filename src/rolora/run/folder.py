@@ -24,7 +24,7 @@ from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.ledger import Held, Ledger
 from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import locked, new_folder, sync, write_file
+from rolora.files import DOOMED, locked, new_folder, sweep, sync, write_file
 from rolora.training.rounds import Best, RoundResult, RunState
 
 KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained from
@@ -146,8 +146,9 @@ class RunFolder:
         """The newest intact state, and notes on damaged ones.
 
         ``start`` if nothing was committed yet. Cuts ``rounds.jsonl`` back to the state. Raises
-        RoloraError if there are checkpoints but none can be read.
+        RoloraError if there are checkpoints but none can be read. For who holds the lock.
         """
+        sweep(self.path)
         if not self._checkpoints():
             write_file(self.rounds, "")
             return start, []
@@ -165,6 +166,11 @@ class RunFolder:
             f"no checkpoint of {self.path} can be read, so it cannot be resumed; start again "
             f"with: rolora run {self.config} --out NEW_FOLDER"
         )
+
+    @property
+    def newest(self) -> str:
+        """The name of the newest checkpoint; "" before there is one."""
+        return "".join(folder.name for folder in self._checkpoints()[-1:])
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("round-*"))
@@ -242,7 +248,7 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a crash in between leaves no partial one under its name."""
-    doomed = folder.with_name(f".old-{folder.name}")
+    doomed = folder.with_name(f"{DOOMED}{folder.name}")
     folder.rename(doomed)
     for file in doomed.iterdir():
         file.unlink()
