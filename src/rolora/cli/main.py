@@ -263,7 +263,7 @@ def init(
     data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
     out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
     model: Annotated[
-        str, typer.Option(help="the base model: a folder, a hub name or a .gguf file")
+        str, typer.Option(help="the base model: a folder, hub:NAME or a .gguf file")
     ] = "",
     delimiter: Annotated[
         str | None, typer.Option(help="between the values of a csv; left out: it is found")

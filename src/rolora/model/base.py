@@ -189,7 +189,7 @@ def load_base(
 ) -> Base:
     """Load a model and tokenizer and put a bank under its target modules.
 
-    ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
+    ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or "hub:NAME". Only
     safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
     but the head's through bitsandbytes. A trained head is used only where the checkpoint names its
     outputs as ``labels``, in this order. Raises ConfigError, in one line, for anything unusable.
@@ -223,6 +223,7 @@ def load_base(
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     base = with_bank(model, tokenizer, kind, settings, source, missing)
+    base.peft_config.revision = place.get("revision")
     if not quantise:
         base.model.to(device)
     return replace(base, note=note)

@@ -18,6 +18,7 @@ from rolora.model import pixel_network
 from rolora.model.peft import MODEL_CONFIG, Kind
 from rolora.network import is_reachable
 
+HUB = "hub:"
 Quantised = Literal["int8", "nf4"]
 AUTO: Mapping[Kind, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
@@ -30,9 +31,13 @@ AUTO: Mapping[Kind, Any] = {
 def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     """The place of a model, as arguments of ``from_pretrained``; registers our model types.
 
+    "hub:NAME" or "hub:NAME@REVISION" is on the hub. Without "hub:", a path; a name of at most one
+    slash is looked for on the hub if there is no such folder, nor one that would hold it.
     ConfigError for a path that does not exist.
     """
     pixel_network.register()
+    if source.startswith(HUB):
+        return _on_hub(source, offline)
     path = root / Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
@@ -45,12 +50,26 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
         }
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    owned = source.count("/") == 1 and path.parent.is_dir()
+    if owned or source.startswith((".", "/", "~")) or source.count("/") > 1:
         looked = f"model folder {source!r} does not exist (looked for {path})"
-        raise ModelNotHere(looked, path)
+        hint = f"; for the hub's model, write {HUB}{source}" if owned else ""
+        raise ModelNotHere(looked + hint, path)
+    return _on_hub(f"{HUB}{source}", offline)
+
+
+def _on_hub(source: str, offline: bool) -> dict[str, Any]:
+    """The place of ``hub:NAME`` or ``hub:NAME@REVISION``. ConfigError if a folder has this name."""
+    name, _, revision = source.removeprefix(HUB).partition("@")
+    if Path(name).exists():  # transformers would take it, wherever the command is run
+        raise ConfigError(
+            f"model {name!r} is on the hub, but {Path(name).resolve()} has the same name: give a "
+            "path that begins with ./, or work in another folder"
+        )
     hub = transformers.utils.hub
     alone = offline or hub.is_offline_mode() or not is_reachable(hub.constants.ENDPOINT)
-    return {"pretrained_model_name_or_path": source, "local_files_only": alone}
+    pinned = {"revision": revision} if revision else {}
+    return {"pretrained_model_name_or_path": name, "local_files_only": alone, **pinned}
 
 
 def require_here(place: dict[str, Any], offline: bool) -> None:
@@ -62,9 +81,11 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
         read_config(place)
     except OSError as error:
         why = "offline = true" if offline else "the hub does not answer"
+        pinned = f" --revision {place['revision']}" if "revision" in place else ""
         raise ConfigError(
             f"model {name!r} is not on this machine, and {why}: on a machine with network access, "
-            f"run hf download {name} (it stays in the hub's cache), or set model.path to its folder"
+            f"run hf download {name}{pinned} (it stays in the hub's cache), or set model.path to "
+            "its folder"
         ) from error
 
 

@@ -76,7 +76,7 @@ def outline(
     """
     place = locate(source, root, offline=True)
     with one_line_errors(source), quiet():
-        config, found = _config(place, root, offline)
+        config, found = _config(source, place, root, offline)
         width = (getattr(config, "dtype", None) or torch.float32).itemsize  # on disk
         if kind == "regression" or labels:
             config.update(outputs_config(kind, labels))
@@ -96,7 +96,7 @@ def outline(
     return Outline(base, mode, tokenizer is not None, stored, found)
 
 
-def _config(place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]:
+def _config(source: str, place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]:
     """The model's configuration, and where it was found."""
     name = place["pretrained_model_name_or_path"]
     if Path(name).is_dir():
@@ -107,7 +107,7 @@ def _config(place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]
     if file.is_file():
         shape = json.loads(file.read_text())
         return transformers.AutoConfig.for_model(**shape), "rolora/plan/shapes"
-    place = locate(name, root, offline)
+    place = locate(source, root, offline)
     require_here(place, offline)
     return read_config(place), "the hub"
 
