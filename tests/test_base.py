@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,35 @@ def test_a_base_is_told_by_its_weights_and_not_by_a_head_that_is_drawn(tmp_path:
     tensors["bert.embeddings.word_embeddings.weight"][0, 0] += 1e-3
     save_file(tensors, weights, {"format": "pt"})
     assert digest() != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        ({"layer_norm_eps": 1e-3}, True),
+        ({"hidden_act": "relu"}, True),
+        ({"num_attention_heads": 1}, True),
+        ({"layer_norm_eps": 1e-12}, False),  # as it was
+        ({"_name_or_path": "elsewhere", "transformers_version": "4.0.0"}, False),
+        ({"dtype": "bfloat16", "architectures": ["BertModel"]}, False),
+        ({"id2label": {"0": "x", "1": "y"}, "problem_type": "regression"}, False),
+        ({"attn_implementation": "eager", "use_cache": False}, False),
+    ],
+    ids=str,
+)
+def test_a_base_is_told_by_how_it_computes_with_its_weights_and_not_by_names(
+    changes: dict[str, object], other: bool, tmp_path: Path
+) -> None:
+    tiny.tiny_bert(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+
+    def digest() -> str:
+        folder, labels = str(tmp_path / "model"), ("good", "bad")
+        return load_base(folder, "classification", LoraSettings(), labels=labels).digest
+
+    before = digest()
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    assert (digest() != before) == other
 
 
 def test_a_head_model_cannot_stand_in_for_a_language_model(tmp_path: Path) -> None:

@@ -508,7 +508,7 @@ def test_what_the_hub_s_cache_holds_is_read_without_asking_anybody(
 def test_a_hub_name_is_asked_for_with_its_configuration_and_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+    def load(name: str, config: str | None, *, split: str, revision: None) -> datasets.Dataset:
         return datasets.Dataset.from_dict({"asked": [f"{name} {config} {split}"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)

@@ -16,7 +16,7 @@ from tiny_clients import Bench, classifier, language_model
 from tiny_site import make_site
 
 from rolora.config.load import load_config
-from rolora.model.prefix import Prefix, below_adapters, with_prefix
+from rolora.model.prefix import Prefix, below_adapters, kept_below, with_prefix
 from rolora.run import runs
 from rolora.training.local import LocalSettings, evaluate
 
@@ -142,3 +142,54 @@ def test_a_cache_folder_that_cannot_be_used_is_named_and_the_run_goes_on(
     assert "\n" not in note
     assert len(list(run.rounds())) == 5
     assert fault != "no room" or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("attack", ["another value", "another header", "writable", "replaced"])
+def test_a_cache_that_others_may_have_written_is_made_again(attack: str, tmp_path: Path) -> None:
+    bench = top("bert", tmp_path)
+    honest, prefix = cached(bench, tmp_path / "cache")
+    before = honest.examples.prefix
+    assert before is not None
+    right = before.clone()
+    if attack == "another value":
+        content = bytearray(prefix.file.read_bytes())
+        content[-1] ^= 1
+        prefix.file.write_bytes(content)
+    elif attack == "another header":
+        save_file({"hidden": right + 1}, prefix.file)
+    elif attack == "writable":
+        prefix.file.chmod(0o622)
+    else:
+        save_file({"hidden": right + 1}, tmp_path / "forged", {"sha256": "0" * 64})
+        (tmp_path / "forged").replace(prefix.file)
+    assert prefix.read() is None
+    again, _ = cached(bench, tmp_path / "cache")
+    assert again.examples.prefix is not None
+    assert torch.equal(again.examples.prefix, right)
+    assert prefix.file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_a_cache_folder_that_others_may_write_to_is_not_used_and_the_run_says_so(
+    mode: int, tmp_path: Path
+) -> None:
+    bench, folder = top("bert", tmp_path), tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(mode)
+    examples, note = kept_below(bench.base, bench.examples, folder)
+    assert examples.prefix is None
+    assert note == (
+        f"frozen layers run in every step: {folder} cannot be used (others may write to it)"
+    )
+    assert not list(folder.iterdir())
+
+
+def test_the_cache_of_another_user_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = top("bert", tmp_path)
+    _, prefix = cached(bench, tmp_path / "cache")
+    found = prefix.file.stat()
+    other = os.stat_result((found.st_mode, *found[1:4], 4242, *found[5:10]))
+    monkeypatch.setattr(Path, "stat", lambda self: other)
+    assert prefix.read() is None

@@ -54,6 +54,7 @@ def bits(run: Run, last: RoundResult) -> dict[str, str]:
         ("method.name=la_lora", "train.optimizer=sgd", "train.momentum=0.9", FEW),
         ("method.name=lora_a2", "method.keep=0.3", RANKS, FEW),
         ("method.name=lora_a2", "wire.up=int8", FEW),
+        ("aggregate.max_share=0.4", FEW),
     ],
     ids=" ".join,
 )
@@ -61,7 +62,7 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     overrides: tuple[str, ...], place: Path, tmp_path: Path
 ) -> None:
     changed = [o for o in overrides if not o.startswith("train.local_epochs")]
-    config = configuration(place, *changed)
+    config = configuration(place, "aggregate.max_share=1", *changed)
     if len(changed) < len(overrides):
         train = config.train.model_copy(update={"local_steps": None, "local_epochs": 1})
         config = config.model_copy(update={"train": train})
@@ -75,6 +76,17 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     assert (theirs.bytes_up, theirs.bytes_down) == (mine.bytes_up, mine.bytes_down)
     assert theirs.rejected == {}
     assert theirs.client_metrics == mine.client_metrics
+
+
+def test_across_sites_no_site_has_more_than_half_of_a_round_s_weight_unless_that_is_asked_for(
+    place: Path, tmp_path: Path
+) -> None:
+    there = remote(configuration(place), tmp_path / "there", calls(place, tmp_path / "a"))
+    asked = configuration(place, "aggregate.max_share=0.7")
+    other = remote(asked, tmp_path / "other", calls(place, tmp_path / "b"))
+    here = runs.start(configuration(place), tmp_path / "here")
+    shares = [run.experiment.federation.aggregation.max_share for run in (there, other, here)]
+    assert shares == [0.5, 0.7, None]
 
 
 @pytest.mark.parametrize(

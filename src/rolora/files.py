@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from filelock import FileLock, Timeout
 from rolora.errors import ConfigError
 
 TEMPORARY = ".part-"
+DOOMED = ".old-"  # a folder under this prefix is being deleted
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -60,6 +62,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync(path.parent)
+
+
+def sweep(folder: Path, seconds: float = 0.0) -> None:
+    """Delete what killed processes have left half written or half deleted, here and below.
+
+    Only for who holds the folder's lock, or for what was last written more than ``seconds`` ago.
+    """
+    before = time.time() - seconds
+    found = [path for prefix in (TEMPORARY, DOOMED) for path in folder.rglob(f"{prefix}*")]
+    for path in found:
+        with contextlib.suppress(FileNotFoundError):  # within another one
+            if path.lstat().st_mtime > before:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @contextlib.contextmanager

@@ -233,6 +233,19 @@ class Failure:
     reason: str
 
 
+# The largest value of a tensor that a client sends. Trained factors and heads are below 100; at
+# this, training has diverged, or somebody wants the others to overflow.
+LARGEST = 1e6
+
+
+def too_large(tensor: Tensor, most: float = LARGEST) -> bool:
+    """Whether a value is beyond ``most``, or not finite."""
+    if not tensor.numel():
+        return False
+    low, high = tensor.aminmax()
+    return not (-most <= low.item() and high.item() <= most)
+
+
 def tensor_hash(tensor: Tensor) -> str:
     """A short hash of dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
+from rolora.algorithm.adapter import LARGEST, AdapterState, Assignment, Failure, Update, too_large
 from rolora.algorithm.exactness import AggregationError
 from rolora.algorithm.growth import as_factors
 from rolora.algorithm.method import Method, Project, ServerState
@@ -22,18 +22,28 @@ from rolora.algorithm.reduce import CLIENT_WEIGHTS, Memory, Reducer, Value
 
 MOSTLY = 0.5  # a client that is cut by more than this counts as cut in a round
 
+# what torch raises where it is asked for the singular values of what is not finite
+LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+MOST_ROWS = 2**53  # whole numbers below it are exact as floats
+# The largest value of a server's state. A product of two of the clients' largest values, times any
+# rank and scaling, stays below it, and its square is finite in float32.
+LARGEST_KEPT = LARGEST**3
+
 
 @dataclass(frozen=True)
 class Aggregation:
     """How a run combines updates: the reducer, the clients' weights, and the quorum.
 
-    ``exactness``: whether to compute the aggregation error.
+    ``exactness``: whether to compute the aggregation error. ``max_share``: the largest share of a
+    round's weight that one client may have (see ``capped``); with it, a round's updates are all
+    kept until the last has come.
     """
 
     reducer: Reducer
     weights: Literal["num_examples", "uniform"] = "num_examples"
     quorum: int = 1
     exactness: bool = True
+    max_share: float | None = None
 
     @property
     def fewest(self) -> int:
@@ -49,6 +59,7 @@ class RoundReport:
     asked for, or if the server cannot know it because clients keep factors to themselves.
     ``cut``: by which share the reducer used less of a client's update than of an equal share, from
     0 (left out) to 1 (not used at all); only of rules that say so, and only clients that were cut.
+    ``quorum_met``: whether the round advanced; if not, ``reason`` says why.
     """
 
     accepted: tuple[str, ...]
@@ -56,10 +67,11 @@ class RoundReport:
     aggregation_error: float | None
     quorum_met: bool
     cut: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
 
 
 class _BelowQuorum(Exception):
-    """Too few usable updates: the round does not advance."""
+    """Too few usable updates, or nothing usable came of them: the round does not advance."""
 
 
 def step(
@@ -75,8 +87,8 @@ def step(
     ``cohort``: client -> its assignment; updates are combined in this order, in whatever order they
     arrive. A faulty update is rejected with a reason and stops nothing; of several from one client
     the first counts. Below the quorum, or with fewer updates than the reducer needs, the round does
-    not advance: the same state comes back with ``attempt + 1``. ``rng`` is what the reducer and the
-    method draw from.
+    not advance: the same state comes back with ``attempt + 1``. So it does if the next state would
+    not be sound (see ``_unsound``). ``rng`` is what the reducer and the method draw from.
     """
     round = server.round + 1
     accepted: list[str] = []
@@ -86,6 +98,19 @@ def step(
     known = aggregation.exactness and not method.personal(round)
     missed = AggregationError(server.adapter) if known else None
 
+    def weighed(weight: Callable[[Update], float] | None) -> Iterator[tuple[Update, float]]:
+        for update in _in_turn(replies, cohort, rejected):
+            assigned = cohort[update.client]
+            if fault := _fault(method, assigned, update):
+                rejected[update.client] = fault
+                continue
+            accepted.append(update.client)
+            share = 1.0 if aggregation.weights == "uniform" else float(update.num_examples)
+            if weight is not None:  # with the server's scaling: the client's is not trusted
+                sent = AdapterState(update.adapter, assigned.received.scaling)
+                share = weight(replace(update, adapter=sent))
+            yield update, share
+
     def reduce(
         project: Project | None = None, weight: Callable[[Update], float] | None = None
     ) -> Value:
@@ -93,24 +118,21 @@ def step(
             raise RuntimeError(f"method {method.name!r} called reduce twice in one round")
         into = project or (lambda view: view.only(method.shared(round)))
         reducer, memory = aggregation.reducer, server.memory or aggregation.reducer.init()
-        for update in _in_turn(replies, cohort, rejected):
-            assigned = cohort[update.client]
-            if fault := _fault(method, assigned, update):
-                rejected[update.client] = fault
-                continue
-            accepted.append(update.client)
-            received = assigned.received
+        total = 0.0
+        for update, share in _shared_out(weighed(weight), aggregation.max_share):
+            received = cohort[update.client].received
             returned = received | update.adapter
-            share = 1.0 if aggregation.weights == "uniform" else float(update.num_examples)
-            if weight is not None:  # with the server's scaling: the client's is not trusted
-                sent = AdapterState(update.adapter, received.scaling)
-                share = weight(replace(update, adapter=sent))
             if missed is not None:
                 missed.add(received, returned, share)
             value, reference = into(returned), received | into(received)
             memory = reducer.add(memory, value, reference, share)
+            total += share
         if len(accepted) < aggregation.fewest:
-            raise _BelowQuorum
+            raise _BelowQuorum(
+                f"{len(accepted)} usable updates, and a round needs {aggregation.fewest}"
+            )
+        if not 0 < total < math.inf:
+            raise _BelowQuorum(f"the weights of the clients sum to {total}")
         reduced, memory = reducer.finish(memory, rng)
         if (weights := memory.get(CLIENT_WEIGHTS)) is not None:
             cut.update(_cut(accepted, weights) if reduced else {})  # nothing shared, nothing cut
@@ -122,15 +144,21 @@ def step(
 
     try:
         after = method.aggregate(server, reduce, rng)
-    except _BelowQuorum:
+        if not kept:
+            raise RuntimeError(f"method {method.name!r} did not call reduce")
+        rank = sum(cohort[client].info.rank for client in accepted)
+        adapter, growth = as_factors(server.adapter, after.adapter, rank, rng)
+        after = replace(
+            after, adapter=adapter, memory=kept[0], round=round, attempt=0, growth=growth
+        )
+        if fault := _unsound(after):
+            raise _BelowQuorum(fault)
+        error = None if missed is None else missed.of(adapter)
+    except (_BelowQuorum, LinAlgError) as refusal:
         stalled = replace(server, attempt=server.attempt + 1)
-        return stalled, RoundReport(tuple(accepted), rejected, None, quorum_met=False)
-    if not kept:
-        raise RuntimeError(f"method {method.name!r} did not call reduce")
-    rank = sum(cohort[client].info.rank for client in accepted)
-    adapter, growth = as_factors(server.adapter, after.adapter, rank, rng)
-    after = replace(after, adapter=adapter, memory=kept[0], round=round, attempt=0, growth=growth)
-    error = None if missed is None else missed.of(adapter)
+        return stalled, RoundReport(
+            tuple(accepted), rejected, None, quorum_met=False, reason=str(refusal)
+        )
     return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True, cut=cut)
 
 
@@ -147,6 +175,49 @@ def _cut(accepted: Sequence[str], weights: torch.Tensor) -> dict[str, float]:
         for client, share in zip(accepted, shares, strict=True)
         if share >= 5e-5
     }
+
+
+def _unsound(after: ServerState) -> str:
+    """Why this state may not become the server's; "" if it may.
+
+    Every state passes here before it is committed: all that it holds is finite, and no value of the
+    adapter is beyond ``LARGEST_KEPT``.
+    """
+    for what, tensors in (("memory", after.memory), ("growth", after.growth)):
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                return f"the server's {what} {name} would not be finite"
+    for name, tensor in after.adapter.items():
+        if too_large(tensor, LARGEST_KEPT):
+            return f"{name} would not be finite, or beyond {LARGEST_KEPT:g}"
+    return ""
+
+
+def _shared_out(
+    weighed: Iterable[tuple[Update, float]], most: float | None
+) -> Iterable[tuple[Update, float]]:
+    """The updates with no weight above the share ``most``; as they come if there is no such."""
+    if most is None:
+        return weighed
+    pairs = list(weighed)
+    shares = capped([share for _, share in pairs], most)
+    return zip((update for update, _ in pairs), shares, strict=True)
+
+
+def capped(weights: Sequence[float], most: float) -> list[float]:
+    """The weights, with those above a share ``most`` of their new sum lowered to it.
+
+    Where so few clients cannot all be below it, because ``most`` times their number is less than 1,
+    they weigh the same. The order of the weights does not matter.
+    """
+    if not weights or most * len(weights) <= 1:
+        return [1.0] * len(weights)
+    falling = sorted(weights, reverse=True)
+    for count, largest in enumerate(falling):  # the first ``count`` are lowered
+        level = most * math.fsum(falling[count:]) / (1 - count * most)
+        if largest <= level:
+            return [min(weight, level) if count else weight for weight in weights]
+    return [1.0] * len(weights)
 
 
 def _in_turn(
@@ -182,6 +253,8 @@ def _fault(method: Method, assigned: Assignment, update: Update) -> str | None:
     info = assigned.info
     if type(update.num_examples) is not int or update.num_examples != info.num_examples:
         return f"num_examples is {update.num_examples!r}, but it joined with {info.num_examples}"
+    if not 0 < update.num_examples < MOST_ROWS:
+        return f"num_examples is {update.num_examples}; a client has 1 to 2^53 - 1 rows"
     expected = assigned.received.only(method.shared(info.round))
     if missing := sorted(expected.keys() - update.adapter.keys()):
         return f"{missing[0]} is missing"
@@ -193,7 +266,6 @@ def _fault(method: Method, assigned: Assignment, update: Update) -> str | None:
             return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}"
         if tensor.dtype != like.dtype:
             return f"{name} has dtype {tensor.dtype}, expected {like.dtype}"
-        # one pass: only finite values have a finite sum; if they overflowed, look again
-        if not math.isfinite(tensor.sum().item()) and not torch.isfinite(tensor).all():
-            return f"{name} has values that are not finite"
+        if too_large(tensor):
+            return f"{name} has values that are not finite, or beyond {LARGEST:g}"
     return None

@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -269,7 +270,7 @@ def init(
     data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
     out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
     model: Annotated[
-        str, typer.Option(help="the base model: a folder, a hub name or a .gguf file")
+        str, typer.Option(help="the base model: a folder, hub:NAME or a .gguf file")
     ] = "",
     delimiter: Annotated[
         str | None, typer.Option(help="between the values of a csv; left out: it is found")
@@ -313,8 +314,12 @@ def main() -> None:
     """The ``rolora`` command: every error is one line and a documented exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _interrupt)
     # a forked worker that raised in the middle of a library's code would leave its locks held
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        usual = partial(signal.signal, number, signal.SIG_DFL)
+        os.register_at_fork(after_in_child=usual)
     try:
         app()
     except (NotHere, ModelNotHere) as error:

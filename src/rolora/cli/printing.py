@@ -63,7 +63,7 @@ def tracked(items: Sequence[T], what: str) -> Iterator[T]:
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; a BaseException, so that no library handles it as an error."""
+    """Ctrl-C, SIGTERM or SIGHUP; a BaseException, so that no library handles it as an error."""
 
 
 @contextlib.contextmanager

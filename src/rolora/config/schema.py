@@ -52,7 +52,10 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """``[model]``: the base model and its task."""
 
-    path: str = Field(description="a folder, a hub name, or a file ending in .gguf")
+    path: str = Field(
+        description="a folder, a file ending in .gguf, or hub:NAME or hub:NAME@REVISION; hub: may "
+        "be left out if no folder is called like the part before the slash"
+    )
     task: str = Field(
         "classification",
         description="classification, multi_label, regression, causal_lm, choice, or the task of an "
@@ -118,7 +121,7 @@ class DataConfig(Section):
 
     train: str = Field(
         description="a csv, tsv, json, jsonl or parquet file, also .gz or .zst; a folder or "
-        "pattern of them; a datasets folder; a hub name"
+        "pattern of them; a datasets folder; hub:NAME, hub:NAME:CONFIG, either with @REVISION"
     )
     test: str | Share = Field(
         0.2, description="test rows, held by the server: a source, or a share of train"
@@ -246,6 +249,13 @@ class AggregateConfig(Section):
     )
     weights: Literal["num_examples", "uniform"] = Field(
         "num_examples", description="weights of the clients in a mean"
+    )
+    max_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="largest share of one client in the weight of a round; left out: none on one "
+        "machine or with two sites; 0.5 with more sites, whose sizes are claims",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="clip each client's update to this norm"

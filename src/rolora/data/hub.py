@@ -15,7 +15,10 @@ from rolora.data.readers import named_classes, neighbour, usual_types
 from rolora.errors import DataError, NotHere, nearest, one_line
 from rolora.network import is_reachable
 
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+HUB = "hub:"
+HUB_NAME = re.compile(
+    rf"({HUB})?(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
+)
 
 
 def read_folder(path: Path, source: str, split: str) -> pa.Table:
@@ -35,20 +38,33 @@ def read_folder(path: Path, source: str, split: str) -> pa.Table:
 
 
 def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
-    """One split of ``name`` or ``name:config`` from a hub, or from the hub's cache.
+    """One split of ``hub:NAME``, ``hub:NAME:CONFIG`` or either with ``@REVISION`` behind it.
 
-    ``offline``: the cache only. Raises DataError if neither has it.
+    It comes from the hub, or from the hub's cache; ``offline``: the cache only. "hub:" may be left
+    out if there is no folder that would hold a file of this name. Raises DataError if neither has
+    it.
     """
-    name = HUB_NAME.fullmatch(source)
-    if not name:
-        near = neighbour(root / Path(source).expanduser())
-        looked = f"{source}: no such file or folder (looked in {root.resolve()}{near})"
-        raise NotHere(looked, source)
+    name, path = HUB_NAME.fullmatch(source), root / Path(source).expanduser()
+    owned = "/" in source and path.parent.is_dir() and not source.startswith(HUB)
+    if not name or owned:
+        looked = f"{source}: no such file or folder (looked in {root.resolve()}{neighbour(path)})"
+        raise NotHere(
+            looked + (f"; for the hub's rows, write {HUB}{source}" if name else ""), source
+        )
+    if Path(name["name"]).exists():  # datasets would take it, wherever the command is run
+        raise DataError(
+            f"{source} is on the hub, but {Path(name['name']).resolve()} has the same name: give a "
+            "path that begins with ./, or work in another folder"
+        )
     config = datasets.config
     alone = offline or config.HF_HUB_OFFLINE or not is_reachable(config.HF_ENDPOINT)
     try:
         with _told_offline(alone):
-            return _table(datasets.load_dataset(name["name"], name["config"], split=split))
+            return _table(
+                datasets.load_dataset(
+                    name["name"], name["config"], split=split, revision=name["revision"]
+                )
+            )
     except Exception as error:  # the hub's client raises errors of several libraries
         if alone:
             raise NotHere(_how_to_get(source, name, root, offline), source) from error
@@ -75,6 +91,7 @@ def _told_offline(alone: bool) -> Iterator[None]:
 def _how_to_get(source: str, name: re.Match[str], root: Path, offline: bool) -> str:
     why = "offline = true" if offline else "the hub does not answer"
     asked = ", ".join(repr(part) for part in (name["name"], name["config"]) if part)
+    asked += f", revision={name['revision']!r}" if name["revision"] else ""
     return (
         f"{source} is not a file or folder in {root.resolve()}, nor in the hub's cache, and {why}: "
         f"where there is a network, run datasets.load_dataset({asked}).save_to_disk('FOLDER'), and "

@@ -12,6 +12,7 @@ import codecs
 import csv
 import difflib
 import io
+import itertools
 import json
 import re
 import sys
@@ -33,6 +34,12 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # One block for most files: a row may not span two of Arrow's blocks, and row numbers in its
 # messages count from the start of a block.
 LARGEST_BLOCK = 1 << 30
+# Bytes that any file may unpack to; a larger one, this many times its own size. Text packs to a
+# twentieth, and what packs to a thousandth is made to fill somebody's memory.
+UNPACKED = 1 << 28
+UNPACKED_TIMES = 100
+# Objects and lists in one another: Arrow's reader of JSON ends the process at some thousands.
+DEEPEST = 100
 
 
 def read_csv(data: bytes, delimiter: str) -> pa.Table:
@@ -97,7 +104,11 @@ def delimiter_hint(mark: str) -> str:
 
 
 def read_json(data: bytes, delimiter: str) -> pa.Table:
-    """JSON lines, one array of objects, or one object whose "data" is such an array."""
+    """JSON lines, one array of objects, or one object whose "data" is such an array.
+
+    ValueError for values nested deeper than ``DEEPEST``.
+    """
+    _require_shallow(data)
     text = data.decode("utf-8-sig")
     array = _array(text)
     if array is not None:
@@ -119,11 +130,63 @@ def read_json(data: bytes, delimiter: str) -> pa.Table:
 
 
 def read_parquet(file: Path | bytes) -> pa.Table:
-    """A Parquet file; classes that the ``datasets`` library wrote there by their names."""
+    """A Parquet file; classes that the ``datasets`` library wrote there by their names.
+
+    ValueError for one that unpacks to more than ``most_unpacked``.
+    """
+    _require_unpackable(file)
     source = file if isinstance(file, Path) else pa.BufferReader(file)
     table = pyarrow.parquet.read_table(source, partitioning=None)
     table.validate(full=True)  # text that is not UTF-8 would only raise where it is used
     return named_classes(usual_types(table))
+
+
+def _require_unpackable(file: Path | bytes) -> None:
+    """Read it in parts that are not kept, as long as they are not too large together.
+
+    What the file says of its own size is looked at first, but a value repeated a million times
+    counts once there.
+    """
+    size = file.stat().st_size if isinstance(file, Path) else len(file)
+    most = most_unpacked(size)
+    with pyarrow.parquet.ParquetFile(file if isinstance(file, Path) else io.BytesIO(file)) as parts:
+        groups = [parts.metadata.row_group(i) for i in range(parts.metadata.num_row_groups)]
+        sizes = [group.total_byte_size for group in groups]
+        if sum(sizes) > most:
+            raise _too_large(most)
+        # no value is longer than its group, and a small file may have it in every row
+        rows = (1 << 30) // max([1, *sizes]) if size < 1 << 22 else 1 << 16
+        total = 0
+        for part in parts.iter_batches(batch_size=min(max(rows, 64), 1 << 16)):
+            total += part.nbytes
+            if total > most:
+                raise _too_large(most)
+
+
+def most_unpacked(size: int) -> int:
+    """The bytes that a file of this size may unpack to."""
+    return max(UNPACKED, UNPACKED_TIMES * size)
+
+
+def _too_large(most: int) -> ValueError:
+    return ValueError(
+        f"it unpacks to more than {most / 1e6:,.0f} MB, {UNPACKED_TIMES} times its size or more: "
+        "unpack it yourself, or split it, if you trust it"
+    )
+
+
+_STRINGS = re.compile(rb'"(?:[^"\\\n]|\\.)*"')
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
+_STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
+
+
+def _require_shallow(data: bytes) -> None:
+    """ValueError for JSON nested deeper than ``DEEPEST``."""
+    if data.count(b"{") + data.count(b"[") <= DEEPEST:
+        return
+    brackets = _STRINGS.sub(b"", data).translate(None, _NOT_BRACKETS)
+    if max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0) > DEEPEST:
+        raise ValueError(f"objects and lists are nested more than {DEEPEST} deep")
 
 
 def usual_types(table: pa.Table) -> pa.Table:
@@ -311,8 +374,12 @@ def read_file(path: Path, source: str, form: TextForm) -> pa.Table:
 def _contents(path: Path) -> bytes:
     if path.suffix.lower() not in COMPRESSED:
         return path.read_bytes()
+    most = most_unpacked(path.stat().st_size)
     with pa.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()]) as stream:
-        return bytes(stream.read())
+        data = bytes(stream.read(most + 1))
+    if len(data) > most:
+        raise _too_large(most)
+    return data
 
 
 def _not_encoded(data: bytes, encoding: str) -> str:
@@ -363,7 +430,7 @@ def guess_form(path: Path) -> TextForm:
         return PLAIN
     try:
         data = _contents(path)
-    except OSError:  # said where the file is read
+    except (OSError, ValueError):  # said where the file is read
         return PLAIN
     encoding = guess_encoding(data)
     if kind not in (".csv", ".tsv"):

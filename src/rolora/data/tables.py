@@ -49,7 +49,8 @@ def read_table(
     Args:
         source: a .csv, .tsv, .json, .jsonl or .parquet file, also with .gz or .zst behind it; a
             folder or a pattern of such files, which are one set of rows; a folder written by
-            ``save_to_disk``; or a hub name with an optional configuration ("nyu-mll/glue:sst2").
+            ``save_to_disk``; or a hub name with a configuration and a revision, if it has them
+            ("hub:nyu-mll/glue:sst2@main").
         root: the folder that relative paths start from.
         split: which split to take of a folder of several, or of a hub data set.
         offline: refuse hub names.
@@ -58,10 +59,14 @@ def read_table(
     Raises DataError, in one line, if the source is missing, malformed, or has no rows.
     """
     path = root / Path(source).expanduser()
-    if is_glob(source, root=root):
+    if source.startswith("hub:"):
+        from rolora.data.hub import read_hub  # importing datasets takes seconds
+
+        table = read_hub(source, root, split, offline)
+    elif is_glob(source, root=root):
         table = _joined_files(list(files_of(source, root=root)), root, form)
     elif path.is_dir() and any((path / name).is_file() for name in _SAVED):
-        from rolora.data.hub import read_folder  # importing datasets takes seconds
+        from rolora.data.hub import read_folder
 
         table = read_folder(path, source, split)
     elif path.is_dir():

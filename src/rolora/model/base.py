@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
@@ -30,11 +29,33 @@ from rolora.model.checkpoint import (
     outputs_config,
     quantisation,
     quiet,
+    read_config,
     require_here,
 )
 from rolora.model.peft import Kind, LoraSettings, above_encoder, linear_layers, peft_config
 from rolora.model.probe import unfit
 from rolora.model.stack import Stack, take_over
+
+# Keys of a model's configuration that do not change what its layers compute from the same weights:
+# names, versions, formats, what the run itself sets, what is returned beside the outputs.
+_NO_EFFECT = {
+    *("_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map"),
+    *("dtype", "torch_dtype", "quantization_config", "use_cache", "return_dict"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"),
+    *("output_attentions", "output_hidden_states", "task_specific_params"),
+    *("attn_implementation", "experts_implementation"),
+}
+
+
+def _computation(config: Any) -> str:
+    """The part of a model's configuration that computes, where it differs from its type's own."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): kept(v) for k, v in value.items() if k not in _NO_EFFECT}
+        return [kept(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(kept(config.to_diff_dict()), sort_keys=True, default=str)
 
 
 class Limit(NamedTuple):
@@ -68,13 +89,13 @@ class Base:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of every weight that stays as the checkpoint has it."""
+        """A hash of every weight that stays as the checkpoint has it, and of how it computes."""
         weights = {
             name: tensor
             for name, tensor in self.model.state_dict().items()
             if not name.startswith(tuple(f"{layer}." for layer in self.head_layers))
         }
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(_computation(self.model.config).encode())
         for name, tensor in sorted({**weights, **self.specs.head}.items()):
             digest.update(f"{name} {tensor_hash(tensor.cpu())}".encode())
         return digest.hexdigest()[:32]
@@ -168,7 +189,7 @@ def load_base(
 ) -> Base:
     """Load a model and tokenizer and put a bank under its target modules.
 
-    ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or a hub name. Only
+    ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or "hub:NAME". Only
     safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
     but the head's through bitsandbytes. A trained head is used only where the checkpoint names its
     outputs as ``labels``, in this order. Raises ConfigError, in one line, for anything unusable.
@@ -181,6 +202,7 @@ def load_base(
     if quantise:
         more |= quantisation(place, auto, quantise, dtype, device)
     with one_line_errors(source), quiet():
+        stored = read_config(place)
         tokenizer = load_tokenizer(place)
         model, info = auto.from_pretrained(
             **place,
@@ -190,7 +212,6 @@ def load_base(
             use_safetensors=None if "gguf_file" in place else True,
             output_loading_info=True,
         )
-        stored = transformers.AutoConfig.from_pretrained(**place)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     outputs = set() if kind == "causal_lm" else _outputs(model)
     note = ""
@@ -202,6 +223,7 @@ def load_base(
     if model.config.pad_token_id is None:  # else the model was built around it (RoBERTa)
         model.config.pad_token_id = tokenizer.pad_token_id
     base = with_bank(model, tokenizer, kind, settings, source, missing)
+    base.peft_config.revision = place.get("revision")
     if not quantise:
         base.model.to(device)
     return replace(base, note=note)

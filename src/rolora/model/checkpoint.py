@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from rolora.model import pixel_network
 from rolora.model.peft import MODEL_CONFIG, Kind
 from rolora.network import is_reachable
 
+HUB = "hub:"
 Quantised = Literal["int8", "nf4"]
 AUTO: Mapping[Kind, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
@@ -29,9 +31,13 @@ AUTO: Mapping[Kind, Any] = {
 def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     """The place of a model, as arguments of ``from_pretrained``; registers our model types.
 
+    "hub:NAME" or "hub:NAME@REVISION" is on the hub. Without "hub:", a path; a name of at most one
+    slash is looked for on the hub if there is no such folder, nor one that would hold it.
     ConfigError for a path that does not exist.
     """
     pixel_network.register()
+    if source.startswith(HUB):
+        return _on_hub(source, offline)
     path = root / Path(source).expanduser()
     if source.endswith(".gguf"):
         if not path.is_file():
@@ -44,12 +50,26 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
         }
     if path.is_dir():
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    owned = source.count("/") == 1 and path.parent.is_dir()
+    if owned or source.startswith((".", "/", "~")) or source.count("/") > 1:
         looked = f"model folder {source!r} does not exist (looked for {path})"
-        raise ModelNotHere(looked, path)
+        hint = f"; for the hub's model, write {HUB}{source}" if owned else ""
+        raise ModelNotHere(looked + hint, path)
+    return _on_hub(f"{HUB}{source}", offline)
+
+
+def _on_hub(source: str, offline: bool) -> dict[str, Any]:
+    """The place of ``hub:NAME`` or ``hub:NAME@REVISION``. ConfigError if a folder has this name."""
+    name, _, revision = source.removeprefix(HUB).partition("@")
+    if Path(name).exists():  # transformers would take it, wherever the command is run
+        raise ConfigError(
+            f"model {name!r} is on the hub, but {Path(name).resolve()} has the same name: give a "
+            "path that begins with ./, or work in another folder"
+        )
     hub = transformers.utils.hub
     alone = offline or hub.is_offline_mode() or not is_reachable(hub.constants.ENDPOINT)
-    return {"pretrained_model_name_or_path": source, "local_files_only": alone}
+    pinned = {"revision": revision} if revision else {}
+    return {"pretrained_model_name_or_path": name, "local_files_only": alone, **pinned}
 
 
 def require_here(place: dict[str, Any], offline: bool) -> None:
@@ -58,13 +78,57 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
     if not place["local_files_only"] or Path(name).is_dir():
         return
     try:
-        transformers.AutoConfig.from_pretrained(**place)
+        read_config(place)
     except OSError as error:
         why = "offline = true" if offline else "the hub does not answer"
+        pinned = f" --revision {place['revision']}" if "revision" in place else ""
         raise ConfigError(
             f"model {name!r} is not on this machine, and {why}: on a machine with network access, "
-            f"run hf download {name} (it stays in the hub's cache), or set model.path to its folder"
+            f"run hf download {name}{pinned} (it stays in the hub's cache), or set model.path to "
+            "its folder"
         ) from error
+
+
+def read_config(place: dict[str, Any]) -> Any:
+    """A model's configuration. No code that it names is fetched or run.
+
+    ``place``: see ``locate``. ConfigError for a configuration that computes by such code: a type of
+    model that comes with its own (``auto_map``), or kernels from a hub. Raises OSError where there
+    is none.
+    """
+    stored, _ = transformers.PreTrainedConfig.get_config_dict(**place)
+    name = place["pretrained_model_name_or_path"]
+    if key := _kernel(stored):
+        raise ConfigError(
+            f"the configuration of {name!r} asks for code from a hub ({key}), which is never run: "
+            "remove this key from its config.json"
+        )
+    if "auto_map" in stored and stored.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise ConfigError(
+            f"the model {name!r} computes by code of its own (auto_map in its config.json), which "
+            "is never run: use a model of a type that transformers has"
+        )
+    return transformers.AutoConfig.from_pretrained(**place, trust_remote_code=False)
+
+
+def _kernel(stored: Any) -> str:
+    """The first key of a configuration, at any depth, that names a kernel of a hub; "" if none.
+
+    What computes attention or experts is a word, such as "sdpa"; with a slash, it is a repository.
+    """
+    if isinstance(stored, list):
+        return next(filter(None, map(_kernel, stored)), "")
+    if not isinstance(stored, dict):
+        return ""
+    items: dict[str, Any] = stored
+    for key, value in items.items():
+        if key in ("use_kernels", "kernel_config") and value:
+            return key
+        if key.endswith("_implementation") and "/" in json.dumps(value):
+            return key
+        if found := _kernel(value):
+            return f"{key}.{found}"
+    return ""
 
 
 def outputs_config(kind: Kind, labels: Sequence[str]) -> dict[str, Any]:
@@ -119,7 +183,7 @@ def in_order_of_checkpoint(
     with contextlib.suppress(ConfigError), one_line_errors(source), quiet():
         place = locate(source, root, offline)
         if "gguf_file" not in place:
-            config = transformers.AutoConfig.from_pretrained(**place)
+            config = read_config(place)
             return in_order_of_outputs(config, labels) or [*labels]
     return [*labels]
 
@@ -130,7 +194,8 @@ def in_order_of_adapter(folder: Path, labels: Sequence[Any]) -> list[Any] | None
     if not file.is_file():
         return [*labels]
     with one_line_errors(str(file)):
-        return in_order_of_outputs(transformers.AutoConfig.from_pretrained(file), labels)
+        config = read_config({"pretrained_model_name_or_path": str(file)})
+        return in_order_of_outputs(config, labels)
 
 
 def quantisation(
@@ -141,9 +206,8 @@ def quantisation(
         raise ConfigError(f"model.dtype = {quantise!r} needs: pip install 'rolora[quantised]'")
     if quantise == "nf4" and device != "cuda":  # bitsandbytes has no gradient through it there
         raise ConfigError("model.dtype = 'nf4' needs device = 'cuda'; on a CPU use 'int8'")
-    config = transformers.AutoConfig.from_pretrained(**place)
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = auto.from_config(read_config(place), trust_remote_code=False)
     head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     how = transformers.BitsAndBytesConfig(
         load_in_8bit=quantise == "int8",

@@ -1,16 +1,20 @@
 """The layers below the adapters, computed once per token for a whole run and kept on disk.
 
 What leaves these frozen layers is the same in every round. The name of its safetensors file is a
-hash of the base's weights, the layer and the rows' tokens: others find another file.
+hash of the base, the layer and the rows' tokens: others find another file. The file holds a hash of
+its tensor, and is used only if nobody but its owner can have written it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
+import stat
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rolora.data.examples import Examples, collate
-from rolora.files import TEMPORARY, sync
+from rolora.files import TEMPORARY, sweep, sync
 from rolora.model.base import Base
 
 TOKENS_AT_ONCE = 4096
+LEFT_AFTER = 86400.0  # seconds until what is half written there is taken for left
 # safetensors' names
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -40,13 +45,31 @@ class Prefix:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def read(self) -> Tensor | None:
-        """The tensor, mapped from the file and not loaded; None if it is not there or damaged."""
+        """The tensor, mapped from the file and not loaded.
+
+        None if the file is not there or damaged, or others may have written it.
+        """
         try:
+            if not _own(self.file):
+                return None
             with safe_open(self.file, framework="pt") as stored:
                 hidden: Tensor = stored.get_tensor("hidden")
+                hash = (stored.metadata() or {}).get("sha256")
         except (OSError, SafetensorError):
             return None
-        return hidden if (tuple(hidden.shape), hidden.dtype) == (self.shape, self.dtype) else None
+        fits = (tuple(hidden.shape), hidden.dtype) == (self.shape, self.dtype)
+        return hidden if fits and _hash(hidden) == hash else None
+
+
+def _own(path: Path) -> bool:
+    """Whether it is ours or root's, and nobody else can write to it. OSError if it is not there."""
+    found = path.stat()
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid in (os.getuid(), 0) and not others
+
+
+def _hash(hidden: Tensor) -> str:
+    return hashlib.sha256(hidden.view(torch.uint8).numpy().data).hexdigest()
 
 
 def below_adapters(base: Base, examples: Examples, folder: Path) -> Prefix | None:
@@ -85,29 +108,42 @@ def kept_below(base: Base, examples: Examples, folder: Path) -> tuple[Examples, 
 def with_prefix(base: Base, examples: Examples, prefix: Prefix) -> Examples:
     """The rows with what enters the lowest adapted layer, read from disk or computed and kept.
 
-    Raises OSError where the folder cannot be written or is full; nothing is left behind then.
+    Raises OSError where the folder cannot be written or is full, or others may write to it; nothing
+    is left behind then.
     """
-    if prefix.read() is None:
+    folder = prefix.file.parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _own(folder):
+        raise PermissionError(errno.EPERM, "others may write to it")
+    sweep(folder, seconds=LEFT_AFTER)
+    found = prefix.read()
+    if found is None:
         _compute(base, examples, prefix)
-    return replace(examples, prefix=prefix.read())
+        found = prefix.read()
+    return replace(examples, prefix=found)
 
 
 def _compute(base: Base, examples: Examples, prefix: Prefix) -> None:
-    prefix.file.parent.mkdir(parents=True, exist_ok=True)
     part = prefix.file.with_name(f"{TEMPORARY}{prefix.file.name}-{os.getpid()}")
     entry = {"dtype": NAMES[prefix.dtype], "shape": prefix.shape}
-    header = json.dumps({"hidden": {**entry, "data_offsets": [0, prefix.num_bytes]}}).encode()
-    header += b" " * (-len(header) % 8)
-    begin = 8 + len(header)
+
+    def header(hash: str) -> bytes:
+        about = {"__metadata__": {"sha256": hash}}
+        text = json.dumps({**about, "hidden": {**entry, "data_offsets": [0, prefix.num_bytes]}})
+        return text.encode() + b" " * (-len(text) % 8)
+
+    blank = header("0" * 64)
+    begin = 8 + len(blank)
     try:
-        with part.open("w+b") as file:
+        with open(part, "w+b", opener=partial(os.open, mode=0o600)) as file:
             # a full disk says so here, and not by a signal in the middle
             os.posix_fallocate(file.fileno(), 0, begin + prefix.num_bytes)
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(len(blank).to_bytes(8, "little"))
             file.flush()
             with mmap.mmap(file.fileno(), 0) as memory:
                 into = torch.frombuffer(memory, dtype=prefix.dtype, offset=begin)
                 _fill(base, examples, into.view(prefix.shape))
+                memory[8:begin] = header(_hash(into))
                 del into
                 memory.flush()
         sync(part)

@@ -25,6 +25,7 @@ from rolora.model.checkpoint import (
     one_line_errors,
     outputs_config,
     quiet,
+    read_config,
     require_here,
 )
 from rolora.model.peft import Kind, LoraSettings, above_encoder
@@ -75,13 +76,13 @@ def outline(
     """
     place = locate(source, root, offline=True)
     with one_line_errors(source), quiet():
-        config, found = _config(place, root, offline)
+        config, found = _config(source, place, root, offline)
         width = (getattr(config, "dtype", None) or torch.float32).itemsize  # on disk
         if kind == "regression" or labels:
             config.update(outputs_config(kind, labels))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
-            model = AUTO[kind].from_config(config, dtype=dtype)
+            model = AUTO[kind].from_config(config, dtype=dtype, trust_remote_code=False)
         tokenizer = _tokenizer(place)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = 0 if tokenizer is None else tokenizer.pad_token_id
@@ -95,20 +96,20 @@ def outline(
     return Outline(base, mode, tokenizer is not None, stored, found)
 
 
-def _config(place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]:
+def _config(source: str, place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]:
     """The model's configuration, and where it was found."""
     name = place["pretrained_model_name_or_path"]
     if Path(name).is_dir():
-        return transformers.AutoConfig.from_pretrained(**place), "its folder"
+        return read_config(place), "its folder"
     with contextlib.suppress(OSError):
-        return transformers.AutoConfig.from_pretrained(**place), "the hub's cache"
+        return read_config(place), "the hub's cache"
     file = SHAPES / f"{name.removeprefix('FacebookAI/').replace('/', '--')}.json"
     if file.is_file():
         shape = json.loads(file.read_text())
         return transformers.AutoConfig.for_model(**shape), "rolora/plan/shapes"
-    place = locate(name, root, offline)
+    place = locate(source, root, offline)
     require_here(place, offline)
-    return transformers.AutoConfig.from_pretrained(**place), "the hub"
+    return read_config(place), "the hub"
 
 
 def _tokenizer(place: dict[str, Any]) -> Any:

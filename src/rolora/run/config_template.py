@@ -133,7 +133,7 @@ seed = 0
 device = "cpu"                    # cpu | cuda | mps
 
 [model]
-path = {_toml(model or small)}    # a folder, a hub name, or a .gguf file
+path = {_toml(model or small)}    # a folder, hub:NAME, or a .gguf file
 task = {_toml(task)}        # {" | ".join(TASKS.names())}
 dtype = "auto"                    # fp32 | bf16 | auto
 

@@ -51,6 +51,7 @@ class Parts(TypedDict, total=False):
     run: str
     bank: int
     spare: int
+    max_share: float
     notes: Sequence[str]
 
 
@@ -398,6 +399,11 @@ class Experiment:
         return 0
 
     @cached_property
+    def max_share(self) -> float | None:
+        """The largest share of one client in a round's weight: sizes are counted here."""
+        return self.config.aggregate.max_share
+
+    @cached_property
     def federation(self) -> Federation:
         """What ``federate`` runs."""
         config, train, engine = self.config, self.config.train, self.engine
@@ -406,7 +412,10 @@ class Experiment:
             method=self.method,
             engine=engine,
             aggregation=Aggregation(
-                compose(config.aggregate.rules), config.aggregate.weights, config.aggregate.quorum
+                compose(config.aggregate.rules),
+                config.aggregate.weights,
+                config.aggregate.quorum,
+                max_share=self.max_share,
             ),
             ranks=config.lora.ranks,
             seed=config.seed,

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,16 @@ from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.ledger import Held, Ledger
 from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import locked, new_folder, sync, write_file
+from rolora.files import DOOMED, locked, new_folder, sweep, sync, write_file
 from rolora.training.rounds import Best, RoundResult, RunState
 
-KEPT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained from
 
 
 def line(result: RoundResult) -> dict[str, Any]:
     """A round's line in ``rounds.jsonl``."""
     values = {field.name: getattr(result, field.name) for field in fields(result)}
-    del values["advanced"], values["state"]
+    del values["advanced"], values["reason"], values["state"]
     if not result.cut:
         del values["cut"]  # most rules cut nobody
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
@@ -129,6 +129,7 @@ class RunFolder:
             "stale": state.stale,
             "best": state.best and {"round": state.best.round, "value": state.best.value},
             "line": values if result.advanced else None,
+            "reason": result.reason,
             "sha256": hashlib.sha256(payload).hexdigest(),
         }
         retry = f"-attempt-{state.server.attempt:03d}" if state.server.attempt else ""
@@ -140,15 +141,16 @@ class RunFolder:
             with self.rounds.open("a") as file:
                 file.write(json.dumps(values) + "\n")
             sync(self.rounds)
-        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            _remove(old)
+        for old in _unneeded([folder.name for folder in self._checkpoints()]):
+            _remove(self.path / "checkpoints" / old)
 
     def restore(self, start: RunState) -> tuple[RunState, list[str]]:
         """The newest intact state, and notes on damaged ones.
 
         ``start`` if nothing was committed yet. Cuts ``rounds.jsonl`` back to the state. Raises
-        RoloraError if there are checkpoints but none can be read.
+        RoloraError if there are checkpoints but none can be read. For who holds the lock.
         """
+        sweep(self.path)
         if not self._checkpoints():
             write_file(self.rounds, "")
             return start, []
@@ -167,6 +169,11 @@ class RunFolder:
             f"with: rolora run {self.config} --out NEW_FOLDER"
         )
 
+    @property
+    def newest(self) -> str:
+        """The name of the newest checkpoint; "" before there is one."""
+        return "".join(folder.name for folder in self._checkpoints()[-1:])
+
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("round-*"))
 
@@ -184,6 +191,18 @@ class RunFolder:
         if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
             kept.append(json.dumps(last))
         write_file(self.rounds, "".join(text + "\n" for text in kept))
+
+
+def _unneeded(names: Sequence[str]) -> list[str]:
+    """The checkpoints, in order, that neither a resume needs nor anybody who goes back to the last
+    state that is known to be good: a round was trained from it."""
+    older, newest = names[:-KEPT_CHECKPOINTS], names[-1]
+    proven = [name for name in names if _round_of(name) < _round_of(newest)]
+    return [name for name in older if name not in proven[-1:]]
+
+
+def _round_of(name: str) -> str:
+    return name.partition("-attempt-")[0]
 
 
 def contents(state: RunState) -> dict[str, Tensor]:
@@ -231,7 +250,7 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a crash in between leaves no partial one under its name."""
-    doomed = folder.with_name(f".old-{folder.name}")
+    doomed = folder.with_name(f"{DOOMED}{folder.name}")
     folder.rename(doomed)
     for file in doomed.iterdir():
         file.unlink()

@@ -34,7 +34,7 @@ def _parts(result: RoundResult, rounds: int) -> Iterator[str]:
     phase = "+".join(role for role in result.factors if role != "head") or "head"
     yield from (f"round {result.round}/{rounds}", f"train {phase}", f"{len(result.cohort)} clients")
     if not result.advanced:
-        yield f"no quorum in attempt {result.attempt + 1}; trying again"
+        yield f"no quorum in attempt {result.attempt + 1} ({result.reason}); trying again"
     if result.loss is not None:
         yield f"loss {result.loss:.3f}"
     if result.moved is False:

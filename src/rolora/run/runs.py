@@ -38,12 +38,13 @@ from rolora.training.rounds import RoundResult, RunState, federate
 
 @dataclass(frozen=True)
 class Run:
-    """A run with its folder and the state to continue from."""
+    """A run with its folder and the state to continue from, that of its newest ``checkpoint``."""
 
     experiment: Experiment
     folder: RunFolder
     state: RunState
     notes: tuple[str, ...]
+    checkpoint: str = ""
 
     def rounds(
         self, watch: Callable[[Engine], Engine] = lambda engine: engine
@@ -52,11 +53,15 @@ class Run:
 
         At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
         updates as they arrive. A loss that is not finite ends the run and is recorded in its
-        folder.
+        folder. ConfigError if the folder is in use, or has gone on since this run was opened.
         """
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
         with self.folder.locked():
+            if self.folder.newest != self.checkpoint:
+                raise ConfigError(
+                    f"{self.folder.path} has gone on since this run was opened: resume it anew"
+                )
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state
@@ -161,6 +166,7 @@ def resume(
                     f"again with: rolora run {folder.config} --out NEW_FOLDER"
                 )
         state, notes = folder.restore(experiment.start)
+        checkpoint = folder.newest
         if rounds is not None and rounds < state.server.round:
             raise ConfigError(f"{path} has already done {state.server.round} rounds")
         if rounds is not None:
@@ -170,7 +176,7 @@ def resume(
     for key, what in _ALIKE.items():
         if now[key] != origin[key]:
             notes.append(f"the {what} changed since the run started, so the last bits may differ")
-    return Run(experiment, folder, state, (*experiment.notes, *notes))
+    return Run(experiment, folder, state, (*experiment.notes, *notes), checkpoint)
 
 
 def stored(

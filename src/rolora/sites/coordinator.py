@@ -16,6 +16,10 @@ from rolora.run.experiment import Experiment, data_hash
 from rolora.run.runs import Build
 from rolora.run.shards import Rows
 
+# of one site in a round's weight, where it is not set: sizes are claims. Of two sites, one always has
+# half of the rows.
+SITES_SHARE = 0.5
+
 
 def across(transport: Transport, notify: Callable[[str], None]) -> Build:
     """What sets up a run on the sites of ``transport``, for ``runs.start`` and ``runs.resume``.
@@ -59,7 +63,7 @@ def _prepare(
     labels = wanted.ordered(membership.gather())
     here = Experiment(config, rows=rows, labels=labels)
     engine = Remote(membership, here)
-    members = engine.clients()
+    members, sites = engine.clients(), config.federation.sites
     held = [here.test] if here.validation is None else [here.test, here.validation]
     return Experiment(
         config,
@@ -76,6 +80,7 @@ def _prepare(
         run=run,
         bank=1,
         spare=config.federation.spare,
+        max_share=config.aggregate.max_share or (SITES_SHARE if sites > 2 else None),
         notes=[note for note in (here.base.note,) if note],
     )
 

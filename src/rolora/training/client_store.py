@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from rolora.errors import RoloraError
 from rolora.files import write_file
 
 KEPT_STATES = 3  # per client: two that checkpoints may need, and the one being written
+SENT_AGAIN = ("received", "sent")  # kinds that a coordinator sends whole to a site without them
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,32 @@ class ClientStore:
 
     A client's state for round t is the newest file of an earlier round, so a retried or resumed
     round starts from the same state as the first attempt. ``kind`` is the prefix of the file names:
-    "round" for personal adapters, "residual" for what an upload rounded away.
+    "round" for personal adapters, "residual" for what an upload rounded away; sites also keep what
+    they "received" and "sent".
     """
 
     folder: Path
     kind: str = "round"
 
     def read(self, client: str, before: int) -> dict[str, Tensor]:
-        """The client's tensors as of the last round before this one; {} if none."""
+        """The client's tensors as of the last round before this one; {} if none.
+
+        A damaged file of a kind that is sent again counts as none. RoloraError for any other: what
+        it held is nowhere else.
+        """
         earlier = [file for round, file in self._files(client) if round < before]
-        return load_file(earlier[-1]) if earlier else {}
+        if not earlier:
+            return {}
+        try:
+            return load_file(earlier[-1])
+        except (SafetensorError, OSError) as error:
+            if self.kind in SENT_AGAIN:
+                _log.warning("%s is damaged (%s) and is sent anew", earlier[-1], error)
+                return {}
+            raise RoloraError(
+                f"{earlier[-1]} is damaged ({error}): put it back, or delete it, and {client} goes "
+                "on from what it kept before"
+            ) from error
 
     def write(self, client: str, round: int, kept: Mapping[str, Tensor]) -> None:
         """Write the state after this round; of older ones keep what two checkpoints may need."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, layer_of, role_of
+from rolora.algorithm.adapter import LARGEST, AdapterState, layer_of, role_of, too_large
 from rolora.algorithm.factors import zero_deltas
 from rolora.algorithm.method import Method, lora_init
 from rolora.algorithm.seeding import derived_seed, generator
@@ -20,9 +20,11 @@ from rolora.model.bank import Bank, row_keys
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
 
+_LESS = "lower train.lr, set train.max_grad_norm, or use model.dtype = 'fp32'"
+
 
 class NonFiniteLoss(RoloraError):
-    """A client's loss became NaN or infinite, which stops the run."""
+    """A client's loss or weights became NaN or infinite, or grew without end: the run stops."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def train_group(
     """Train these clients together; the result is as if each had trained alone.
 
     Clients with fewer steps leave the bank early, with their optimiser state. Raises NonFiniteLoss
-    naming the client and the step.
+    naming the client, for a loss that is not finite or weights that are beyond ``LARGEST``.
     """
     bank, gradient, penalty = base.bank, method.gradient, method.penalty
     order = sorted(range(len(work)), key=lambda i: -work[i].steps)
@@ -112,8 +114,13 @@ def train_group(
         for place in range(first, bank.clients):
             start, steps = active[place].start, active[place].steps
             ended, loss = bank.take(place), float(total[place]) / max(steps, 1)
-            moved = sum(not start.holds(name, tensor) for name, tensor in ended.items())
-            trained[order[place]] = Trained(ended, loss, steps, moved)
+            moved = [name for name, tensor in ended.items() if not start.holds(name, tensor)]
+            if diverged := next((name for name in moved if too_large(ended[name])), None):
+                raise NonFiniteLoss(
+                    f"{diverged} of client {active[place].client!r} is not finite, or beyond "
+                    f"{LARGEST:g}, at the end of round {round}: {_LESS}"
+                )
+            trained[order[place]] = Trained(ended, loss, steps, len(moved))
 
     try:
         sizes, batch = next(prepared)
@@ -174,7 +181,7 @@ def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: 
         client = active[int((~finite).nonzero()[0])].client
         raise NonFiniteLoss(
             f"the loss of client {client!r} is not finite in round {round}, local step {step + 1}: "
-            "lower train.lr, set train.max_grad_norm, or use model.dtype = 'fp32'"
+            f"{_LESS}"
         )
 
 

@@ -59,7 +59,8 @@ class RoundResult:
 
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
     payload over all clients, as it is encoded; those of round 0 are the gradients of all clients,
-    if the method starts from them. ``cut``: see ``rolora.algorithm.step.RoundReport``.
+    if the method starts from them. ``cut``: see ``rolora.algorithm.step.RoundReport``. ``reason``:
+    why an attempt has not advanced.
     """
 
     round: int
@@ -79,6 +80,7 @@ class RoundResult:
     rejected: Mapping[str, str] = field(default_factory=dict)
     cut: Mapping[str, float] = field(default_factory=dict)
     advanced: bool = True
+    reason: str = ""
 
     @property
     def loss(self) -> float | None:
@@ -207,17 +209,17 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
         up = each * len(run.engine.clients()) if each else 0
         before = _evaluated(run, RoundResult(0, 0, state, bytes_up=up))
         yield replace(before, seconds=time.perf_counter() - started)
-    failed = 0
+    failed, reason = 0, ""
     patience = math.inf if run.patience is None else run.patience
     while state.server.round < run.rounds and state.stale < patience:
         if failed == run.max_attempts:
             raise NoQuorum(
                 f"round {state.server.round + 1}: no quorum of {run.aggregation.fewest} after "
-                f"{run.max_attempts} attempts; finished rounds are saved"
+                f"{run.max_attempts} attempts ({reason}); finished rounds are saved"
             )
         started = time.perf_counter()
         result = _round(run, state)
-        failed = 0 if result.advanced else failed + 1
+        failed, reason = (0 if result.advanced else failed + 1), result.reason
         if result.advanced:
             result = _evaluated(run, result)
         state = result.state
@@ -266,6 +268,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
         rejected=report.rejected,
         cut=report.cut,
         advanced=report.quorum_met,
+        reason=report.reason,
         state=replace(state, server=after, ledger=ledger),
     )
 

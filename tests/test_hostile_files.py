@@ -1,0 +1,229 @@
+"""Files that are made to do harm, that were left half written, or that others may write to."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from comparisons import lines
+
+from rolora.config.load import load_config
+from rolora.data.readers import DEEPEST, UNPACKED
+from rolora.data.tables import read_table
+from rolora.errors import ConfigError, DataError, RoloraError
+from rolora.files import new_folder, sweep, write_file
+from rolora.run import runs
+from rolora.training.client_store import ClientStore
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def nested(depth: int) -> str:
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+# files of rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        nested(100_000) + "\n",
+        '{"a": 1}\n' * 9 + '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
+        '{"a":\n' * 100_000 + "1" + "}\n" * 100_000,
+        '{"]":\n' * 100_000 + "1" + "}\n" * 100_000,
+        '[{"a": ' + "[" * 100_000 + "]" * 100_000 + "}]",
+    ],
+    ids=["objects", "lists", "lines", "brackets in keys", "one array"],
+)
+def test_json_nested_too_deep_is_refused_in_one_line_and_the_process_lives(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "deep.jsonl").write_text(text)
+    program = (
+        "from pathlib import Path; from rolora.errors import DataError\n"
+        "from rolora.data.tables import read_table\n"
+        "try: read_table('deep.jsonl', root=Path())\n"
+        "except DataError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = f"deep.jsonl cannot be read: objects and lists are nested more than {DEEPEST} deep"
+    assert done.stdout.splitlines() == [said]
+
+
+def test_brackets_in_text_are_no_nesting_and_rows_as_deep_as_allowed_are_read(
+    tmp_path: Path,
+) -> None:
+    rows = [{"a": "{[" * 500}, {"a": '\\"[' * 500}, {"a": 'x" : [' * 200}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "flat.jsonl").write_text(text)
+    assert read_table("flat.jsonl", root=tmp_path)["a"].to_pylist() == [r["a"] for r in rows]
+    (tmp_path / "deep.jsonl").write_text(nested(DEEPEST) + "\n")
+    assert read_table("deep.jsonl", root=tmp_path).num_rows == 1
+
+
+def gz(file: Path) -> None:
+    with gzip.open(file, "wb") as stream:
+        stream.write(b"a\n")
+        for _ in range(UNPACKED // (1 << 20) + 1):
+            stream.write(b"0\n" * (1 << 19))
+
+
+def zst(file: Path) -> None:
+    with pa.output_stream(str(file), compression="zstd") as stream:
+        stream.write(b"a\n")
+        for _ in range(UNPACKED // (1 << 20) + 1):
+            stream.write(b"0\n" * (1 << 19))
+
+
+def repeated(file: Path) -> None:
+    """One value of a megabyte in every row: once in the file, as often as rows in memory."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 600, pa.int32()), ["x" * (1 << 20)])
+    pyarrow.parquet.write_table(pa.table({"a": column}), file, store_schema=False)
+
+
+def zeros(file: Path) -> None:
+    column = pa.array([0] * (UNPACKED // 8 + 1), pa.int64())
+    pyarrow.parquet.write_table(pa.table({"a": column}), file, compression="zstd")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("a.csv.gz", gz), ("a.jsonl.zst", zst), ("a.parquet", repeated), ("a.parquet", zeros)],
+)
+def test_a_small_file_that_unpacks_to_very_much_is_refused(
+    name: str, write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    assert (tmp_path / name).stat().st_size < UNPACKED / 200
+    with pytest.raises(DataError, match=r"a\..* cannot be read: it unpacks to more than 268 MB"):
+        read_table(name, root=tmp_path)
+
+
+# leftovers
+
+
+def test_what_a_killed_run_left_half_written_is_gone_once_it_is_resumed(
+    site: Path, tmp_path: Path
+) -> None:
+    run = runs.start(load_config(site), tmp_path / "run")
+    list(itertools.islice(run.rounds(), 2))
+    left = [
+        run.folder.path / ".part-report.html-99",
+        run.folder.path / "checkpoints" / ".part-round-000003-99" / "state.safetensors",
+        run.folder.path / "checkpoints" / ".old-round-000000" / "manifest.json",
+        run.folder.path / "clients" / "ann" / ".part-round-000003.safetensors-99",
+    ]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+    resumed = runs.resume(run.folder.path)
+    assert not [path for path in run.folder.path.rglob(".*") if path.name != ".lock"]
+    list(resumed.rounds())
+    assert lines(run.folder.path)[-1]["round"] == 4
+
+
+def test_a_sweep_spares_what_is_being_written_and_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".part-link").symlink_to(tmp_path / "elsewhere")
+    with new_folder(tmp_path / "folder" / "new") as part:
+        (part / "file").touch()
+        sweep(tmp_path / "folder", seconds=60)
+    sweep(tmp_path / "folder")
+    assert (tmp_path / "folder" / "new" / "file").exists()
+    assert (tmp_path / "elsewhere" / "kept").exists()
+    assert not (tmp_path / "folder" / ".part-link").is_symlink()
+
+
+# two at once
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_of_two_resumed_runs_of_a_folder_only_one_goes_on(
+    site: Path, tmp_path: Path, rounds: int
+) -> None:
+    path = tmp_path / "run"
+    first = runs.start(load_config(site), path)
+    second, third = runs.resume(path), runs.resume(path)
+    going = first.rounds()
+    next(going)
+    with pytest.raises(ConfigError, match="is in use by another"):
+        next(second.rounds())
+    list(itertools.islice(going, rounds - 1))
+    going.close()
+    for stale in (second, third, first):
+        with pytest.raises(ConfigError, match="has gone on since this run was opened"):
+            next(stale.rounds())
+    list(runs.resume(path).rounds())
+    assert [entry["round"] for entry in lines(path)] == [0, 1, 2, 3, 4]
+
+
+# a terminal that closes
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_closes_ends_a_command_as_ctrl_c_does_unless_that_is_ignored(
+    site: Path, tmp_path: Path, ignored: bool
+) -> None:
+    command = [sys.executable, "-m", "rolora", "run", str(site), "--out", str(tmp_path / "run")]
+    trap = "trap '' HUP; " if ignored else ""
+    process = subprocess.Popen(
+        ["sh", "-c", f"{trap}exec {shlex.join(command)}"], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "rounds.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    err = process.communicate(timeout=120)[1]
+    if ignored:
+        assert process.returncode == 0
+    else:
+        assert process.returncode == 130
+        assert err.splitlines()[-1].startswith("rolora: interrupted; finished rounds are saved")
+
+
+# what clients keep
+
+
+@pytest.mark.parametrize("kind", ["received", "sent", "round", "residual"])
+@pytest.mark.parametrize("left", [0, 5, 40])
+def test_a_truncated_file_of_a_client_heals_if_it_is_sent_again_and_is_else_named(
+    kind: str, left: int, tmp_path: Path
+) -> None:
+    store = ClientStore(tmp_path, kind)
+    store.write("ann", 1, {"x": torch.ones(9)})
+    store.write("ann", 2, {"x": torch.ones(9) * 2})
+    file = tmp_path / "ann" / f"{kind}-000002.safetensors"
+    os.truncate(file, left)
+    if kind in ("received", "sent"):
+        assert store.read("ann", before=3) == {}
+        store.write("ann", 3, {"x": torch.ones(9)})
+        assert store.read("ann", before=4).keys() == {"x"}
+    else:
+        with pytest.raises(RoloraError, match=r"000002\.safetensors is damaged") as caught:
+            store.read("ann", before=3)
+        assert "\n" not in str(caught.value)
+        file.unlink()
+        assert torch.equal(store.read("ann", before=3)["x"], torch.ones(9))
+
+
+def test_writing_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_file(tmp_path / "a", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
