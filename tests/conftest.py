@@ -31,6 +31,8 @@ WIDE = {
     "test_flower_internals",
     "test_flower_strategy",
     "test_harness",
+    "test_hostile_coordinator",
+    "test_hostile_sites",
     "test_memory",
     "test_method_runs",
     "test_models",

@@ -139,12 +139,12 @@ def test_a_site_with_another_model_is_refused_by_hash_and_the_others_go_on(
     assert set(last.cohort) <= {"site-ann", "site-bob"}
 
 
-def test_a_site_whose_label_the_coordinator_may_not_read_is_refused(
+def test_a_site_whose_operator_gave_no_column_the_role_of_label_takes_no_part(
     place: Path, tmp_path: Path
 ) -> None:
     transport = calls(place, tmp_path)
-    transport.sites[12] = changed(transport.sites[12], columns=["text"])
-    with pytest.raises(NoQuorum, match=r"site-cy.csv has no column 'label'"):
+    transport.sites[12] = changed(transport.sites[12], label=None)
+    with pytest.raises(NoQuorum, match=r"its operator has given no column a role"):
         remote(configuration(place, "federation.wait=0.1"), tmp_path / "run", transport)
 
 

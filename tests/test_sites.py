@@ -184,7 +184,7 @@ def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_
     lines = (tmp_path / "ann" / "outgoing.log").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     mine = [reply for name, _, reply in transport.passed if name == "site-ann"]
-    assert [entry["bytes"] for entry in told] == [len(reply.body) for reply in mine]
+    assert [entry["bytes"] for entry in told] == [reply.size for reply in mine]
     trained = [entry for entry in told if entry["asked"] == "train"]
     assert all(entry["tensors"] and entry["left"]["round"] for entry in trained)
 

@@ -13,7 +13,15 @@ from importlib.metadata import version
 from typing import NamedTuple, Protocol
 
 from rolora.errors import ConfigError, NoQuorum
-from rolora.flower.message import PROTOCOL, SITE_NAME, MessageError, Scalar, SiteMessage
+from rolora.flower.message import (
+    PROTOCOL,
+    SITE_NAME,
+    MessageError,
+    Scalar,
+    SiteMessage,
+    read_labels,
+    reason_of,
+)
 from rolora.model.base import Base, layout, tokenizer_digest
 from rolora.run.experiment import Experiment
 
@@ -117,7 +125,7 @@ class Membership:
         if not SITE_NAME.fullmatch(name):
             raise MessageError(f"{name!r} is not a valid site name")
         self.wanted.config.lora.ranks([name])
-        hello = Hello(name, _labels(said))
+        hello = Hello(name, read_labels(said.text("labels")))
         if theirs != mine:
             self.notify(
                 f"site {name} has torch {theirs}, the coordinator {mine}: the last bits of the "
@@ -148,16 +156,6 @@ class Membership:
         self.notify(f"site {who} is refused: {why}")
 
 
-def _labels(hello: SiteMessage) -> list[str]:
-    try:
-        found = json.loads(hello.text("labels"))
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
-        raise MessageError("'labels' is not a list of strings")
-    return found
-
-
 def _require_same_model(ready: SiteMessage, base: Base) -> None:
     """Raises MessageError if the site's model differs from the coordinator's."""
     for key, mine, fault in (
@@ -172,7 +170,7 @@ def _require_same_model(ready: SiteMessage, base: Base) -> None:
 def checked(reply: SiteMessage) -> SiteMessage:
     """The reply if it can be used. Raises MessageError with the reason if not."""
     if "error" in reply.head:
-        raise MessageError(str(reply.head["error"])[:300])
+        raise MessageError(reason_of(reply.head["error"]))
     if reply.head.get("protocol") != PROTOCOL:
         raise MessageError(f"it speaks protocol {reply.head.get('protocol')!r}, not {PROTOCOL}")
     if reply.head.get("lacks") is True:

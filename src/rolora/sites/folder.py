@@ -24,10 +24,12 @@ SITE = """\
 # What this site contributes to every run. Check it with: rolora site --config site.toml --check
 name = "{name}"
 data = "rows.csv"          # this site's rows: csv, jsonl, parquet or a datasets folder
-# columns = ["text", "label"]   # the columns that a run may read; default: all in the file
+# A run may read no column until you say which is what; the coordinator gets the distinct labels.
+# text = "text"            # a run may read this column as text
+# label = "label"          # and this one as label
+# labels = ["good", "bad"] # the only labels that may leave; default: any, 100 at most
+# tasks = ["classification"]
 # model = "models/base"    # where the base model is here; default: as in the run's configuration
-# text = "text"            # names of columns here; default: the run's
-# label = "label"
 # device = "cuda"
 superlink = "{host}:{port}"
 certificates = "ca.crt"
