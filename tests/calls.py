@@ -101,5 +101,7 @@ def calls(place: Path, state: Path, spoil: Spoil = honest, **policy: Any) -> Cal
     return Calls(sites, spoil)
 
 
-def remote(config: RunConfig, out: Path, transport: Calls) -> Run:
-    return runs.start(config, out, across(transport, transport.notified.append))
+def remote(
+    config: RunConfig, out: Path, transport: Calls, registered: dict[int, str] | None = None
+) -> Run:
+    return runs.start(config, out, across(transport, transport.notified.append, lambda: registered))

@@ -19,7 +19,7 @@ from tiny_site import write_rows
 from transformers import AutoTokenizer
 
 from rolora.errors import NoQuorum
-from rolora.flower.message import MessageError, SiteMessage, compress_names, expand_names
+from rolora.flower.message import MessageError, SiteMessage, compress_names, expand_names, lost
 from rolora.flower.transport import GridTransport, to_record
 from rolora.run.experiment import Experiment
 from rolora.sites.site import Site
@@ -115,7 +115,7 @@ def test_the_first_of_two_answers_counts_and_a_missing_one_is_reported(
         monkeypatch.setattr(TaskIdentity, name, 1)
     question = SiteMessage({"ask": "train"})
     transport = GridTransport(cast("Any", Grid()))
-    late = SiteMessage({"error": "no answer before the deadline"})
+    late = lost("no answer before the deadline")
     asked = transport.ask(dict.fromkeys((1, 2, 3), question), seconds=0.3)
     assert list(asked) == [(1, SiteMessage({"n": 1})), (2, late), (3, late)]
     assert list(transport.ask({1: question}, seconds=0)) == [(1, late)]

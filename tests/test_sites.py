@@ -255,7 +255,7 @@ def test_a_site_that_takes_one_step_a_round_is_refused_where_factors_take_turns_
     transport = calls(place, tmp_path / "state")
     run = remote(config.model_copy(update={"train": train}), tmp_path / "run", transport)
     assert list(run.experiment.engine.clients()) == ["site-ann"]
-    refused = [line for line in transport.notified if "takes one a round" in line]
+    refused = [line for line in transport.notified if "it takes one step a round" in line]
     assert len(refused) == 2
 
 

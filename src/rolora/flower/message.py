@@ -200,6 +200,11 @@ def read_metrics(text: str, known: Collection[str]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
+def lost(why: str) -> SiteMessage:
+    """What stands in for the answer of a node that gave none: another attempt may succeed."""
+    return SiteMessage({"error": why, "lost": True})
+
+
 def reason_of(said: object) -> str:
     """Why a site could not answer, in one short printable line: what its code means, if known."""
     if isinstance(said, str) and said in REASONS:

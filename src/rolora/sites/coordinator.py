@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +16,29 @@ from rolora.run.experiment import Experiment, data_hash
 from rolora.run.runs import Build
 from rolora.run.shards import Rows
 
+Names = Callable[[], Mapping[int, str] | None]
 
-def across(transport: Transport, notify: Callable[[str], None]) -> Build:
+
+def across(
+    transport: Transport, notify: Callable[[str], None], registered: Names = lambda: None
+) -> Build:
     """What sets up a run on the sites of ``transport``, for ``runs.start`` and ``runs.resume``.
 
     It raises ConfigError for what is impossible across sites, and NoQuorum for too few; ``notify``
-    receives a line for each site that joins or is refused.
+    receives a line for each site that joins or is refused. ``registered`` gives the site's name for
+    each node whose key is known, or None where sites need no key.
     """
-    return lambda config, folder: _prepare(Experiment(config), folder, transport, notify)
+    return lambda config, folder: _prepare(
+        Experiment(config), folder, transport, notify, registered
+    )
 
 
 def _prepare(
-    wanted: Experiment, folder: Path, transport: Transport, notify: Callable[[str], None]
+    wanted: Experiment,
+    folder: Path,
+    transport: Transport,
+    notify: Callable[[str], None],
+    registered: Names,
 ) -> Experiment:
     """Wait for the sites, and agree with them on labels and model.
 
@@ -55,11 +66,16 @@ def _prepare(
         validation = read(str(data.validation), split="validation")
     rows = Rows(None, test, validation, shards={}, held_out={})
     run = _run_id(folder.parent / "config.toml")
-    membership = Membership(transport, Experiment(config), run, notify)
-    labels = wanted.ordered(membership.gather())
-    here = Experiment(config, rows=rows, labels=labels)
-    engine = Remote(membership, here)
-    members = engine.clients()
+    membership = Membership(transport, Experiment(config), run, notify, registered)
+    membership.gather()
+    while True:
+        labels = wanted.ordered(membership.labels())
+        here = Experiment(config, rows=rows, labels=labels)
+        engine = Remote(membership, here)
+        members = engine.clients()
+        if wanted.ordered(membership.labels()) == labels:
+            break
+        membership.members.clear()  # a site that was refused had a label that no other has
     held = [here.test] if here.validation is None else [here.test, here.validation]
     return Experiment(
         config,

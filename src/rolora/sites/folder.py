@@ -15,6 +15,7 @@ from typing import Any
 import tomli_w
 
 from rolora.config.load import read_toml
+from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, RoloraError
 from rolora.files import is_locked, new_folder, write_file
 from rolora.sites import keys
@@ -204,12 +205,24 @@ class FederationFolder:
         status = {node["node-id"]: str(node["status"]) for node in listed}
         return {name: status.get(id, "unknown") for name, id in self._known().items()}
 
+    def names(self) -> dict[int, str]:
+        """The site's name for each node, by the key that was registered for it."""
+        return {int(node): name for name, node in self._known().items()}
+
     def _known(self) -> dict[str, str]:
         """Site name -> node id, of the sites in the SuperLink's database."""
         file = self.path / "nodes.json"
         if not file.exists() or not (self.path / "state.db").exists():
             return {}
         return dict(json.loads(file.read_text()))
+
+
+def names_by_key(config: RunConfig) -> Callable[[], Mapping[int, str] | None]:
+    """Gives the site's name for each node; None if ``federation.on`` is no federation folder."""
+    path = config.root / Path(config.federation.on or "").expanduser()
+    if config.federation.on is None or not path.is_dir():
+        return lambda: None
+    return FederationFolder.open(path).names
 
 
 def own_programs_first() -> dict[str, str]:
