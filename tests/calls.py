@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tiny import tiny_bert
 from tiny_site import write_rows
@@ -12,6 +13,7 @@ from tiny_site import write_rows
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.flower.message import SiteMessage
+from rolora.flower.transport import from_record, to_record
 from rolora.run import runs
 from rolora.run.runs import Run
 from rolora.sites.coordinator import across
@@ -24,6 +26,11 @@ Spoil = Callable[[str, SiteMessage, SiteMessage], SiteMessage]  # site, question
 
 def honest(site: str, question: SiteMessage, reply: SiteMessage) -> SiteMessage:
     return reply
+
+
+def wired(message: SiteMessage) -> SiteMessage:
+    """The message as it arrives."""
+    return from_record(to_record(message))
 
 
 @dataclass
@@ -44,7 +51,8 @@ class Calls:
     ) -> Iterator[tuple[int, SiteMessage]]:
         for node, question in reversed(list(questions.items())):
             name = self.sites[node].config.name
-            reply = self.spoil(name, question, self.sites[node].answer(question))
+            answer = self.sites[node].answer(wired(question))
+            reply = wired(self.spoil(name, question, answer))
             self.passed.append((name, question, reply))
             yield node, reply
 
@@ -72,11 +80,20 @@ def configuration(place: Path, *overrides: str) -> RunConfig:
     return make_config(tables, ["train.participation=0.6", *overrides], root=place)
 
 
-def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
+CONSENT = {"text": "text", "label": "label", "min_train_rows": 1, "min_score_rows": 1}
+
+
+def calls(place: Path, state: Path, spoil: Spoil = honest, **policy: Any) -> Calls:
+    """Three sites whose operators agree to ``CONSENT``, changed by ``policy``."""
+    own = {**CONSENT, **policy}
     sites = {
         10 + number: Site(
             SiteConfig(
-                name=f"site-{name}", data=f"site-{name}.csv", state=str(state / name), root=place
+                name=f"site-{name}",
+                data=f"site-{name}.csv",
+                state=str(state / name),
+                root=place,
+                **own,
             )
         )
         for number, name in enumerate(NAMES)
@@ -84,5 +101,7 @@ def calls(place: Path, state: Path, spoil: Spoil = honest) -> Calls:
     return Calls(sites, spoil)
 
 
-def remote(config: RunConfig, out: Path, transport: Calls) -> Run:
-    return runs.start(config, out, across(transport, transport.notified.append))
+def remote(
+    config: RunConfig, out: Path, transport: Calls, registered: dict[int, str] | None = None
+) -> Run:
+    return runs.start(config, out, across(transport, transport.notified.append, lambda: registered))

@@ -33,6 +33,8 @@ WIDE = {
     "test_harness",
     "test_hostile_files",
     "test_hostile_models",
+    "test_hostile_coordinator",
+    "test_hostile_sites",
     "test_memory",
     "test_method_runs",
     "test_models",

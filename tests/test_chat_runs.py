@@ -126,7 +126,18 @@ def sites(place: Path, state: Path) -> Calls:
     made = {}
     for node, name in enumerate(("site-a", "site-b")):
         folder = str(state / name)
-        made[node] = Site(SiteConfig(name=name, data=f"{name}.jsonl", state=folder, root=place))
+        made[node] = Site(
+            SiteConfig(
+                name=name,
+                data=f"{name}.jsonl",
+                state=folder,
+                root=place,
+                tasks=["causal_lm"],
+                messages="chat",
+                min_train_rows=1,
+                min_score_rows=1,
+            )
+        )
     return Calls(made)
 
 

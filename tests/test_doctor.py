@@ -39,6 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def site(place: Path, **fields: Any) -> SiteConfig:
     given = {"name": "ann", "data": "rows.csv", "certificates": "ca.crt", "key": "ann.key"}
+    given |= {"text": "text", "label": "label"}
     return SiteConfig.model_validate({**given, "root": place, "state": "state", **fields})
 
 
@@ -183,7 +184,12 @@ def test_a_key_that_others_can_read_is_told(place: Path) -> None:
     ("fields", "what", "said"),
     [
         ({"data": "none.csv"}, "rows", "none.csv"),
-        ({"columns": ["text", "diagnosis"]}, "rows", "'diagnosis'"),
+        ({"text": None, "label": None}, "roles", 'text = "text"'),
+        ({"text": None}, "run", 'write text = "COLUMN" in site.toml'),
+        ({"tasks": ["regression"]}, "run", 'write tasks = ["regression", "classification"]'),
+        ({"label": "text", "max_labels": 2}, "run", "is 'text' the column of labels?"),
+        ({"labels": ["good", "bad"]}, "run", "the label 'cat' is not among labels"),
+        ({"min_train_rows": 21}, "run", "would train on 20 of 20 rows, and min_train_rows is 21"),
         ({"label": "outcome"}, "rows", "'outcome'"),
         ({"model": "nowhere/model"}, "model", "nowhere/model"),
         ({"base": "0123456789ab"}, "model", "expected base 0123456789ab"),
@@ -199,6 +205,15 @@ def test_rows_and_model_are_tried_on_the_run_s_configuration(
 def test_what_is_as_it_should_be_is_told_too_and_nothing_is_left_behind(place: Path) -> None:
     with coordinator(place) as address:
         found = looked_at(site(place, superlink=address), run(place))
-    assert {"versions", "rows", "labels", "model", "memory", "key", "ca.crt"} <= found.keys()
+    assert {
+        "versions",
+        "rows",
+        "roles",
+        "labels",
+        "model",
+        "memory",
+        "key",
+        "ca.crt",
+    } <= found.keys()
     assert found["labels"] == "bad, cat, good"
     assert not (place / "state").exists()

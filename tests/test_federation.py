@@ -284,6 +284,23 @@ def test_a_site_with_another_base_model_is_refused_by_its_hash_and_named(
 
 
 @pytest.mark.flower
+def test_a_key_joins_by_the_name_that_it_was_registered_for_and_no_other(fed: Loopback) -> None:
+    fed.leave("cy")
+    file = fed.folder / "sites" / "cy" / "site.toml"
+    own = file.read_text()
+    file.write_text(own.replace('name = "cy"', 'name = "ann"'))
+    try:
+        fed.join("cy")
+        run = fed.run("other-name", "train.rounds=2", "federation.sites=2")
+        assert run.ended() == 0, run.output()
+    finally:
+        file.write_text(own)
+        fed.leave("cy")
+    assert "it calls itself 'ann', but its key is that of 'cy'" in run.output()
+    assert rounds(fed.place / "other-name")[-1]["cohort"] == ["ann", "bob"]
+
+
+@pytest.mark.flower
 def test_lies_are_rejected_and_counted_one_by_one_and_the_run_goes_on(fed: Loopback) -> None:
     fed.leave("cy")
     fed.join("cy", program=(str(Path(__file__).with_name("lying_site.py")),))

@@ -97,7 +97,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_started() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('colums = ["text"]', "unknown key 'colums': did you mean 'columns'?"),
+        ('metrcs = ["loss"]', "unknown key 'metrcs': did you mean 'metrics'?"),
         (
             "text = { a = 1 }",
             "text: Input should be a valid string; or Input should be a valid list, got {'a': 1}",

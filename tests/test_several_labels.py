@@ -150,7 +150,9 @@ def test_text_lists_and_columns_of_0_and_1_say_the_same(place: Path, tmp_path: P
 def test_sites_train_as_one_machine_does(place: Path, tmp_path: Path, kind: str) -> None:
     config = configuration(place, *KINDS[kind])
     here = list(runs.start(config, tmp_path / "here").rounds())[-1]
-    across = list(remote(config, tmp_path / "out", calls(place, tmp_path / "state")).rounds())[-1]
+    policy: dict[str, Any] = {"tasks": [config.model.task], "label": config.data.label}
+    transport = calls(place, tmp_path / "state", **policy)
+    across = list(remote(config, tmp_path / "out", transport).rounds())[-1]
     one, other = (last.state.server.adapter for last in (here, across))
     assert {n: tensor_hash(t) for n, t in one.items()} == {
         n: tensor_hash(t) for n, t in other.items()

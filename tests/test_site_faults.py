@@ -19,7 +19,7 @@ from tiny_site import write_rows
 from transformers import AutoTokenizer
 
 from rolora.errors import NoQuorum
-from rolora.flower.message import MessageError, SiteMessage, compress_names, expand_names
+from rolora.flower.message import MessageError, SiteMessage, compress_names, expand_names, lost
 from rolora.flower.transport import GridTransport, to_record
 from rolora.run.experiment import Experiment
 from rolora.sites.site import Site
@@ -115,7 +115,7 @@ def test_the_first_of_two_answers_counts_and_a_missing_one_is_reported(
         monkeypatch.setattr(TaskIdentity, name, 1)
     question = SiteMessage({"ask": "train"})
     transport = GridTransport(cast("Any", Grid()))
-    late = SiteMessage({"error": "no answer before the deadline"})
+    late = lost("no answer before the deadline")
     asked = transport.ask(dict.fromkeys((1, 2, 3), question), seconds=0.3)
     assert list(asked) == [(1, SiteMessage({"n": 1})), (2, late), (3, late)]
     assert list(transport.ask({1: question}, seconds=0)) == [(1, late)]
@@ -139,12 +139,12 @@ def test_a_site_with_another_model_is_refused_by_hash_and_the_others_go_on(
     assert set(last.cohort) <= {"site-ann", "site-bob"}
 
 
-def test_a_site_whose_label_the_coordinator_may_not_read_is_refused(
+def test_a_site_whose_operator_gave_no_column_the_role_of_label_takes_no_part(
     place: Path, tmp_path: Path
 ) -> None:
     transport = calls(place, tmp_path)
-    transport.sites[12] = changed(transport.sites[12], columns=["text"])
-    with pytest.raises(NoQuorum, match=r"site-cy.csv has no column 'label'"):
+    transport.sites[12] = changed(transport.sites[12], label=None)
+    with pytest.raises(NoQuorum, match=r"its operator has given no column a role"):
         remote(configuration(place, "federation.wait=0.1"), tmp_path / "run", transport)
 
 

@@ -196,7 +196,7 @@ def test_only_what_a_site_lacks_is_sent_and_its_rows_never_are(place: Path, tmp_
     lines = (tmp_path / "ann" / "outgoing.log").read_text().splitlines()
     told = [json.loads(line) for line in lines]
     mine = [reply for name, _, reply in transport.passed if name == "site-ann"]
-    assert [entry["bytes"] for entry in told] == [len(reply.body) for reply in mine]
+    assert [entry["bytes"] for entry in told] == [reply.size for reply in mine]
     trained = [entry for entry in told if entry["asked"] == "train"]
     assert all(entry["tensors"] and entry["left"]["round"] for entry in trained)
 
@@ -267,7 +267,7 @@ def test_a_site_that_takes_one_step_a_round_is_refused_where_factors_take_turns_
     transport = calls(place, tmp_path / "state")
     run = remote(config.model_copy(update={"train": train}), tmp_path / "run", transport)
     assert list(run.experiment.engine.clients()) == ["site-ann"]
-    refused = [line for line in transport.notified if "takes one a round" in line]
+    refused = [line for line in transport.notified if "it takes one step a round" in line]
     assert len(refused) == 2
 
 

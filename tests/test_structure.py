@@ -55,7 +55,7 @@ FENCES: dict[str, set[str]] = {
     "cryptography": {"sites"},
     "filelock": {"files"},
     "lazy_loader": {"", "flower"},
-    "httpx": {"network", "sites"},
+    "httpx": {"network", "sites", "flower"},
     "uvicorn": {"sites"},
     "pydantic": {"config", "results", "sites"},
     "tomli_w": {"config", "report", "sites"},

@@ -430,7 +430,22 @@ class FederationConfig(Section):
     )
     sites: int = Field(1, ge=1, description="sites that must join before the first round")
     wait: float = Field(600.0, gt=0, description="seconds to wait for them")
+    join: float = Field(
+        120.0,
+        gt=0,
+        description="seconds for a site to answer when it joins; one that does not is asked again, "
+        "later each time",
+    )
     deadline: float = Field(3600.0, gt=0, description="seconds per round")
+    labels: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="the run's labels: a site that has others is refused; left out: those of all "
+        "sites",
+    )
+    max_labels: int = Field(
+        100, ge=1, le=1000, description="most labels that a site may have, or it is refused"
+    )
     spare: int = Field(
         0, ge=0, description="sites asked in excess of the cohort; the first answers are used"
     )

@@ -7,19 +7,26 @@ The sites' side is ``rolora.sites.site``.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
-from rolora.algorithm.codec import WireError, body_bytes, decode, encode
+from rolora.algorithm.codec import body_bytes, decode, encode
 from rolora.algorithm.growth import layout, rank_of
 from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method
 from rolora.errors import NoQuorum
-from rolora.flower.membership import Member, Membership, checked
-from rolora.flower.message import MessageError, Scalar, SiteMessage, compress_names, digest
+from rolora.flower.membership import Member, Membership, Unusable, attempt
+from rolora.flower.message import (
+    MessageError,
+    Scalar,
+    SiteMessage,
+    compress_names,
+    digest,
+    lost,
+    read_metrics,
+)
 from rolora.run.experiment import Experiment
 from rolora.training.engine import ClientMetrics, Job
 from rolora.training.rounds import cohort_size
@@ -38,16 +45,16 @@ class Remote:
         Waits until a cohort of them can be a quorum; raises NoQuorum if it cannot after
         ``federation.wait`` seconds.
         """
-        config = self.experiment.config
-        quorum, until = config.aggregate.quorum, time.monotonic() + config.federation.wait
+        config, fewest = self.experiment.config, self.experiment.aggregation.fewest
+        until = time.monotonic() + config.federation.wait
         while True:
             present = self._present()
-            if present and cohort_size(len(present), config.train.participation) >= quorum:
+            if present and cohort_size(len(present), config.train.participation) >= fewest:
                 return {name: member.num_examples for name, member in present.items()}
             if time.monotonic() > until:
                 raise NoQuorum(
-                    f"{len(present)} sites are connected, too few for a cohort of {quorum} "
-                    "(aggregate.quorum); finished rounds are saved"
+                    f"{len(present)} sites are connected, too few for a cohort of {fewest} "
+                    "(aggregate.quorum, or what the reducer needs); finished rounds are saved"
                 )
             time.sleep(1)
 
@@ -78,6 +85,8 @@ class Remote:
         for assigned, reply in self._asked(job.cohort, train):
             waiting.remove(assigned.info.id)
             update = self._update(method, assigned, reply)
+            if isinstance(update, Update):
+                self.membership.trained(assigned.info.id)
             yield update
             count = assigned.info.num_examples
             used += isinstance(update, Update) and update.num_examples == count
@@ -98,28 +107,35 @@ class Remote:
                 yield found
 
     def _scored(self, client: str, reply: SiteMessage) -> ClientMetrics | None:
-        try:
-            metrics = json.loads(checked(reply).text("metrics"))
-            return ClientMetrics(client, {str(k): float(v) for k, v in metrics.items()})
-        except (MessageError, ValueError, TypeError, AttributeError) as error:
-            self.membership.notify(f"site {client} was not evaluated: {error}")
+        kind = self.experiment.kind
+
+        def scored(answer: SiteMessage) -> ClientMetrics:
+            known = {*kind.metrics, *kind.answers}
+            return ClientMetrics(client, read_metrics(answer.text("metrics"), known))
+
+        found = attempt(scored, reply)
+        if isinstance(found, Unusable):
+            self.membership.notify(f"site {client} was not evaluated: {found.reason}")
             return None
+        return found
 
     def _asked(
         self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], SiteMessage]
     ) -> Iterator[tuple[Assignment, SiteMessage]]:
         """The cohort's answers as they come. A site that ``lacks`` tensors is asked again."""
         until = time.monotonic() + self.experiment.config.federation.deadline
-        present, left = self._present(), {}
+        present, left = self.membership.reachable(), {}
         for assigned in cohort:
             if member := present.get(assigned.info.id):
                 left[member.node] = assigned
             else:
-                yield assigned, SiteMessage({"error": "it is no longer connected"})
+                yield assigned, lost("it is no longer connected")
         for whole in (False, True):
             again = {}
             questions = {node: question(assigned, whole) for node, assigned in left.items()}
             for node, reply in self.membership.transport.ask(questions, until - time.monotonic()):
+                if reply.head.get("lost") is True:
+                    self.membership.missed(node)
                 if not whole and reply.head.get("lacks") is True:
                     again[node] = left[node]
                 else:
@@ -138,8 +154,8 @@ class Remote:
     def _update(self, method: Method, assigned: Assignment, reply: SiteMessage) -> Update | Failure:
         info, view = assigned.info, assigned.received
         up, like = self.experiment.config.wire.up, view.only(method.shared(info.round))
-        try:
-            answer = checked(reply)
+
+        def used(answer: SiteMessage) -> Update:
             if (name := answer.text("site")) != info.id:
                 raise MessageError(f"it now calls itself {name!r}")
             if (round := answer.integer("round")) != info.round:
@@ -147,7 +163,8 @@ class Remote:
             tensors = decode(up, answer.body, like, sparse=method.sparse_upload)
             metrics = {key: answer.number(key) for key in ("loss", "steps", "moved")}
             count = answer.integer("num_examples")
-        except (MessageError, WireError) as error:
-            return Failure(info.id, str(error))
-        adapter = AdapterState(tensors, view.scaling)
-        return Update(info.id, adapter, count, metrics, body_bytes(answer.body))
+            adapter = AdapterState(tensors, view.scaling)
+            return Update(info.id, adapter, count, metrics, body_bytes(answer.body))
+
+        found = attempt(used, reply)
+        return Failure(info.id, found.reason) if isinstance(found, Unusable) else found

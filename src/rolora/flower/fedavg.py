@@ -94,6 +94,17 @@ def _require_stateless_clients(method: Method) -> None:
         )
 
 
+def _update_in(
+    reply: Message, received: AdapterState, shared: AdapterState, key: str
+) -> Update | Failure:
+    """As ``update_in``; whatever an answer sets off makes it a failure of its node alone."""
+    try:
+        return update_in(reply, received, shared, key)
+    except Exception as error:
+        node = str(reply.metadata.src_node_id)
+        return Failure(node, f"its reply cannot be read ({type(error).__name__})")
+
+
 class LoraStrategy(FedAvg):  # type: ignore[misc]
     """FedAvg's sampling, messages and evaluation, with rolora's ``step`` as the average.
 
@@ -177,7 +188,8 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         """Advance the state by rolora's step; a node that did not answer has failed."""
         received, round = self.state.adapter, self.state.round + 1
         shared = received.only(self.method.shared(round))
-        updates = [update_in(reply, received, shared, self.weighted_by_key) for reply in replies]
+        key = self.weighted_by_key
+        updates = [_update_in(reply, received, shared, key) for reply in replies]
         silent = set(self.asked) - {update.client for update in updates}
         missing = [Failure(node, "no answer before the deadline") for node in sorted(silent)]
         named = {u.client: u.num_examples for u in reversed(updates) if isinstance(u, Update)}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Failure, Update, layer_of, role_of
-from rolora.errors import ConfigError, one_line
+from rolora.errors import ConfigError, one_line, printable
 
 # below this a count times a float32 value is exact in float64; no client has so many rows
 MOST_EXAMPLES = 2**29 - 1
@@ -61,7 +61,7 @@ def update_in(
     node = str(message.metadata.src_node_id)
     if message.has_error():
         reason = str(message.error.reason or message.error.code)
-        return Failure(node, " ".join(reason.split())[:300])
+        return Failure(node, printable(" ".join(reason.split())[:300]))
     content = message.content
     count = examples_in(content, key)
     if count is None:
@@ -105,10 +105,13 @@ def comparable(contents: Sequence[Any], key: str) -> list[Any]:
 
 def _layout(content: Any, key: str) -> frozenset[tuple[str, int]] | None:
     """The names of a reply's metrics with their lengths (-1: a number); None if not finite."""
-    if examples_in(content, key) is None:
-        return None
-    (metrics,) = content.metric_records.values()
-    for value in metrics.values():
-        if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+    try:
+        if examples_in(content, key) is None:
             return None
-    return frozenset((n, len(v) if isinstance(v, list) else -1) for n, v in metrics.items())
+        (metrics,) = content.metric_records.values()
+        for value in metrics.values():
+            if not all(map(math.isfinite, value if isinstance(value, list) else [value])):
+                return None
+        return frozenset((n, len(v) if isinstance(v, list) else -1) for n, v in metrics.items())
+    except Exception:  # a record is its node's and may be anything
+        return None

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import httpx
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from rolora.flower.message import SiteMessage
+from rolora.flower.message import SiteMessage, lost
 
 TYPES = {
     "hello": MessageType.QUERY,
@@ -29,7 +30,8 @@ def to_record(message: SiteMessage) -> RecordDict:
 def from_record(content: RecordDict) -> SiteMessage:
     """The message in a Flower message's content, unchecked; an empty one if there is none."""
     record = content.config_records.get(RECORD, ConfigRecord())
-    head = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool)}
+    plain = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool)}
+    head = {key: value for key, value in plain.items() if key != BODY}
     body = record.get(BODY, b"")
     return SiteMessage(head, body if isinstance(body, bytes) else b"")
 
@@ -60,15 +62,31 @@ class GridTransport:
         waiting = self._pushed(questions, seconds) if questions and seconds > 0 else {}
         start, silent = time.monotonic(), set(questions)
         while waiting and (waited := time.monotonic() - start) < seconds:
-            for reply in self.grid.pull_messages(list(waiting)):
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
+            for id, node in list(waiting.items()):
+                if (answer := self._pulled(id)) is not None:
+                    del waiting[id]
                     silent.remove(node)
-                    yield node, _content(reply)
+                    yield node, answer
             if waiting:
                 time.sleep(poll_interval(waited, LONGEST))
         for node in sorted(silent):
-            yield node, SiteMessage({"error": "no answer before the deadline"})
+            yield node, lost("no answer before the deadline")
+
+    def _pulled(self, id: str) -> SiteMessage | None:
+        """The answer to the message with this id, if it has come.
+
+        One at a time: Flower raises for an answer that is no message, and would drop all that it
+        pulled together with it.
+        """
+        try:
+            for reply in self.grid.pull_messages([id]):
+                if reply.metadata.reply_to_message_id == id:
+                    return _content(reply)
+        except httpx.HTTPError:  # the SuperLink's fault and no node's
+            raise
+        except Exception as error:
+            return SiteMessage({"error": f"its answer is no message ({type(error).__name__})"})
+        return None
 
     def _pushed(self, questions: Mapping[int, SiteMessage], seconds: float) -> dict[str, int]:
         """Id of the message -> its node, of the questions that could be pushed."""
@@ -84,5 +102,5 @@ class GridTransport:
 def _content(reply: Message) -> SiteMessage:
     if reply.has_error():
         reason = reply.error.reason or f"error {reply.error.code}"
-        return SiteMessage({"error": f"Flower reports: {' '.join(reason.split())}"})
+        return lost(f"Flower reports: {' '.join(reason.split())}")
     return from_record(reply.content)

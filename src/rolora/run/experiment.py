@@ -404,6 +404,13 @@ class Experiment:
         return self.config.aggregate.max_share
 
     @cached_property
+    def aggregation(self) -> Aggregation:
+        """How updates are combined."""
+        given = self.config.aggregate
+        reducer = compose(given.rules)
+        return Aggregation(reducer, given.weights, given.quorum, max_share=self.max_share)
+
+    @cached_property
     def federation(self) -> Federation:
         """What ``federate`` runs."""
         config, train, engine = self.config, self.config.train, self.engine
@@ -411,12 +418,7 @@ class Experiment:
         return Federation(
             method=self.method,
             engine=engine,
-            aggregation=Aggregation(
-                compose(config.aggregate.rules),
-                config.aggregate.weights,
-                config.aggregate.quorum,
-                max_share=self.max_share,
-            ),
+            aggregation=self.aggregation,
             ranks=config.lora.ranks,
             seed=config.seed,
             server_seed=config.server_seed,

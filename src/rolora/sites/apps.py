@@ -15,6 +15,7 @@ from rolora.flower.transport import GridTransport, from_record, to_record
 from rolora.run import runs
 from rolora.run.progress import described
 from rolora.sites.coordinator import across
+from rolora.sites.folder import names_by_key
 from rolora.sites.site import Site
 from rolora.sites.site_config import read_site
 from rolora.sites.submit import reporting
@@ -40,8 +41,8 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(order["out"])
     with reporting(job) as lines:
         notify = partial(print, file=lines)
-        build = across(GridTransport(grid), notify)
         config = load_config(job / "config.toml")
+        build = across(GridTransport(grid), notify, names_by_key(config))
         if (out / "config.toml").is_file():
             moved = places(config)
             run = runs.resume(out, order["rounds"], build, overrides=moved, root=config.root)

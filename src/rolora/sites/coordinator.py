@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,22 +16,31 @@ from rolora.run.experiment import Experiment, data_hash
 from rolora.run.runs import Build
 from rolora.run.shards import Rows
 
-# of one site in a round's weight, where it is not set: sizes are claims. Of two sites, one always has
-# half of the rows.
+# of one site in a round's weight, where that is not set: sizes are claims
 SITES_SHARE = 0.5
+Names = Callable[[], Mapping[int, str] | None]
 
 
-def across(transport: Transport, notify: Callable[[str], None]) -> Build:
+def across(
+    transport: Transport, notify: Callable[[str], None], registered: Names = lambda: None
+) -> Build:
     """What sets up a run on the sites of ``transport``, for ``runs.start`` and ``runs.resume``.
 
     It raises ConfigError for what is impossible across sites, and NoQuorum for too few; ``notify``
-    receives a line for each site that joins or is refused.
+    receives a line for each site that joins or is refused. ``registered`` gives the site's name for
+    each node whose key is known, or None where sites need no key.
     """
-    return lambda config, folder: _prepare(Experiment(config), folder, transport, notify)
+    return lambda config, folder: _prepare(
+        Experiment(config), folder, transport, notify, registered
+    )
 
 
 def _prepare(
-    wanted: Experiment, folder: Path, transport: Transport, notify: Callable[[str], None]
+    wanted: Experiment,
+    folder: Path,
+    transport: Transport,
+    notify: Callable[[str], None],
+    registered: Names,
 ) -> Experiment:
     """Wait for the sites, and agree with them on labels and model.
 
@@ -59,11 +68,16 @@ def _prepare(
         validation = read(str(data.validation), split="validation")
     rows = Rows(None, test, validation, shards={}, held_out={})
     run = _run_id(folder.parent / "config.toml")
-    membership = Membership(transport, Experiment(config), run, notify)
-    labels = wanted.ordered(membership.gather())
-    here = Experiment(config, rows=rows, labels=labels)
-    engine = Remote(membership, here)
-    members, sites = engine.clients(), config.federation.sites
+    membership = Membership(transport, Experiment(config), run, notify, registered)
+    membership.gather()
+    while True:
+        labels = wanted.ordered(membership.labels())
+        here = Experiment(config, rows=rows, labels=labels)
+        engine = Remote(membership, here)
+        members = engine.clients()
+        if wanted.ordered(membership.labels()) == labels:
+            break
+        membership.members.clear()  # a site that was refused had a label that no other has
     held = [here.test] if here.validation is None else [here.test, here.validation]
     return Experiment(
         config,
@@ -80,7 +94,9 @@ def _prepare(
         run=run,
         bank=1,
         spare=config.federation.spare,
-        max_share=config.aggregate.max_share or (SITES_SHARE if sites > 2 else None),
+        # one of two sites has half of the rows, or more
+        max_share=config.aggregate.max_share
+        or (SITES_SHARE if config.federation.sites > 2 else 1.0),
         notes=[note for note in (here.base.note,) if note],
     )
 

@@ -23,7 +23,7 @@ from rolora.flower.message import PROTOCOL, VERSIONS, Scalar, SiteMessage, versi
 from rolora.sites import keys
 from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
-from rolora.sites.site import Site, table_here
+from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
 from rolora.training.memory import free_bytes
 
@@ -48,12 +48,12 @@ def examine_site(site: SiteConfig, run: str | None) -> Iterator[Finding]:
     """
     yield _own_versions()
     try:
-        table = table_here(site)
+        table = tables.read_table(site.data, root=site.root, form=site.form)
         columns = ", ".join(table.column_names)
         yield Finding("rows", True, f"{table.num_rows:,} in {site.data}: {columns}")
-        for names in (site.text, site.label):
-            wanted = [names] if isinstance(names, str) else names or []
-            tables.require_columns(table, wanted, site.data)
+        for named in site.roles.values():
+            tables.require_columns(table, named, site.data)
+        yield _roles(site)
     except RoloraError as error:
         yield Finding("rows", False, str(error))
         return
@@ -89,6 +89,19 @@ def _own_versions() -> Finding:
     return Finding("versions", True, listed)
 
 
+def _roles(site: SiteConfig) -> Finding:
+    """What a run may read as what."""
+    listed = "; ".join(f"{' and '.join(named)} as {role}" for role, named in site.roles.items())
+    if listed:
+        return Finding("roles", True, f"{listed}; for {', '.join(site.tasks)}")
+    return Finding(
+        "roles",
+        False,
+        'no run may read a column: say which is what, for example text = "text" and '
+        'label = "label" in site.toml',
+    )
+
+
 def _try_run(site: SiteConfig, run: str) -> Iterator[Finding]:
     """Answer the first two questions of a run, in a temporary state folder."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -96,7 +109,10 @@ def _try_run(site: SiteConfig, run: str) -> Iterator[Finding]:
 
         def answer(ask: str, body: str) -> SiteMessage:
             head: dict[str, Scalar] = {"ask": ask, "protocol": PROTOCOL, "run": "00000000"}
-            return checked(trial.answer(SiteMessage(head, body.encode())))
+            reply = trial.answer(SiteMessage(head, body.encode()))
+            if "error" in reply.head:
+                raise RoloraError(reply.note)
+            return checked(reply)
 
         part = "run"
         try:

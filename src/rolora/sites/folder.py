@@ -15,6 +15,7 @@ from typing import Any
 import tomli_w
 
 from rolora.config.load import read_toml
+from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, RoloraError
 from rolora.files import is_locked, new_folder, write_file
 from rolora.sites import keys
@@ -24,10 +25,12 @@ SITE = """\
 # What this site contributes to every run. Check it with: rolora site --config site.toml --check
 name = "{name}"
 data = "rows.csv"          # this site's rows: csv, jsonl, parquet or a datasets folder
-# columns = ["text", "label"]   # the columns that a run may read; default: all in the file
+# A run may read no column until you say which is what; the coordinator gets the distinct labels.
+# text = "text"            # a run may read this column as text
+# label = "label"          # and this one as label
+# labels = ["good", "bad"] # the only labels that may leave; default: any, 100 at most
+# tasks = ["classification"]
 # model = "models/base"    # where the base model is here; default: as in the run's configuration
-# text = "text"            # names of columns here; default: the run's
-# label = "label"
 # device = "cuda"
 superlink = "{host}:{port}"
 certificates = "ca.crt"
@@ -202,12 +205,24 @@ class FederationFolder:
         status = {node["node-id"]: str(node["status"]) for node in listed}
         return {name: status.get(id, "unknown") for name, id in self._known().items()}
 
+    def names(self) -> dict[int, str]:
+        """The site's name for each node, by the key that was registered for it."""
+        return {int(node): name for name, node in self._known().items()}
+
     def _known(self) -> dict[str, str]:
         """Site name -> node id, of the sites in the SuperLink's database."""
         file = self.path / "nodes.json"
         if not file.exists() or not (self.path / "state.db").exists():
             return {}
         return dict(json.loads(file.read_text()))
+
+
+def names_by_key(config: RunConfig) -> Callable[[], Mapping[int, str] | None]:
+    """Gives the site's name for each node; None if ``federation.on`` is no federation folder."""
+    path = config.root / Path(config.federation.on or "").expanduser()
+    if config.federation.on is None or not path.is_dir():
+        return lambda: None
+    return FederationFolder.open(path).names
 
 
 def own_programs_first() -> dict[str, str]:

@@ -14,6 +14,7 @@ from rolora.files import write_file
 from rolora.run.experiment import Experiment
 from rolora.sites.folder import FederationFolder
 from rolora.sites.keys import LOOPBACK
+from rolora.sites.site_config import ROLES
 
 
 def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port: int) -> None:
@@ -26,7 +27,8 @@ def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port
     config = load_config(file, overrides)
     if config.partition.scheme in ("iid", "dirichlet", "by_label"):
         config = load_config(file, [*overrides, f"partition.clients={sites}"])
-    rows = Experiment(config).rows
+    experiment = Experiment(config)
+    rows, columns = experiment.rows, experiment.columns
     folder = FederationFolder.create(path, LOOPBACK[0], port)
     model = (config.root / Path(config.model.path).expanduser()).resolve()
     for name, shard in rows.shards.items():
@@ -37,6 +39,11 @@ def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port
         mine = {
             "name": name,
             "data": f"{name}.parquet",
+            "tasks": [config.model.task],
+            **{role: column for role, column in columns.items() if role in ROLES},
+            "min_train_rows": 1,
+            "min_score_rows": 1,
+            "max_runs": 10_000,  # your own rows
             "device": config.device,
             "threads": 1,
             "superlink": f"{folder.host}:{port}",

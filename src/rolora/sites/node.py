@@ -116,7 +116,7 @@ def _described(question: SiteMessage, reply: SiteMessage) -> str:
     """A line for the operator about one question and its answer."""
     ask, run = question.head.get("ask"), question.head.get("run")
     round = f", round {question.head['round']}" if "round" in question.head else ""
-    done = f"{len(reply.tensors)} tensors, {len(reply.body):,} bytes sent"
+    done = f"{len(reply.tensors)} tensors, {reply.size:,} bytes sent"
     if "error" in reply.head:
-        done = f"refused: {reply.head['error']}"
+        done = f"refused ({reply.head['error']}): {reply.note}"
     return f"run {run}{round}: {ask}: {done}"

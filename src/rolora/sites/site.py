@@ -2,7 +2,8 @@
 
 ``Site.answer`` maps a question to an answer. What a site has received and sent is in its state
 folder, one file per round, so a new process can answer the next question, or the same one again.
-Rows, tokens and personal tensors never leave the site; ``outgoing.log`` lists what did.
+Rows, tokens and personal tensors never leave the site. What does passes ``gate.leave``, and is
+listed in ``outgoing.log``; ``policy`` holds the coordinator to what the operator agreed to.
 
 ====== ====================================== ==========================================
 asks   the coordinator sends                  the site answers
@@ -20,7 +21,6 @@ import gc
 import json
 import logging
 import re
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,25 @@ from rolora.algorithm.method import ServerState
 from rolora.algorithm.seeding import generator
 from rolora.config.load import make_config
 from rolora.data import tables
-from rolora.errors import RoloraError
+from rolora.errors import ConfigError, DataError, printable
 from rolora.files import write_file
 from rolora.flower.message import (
+    MOST_CONFIG,
     PROTOCOL,
     MessageError,
     SiteMessage,
+    bounded,
     digest,
     expand_names,
+    read_json,
+    read_labels,
     versions,
 )
 from rolora.model.base import layout, tokenizer_digest
 from rolora.run.experiment import Experiment, local_settings, require_turns
 from rolora.run.shards import Rows, hold_out
+from rolora.sites.gate import leave
+from rolora.sites.policy import Refused, Uses, columns_read, consented, require_labels, require_rows
 from rolora.sites.site_config import SiteConfig
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess, Job, encoded
@@ -55,30 +61,18 @@ _log = logging.getLogger(__name__)
 RUN = re.compile(r"[0-9a-f]{8,64}")
 
 
-def table_here(site: SiteConfig) -> Any:
-    """The site's rows as a pyarrow table with only the columns that a run may read.
-
-    Raises DataError if the file, or one of these columns, is missing.
-    """
-    table = tables.read_table(site.data, root=site.root, form=site.form)
-    if site.columns is None:
-        return table
-    tables.require_columns(table, site.columns, site.data)
-    return table.select(site.columns)
-
-
 def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]") -> Experiment:
-    """A run's parts, with this site's rows, paths and columns.
+    """A run's parts, with this site's rows and paths, and the columns its operator agreed to.
 
     ``received`` is the run's configuration, and ``labels`` the list of all sites' labels, as JSON.
+    Raises Refused for what the operator has not agreed to.
     """
-    try:
-        values = json.loads(received)
-    except ValueError:
-        raise MessageError("the run's configuration is not valid JSON") from None
-    config = make_config(values, root=site.root)
+    values = read_json(received, MOST_CONFIG)
+    if not isinstance(values, dict):
+        raise MessageError("the run's configuration is not a table")
+    config = consented(site, make_config(values, root=site.root))
     own: dict[str, dict[str, Any]] = {
-        "data": {"train": site.data, "text": site.text, "label": site.label},
+        "data": {"train": site.data},
         "model": {"path": site.model},
         "train": {"cache": str((site.folder / "cache").resolve()) if config.train.cache else ""},
     }
@@ -87,14 +81,19 @@ def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]")
         given = {key: value for key, value in keys.items() if value is not None}
         changed[section] = getattr(config, section).model_copy(update=given)
     config = config.model_copy(update=changed)
-    table = table_here(site)
+    table, columns = (
+        tables.read_table(site.data, root=site.root, form=site.form),
+        columns_read(config),
+    )
+    tables.require_columns(table, columns, site.data)
     share = config.data.client_test or 0
     rows, kept = hold_out(torch.arange(table.num_rows), share, config.seed, site.name)
+    require_rows(site, config, len(rows), len(kept))
     held_out = {site.name: kept} if len(kept) else {}
     return Experiment(
         config,
-        rows=Rows(table, None, None, shards={site.name: rows}, held_out=held_out),
-        labels=tuple(json.loads(labels)),
+        rows=Rows(table.select(columns), None, None, shards={site.name: rows}, held_out=held_out),
+        labels=tuple(read_labels(labels)),
     )
 
 
@@ -116,29 +115,29 @@ class Site:
 
     def answer(self, request: SiteMessage) -> SiteMessage:
         """The answer to a question. A failure is an answer too, with "error" in its head."""
-        questions = {"hello": _hello, "ready": _ready, "train": _train, "score": _score}
-        asked = str(request.head.get("ask"))
+        asked, run = str(request.head.get("ask")), None
         try:
+            request = bounded(request.head, request.body)
             if request.integer("protocol") != PROTOCOL:
-                raise MessageError(
+                raise Refused(
+                    "protocol",
                     f"the coordinator speaks protocol {request.head['protocol']}, this site "
-                    f"{PROTOCOL}: install the same version of rolora at both"
+                    f"{PROTOCOL}: install the same version of rolora at both",
                 )
-            run = request.text("run")
-            if asked not in questions or not RUN.fullmatch(run):
-                raise MessageError(f"unknown question {asked!r} for run {run!r}")
+            name = request.text("run")
+            if asked not in QUESTIONS or not RUN.fullmatch(name):
+                raise MessageError("an unknown question, or a run without an id")
+            run = name
             if self.config.threads is not None:
                 torch.set_num_threads(self.config.threads)
-            reply = questions[asked](self, self.config.folder / run, request)
-        except (RoloraError, OSError) as error:
-            reply = SiteMessage({"error": str(error)})
-        except Exception as error:  # a library's message may quote rows: it is not sent
-            _log.exception("%s could not be answered", asked)
-            reply = SiteMessage({"error": f"{type(error).__name__}; see the site's log"})
-        head = {"site": self.config.name, "protocol": PROTOCOL, **reply.head}
-        reply = replace(reply, head=head)
-        _note_outgoing(self.config, asked, request, reply)
-        return reply
+            if asked != "hello":  # which is counted once it is known to be allowed
+                round = request.integer("round") if "round" in request.head else 0
+                Uses.read(self.config).count(run, round)
+            reply = QUESTIONS[asked](self, self.config.folder / run, request)
+        except Exception as error:  # its message may quote rows: it is not sent
+            reply = _failed(asked, error)
+        asked = asked if asked in QUESTIONS else "?"
+        return leave(self.config, asked, run, reply)
 
     def open(self, folder: Path) -> SiteRun:
         """The run with this folder. Loading it releases the one before."""
@@ -150,7 +149,10 @@ class Site:
             gc.collect()  # its weights are in reference cycles, and would stay mapped
             parts = experiment_here(self.config, config, labels)
             sizes = {client: len(rows) for client, rows in parts.rows.shards.items()}
-            require_turns(parts.method, parts.config.train, sizes)
+            try:
+                require_turns(parts.method, parts.config.train, sizes)
+            except ConfigError as error:
+                raise Refused("turns", str(error)) from None
             engine = InProcess(
                 parts.base,
                 parts.task,
@@ -166,6 +168,18 @@ class Site:
         return self.opened
 
 
+def _failed(asked: str, error: Exception) -> SiteMessage:
+    """The answer in place of one that failed: a code. The site's log has the rest."""
+    kinds = {MessageError: "question", DataError: "data", ConfigError: "config", OSError: "disk"}
+    code = next((code for kind, code in kinds.items() if isinstance(error, kind)), "failed")
+    if isinstance(error, Refused):
+        code = error.code
+    if code == "failed":
+        _log.exception("%s could not be answered", printable(asked[:20]))
+        return SiteMessage({"error": code}, note=type(error).__name__)
+    return SiteMessage({"error": code}, note=str(error))
+
+
 def _stored(file: Path, without: str) -> str:
     try:
         return file.read_text()
@@ -175,16 +189,19 @@ def _stored(file: Path, without: str) -> str:
 
 def _hello(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     """Store the run's configuration; answer the number of rows and their labels."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.json", request.body)
     parts = experiment_here(site.config, request.body)
     labels = parts.kind.labels(parts.rows.train, parts.columns, site.config.data)
+    require_labels(site.config, labels)
+    Uses.read(site.config).admit(folder.name, parts.config, parts.rows.train.num_rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.json", request.body)
     count = len(parts.rows.shards[site.config.name])
     return SiteMessage({**versions(), "num_examples": count, "labels": json.dumps(labels)})
 
 
 def _ready(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     """Load the model and the rows, so that faults show now; answer the model's hashes."""
+    read_labels(request.body)
     write_file(folder / "labels.json", request.body)
     engine = site.open(folder).engine
     return SiteMessage(
@@ -211,7 +228,7 @@ def _train(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
         return SiteMessage({"lacks": True})
     held, expected = engine.clients()[name], request.integer("num_examples")
     if expected != held:
-        raise MessageError(f"the coordinator expects {expected} rows, but there are {held}")
+        raise Refused("count", f"the coordinator expects {expected} rows, but there are {held}")
     assigned = Assignment(ClientInfo(name, held, request.integer("rank"), round), received)
     server = ServerState(received, round=round - 1)
     job = Job(server, (assigned,), request.integer("seed"), request.number("lr"))
@@ -264,16 +281,4 @@ def _received(run: SiteRun, name: str, request: SiteMessage, round: int) -> Adap
     return None
 
 
-def _note_outgoing(site: SiteConfig, asked: str, request: SiteMessage, reply: SiteMessage) -> None:
-    """Append to outgoing.log: the question, the values and tensors sent, the number of bytes."""
-    entry = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "asked": asked,
-        "run": request.head.get("run"),
-        "left": dict(reply.head),
-        "tensors": reply.tensors,
-        "bytes": len(reply.body),
-    }
-    site.folder.mkdir(parents=True, exist_ok=True)
-    with (site.folder / "outgoing.log").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+QUESTIONS = {"hello": _hello, "ready": _ready, "train": _train, "score": _score}

@@ -11,7 +11,11 @@ from rolora.config.load import first_fault, read_toml
 from rolora.config.schema import Section
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError
-from rolora.flower.message import SITE_NAME
+from rolora.flower.message import LABEL_LENGTH, MOST_LABELS, SITE_NAME
+
+# What a column can be to a run; the operator says which one is.
+ROLES = ("text", "label", "prompt", "completion", "messages", "tools", "choices", "answer")
+Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 
 
 def site_name(name: str) -> str:
@@ -33,9 +37,40 @@ class SiteConfig(Section):
     data: str = Field(description="this site's rows: csv, jsonl, parquet or a datasets folder")
     delimiter: str | None = Field(None, description="as data.delimiter of a run, for this file")
     encoding: str = Field("utf-8", description="as data.encoding of a run, for this file")
-    columns: list[str] | None = Field(
-        None, min_length=1, description="those that a run may read; left out: all in the file"
+    tasks: list[str] = Field(
+        ["classification"], min_length=1, description="the tasks that a run may train for"
     )
+    text: str | Texts | None = Field(
+        None, description="the column that a run may read as text, or two; left out: none"
+    )
+    label: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None,
+        description="the column that a run may read as label, whose distinct values the "
+        "coordinator then gets, or several of 0 and 1; left out: none",
+    )
+    prompt: str | Texts | None = Field(None, description="likewise, for data.prompt of a run")
+    completion: str | None = Field(None, description="likewise, for data.completion")
+    messages: str | None = Field(None, description="likewise, for data.messages")
+    tools: str | None = Field(None, description="likewise, for data.tools")
+    choices: str | None = Field(None, description="likewise, for data.choices")
+    answer: str | None = Field(None, description="likewise, for data.answer")
+    labels: list[str] | None = Field(
+        None, min_length=1, description="the only labels that may leave; left out: any"
+    )
+    max_labels: int = Field(
+        100,
+        ge=1,
+        le=MOST_LABELS,
+        description=f"most labels that may leave, of {LABEL_LENGTH} characters at most",
+    )
+    metrics: list[str] | None = Field(
+        None, description="metrics of held-out rows that may leave; left out: all of the task"
+    )
+    min_train_rows: int = Field(10, ge=1, description="fewest rows that a round may train on")
+    min_score_rows: int = Field(10, ge=1, description="fewest rows that may be scored")
+    max_rounds: int = Field(1000, ge=1, description="most rounds of a run")
+    max_runs: int = Field(100, ge=1, description="most runs that are answered, ever")
+    max_questions: int = Field(5000, ge=1, description="most questions of a run that are answered")
     model: str | None = Field(
         None, description="the base model here; left out: what the run's configuration says"
     )
@@ -43,10 +78,6 @@ class SiteConfig(Section):
         None,
         min_length=6,
         description="how the base model's hash must begin, for rolora site --check",
-    )
-    text: str | list[str] | None = Field(None, description="columns here; left out: the run's")
-    label: str | list[str] | None = Field(
-        None, description="the label column or columns here; left out: the run's"
     )
     device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")
     threads: int | None = Field(None, ge=1, description="of torch; left out: all cores")
@@ -60,6 +91,16 @@ class SiteConfig(Section):
     def form(self) -> TextForm:
         """How this site's file is written, if it is text."""
         return TextForm(self.delimiter, self.encoding)
+
+    @property
+    def roles(self) -> dict[str, list[str]]:
+        """Role -> the columns that the operator gave it."""
+        named = {role: getattr(self, role) for role in ROLES}
+        return {
+            role: [columns] if isinstance(columns, str) else columns
+            for role, columns in named.items()
+            if columns is not None
+        }
 
     @property
     def folder(self) -> Path:
