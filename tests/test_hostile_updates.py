@@ -135,7 +135,7 @@ def test_a_hostile_client_alone_changes_nothing_and_the_message_says_what_it_sen
         assert same(result.state.server.adapter, first.state.server.adapter)
         assert not result.advanced
         assert result.rejected.keys() == {"eve"}
-    with pytest.raises(NoQuorum, match=r"3 attempts \(0 usable updates, and the quorum is 1\)"):
+    with pytest.raises(NoQuorum, match=r"3 attempts \(0 usable updates, and a round needs 1\)"):
         next(results)
 
 
