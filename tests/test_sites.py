@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from calls import calls, configuration, make_place, remote
+from tiny_site import write_rows
 
 from rolora.algorithm.adapter import tensor_hash
 from rolora.config.load import load_config
@@ -62,7 +63,7 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     overrides: tuple[str, ...], place: Path, tmp_path: Path
 ) -> None:
     changed = [o for o in overrides if not o.startswith("train.local_epochs")]
-    config = configuration(place, "aggregate.max_share=1", *changed)
+    config = configuration(place, *changed)
     if len(changed) < len(overrides):
         train = config.train.model_copy(update={"local_steps": None, "local_epochs": 1})
         config = config.model_copy(update={"train": train})
@@ -78,15 +79,19 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     assert theirs.client_metrics == mine.client_metrics
 
 
-def test_across_sites_no_site_has_more_than_half_of_a_round_s_weight_unless_that_is_asked_for(
-    place: Path, tmp_path: Path
+def test_a_site_that_claims_more_than_half_of_all_rows_is_named_unless_that_is_limited(
+    tmp_path: Path,
 ) -> None:
-    there = remote(configuration(place), tmp_path / "there", calls(place, tmp_path / "a"))
-    asked = configuration(place, "aggregate.max_share=0.7")
-    other = remote(asked, tmp_path / "other", calls(place, tmp_path / "b"))
-    here = runs.start(configuration(place), tmp_path / "here")
-    shares = [run.experiment.federation.aggregation.max_share for run in (there, other, here)]
-    assert shares == [0.5, 0.7, None]
+    place = make_place(tmp_path)
+    write_rows(place / "site-bob.csv", 60)
+    for number, limits in enumerate([(), ("aggregate.max_share=0.5",)]):
+        transport = calls(place, tmp_path / str(number))
+        remote(
+            configuration(place, *limits), tmp_path / f"out-{number}", transport
+        ).experiment.prepare()
+        said = [line for line in transport.notified if "more than half" in line]
+        assert len(said) == (0 if limits else 1)
+        assert limits or "site-bob" in said[0]
 
 
 @pytest.mark.parametrize(

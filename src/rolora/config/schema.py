@@ -254,8 +254,8 @@ class AggregateConfig(Section):
         None,
         gt=0,
         le=1,
-        description="largest share of one client in the weight of a round; left out: none on one "
-        "machine or with two sites; 0.5 with more sites, whose sizes are claims",
+        description="largest share of one client in the weight of a round, where sizes are claims; "
+        "left out: no limit",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="clip each client's update to this norm"

@@ -245,6 +245,19 @@ class Membership:
             else:
                 self.members[name] = member
                 self.notify(f"site {name} joined with {member.num_examples:,} rows")
+                self._note_majority()
+
+    def _note_majority(self) -> None:
+        """Say that one site of several claims most rows, where that gives it most of the weight."""
+        given, sizes = self.wanted.config.aggregate, {}
+        if given.weights == "num_examples" and given.max_share is None:
+            sizes = {name: member.num_examples for name, member in self.members.items()}
+        if len(sizes) > 2 and 2 * max(sizes.values()) > sum(sizes.values()):
+            name = max(sizes, key=sizes.__getitem__)
+            self.notify(
+                f"site {name} claims more than half of all rows, and so decides the average: "
+                "aggregate.max_share or aggregate.weights limits that"
+            )
 
     def _refuse(self, node: int, who: str, why: str) -> None:
         self._forget(node)

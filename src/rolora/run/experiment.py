@@ -51,7 +51,6 @@ class Parts(TypedDict, total=False):
     run: str
     bank: int
     spare: int
-    max_share: float
     notes: Sequence[str]
 
 
@@ -399,16 +398,11 @@ class Experiment:
         return 0
 
     @cached_property
-    def max_share(self) -> float | None:
-        """The largest share of one client in a round's weight: sizes are counted here."""
-        return self.config.aggregate.max_share
-
-    @cached_property
     def aggregation(self) -> Aggregation:
         """How updates are combined."""
         given = self.config.aggregate
         reducer = compose(given.rules)
-        return Aggregation(reducer, given.weights, given.quorum, max_share=self.max_share)
+        return Aggregation(reducer, given.weights, given.quorum, max_share=given.max_share)
 
     @cached_property
     def federation(self) -> Federation:

@@ -16,8 +16,6 @@ from rolora.run.experiment import Experiment, data_hash
 from rolora.run.runs import Build
 from rolora.run.shards import Rows
 
-# of one site in a round's weight, where that is not set: sizes are claims
-SITES_SHARE = 0.5
 Names = Callable[[], Mapping[int, str] | None]
 
 
@@ -94,9 +92,6 @@ def _prepare(
         run=run,
         bank=1,
         spare=config.federation.spare,
-        # one of two sites has half of the rows, or more
-        max_share=config.aggregate.max_share
-        or (SITES_SHARE if config.federation.sites > 2 else 1.0),
         notes=[note for note in (here.base.note,) if note],
     )
 
