@@ -130,7 +130,15 @@ def test_sites_follow_the_checkpoint_s_order_too(tmp_path: Path) -> None:
     for number, site in enumerate(("ann", "bob")):
         write(tmp_path / f"{site}.csv", names)
         state = str(tmp_path / "state" / site)
-        own = SiteConfig(name=site, data=f"{site}.csv", state=state, root=tmp_path)
+        own = SiteConfig(
+            name=site,
+            data=f"{site}.csv",
+            state=state,
+            root=tmp_path,
+            text="text",
+            label="label",
+            min_train_rows=1,
+        )
         sites[number] = Site(own)
     transport = Calls(sites)
     config = configuration(tmp_path, "federation.sites=2", "train.rounds=1")

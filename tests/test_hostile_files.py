@@ -183,7 +183,9 @@ def test_of_two_resumed_runs_of_a_folder_only_one_goes_on(
 def test_a_terminal_that_closes_ends_a_command_as_ctrl_c_does_unless_that_is_ignored(
     site: Path, tmp_path: Path, ignored: bool
 ) -> None:
-    command = [sys.executable, "-m", "rolora", "run", str(site), "--out", str(tmp_path / "run")]
+    rounds = f"train.rounds={4 if ignored else 1000}"  # it must still be at work when it is told
+    command = [sys.executable, "-m", "rolora", "run", str(site), rounds, "--out"]
+    command.append(str(tmp_path / "run"))
     trap = "trap '' HUP; " if ignored else ""
     process = subprocess.Popen(
         ["sh", "-c", f"{trap}exec {shlex.join(command)}"], stderr=subprocess.PIPE, text=True

@@ -169,7 +169,7 @@ def test_a_run_of_which_too_few_clients_answer_says_how_many_it_needs(
     config = calls.configuration(place, *overrides, "federation.sites=2")
     transport = calls.calls(place, tmp_path / "state")
     transport.away.add("site-cy")
-    with pytest.raises(NoQuorum, match="no quorum of 3"):
+    with pytest.raises(NoQuorum, match="too few for a cohort of 3"):
         list(calls.remote(config, tmp_path / "run", transport).rounds())
 
 
