@@ -35,6 +35,7 @@ WIDE = {
     "test_hostile_models",
     "test_hostile_coordinator",
     "test_hostile_sites",
+    "test_hostile_updates",
     "test_memory",
     "test_method_runs",
     "test_models",
