@@ -23,6 +23,7 @@ from rolora.registry import Registry
 
 Value = Mapping[str, Tensor]
 Memory = Mapping[str, Any]
+Combine = Callable[[Sequence[Value], Value, torch.Generator], tuple[Value, Tensor]]
 
 
 class Reducer(NamedTuple):
@@ -163,9 +164,8 @@ def median(*, byzantine: int = 0) -> Reducer:
     With an even number of clients, the mean of the two middle values. ``byzantine`` = f bad clients
     need n ≥ 2 f + 1.
     """
-    if byzantine < 0:
-        raise ConfigError(f"median: byzantine must be at least 0, not {byzantine}")
-    return _sorted_rule(lambda count: (count - 1) // 2, 2 * byzantine + 1)
+    f = bad_ones("median", byzantine)
+    return _sorted_rule("median", lambda count: (count - 1) // 2, 2 * f + 1)
 
 
 def trimmed_mean(*, trim: float = 0.1, byzantine: int = 0) -> Reducer:
@@ -177,22 +177,44 @@ def trimmed_mean(*, trim: float = 0.1, byzantine: int = 0) -> Reducer:
     """
     if not 0 <= trim < 0.5:
         raise ConfigError(f"trimmed_mean: trim must be in [0, 0.5), not {trim}")
+    if f := bad_ones("trimmed_mean", byzantine):
+        return _sorted_rule("trimmed_mean", lambda count: f, 2 * f + 1)
+
+    def cut(count: int) -> int:
+        # round() first: in binary 0.1 * 30 is slightly above 3
+        return min(math.ceil(round(trim * count, 9)), (count - 1) // 2)
+
+    return _sorted_rule("trimmed_mean", cut, 1)
+
+
+def bad_ones(name: str, byzantine: int) -> int:
+    """``byzantine``, of the rule of this name. ConfigError if it is below 0."""
     if byzantine < 0:
-        raise ConfigError(f"trimmed_mean: byzantine must be at least 0, not {byzantine}")
-    if byzantine:
-        return _sorted_rule(lambda count: byzantine, 2 * byzantine + 1)
-    # round() first: in binary 0.1 * 30 is slightly above 3
-    return _sorted_rule(lambda count: min(math.ceil(round(trim * count, 9)), (count - 1) // 2))
+        raise ConfigError(f"{name}: byzantine must be at least 0, not {byzantine}")
+    return byzantine
 
 
-def _sorted_rule(cut: Callable[[int], int], least: int = 1) -> Reducer:
+def holding(name: str, least: int, combine: Combine) -> Reducer:
+    """A rule over all updates at once: ``combine(values, start, rng)`` -> value and weights."""
+
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
-        return {"values": [*memory.get("values", []), value]}
+        start = memory.get("start", reference)
+        return {"start": start, "values": [*memory.get("values", []), value]}
 
     def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
         values = memory["values"]
         if len(values) < least:
-            raise ValueError(f"this rule needs {least} updates, but there are {len(values)}")
+            raise ValueError(f"{name} needs {least} updates, but there are {len(values)}")
+        reduced, weights = combine(values, memory["start"], rng)
+        return reduced, {CLIENT_WEIGHTS: weights}
+
+    return Reducer(dict, add, finish, least)
+
+
+def _sorted_rule(name: str, cut: Callable[[int], int], least: int) -> Reducer:
+    def combine(
+        values: Sequence[Value], start: Value, rng: torch.Generator
+    ) -> tuple[Value, Tensor]:
         k = cut(len(values))
         reduced = {}
         kept = torch.zeros(len(values), dtype=torch.float64)
@@ -202,9 +224,9 @@ def _sorted_rule(cut: Callable[[int], int], least: int = 1) -> Reducer:
             reduced[name] = ordered[k : len(values) - k].mean(dim=0).to(like.dtype)
             middle = order[k : len(values) - k].reshape(-1)
             kept += torch.bincount(middle, minlength=len(values))
-        return reduced, {CLIENT_WEIGHTS: coordinate_weights(kept)}
+        return reduced, coordinate_weights(kept)
 
-    return Reducer(dict, add, finish, least)
+    return holding(name, least, combine)
 
 
 def coordinate_weights(kept: Tensor) -> Tensor:
@@ -220,33 +242,42 @@ def clip(inner: Reducer, *, norm: float) -> Reducer:
     if not norm > 0:
         raise ConfigError(f"clip: norm must be positive, not {norm}")
 
+    def scale_of(value: Value, reference: Value) -> float:
+        moves = (tensor.double() - reference[name].double() for name, tensor in value.items())
+        size = sum(float(move.square().sum()) for move in moves) ** 0.5
+        return norm / size if size > norm else 1.0
+
+    return scaling(inner, scale_of)
+
+
+def scaling(inner: Reducer, scale_of: Callable[[Value, Value], float]) -> Reducer:
+    """Each client's move times ``scale_of(value, reference)``, then ``inner``."""
+
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
         if "scales" not in memory:
             memory = {"scales": [], "inner": memory or inner.init()}
-        scale = 1.0
-        moves = {name: tensor.double() - reference[name].double() for name, tensor in value.items()}
-        size = sum(float(move.square().sum()) for move in moves.values()) ** 0.5
-        if size > norm:
-            scale = norm / size
-            value = {
-                name: (reference[name].double() + move * scale).to(value[name].dtype)
-                for name, move in moves.items()
-            }
-        added = inner.add(memory["inner"], value, reference, weight)
+        scale = scale_of(value, reference)
+        kept = value if scale == 1 else moved(value, reference, scale)
+        added = inner.add(memory["inner"], kept, reference, weight)
         return {"scales": [*memory["scales"], scale], "inner": added}
 
     def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
         reduced, kept = inner.finish(memory["inner"], rng)
-        return reduced, with_scales(kept, memory["scales"])
+        scales = torch.tensor(memory["scales"], dtype=torch.float64)
+        weights = kept.get(CLIENT_WEIGHTS, torch.full_like(scales, 1 / len(scales)))
+        return reduced, {**kept, CLIENT_WEIGHTS: weights * scales}
 
     return Reducer(dict, add, finish, inner.least)
 
 
-def with_scales(kept: Memory, scales: Sequence[float]) -> Memory:
-    """What ``finish`` keeps, with each client's weight in the result times its scale."""
-    shares = torch.tensor(scales, dtype=torch.float64)
-    weights = kept.get(CLIENT_WEIGHTS, torch.full_like(shares, 1 / len(scales)))
-    return {**kept, CLIENT_WEIGHTS: weights * shares}
+def moved(value: Value, reference: Value, scale: float) -> Value:
+    """reference + ``scale`` · (value − reference) in float64, in the dtypes of the value."""
+    return {
+        name: (reference[name].double() + (tensor.double() - reference[name].double()) * scale).to(
+            tensor.dtype
+        )
+        for name, tensor in value.items()
+    }
 
 
 def fedavgm(inner: Reducer, *, lr: float = 1.0, momentum: float = 0.9) -> Reducer:

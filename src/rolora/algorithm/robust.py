@@ -22,12 +22,13 @@ from rolora.algorithm.reduce import (
     Memory,
     Reducer,
     Value,
+    bad_ones,
     coordinate_weights,
-    with_scales,
+    holding,
+    moved,
+    scaling,
 )
 from rolora.errors import ConfigError
-
-Combine = Callable[[Sequence[Value], Value, torch.Generator], tuple[Value, Tensor]]
 
 
 def krum(*, byzantine: int = 0) -> Reducer:
@@ -36,7 +37,7 @@ def krum(*, byzantine: int = 0) -> Reducer:
     The score of an update is the sum of its squared distances to the n − f − 1 nearest others, as
     in Allouah et al. 2023 (arXiv:2302.01772); the first paper takes n − f − 2.
     """
-    f = _count("krum", byzantine)
+    f = bad_ones("krum", byzantine)
 
     def weigh(gram: Tensor) -> Tensor:
         apart = squared_distances(gram)
@@ -50,7 +51,7 @@ def multi_krum(*, byzantine: int = 0) -> Reducer:
 
     Blanchard et al. 2017, Multi-Krum with m = n − f, as in Allouah et al. 2023.
     """
-    f = _count("multi_krum", byzantine)
+    f = bad_ones("multi_krum", byzantine)
 
     def weigh(gram: Tensor) -> Tensor:
         ranked = _scores(squared_distances(gram), f).argsort(stable=True)
@@ -67,7 +68,7 @@ def bulyan(*, byzantine: int = 0) -> Reducer:
     number, the mean of the two middle ones). The choice goes by what updates do to the model, the
     second part by the coordinates of what is reduced.
     """
-    f = _count("bulyan", byzantine)
+    f = bad_ones("bulyan", byzantine)
 
     def combine(
         values: Sequence[Value], start: Value, rng: torch.Generator
@@ -91,7 +92,7 @@ def bulyan(*, byzantine: int = 0) -> Reducer:
         weights[chosen] = coordinate_weights(kept)
         return reduced, weights
 
-    return _holding("bulyan", 4 * f + 3, combine)
+    return holding("bulyan", 4 * f + 3, combine)
 
 
 def geometric_median(*, byzantine: int = 0, smoothing: float = 1e-6) -> Reducer:
@@ -102,7 +103,7 @@ def geometric_median(*, byzantine: int = 0, smoothing: float = 1e-6) -> Reducer:
     of the step. It starts from the mean of the more than n / 2 updates around the most central one.
     Where both factors move, the product of a mean is taken to be the mean of the products.
     """
-    f = _count("geometric_median", byzantine)
+    f = bad_ones("geometric_median", byzantine)
     if not smoothing > 0:
         raise ConfigError(f"geometric_median: smoothing must be positive, not {smoothing}")
 
@@ -135,7 +136,7 @@ def centered_clip(
     each round: moves of lora_A and of lora_B differ in size. Where both factors move, the product
     of a mean is taken to be the mean of the products.
     """
-    f = _count("centered_clip", byzantine)
+    f = bad_ones("centered_clip", byzantine)
     if radius is not None and not radius > 0:
         raise ConfigError(f"centered_clip: radius must be positive, not {radius}")
     if iterations < 1:
@@ -150,7 +151,14 @@ def centered_clip(
             weights = weights * (1 - share.sum()) + share
         return weights
 
-    return _weighing("centered_clip", 2 * f + 1, weigh)
+    def combine(
+        values: Sequence[Value], start: Value, rng: torch.Generator
+    ) -> tuple[Value, Tensor]:
+        weights = weigh(inner_products(values, start))
+        left = 1 - float(weights.sum())
+        return combined([*values, start], torch.cat([weights, weights.new_tensor([left])])), weights
+
+    return holding("centered_clip", 2 * f + 1, combine)
 
 
 def nnm(inner: Reducer, *, byzantine: int = 0) -> Reducer:
@@ -158,7 +166,7 @@ def nnm(inner: Reducer, *, byzantine: int = 0) -> Reducer:
 
     Nearest-neighbour mixing (Allouah et al. 2023, arXiv:2302.01772, Algorithm 2); n ≥ 2 f + 1.
     """
-    f = _count("nnm", byzantine)
+    f = bad_ones("nnm", byzantine)
 
     def mixing(values: Sequence[Value], start: Value, rng: torch.Generator) -> list[Tensor]:
         count = len(values)
@@ -197,9 +205,6 @@ def clip_product(inner: Reducer, *, norm: float) -> Reducer:
     if not norm > 0:
         raise ConfigError(f"clip_product: norm must be positive, not {norm}")
 
-    def scaled(value: Value, reference: Value, scale: float) -> Value:
-        return combined([value], torch.tensor([scale], dtype=torch.float64), reference)
-
     def size(value: Value, reference: Value) -> float:
         return math.sqrt(float(inner_products([value], reference, hidden=0.0)))
 
@@ -209,35 +214,21 @@ def clip_product(inner: Reducer, *, norm: float) -> Reducer:
             return 1.0
         wide = {name: tensor.double() for name, tensor in value.items()}
         first = norm / whole
-        if abs(size(scaled(wide, reference, first), reference) - norm) <= 1e-9 * norm:
+        if abs(size(moved(wide, reference, first), reference) - norm) <= 1e-9 * norm:
             return first
         low, high = 0.0, 1.0  # both factors moved
         for _ in range(50):
             middle = (low + high) / 2
-            fits = size(scaled(wide, reference, middle), reference) <= norm
+            fits = size(moved(wide, reference, middle), reference) <= norm
             low, high = (middle, high) if fits else (low, middle)
         return low
 
-    def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
-        if "scales" not in memory:
-            memory = {"scales": [], "inner": memory or inner.init()}
-        scale = scale_of(value, reference)
-        kept = value if scale == 1 else scaled(value, reference, scale)
-        added = inner.add(memory["inner"], kept, reference, weight)
-        return {"scales": [*memory["scales"], scale], "inner": added}
-
-    def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
-        reduced, kept = inner.finish(memory["inner"], rng)
-        return reduced, with_scales(kept, memory["scales"])
-
-    return Reducer(dict, add, finish, inner.least)
+    return scaling(inner, scale_of)
 
 
-def combined(values: Sequence[Value], weights: Tensor, start: Value | None = None) -> Value:
-    """Σ w_i value_i in float64, in the dtypes of the values; ``start`` has what is left of 1."""
+def combined(values: Sequence[Value], weights: Tensor) -> Value:
+    """Σ w_i value_i in float64, with the names and dtypes of the first value."""
     parts = [(value, float(weight)) for value, weight in zip(values, weights, strict=True)]
-    if start is not None:
-        parts.append((start, 1 - float(weights.sum())))
     parts = [(value, weight) for value, weight in parts if weight]
     found: dict[str, Tensor] = {}
     for name, like in values[0].items():
@@ -246,12 +237,6 @@ def combined(values: Sequence[Value], weights: Tensor, start: Value | None = Non
             total = total + weight * value[name].double()
         found[name] = total.to(like.dtype)
     return found
-
-
-def _count(name: str, byzantine: int) -> int:
-    if byzantine < 0:
-        raise ConfigError(f"{name}: byzantine must be at least 0, not {byzantine}")
-    return byzantine
 
 
 def _equal_weights(chosen: Sequence[int], count: int) -> Tensor:
@@ -275,32 +260,14 @@ def _distances(gram: Tensor, weights: Tensor) -> Tensor:
 
 def _weighing(name: str, least: int, weigh: Callable[[Tensor], Tensor]) -> Reducer:
     """The rule Σ w_i x_i with weights from the inner products of what updates do to the model."""
-    sums_to_less = name == "centered_clip"
 
     def combine(
         values: Sequence[Value], start: Value, rng: torch.Generator
     ) -> tuple[Value, Tensor]:
         weights = weigh(inner_products(values, start))
-        return combined(values, weights, start if sums_to_less else None), weights
+        return combined(values, weights), weights
 
-    return _holding(name, least, combine)
-
-
-def _holding(name: str, least: int, combine: Combine) -> Reducer:
-    """A rule over all updates at once: ``combine(values, start, rng)`` -> value and weights."""
-
-    def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
-        start = memory.get("start", reference)
-        return {"start": start, "values": [*memory.get("values", []), value]}
-
-    def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
-        values = memory["values"]
-        if len(values) < least:
-            raise ValueError(f"{name} needs {least} updates, but there are {len(values)}")
-        reduced, weights = combine(values, memory["start"], rng)
-        return reduced, {CLIENT_WEIGHTS: weights}
-
-    return Reducer(dict, add, finish, least)
+    return holding(name, least, combine)
 
 
 def _mixing(
