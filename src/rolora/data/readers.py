@@ -134,15 +134,13 @@ def read_parquet(file: Path | bytes) -> pa.Table:
 
     ValueError for one that unpacks to more than ``most_unpacked``.
     """
-    _require_unpackable(file)
-    source = file if isinstance(file, Path) else pa.BufferReader(file)
-    table = pyarrow.parquet.read_table(source, partitioning=None)
+    table = _unpacked(file)
     table.validate(full=True)  # text that is not UTF-8 would only raise where it is used
     return named_classes(usual_types(table))
 
 
-def _require_unpackable(file: Path | bytes) -> None:
-    """Read it in parts that are not kept, as long as they are not too large together.
+def _unpacked(file: Path | bytes) -> pa.Table:
+    """Its rows, read in parts for as long as these are not too large together.
 
     What the file says of its own size is looked at first, but a value repeated a million times
     counts once there.
@@ -156,11 +154,13 @@ def _require_unpackable(file: Path | bytes) -> None:
             raise _too_large(most)
         # no value is longer than its group, and a small file may have it in every row
         rows = (1 << 30) // max([1, *sizes]) if size < 1 << 22 else 1 << 16
-        total = 0
+        total, read = 0, list[pa.RecordBatch]()
         for part in parts.iter_batches(batch_size=min(max(rows, 64), 1 << 16)):
             total += part.nbytes
             if total > most:
                 raise _too_large(most)
+            read.append(part)
+        return pa.Table.from_batches(read, schema=parts.schema_arrow)
 
 
 def most_unpacked(size: int) -> int:

@@ -218,7 +218,7 @@ class FederationFolder:
 
 
 def names_by_key(config: RunConfig) -> Callable[[], Mapping[int, str] | None]:
-    """Gives the site's name for each node; None if ``federation.on`` is no federation folder."""
+    """A function that returns node id -> site name, or None without a federation folder."""
     path = config.root / Path(config.federation.on or "").expanduser()
     if config.federation.on is None or not path.is_dir():
         return lambda: None

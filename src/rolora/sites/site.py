@@ -81,10 +81,8 @@ def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]")
         given = {key: value for key, value in keys.items() if value is not None}
         changed[section] = getattr(config, section).model_copy(update=given)
     config = config.model_copy(update=changed)
-    table, columns = (
-        tables.read_table(site.data, root=site.root, form=site.form),
-        columns_read(config),
-    )
+    table = tables.read_table(site.data, root=site.root, form=site.form)
+    columns = columns_read(config)
     tables.require_columns(table, columns, site.data)
     share = config.data.client_test or 0
     rows, kept = hold_out(torch.arange(table.num_rows), share, config.seed, site.name)
