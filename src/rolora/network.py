@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 
 SECONDS = 5.0
+HUB = "hub:"  # before a name that is on a hub, of a model or of rows
 
 
 def is_reachable(url: str) -> bool:

@@ -13,9 +13,8 @@ import pyarrow as pa
 
 from rolora.data.readers import named_classes, neighbour, usual_types
 from rolora.errors import DataError, NotHere, nearest, one_line
-from rolora.network import is_reachable
+from rolora.network import HUB, is_reachable
 
-HUB = "hub:"
 HUB_NAME = re.compile(
     rf"({HUB})?(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?"
 )

@@ -108,7 +108,8 @@ def read_json(data: bytes, delimiter: str) -> pa.Table:
 
     ValueError for values nested deeper than ``DEEPEST``.
     """
-    _require_shallow(data)
+    if nesting(data) > DEEPEST:
+        raise ValueError(f"objects and lists are nested more than {DEEPEST} deep")
     text = data.decode("utf-8-sig")
     array = _array(text)
     if array is not None:
@@ -180,13 +181,10 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
 _STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
 
 
-def _require_shallow(data: bytes) -> None:
-    """ValueError for JSON nested deeper than ``DEEPEST``."""
-    if data.count(b"{") + data.count(b"[") <= DEEPEST:
-        return
+def nesting(data: bytes) -> int:
+    """How deep objects and lists stand in one another in JSON, which need not be valid."""
     brackets = _STRINGS.sub(b"", data).translate(None, _NOT_BRACKETS)
-    if max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0) > DEEPEST:
-        raise ValueError(f"objects and lists are nested more than {DEEPEST} deep")
+    return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
 
 
 def usual_types(table: pa.Table) -> pa.Table:

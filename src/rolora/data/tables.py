@@ -34,6 +34,7 @@ from rolora.data.readers import (
 from rolora.data.text_form import PLAIN, TextForm
 from rolora.errors import DataError, NotHere, nearest
 from rolora.files import write_file
+from rolora.network import HUB
 
 
 def read_table(
@@ -59,7 +60,7 @@ def read_table(
     Raises DataError, in one line, if the source is missing, malformed, or has no rows.
     """
     path = root / Path(source).expanduser()
-    if source.startswith("hub:"):
+    if source.startswith(HUB):
         from rolora.data.hub import read_hub  # importing datasets takes seconds
 
         table = read_hub(source, root, split, offline)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from rolora.algorithm.adapter import role_of, tensor_hash
+from rolora.data.readers import nesting
 from rolora.errors import RoloraError, printable
 
 PROTOCOL = 3
@@ -140,12 +141,8 @@ def read_json(text: str | bytes, most: int) -> Any:
         raise MessageError(f"JSON of {len(text)} characters, more than {most}")
     try:
         whole = text.decode() if isinstance(text, bytes) else text
-        depth = deepest = 0
-        for letter in re.sub(r'"(?:[^"\\]|\\.)*"', "", whole):  # texts may hold brackets
-            depth += (letter in "[{") - (letter in "]}")
-            deepest = max(deepest, depth)
-        if deepest > DEEPEST:
-            raise MessageError(f"JSON nested {deepest} deep, more than {DEEPEST}")
+        if (depth := nesting(whole.encode())) > DEEPEST:
+            raise MessageError(f"JSON nested {depth} deep, more than {DEEPEST}")
         value = json.loads(
             whole, parse_int=_whole, parse_float=_finite, object_pairs_hook=_keyed_once
         )

@@ -16,9 +16,8 @@ import transformers
 from rolora.errors import ConfigError, ModelNotHere
 from rolora.model import pixel_network
 from rolora.model.peft import MODEL_CONFIG, Kind
-from rolora.network import is_reachable
+from rolora.network import HUB, is_reachable
 
-HUB = "hub:"
 Quantised = Literal["int8", "nf4"]
 AUTO: Mapping[Kind, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,

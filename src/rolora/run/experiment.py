@@ -91,13 +91,10 @@ class Experiment:
                 f"partition.scheme = {scheme!r} goes by the one class of each row, which task "
                 f"{self.kind.name!r} does not have: use 'iid', 'by_field' or 'files'"
             )
-        keys = {key for keys in self.kind.columns for key in keys}
-        named = [names for key, names in self.columns.items() if key in keys]
-        columns = [n for names in named for n in ([names] if isinstance(names, str) else names)]
         return load_rows(
             given.data,
             given.partition,
-            columns=columns,
+            columns=self.kind.columns_read(dict(given.data)),
             classes=self._classes,
             seed=given.seed,
             root=given.root,
@@ -166,7 +163,7 @@ class Experiment:
                 "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
                 "rolora with one lora.rank"
             )
-        if compose(config.aggregate.rules).least > 1 and not method.federated:
+        if self.aggregation.reducer.least > 1 and not method.federated:
             raise ConfigError(
                 f"{method.name} trains on the rows of all clients together, so {rule!r} has nobody "
                 "to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
@@ -370,7 +367,7 @@ class Experiment:
                 f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
                 f"(train.participation of {len(self.rows.shards)} clients)"
             )
-        least = compose(self.config.aggregate.rules).least
+        least = self.aggregation.reducer.least
         if least > self.cohort and self.method.federated:
             names = [name for name, _ in self.config.aggregate.rules]
             raise ConfigError(

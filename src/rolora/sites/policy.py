@@ -21,9 +21,7 @@ from rolora.flower.message import LABEL_LENGTH, REASONS
 from rolora.run.experiment import local_settings
 from rolora.run.shards import hold_out
 from rolora.sites.site_config import ROLES, SiteConfig
-from rolora.tasks.registry import task_kind
-
-PLAIN = ("separator", "date")  # keys of [data] that a task reads and that name no column
+from rolora.tasks.registry import NO_COLUMNS, task_kind
 
 
 class Refused(RoloraError):
@@ -50,7 +48,7 @@ def consented(site: SiteConfig, config: RunConfig) -> RunConfig:
         )
     own: dict[str, Any] = {}
     for key in task_kind(task).chosen(dict(config.data)):
-        if key in PLAIN:
+        if key in NO_COLUMNS:
             continue
         column = getattr(site, key) if key in ROLES else None
         if column is None:
@@ -62,14 +60,6 @@ def consented(site: SiteConfig, config: RunConfig) -> RunConfig:
         own[key] = column
     data = DataConfig.model_validate({**config.data.model_dump(), **own})
     return config.model_copy(update={"data": data})
-
-
-def columns_read(config: RunConfig) -> list[str]:
-    """The columns that the run's task reads, each once."""
-    chosen = task_kind(config.model.task).chosen(dict(config.data))
-    named = [value for key, value in chosen.items() if key not in PLAIN]
-    columns = [n for names in named for n in ([names] if isinstance(names, str) else names)]
-    return list(dict.fromkeys(columns))
 
 
 def require_rows(site: SiteConfig, config: RunConfig, trained: int, scored: int) -> None:

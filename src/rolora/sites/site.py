@@ -52,8 +52,9 @@ from rolora.model.base import layout, tokenizer_digest
 from rolora.run.experiment import Experiment, local_settings, require_turns
 from rolora.run.shards import Rows, hold_out
 from rolora.sites.gate import leave
-from rolora.sites.policy import Refused, Uses, columns_read, consented, require_labels, require_rows
+from rolora.sites.policy import Refused, Uses, consented, require_labels, require_rows
 from rolora.sites.site_config import SiteConfig
+from rolora.tasks.registry import task_kind
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess, Job, encoded
 
@@ -82,7 +83,7 @@ def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]")
         changed[section] = getattr(config, section).model_copy(update=given)
     config = config.model_copy(update=changed)
     table = tables.read_table(site.data, root=site.root, form=site.form)
-    columns = columns_read(config)
+    columns = task_kind(config.model.task).columns_read(dict(config.data))
     tables.require_columns(table, columns, site.data)
     share = config.data.client_test or 0
     rows, kept = hold_out(torch.arange(table.num_rows), share, config.seed, site.name)

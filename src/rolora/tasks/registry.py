@@ -36,6 +36,8 @@ TASKS = Registry(
     },
 )
 
+NO_COLUMNS = ("separator", "date")  # keys of [data] that tasks read and that name no column
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -86,6 +88,12 @@ class TaskKind:
     def labelled(self) -> bool:
         """Whether rows have classes, whose names all clients have to agree on."""
         return self.head in ("classification", "multi_label")
+
+    def columns_read(self, data: Mapping[str, Any]) -> list[str]:
+        """The columns that are read with these keys of ``[data]``, each once; see ``chosen``."""
+        chosen = self.chosen(data)
+        each = [value for key, value in chosen.items() if key not in NO_COLUMNS]
+        return list(dict.fromkeys(n for v in each for n in ([v] if isinstance(v, str) else v)))
 
     def classes(self, table: Any, columns: Mapping[str, Any], source: str) -> list[list[str]]:
         """The names of each row's classes; ``columns``: key of ``[data]`` -> column."""
