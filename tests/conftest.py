@@ -33,6 +33,7 @@ WIDE = {
     "test_harness",
     "test_hostile_files",
     "test_hostile_models",
+    "test_hostile_network",
     "test_hostile_coordinator",
     "test_hostile_sites",
     "test_hostile_updates",

@@ -63,10 +63,14 @@ def until(true: Callable[[], object], seconds: float = 300.0, what: str = "") ->
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port such that nothing listens on it or on the next."""
+    while True:
+        with socket.socket() as listener, socket.socket() as control:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                control.bind(("127.0.0.1", port + 1))
+                return port
 
 
 def make_place(folder: Path) -> Path:
@@ -175,7 +179,7 @@ class Loopback:
 
     def kill_superlink(self) -> None:
         """Kill the SuperLink's process; ``rolora federation serve`` ends and names it."""
-        (killed,) = processes(str(self.folder / "state.db"))
+        (killed,) = processes(f"rolora.sites.superlink\0{self.folder}")
         os.kill(killed, signal.SIGKILL)
         assert self.served is not None
         assert self.served.ended(60) == 1, self.served.output()

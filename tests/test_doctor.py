@@ -19,7 +19,7 @@ from tiny import tiny_bert
 from tiny_site import write_rows
 
 from rolora.config.load import make_config
-from rolora.flower.message import PROTOCOL, versions
+from rolora.flower.versions import PROTOCOL, versions
 from rolora.sites import keys
 from rolora.sites.doctor import examine_site
 from rolora.sites.site_config import SiteConfig

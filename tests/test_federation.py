@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.supercore.protobuf.client import ProtobufRequestContext
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from loopback import (
     NAMES,
     Command,
@@ -18,6 +29,7 @@ from loopback import (
     federation,
     here,
     make_place,
+    processes,
     rounds,
     until,
 )
@@ -26,6 +38,7 @@ from safetensors.torch import load_file
 from tiny import tiny_bert
 
 from rolora.sites import keys
+from rolora.sites.folder import FederationFolder
 from rolora.sites.submit import job_folder
 
 ALL = "aggregate.quorum=3"
@@ -80,6 +93,106 @@ def test_a_federation_of_processes_ends_with_the_adapter_of_one_process(
     left, right = (load_file(tmp_path / o / "adapter" / FILE) for o in ("there", "banked"))
     for name, tensor in left.items():
         assert torch.allclose(tensor, right[name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.flower
+def test_a_flood_without_a_key_neither_fills_the_superlink_nor_disturbs_the_run(
+    tmp_path: Path,
+) -> None:
+    config = make_place(tmp_path)
+    (tmp_path / "cy.csv").unlink()
+    with federation(tmp_path / "fed", config) as fed:
+        fed.join("ann", "bob")
+        (link,) = processes(f"rolora.sites.superlink\0{fed.folder}")
+        run = fed.run("there")
+        fed.reached("there", 1)
+        with peak_memory(link) as peak:
+            answers = flood(fed, requests=1000, size=10_000_000)
+            assert run.process.poll() is None, "it was still under way"
+            assert run.ended() == 0, run.output()
+        alone = here(fed.folder / "run.toml", tmp_path / "here")
+    print(f"peak {max(peak) / 1e6:.0f} MB, {Counter(answers)}")
+    assert set(answers) <= {401, 0}, "0 where the line was cut before the answer was read"
+    assert answers.count(401) > 500
+    assert max(peak) < 400e6
+    assert adapter(tmp_path / "there") == alone
+    assert attempts(tmp_path / "there") == attempts(tmp_path / "here")
+
+
+@contextmanager
+def peak_memory(process: int) -> Iterator[list[int]]:
+    """Bytes in memory of a process, sampled while the block lasts."""
+    samples, done = list[int](), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            samples.append(psutil.Process(process).memory_info().rss)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def flood(fed: Loopback, requests: int, size: int) -> list[int]:
+    """Post bodies of ``size`` bytes, 32 at a time; each answer's status, 0 if the line was cut."""
+    opened, body = FederationFolder.open(fed.folder), bytes(size)
+    url = f"https://127.0.0.1:{opened.port}/v1/fleet/push-object"
+    context = ssl.create_default_context(cafile=fed.folder / "ca.crt")
+    kinds: tuple[dict[str, str], ...] = ({}, stranger(), {"x-forwarded-for": "127.0.0.1"})
+
+    def post(number: int) -> int:
+        content = iter([body]) if number % 2 else body
+        headers = {"content-type": "application/protobuf", **kinds[number % len(kinds)]}
+        try:
+            answer = httpx.post(url, content=content, headers=headers, verify=context, timeout=120)
+            return answer.status_code
+        except httpx.TransportError:
+            return 0
+
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(post, range(requests)))
+
+
+def stranger() -> dict[str, str]:
+    """Headers that are signed well, by a key that nobody registered."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    request = httpx.Request("POST", "https://x")
+    context = ProtobufRequestContext("", PushObjectRequest(), request)
+    NodeAuthHttpInterceptor(key, key.public_key()).intercept(context, lambda _: httpx.Response(200))
+    return {name: value for name, value in request.headers.items() if name.startswith("flwr")}
+
+
+@pytest.mark.flower
+def test_control_is_on_its_own_port_with_the_secret_and_no_command_line_shows_it(
+    fed: Loopback,
+) -> None:
+    opened = FederationFolder.open(fed.folder)
+    secret = (fed.folder / "control.secret").read_text()
+    context = ssl.create_default_context(cafile=fed.folder / "ca.crt")
+
+    def status(port: int, **headers: str) -> int:
+        url = f"https://127.0.0.1:{port}/v1/control/list-nodes"
+        sent = {"content-type": "application/protobuf", **headers}
+        return httpx.post(url, headers=sent, verify=context).status_code
+
+    assert status(opened.port, authorization=f"Bearer {secret}") == 403
+    assert status(opened.control) == 401
+    assert status(opened.control, authorization=f"Bearer {secret}") == 200
+    run = fed.run("secrets", "train.rounds=3")
+    fed.reached("secrets", 1)
+    assert fed.served is not None
+    programs = psutil.Process(fed.served.process.pid).children(recursive=True)
+    lines = [" ".join(one.cmdline()) for one in programs]
+    assert run.ended() == 0, run.output()
+    assert len(lines) == 3, "SuperLink, SuperExec and the run's app"
+    (app,) = (line for line in lines if "flwr-serverapp" in line)
+    assert "--token-file /dev/fd/" in app
+    assert "--token " not in app
+    assert not any(secret in line for line in lines)
 
 
 @pytest.mark.flower

@@ -104,6 +104,12 @@ CALLS: dict[str, tuple[int, tuple[str, ...]]] = {
     "remove_content_from_message": (1, ()),
     "create_app": (2, ()),
     "_parse_superlink_lifespan_config": (0, ()),
+    "now": (0, ()),
+    "verify_signature": (3, ()),
+    "bytes_to_public_key": (1, ()),
+    "flower_superexec": (0, ()),
+    "SubprocessExecutor.launch": (2, ()),
+    "LaunchResult.accepted": (0, ()),
 }
 
 

@@ -15,7 +15,8 @@ from calls import configuration, wired
 from tiny import tiny_bert
 
 from rolora.config.schema import RunConfig
-from rolora.flower.message import PROTOCOL, REASONS, SiteMessage, read_metrics
+from rolora.flower.message import REASONS, SiteMessage, read_metrics
+from rolora.flower.versions import PROTOCOL
 from rolora.sites.gate import leave
 from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig

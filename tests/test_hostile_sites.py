@@ -22,7 +22,6 @@ from rolora.flower.membership import Unusable, attempt
 from rolora.flower.message import (
     LABEL_LENGTH,
     MOST_LABELS,
-    PROTOCOL,
     MessageError,
     SiteMessage,
     bounded,
@@ -32,6 +31,7 @@ from rolora.flower.message import (
     read_metrics,
 )
 from rolora.flower.transport import GridTransport, to_record
+from rolora.flower.versions import PROTOCOL
 from rolora.run.runs import Run
 from rolora.sites.site import Site
 

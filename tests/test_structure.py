@@ -50,7 +50,7 @@ FENCES: dict[str, set[str]] = {
     "safetensors": {"algorithm", "model", "training", "run"},
     "sklearn": {"tasks"},
     "scipy": {"results", "tasks"},
-    "psutil": {"training"},
+    "psutil": {"training", "sites"},
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},
     "filelock": {"files"},

@@ -91,13 +91,18 @@ def federation(place: Place, name: str, model: Path, rounds: int, steps: int, to
     )
     file, folder = place.scratch / f"{name}.toml", place.scratch / name
     write_file(file, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    make_trial(folder, str(file), (), SITES, free_ports(1))
+    make_trial(folder, str(file), (), SITES, free_ports(2))
     return folder
 
 
 def bare_federation(place: Place, name: str, like: Path) -> FederationFolder:
-    """Keys for sites of the same names, and ports for their SuperNodes after its own."""
+    """Keys for sites of the same names, and ports for their SuperNodes after its own.
+
+    Flower's own SuperLink is controlled on the port that it has for sites.
+    """
     folder = FederationFolder.create(place.scratch / name, LOOPBACK[0], free_ports(1 + SITES))
+    settings = folder.path / "flwr" / "config.toml"
+    settings.write_text(settings.read_text().replace(f":{folder.control}", f":{folder.port}"))
     for site in FederationFolder.open(like).public:
         folder.add_site(site)
     return folder

@@ -38,6 +38,7 @@ def site(
     Rows never leave the site. What does is listed in outgoing.log in its state folder.
     """
     _need_flower()
+    from rolora.sites.logs import escape_records
     from rolora.sites.node import serve
     from rolora.sites.processes import end_with_parent
     from rolora.sites.site import Site
@@ -47,6 +48,7 @@ def site(
     if check:
         _examine_site(settings, run, json)
         return
+    escape_records()
     if parent_pid is not None:
         end_with_parent(parent_pid)
     with again():
@@ -183,7 +185,7 @@ def _report(findings: Iterable[Any], as_json: bool) -> None:
     """Print the findings. RoloraError if one is not good."""
     found = list(findings)
     lines = [f"{'ok  ' if one.good else 'BAD '} {one.what:14} {one.detail}" for one in found]
-    show(as_json, [dataclasses.asdict(one) for one in found], *lines)
+    show(as_json, [dataclasses.asdict(one) for one in found], *map(printable, lines))
     bad = [one.what for one in found if not one.good]
     if bad:
         raise RoloraError(f"{len(bad)} of {len(found)} checks failed: {', '.join(bad)}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
-from rolora.algorithm.codec import body_bytes, decode, encode
+from rolora.algorithm.codec import body_bytes, decode, encode, num_bytes
 from rolora.algorithm.growth import layout, rank_of
 from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method
@@ -34,10 +34,14 @@ from rolora.training.rounds import cohort_size
 
 @dataclass(frozen=True)
 class Remote:
-    """Runs cohorts at their sites, which must have the experiment's base model and labels."""
+    """Runs cohorts at their sites, which must have the experiment's base model and labels.
+
+    ``expect`` is told, before each round, how many bytes the largest update may have.
+    """
 
     membership: Membership
     experiment: Experiment
+    expect: Callable[[int], None] = lambda size: None
 
     def clients(self) -> Mapping[str, int]:
         """Site name -> number of rows, of the sites that can be reached now.
@@ -80,6 +84,8 @@ class Remote:
                 last=held.last if held else 0,
             )
 
+        up = self.experiment.config.wire.up
+        self.expect(max((num_bytes(up, _sent(method, one)) for one in job.cohort), default=0))
         wanted, used = max(len(job.cohort) - self.experiment.config.federation.spare, 1), 0
         waiting = [assigned.info.id for assigned in job.cohort]
         for assigned, reply in self._asked(job.cohort, train):
@@ -153,7 +159,7 @@ class Remote:
 
     def _update(self, method: Method, assigned: Assignment, reply: SiteMessage) -> Update | Failure:
         info, view = assigned.info, assigned.received
-        up, like = self.experiment.config.wire.up, view.only(method.shared(info.round))
+        up, like = self.experiment.config.wire.up, _sent(method, assigned)
 
         def used(answer: SiteMessage) -> Update:
             if (name := answer.text("site")) != info.id:
@@ -168,3 +174,8 @@ class Remote:
 
         found = attempt(used, reply)
         return Failure(info.id, found.reason) if isinstance(found, Unusable) else found
+
+
+def _sent(method: Method, assigned: Assignment) -> AdapterState:
+    """The tensors that a client sends, as it received them."""
+    return assigned.received.only(method.shared(assigned.info.round))

@@ -16,7 +16,6 @@ from typing import NamedTuple, Protocol, TypeVar
 from rolora.data.labels import class_labels
 from rolora.errors import NoQuorum, RoloraError, printable
 from rolora.flower.message import (
-    PROTOCOL,
     SITE_NAME,
     MessageError,
     Scalar,
@@ -25,6 +24,7 @@ from rolora.flower.message import (
     read_labels,
     reason_of,
 )
+from rolora.flower.versions import PROTOCOL
 from rolora.model.base import Base, layout, tokenizer_digest
 from rolora.run.experiment import Experiment
 

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -17,9 +16,7 @@ from rolora.algorithm.adapter import role_of, tensor_hash
 from rolora.data.readers import nesting
 from rolora.errors import RoloraError, printable
 
-PROTOCOL = 3
 SITE_NAME = re.compile(r"[\w-][\w.-]{0,63}")
-VERSIONS = "/rolora"  # the path at which a coordinator serves its versions
 Scalar = str | int | float | bool
 
 # Bounds of what either side reads of the other.
@@ -49,11 +46,6 @@ REASONS = {
     "disk": "it cannot read or write its files",
     "failed": "it failed",
 }
-
-
-def versions() -> dict[str, Scalar]:
-    """The protocol, which must be the same at site and coordinator, and versions of libraries."""
-    return {"protocol": PROTOCOL, **{name: version(name) for name in ("rolora", "torch", "flwr")}}
 
 
 class MessageError(RoloraError):

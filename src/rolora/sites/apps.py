@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from rolora.flower.transport import GridTransport, from_record, to_record
 from rolora.run import runs
 from rolora.run.progress import described
 from rolora.sites.coordinator import across
-from rolora.sites.folder import names_by_key
+from rolora.sites.expected import expecting
+from rolora.sites.folder import folder_of
+from rolora.sites.logs import escape_records
 from rolora.sites.site import Site
 from rolora.sites.site_config import read_site
 from rolora.sites.submit import reporting
@@ -39,10 +42,15 @@ def main(grid: Grid, context: Context) -> None:
     job = Path(str(context.run_config["job"]))
     order = json.loads((job / "order.json").read_text())
     out = Path(order["out"])
-    with reporting(job) as lines:
+    escape_records()
+    with reporting(job) as lines, ExitStack() as stack:
         notify = partial(print, file=lines)
         config = load_config(job / "config.toml")
-        build = across(GridTransport(grid), notify, names_by_key(config))
+        if (folder := folder_of(config)) is None:
+            build = across(GridTransport(grid), notify)
+        else:
+            expect = stack.enter_context(expecting(folder.path))
+            build = across(GridTransport(grid), notify, folder.names, expect)
         if (out / "config.toml").is_file():
             moved = places(config)
             run = runs.resume(out, order["rounds"], build, overrides=moved, root=config.root)

@@ -20,16 +20,20 @@ Names = Callable[[], Mapping[int, str] | None]
 
 
 def across(
-    transport: Transport, notify: Callable[[str], None], registered: Names = lambda: None
+    transport: Transport,
+    notify: Callable[[str], None],
+    registered: Names = lambda: None,
+    expect: Callable[[int], None] = lambda size: None,
 ) -> Build:
     """What sets up a run on the sites of ``transport``, for ``runs.start`` and ``runs.resume``.
 
     It raises ConfigError for what is impossible across sites, and NoQuorum for too few; ``notify``
     receives a line for each site that joins or is refused. ``registered`` gives the site's name for
-    each node whose key is known, or None where sites need no key.
+    each node whose key is known, or None where sites need no key. ``expect`` is told the bytes of
+    the largest message that a site may send.
     """
     return lambda config, folder: _prepare(
-        Experiment(config), folder, transport, notify, registered
+        Experiment(config), folder, transport, notify, registered, expect
     )
 
 
@@ -39,6 +43,7 @@ def _prepare(
     transport: Transport,
     notify: Callable[[str], None],
     registered: Names,
+    expect: Callable[[int], None],
 ) -> Experiment:
     """Wait for the sites, and agree with them on labels and model.
 
@@ -71,7 +76,7 @@ def _prepare(
     while True:
         labels = wanted.ordered(membership.labels())
         here = Experiment(config, rows=rows, labels=labels)
-        engine = Remote(membership, here)
+        engine = Remote(membership, here, expect)
         members = engine.clients()
         if wanted.ordered(membership.labels()) == labels:
             break

@@ -19,7 +19,8 @@ from rolora.data import tables
 from rolora.errors import RoloraError
 from rolora.files import is_locked
 from rolora.flower.membership import checked
-from rolora.flower.message import PROTOCOL, VERSIONS, Scalar, SiteMessage, versions
+from rolora.flower.message import MessageError, Scalar, SiteMessage, read_json
+from rolora.flower.versions import PROTOCOL, VERSIONS, versions
 from rolora.sites import keys
 from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
@@ -207,8 +208,8 @@ def _certificate_fault(reason: str, host: str) -> str:
 def _other_versions(body: bytes) -> Finding:
     """The coordinator's versions beside these. Only the protocol must be the same."""
     try:
-        theirs = dict(json.loads(body))
-    except (ValueError, TypeError):
+        theirs = dict(read_json(body, 10_000))
+    except (MessageError, ValueError, TypeError):
         return Finding(
             "coordinator", True, "does not tell its versions: not a rolora federation serve"
         )

@@ -1,22 +1,40 @@
-"""The only file that imports Flower's private modules: the Fleet API, and the SuperLink's app.
+"""The only file that imports Flower's private modules: the Fleet API, SuperLink and SuperExec.
 
 Flower may change them in any version: tests/test_flower_internals.py says which name has gone.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from base64 import b64decode, b64encode
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.cli.constant import (
+    ACCESS_TOKEN_STORE_KEY,
+    AUTHN_TYPE_STORE_KEY,
+    REFRESH_TOKEN_STORE_KEY,
+)
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
+    AuthnType,
+)
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -28,6 +46,13 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    TASK_TYPE_TO_APPIO_API_ADDRESS_ARG,
+    TASK_TYPE_TO_COMMAND,
+)
+from flwr.supercore.date import now
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -40,22 +65,34 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from rolora.errors import RoloraError
 from rolora.sites.keys import public_pem, read_certificate, read_private_key
-from rolora.sites.site_config import SiteConfig
 
+if TYPE_CHECKING:
+    from rolora.sites.site_config import SiteConfig  # which imports torch: the SuperLink has none
+
+ONLY_SITES = "this port is for sites with a registered key, and serves nothing else"
 AWAY = (502, 503, 504)  # a proxy's answers when the SuperLink behind it is down
 LONGEST = 10.0  # seconds between two attempts
 
+NOT_REGISTERED = "this key is not registered"
+NOT_SIGNED = "no signature, or a wrong one, or one of another time"
+ASKS_FOR_KEY = "the SuperLink asks for a key: set this site's in site.toml, as key = ..."
+UNKNOWN = "the SuperLink does not know this site's key (have the coordinator register it)"
+UNVERIFIED = (
+    "the SuperLink cannot verify this site's signature: are both clocks right to the minute?"
+)
 REFUSALS = {  # what is in the SuperLink's answer -> what the site's operator should know
-    '"code":2001': "the SuperLink asks for a key: set this site's in site.toml, as key = ...",
-    '"code":2004': "the SuperLink does not know this site's key (have the coordinator register "
-    "it), or it was used elsewhere within the last minute",
-    "Invalid SuperNode authentication": "the SuperLink cannot verify this site's signature: are "
-    "both clocks right to the minute?",
+    ONLY_SITES: ASKS_FOR_KEY,  # a site asks for nothing else, except to register a key of its own
+    '"code":2001': ASKS_FOR_KEY,
+    NOT_REGISTERED: UNKNOWN,
+    '"code":2004': f"{UNKNOWN}, or it was used elsewhere within the last minute",
+    NOT_SIGNED: UNVERIFIED,
+    "Invalid SuperNode authentication": UNVERIFIED,
 }
 
 _log = logging.getLogger(__name__)
@@ -225,13 +262,81 @@ def from_bytes(data: bytes) -> Message:
     return message_from_proto(MessageProto.FromString(data))
 
 
-def superlink() -> tuple[Any, Any]:
-    """Flower's ASGI app for the command-line arguments of this process, and its configuration."""
+def superlink(arguments: Sequence[str]) -> Any:
+    """Flower's ASGI app, as ``flower-superlink`` with these arguments would serve it."""
     from flwr.superlink.cli.flower_superlink import (  # half a second, and no site needs it
         SuperLinkLifespan,
         _parse_superlink_lifespan_config,
     )
     from flwr.superlink.main import create_app
 
-    config = _parse_superlink_lifespan_config()
-    return create_app(config, SuperLinkLifespan), config
+    sys.argv[1:] = arguments
+    return create_app(_parse_superlink_lifespan_config(), SuperLinkLifespan)
+
+
+def unsigned(app: Any) -> Callable[[Sequence[tuple[bytes, bytes]]], Awaitable[str | None]]:
+    """A function that says why headers are not a site's; None if a registered key signed them now.
+
+    A signature is of the time alone. So that the key is that of the node in the body, Flower
+    checks when it has read the body.
+    """
+
+    def check(headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+        given = {name.decode(): value.decode("latin-1") for name, value in reversed(headers)}
+        try:
+            key = b64decode(given[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            signature = b64decode(given[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+            signed = given[TIMESTAMP_HEADER]
+            age = (now() - datetime.fromisoformat(signed)).total_seconds()
+        except (KeyError, ValueError, TypeError):
+            return NOT_SIGNED
+        if app.state.linkstate_factory.state().get_node_id_by_public_key(key) is None:
+            return NOT_REGISTERED
+        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            return NOT_SIGNED
+        if not verify_signature(bytes_to_public_key(key), signed.encode(), signature):
+            return NOT_SIGNED
+        return None
+
+    return lambda headers: asyncio.to_thread(check, headers)
+
+
+def superexec() -> None:
+    """Flower's SuperExec, as ``flower-superexec`` with this process's arguments would run it.
+
+    Except that it does not write a run's token into the command line, which all users can read.
+    """
+    from flwr.supercore.cli.flower_superexec import flower_superexec
+    from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor
+    from flwr.supercore.superexec.executor.types import LaunchResult
+
+    def launch(executor: Any, spec: Any) -> Any:
+        start_task(spec)
+        return LaunchResult.accepted()
+
+    SubprocessExecutor.launch = launch
+    flower_superexec()
+
+
+def start_task(spec: Any) -> subprocess.Popen[bytes]:
+    """Start the program of a task. It reads its token from a file that has no name."""
+    with tempfile.TemporaryFile() as token:
+        token.write(spec.token.encode())
+        token.flush()
+        command = [TASK_TYPE_TO_COMMAND[spec.task_type]]
+        command += [TASK_TYPE_TO_APPIO_API_ADDRESS_ARG[spec.task_type], spec.runtime_api_address]
+        command += ["--root-certificates", spec.root_certificates_path]
+        command += ["--parent-pid", str(spec.parent_pid)]
+        command += ["--token-file", f"/dev/fd/{token.fileno()}"]
+        return subprocess.Popen(command, pass_fds=[token.fileno()])
+
+
+def credentials(address: str, secret: bytes) -> bytes:
+    """The file in which Flower's command line finds the secret that it sends to this address."""
+    values = {
+        AUTHN_TYPE_STORE_KEY: AuthnType.OIDC.encode(),
+        ACCESS_TOKEN_STORE_KEY: secret,
+        REFRESH_TOKEN_STORE_KEY: b"none",
+    }
+    stored = {key % address: b64encode(value).decode() for key, value in values.items()}
+    return json.dumps(stored).encode()  # which is YAML, too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, RoloraError
 from rolora.files import is_locked, new_folder, write_file
 from rolora.sites import keys
+from rolora.sites.flower_internals import credentials
 from rolora.sites.site_config import site_name
 
 SITE = """\
@@ -67,23 +69,29 @@ class FederationFolder:
         """A new folder with a CA and a certificate for ``host``. ConfigError if it exists."""
         if path.exists():
             raise ConfigError(f"{path} exists and is never overwritten")
+        if not 0 < port < 65535:
+            raise ConfigError(f"port {port} is not between 1 and 65534: control is on the next one")
         path.parent.mkdir(parents=True, exist_ok=True)
+        control, secret = f"127.0.0.1:{port + 1}", secrets.token_hex(32).encode()
+        here = {"address": control, "root-certificates": str(path.resolve() / "ca.crt")}
+        settings = {"superlink": {"default": "rolora", "rolora": here}}
         with new_folder(path) as part:
             part.chmod(0o700)
             keys.make_authority(part, "rolora federation")
             keys.make_server(part, host)
             (part / "sites").mkdir()
             (part / "public").mkdir()
+            (part / "flwr").mkdir()
+            keys.write_secret(part / "control.secret", secret)
+            keys.write_secret(part / "flwr" / "credentials.yaml", credentials(control, secret))
+            write_file(part / "flwr" / "config.toml", tomli_w.dumps(settings))
             write_file(part / "federation.toml", tomli_w.dumps({"host": host, "port": port}))
-        folder = cls(path.resolve(), host, port)
-        (folder.path / "flwr").mkdir()
-        here = {
-            "address": f"127.0.0.1:{port}",
-            "root-certificates": str(folder.path / "ca.crt"),
-        }
-        settings = {"superlink": {"default": "rolora", "rolora": here}}
-        write_file(folder.path / "flwr" / "config.toml", tomli_w.dumps(settings))
-        return folder
+        return cls(path.resolve(), host, port)
+
+    @property
+    def control(self) -> int:
+        """The port of this machine alone on which runs are started and keys registered."""
+        return self.port + 1
 
     @property
     def lock(self) -> Path:
@@ -139,45 +147,30 @@ class FederationFolder:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For Flower's programs: no installation at run time, no telemetry."""
+        """For Flower's programs: no installation at run time, no telemetry, no look for updates."""
         return {
             **own_programs_first(),
             "FLWR_HOME": str(self.path / "flwr"),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
 
     def superlink(self) -> list[str]:
         """The command that serves the SuperLink; its state is in ``state.db``."""
-        interface = "127.0.0.1" if self.host in keys.LOOPBACK else "0.0.0.0"
-        return [
-            *(sys.executable, "-m", "rolora.sites.superlink"),
-            *("--host", interface, "--port", str(self.port)),
-            *("--ssl-ca-certfile", str(self.path / "ca.crt")),
-            *("--ssl-certfile", str(self.path / "server.crt")),
-            *("--ssl-keyfile", str(self.path / "server.key")),
-            *("--isolation", "process", "--database", str(self.path / "state.db")),
-            *("--superexec-auth-secret-file", str(self.secret)),
-            *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
-        ]
+        interface = "127.0.0.1" if keys.is_loopback(self.host) else "0.0.0.0"
+        module = [sys.executable, "-m", "rolora.sites.superlink"]
+        return [*module, str(self.path), interface, str(self.port)]
 
     def superexec(self) -> list[str]:
         """The command that starts the coordinator's app of each run."""
         return [
-            str(Path(sys.executable).parent / "flower-superexec"),
-            *("--runtime-api-address", f"127.0.0.1:{self.port}"),
+            *(sys.executable, "-m", "rolora.sites.superexec"),
+            *("--runtime-api-address", f"127.0.0.1:{self.control}"),
             *("--root-certificates", str(self.path / "ca.crt")),
-            *("--superexec-auth-secret-file", str(self.secret)),
+            *("--superexec-auth-secret-file", str(self.path / "control.secret")),
             *("--parent-pid", str(os.getpid())),
         ]
-
-    @property
-    def secret(self) -> Path:
-        """The secret with which the SuperExec identifies itself to the SuperLink."""
-        file = self.path / "superexec.secret"
-        if not file.exists():
-            keys.write_secret(file, os.urandom(32).hex().encode())
-        return file
 
     def register(self, notify: Callable[[str], None]) -> bool:
         """Register the public keys that the running SuperLink does not know; whether all could be.
@@ -217,12 +210,12 @@ class FederationFolder:
         return dict(json.loads(file.read_text()))
 
 
-def names_by_key(config: RunConfig) -> Callable[[], Mapping[int, str] | None]:
-    """A function that returns node id -> site name, or None without a federation folder."""
+def folder_of(config: RunConfig) -> FederationFolder | None:
+    """The federation's folder that the run names; None if it names a SuperLink known to Flower."""
     path = config.root / Path(config.federation.on or "").expanduser()
     if config.federation.on is None or not path.is_dir():
-        return lambda: None
-    return FederationFolder.open(path).names
+        return None
+    return FederationFolder.open(path)
 
 
 def own_programs_first() -> dict[str, str]:

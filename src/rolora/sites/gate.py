@@ -7,7 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rolora.flower.message import PROTOCOL, REASONS, Scalar, SiteMessage
+from rolora.flower.message import REASONS, Scalar, SiteMessage
+from rolora.flower.versions import PROTOCOL
+from rolora.sites.logs import bound
 from rolora.sites.policy import Refused, require_labels
 from rolora.sites.site_config import SiteConfig
 from rolora.tasks.registry import task_kind
@@ -88,5 +90,7 @@ def _log(site: SiteConfig, asked: str, run: str | None, reply: SiteMessage) -> N
         "bytes": reply.size,
     }
     site.folder.mkdir(parents=True, exist_ok=True)
-    with (site.folder / "outgoing.log").open("a", encoding="utf-8") as file:
+    log = site.folder / "outgoing.log"
+    bound(log)
+    with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")

@@ -21,6 +21,14 @@ VALID_FOR = datetime.timedelta(days=3650)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether this name or address can only be this machine's."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host in LOOPBACK
+
+
 def make_authority(folder: Path, name: str) -> None:
     """Write ``ca.key`` and ``ca.crt``, a certificate authority."""
     key, subject = ec.generate_private_key(ec.SECP384R1()), _name(f"{name} CA")

@@ -18,6 +18,7 @@ from pathlib import Path
 from rolora.errors import ConfigError, RoloraError
 from rolora.files import locked
 from rolora.sites.folder import FederationFolder
+from rolora.sites.logs import bound
 from rolora.sites.processes import Program, running
 
 READY_WITHIN = 60.0  # seconds for the SuperLink to answer
@@ -40,7 +41,8 @@ def serve(
 
     with ExitStack() as stack:
         stack.enter_context(locked(folder.lock))
-        require_free(folder.port)
+        for port in (folder.port, folder.control):
+            require_free(port)
         link = start("the SuperLink", folder.superlink(), folder.path / "superlink.log")
         _wait_for(folder, link)
         folder.register(notify)
@@ -76,6 +78,8 @@ def _watch(
         for site in [site for site in alive if site.fault()]:
             alive.remove(site)
             notify(f"{site.fault()}; the others go on without it")
+        for program in (*needed, *sites):
+            bound(program.log)
         public = set(folder.public)
         if public != registered and time.monotonic() >= due:
             if folder.register(notify):

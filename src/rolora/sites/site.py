@@ -38,7 +38,6 @@ from rolora.errors import ConfigError, DataError, printable
 from rolora.files import write_file
 from rolora.flower.message import (
     MOST_CONFIG,
-    PROTOCOL,
     MessageError,
     SiteMessage,
     bounded,
@@ -46,8 +45,8 @@ from rolora.flower.message import (
     expand_names,
     read_json,
     read_labels,
-    versions,
 )
+from rolora.flower.versions import PROTOCOL, versions
 from rolora.model.base import layout, tokenizer_digest
 from rolora.run.experiment import Experiment, local_settings, require_turns
 from rolora.run.shards import Rows, hold_out

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rolora.config.load import first_fault, read_toml
 from rolora.config.schema import Section
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError
 from rolora.flower.message import LABEL_LENGTH, MOST_LABELS, SITE_NAME
+from rolora.sites.keys import is_loopback
 
 # What a column can be to a run; the operator says which one is.
 ROLES = ("text", "label", "prompt", "completion", "messages", "tools", "choices", "answer")
@@ -83,9 +84,23 @@ class SiteConfig(Section):
     threads: int | None = Field(None, ge=1, description="of torch; left out: all cores")
     state: str = Field("rolora-site", description="folder for what the site keeps")
     superlink: str = Field("127.0.0.1:8000", description="the coordinator's address, host:port")
-    certificates: str | None = Field(None, description="the CA certificate, PEM; none: no TLS")
+    certificates: str | None = Field(
+        None,
+        description="the CA certificate, PEM; none: no TLS, for a SuperLink on this machine",
+    )
     key: str | None = Field(None, description="this site's private key; none: no key is asked for")
     root: Path = Field(Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> Self:
+        host = self.superlink.rpartition(":")[0]
+        if self.certificates is None and host and not is_loopback(host):
+            raise ValueError(
+                f"{self.superlink} is another machine, and without TLS anybody in between could "
+                'read and change what travels: set certificates = "ca.crt", which the coordinator '
+                "hands out"
+            )
+        return self
 
     @property
     def form(self) -> TextForm:
