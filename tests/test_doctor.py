@@ -18,7 +18,9 @@ from loopback import free_port
 from tiny import tiny_bert
 from tiny_site import write_rows
 
+from rolora.cli import sites as commands
 from rolora.config.load import make_config
+from rolora.errors import RoloraError
 from rolora.flower.versions import PROTOCOL, versions
 from rolora.sites import keys
 from rolora.sites.doctor import examine_site
@@ -159,10 +161,23 @@ def test_another_protocol_is_wrong_and_another_version_is_told(place: Path) -> N
         assert "torch 2.0.0 there" in looked_at(settings)["coordinator"]
 
 
-def test_a_coordinator_that_says_no_versions_is_no_fault(place: Path) -> None:
-    with coordinator(place, b"<html>") as address:
+@pytest.mark.parametrize("body", [b"<html>", b"[" * 5000, b'{"a": 1, "a": 2}', b"[1]", b'"\xff"'])
+def test_a_coordinator_that_says_no_versions_is_no_fault(body: bytes, place: Path) -> None:
+    with coordinator(place, body) as address:
         settings = site(place, superlink=address)
         assert "does not tell its versions" in looked_at(settings)["coordinator"]
+
+
+def test_what_a_coordinator_says_commands_no_terminal(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {**versions(), "torch": "\x1b[2J\nok   superlink"}
+    refused = pytest.raises(RoloraError, match="connection")
+    with coordinator(place, json.dumps(said).encode()) as address, refused:
+        commands._examine_site(site(place, superlink=address), None, as_json=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in printed)
+    assert sum("superlink" in line[:20] for line in printed) == 1
 
 
 def test_a_refused_key_is_told(place: Path) -> None:

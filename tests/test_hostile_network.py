@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import logging
 import os
 import subprocess
@@ -32,16 +33,17 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from loopback import free_port
 
 from rolora.algorithm.codec import body_bytes
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, RoloraError
 from rolora.flower.message import SiteMessage
 from rolora.run import runs
-from rolora.sites import flower_internals, superlink
+from rolora.sites import flower_internals, serve, superlink
 from rolora.sites.coordinator import across
 from rolora.sites.expected import expecting, largest
 from rolora.sites.flower_internals import NOT_REGISTERED, NOT_SIGNED, ONLY_SITES, unsigned
 from rolora.sites.folder import FederationFolder
+from rolora.sites.gate import leave
 from rolora.sites.keys import public_pem
-from rolora.sites.logs import KEPT, bound, escape_records
+from rolora.sites.logs import KEPT, LARGEST, bound, escape_records
 from rolora.sites.site_config import read_site
 from rolora.sites.superlink import SMALL, App, Scope, by_port, for_control, for_sites
 
@@ -509,3 +511,34 @@ def test_a_log_begins_anew_when_it_is_large_and_its_writer_goes_on(tmp_path: Pat
     assert log.read_bytes() == b"last"
     kept = sorted(tmp_path.glob("superlink.log.*"))
     assert [int(file.read_text()) for file in kept] == [7, 6, 5, 4, 3]
+
+
+def test_what_a_site_notes_of_its_answers_stays_bounded(tmp_path: Path) -> None:
+    site = calls(tmp_path, tmp_path / "sites").sites[10].config
+    leave(site, "ready", "a" * 8, SiteMessage({"error": "rows"}))
+    log = site.folder / "outgoing.log"
+    os.truncate(log, LARGEST + 1)
+    leave(site, "ready", "b" * 8, SiteMessage({"error": "rows"}))
+    assert [json.loads(line)["run"] for line in log.read_text().splitlines()] == ["b" * 8]
+    assert "aaaaaaaa" in log.with_name("outgoing.log.1").read_text()
+
+
+def test_what_the_programs_of_a_federation_write_stays_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    logs = [tmp_path / name for name in ("superlink.log", "superexec.log", "site.log")]
+    for log in logs:
+        log.touch()
+        os.truncate(log, LARGEST + 1)
+    faults = iter([None, "it ended"])
+    link, executor, site = (
+        SimpleNamespace(log=log, fault=fault)
+        for log, fault in zip(logs, (lambda: next(faults), lambda: None, lambda: None), strict=True)
+    )
+    folder: Any = SimpleNamespace(public={})
+    needed: Any = [link, executor]
+    sites: Any = [site]
+    with pytest.raises(RoloraError, match="it ended"):
+        serve._watch(folder, needed, sites, print)
+    assert [log.stat().st_size for log in logs] == [0, 0, 0]
