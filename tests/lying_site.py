@@ -59,7 +59,7 @@ LIES: dict[str, tuple[str, Lie]] = {
     "infinity": ("not finite", values(lambda numbers: numbers / 0)),
     "a rank too small": ("the payload has", values(lambda numbers: numbers[: len(numbers) // 2])),
     "a rank too large": ("the payload has", values(lambda numbers: numbers.repeat(2))),
-    "oversized": ("the payload has", lambda reply: replace(reply, body=bytes(50_000_000))),
+    "oversized": ("the payload has", lambda reply: replace(reply, body=bytes(900_000))),
     "empty": ("the payload has 0 bytes", lambda reply: replace(reply, body=b"")),
     "other names or shapes": ("header is not that", title("fp32-00000000")),
     "half precision": (
@@ -75,6 +75,12 @@ LIES: dict[str, tuple[str, Lie]] = {
     "says that it lacks tensors, twice": ("could not assemble the adapter", head(lacks=True)),
 }
 
+# and what does not pass the SuperLink's gate, so that the site seems silent
+TOO_LARGE = (
+    "no answer before the deadline",
+    lambda reply: replace(reply, body=bytes(50_000_000)),
+)
+
 
 def main() -> None:
     """Serve, lying."""
@@ -85,7 +91,7 @@ def main() -> None:
         reply = site.answer(question)
         if question.head.get("ask") != "train":
             return reply
-        lies, round = list(LIES.values()), question.integer("round")
+        lies, round = [*LIES.values(), TOO_LARGE], question.integer("round")
         told = lies[round - 1][1](reply) if round <= len(lies) else reply
         before["reply"] = reply
         return told

@@ -33,7 +33,7 @@ from loopback import (
     rounds,
     until,
 )
-from lying_site import LIES
+from lying_site import LIES, TOO_LARGE
 from safetensors.torch import load_file
 from tiny import tiny_bert
 
@@ -417,10 +417,14 @@ def test_a_key_joins_by_the_name_that_it_was_registered_for_and_no_other(fed: Lo
 def test_lies_are_rejected_and_counted_one_by_one_and_the_run_goes_on(fed: Loopback) -> None:
     fed.leave("cy")
     fed.join("cy", program=(str(Path(__file__).with_name("lying_site.py")),))
-    run = fed.run("lies", f"train.rounds={len(LIES) + 1}", "aggregate.quorum=2")
-    assert run.ended(400) == 0, run.output()
+    rounds_of_lies = f"train.rounds={len(LIES) + 2}"
+    run = fed.run("lies", rounds_of_lies, "aggregate.quorum=2", "federation.deadline=45")
+    assert run.ended(600) == 0, run.output()
+    said_at_site = fed.sites["cy"].output()
     fed.leave("cy")
     found = {r["round"]: r["rejected"].get("cy", "") for r in rounds(fed.place / "lies")[1:]}
     for round, (lie, (said, _)) in enumerate(LIES.items(), 1):
         assert said in found[round], lie
-    assert found[len(LIES) + 1] == "", "an honest answer after all the lies is used"
+    assert TOO_LARGE[0] in found[len(LIES) + 1]
+    assert "an answer was dropped: the SuperLink answered: 413" in said_at_site
+    assert found[len(LIES) + 2] == "", "an honest answer after all the lies is used"

@@ -30,7 +30,7 @@ from flwr.supercore.date import now
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.superlink.main import create_app
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-from loopback import free_port
+from loopback import free_port, until
 
 from rolora.algorithm.codec import body_bytes
 from rolora.errors import ConfigError, RoloraError
@@ -323,9 +323,7 @@ def kind(name: str) -> int:
     return ["key", "time", "sign"].index(next(w for w in ("key", "time", "sign") if w in name))
 
 
-def test_a_run_s_messages_count_while_its_process_lives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_s_messages_count_while_its_process_lives(tmp_path: Path) -> None:
     assert largest(tmp_path) == 0
     with expecting(tmp_path) as expect:
         expect(7)
@@ -333,6 +331,13 @@ def test_a_run_s_messages_count_while_its_process_lives(
         assert largest(tmp_path) == 5
         (tmp_path / "expected" / "999999999").write_text("10000")
         assert largest(tmp_path) == 5, "that process is dead"
+        killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        (tmp_path / "expected" / str(killed.pid)).write_text("9")
+        assert largest(tmp_path) == 9
+        killed.kill()
+        until(lambda: largest(tmp_path) == 5, 10, "its end, of which nobody has asked")
+        killed.communicate()
+        (tmp_path / "expected" / str(killed.pid)).unlink()
         (tmp_path / "expected" / str(os.getppid())).write_text("6")
         assert largest(tmp_path) == 6
     assert sorted(file.name for file in (tmp_path / "expected").iterdir()) == sorted(

@@ -22,7 +22,7 @@ def expecting(folder: Path) -> Iterator[Callable[[int], None]]:
     place = folder / "expected"
     place.mkdir(exist_ok=True)
     for file in place.glob("[0-9]*"):
-        if not psutil.pid_exists(int(file.name)):
+        if not _lives(file):
             file.unlink(missing_ok=True)
     own = place / str(os.getpid())
     try:
@@ -36,6 +36,14 @@ def largest(folder: Path) -> int:
     most = 0
     for file in (folder / "expected").glob("[0-9]*"):
         with suppress(FileNotFoundError):  # its run has just ended
-            if psutil.pid_exists(int(file.name)):
+            if _lives(file):
                 most = max(most, int(file.read_text()))
     return most
+
+
+def _lives(file: Path) -> bool:
+    """Whether the process of this file's name is there, and not only its exit status."""
+    try:
+        return bool(psutil.Process(int(file.name)).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -77,6 +77,7 @@ def for_sites(
     ``largest`` is the number of bytes that a run under way expects of one message, 0 without a run.
     The body is read here, up to the limit, and handed on in one piece.
     """
+    told = Answer(200, json.dumps(versions()))
 
     async def gate(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -85,7 +86,7 @@ def for_sites(
             return
         route, declared = (scope["method"], scope["path"]), _declared(scope["headers"])
         if route == ("GET", VERSIONS):
-            await _answer(send, Answer(200, json.dumps(versions())), declared)
+            await _answer(send, told, declared)
             return
         if scope["method"] != "POST" or scope["path"] not in FOR_SITES:
             await _answer(send, Answer(403, ONLY_SITES), declared)
