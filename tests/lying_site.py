@@ -75,9 +75,9 @@ LIES: dict[str, tuple[str, Lie]] = {
     "says that it lacks tensors, twice": ("could not assemble the adapter", head(lacks=True)),
 }
 
-# and what does not pass the SuperLink's gate, so that the site seems silent
+# and what does not pass the SuperLink's gate, so that only its announcement arrives
 TOO_LARGE = (
-    "no answer before the deadline",
+    "Reply message objects are unavailable",
     lambda reply: replace(reply, body=bytes(50_000_000)),
 )
 
