@@ -75,15 +75,14 @@ class FederationFolder:
             (part / "sites").mkdir()
             (part / "public").mkdir()
             write_file(part / "federation.toml", tomli_w.dumps({"host": host, "port": port}))
-        folder = cls(path.resolve(), host, port)
-        (folder.path / "flwr").mkdir()
-        here = {
-            "address": f"127.0.0.1:{port}",
-            "root-certificates": str(folder.path / "ca.crt"),
-        }
-        settings = {"superlink": {"default": "rolora", "rolora": here}}
-        write_file(folder.path / "flwr" / "config.toml", tomli_w.dumps(settings))
-        return folder
+            (part / "flwr").mkdir()
+            here = {
+                "address": f"127.0.0.1:{port}",
+                "root-certificates": str(path.resolve() / "ca.crt"),
+            }
+            settings = {"superlink": {"default": "rolora", "rolora": here}}
+            write_file(part / "flwr" / "config.toml", tomli_w.dumps(settings))
+        return cls(path.resolve(), host, port)
 
     @property
     def lock(self) -> Path:
@@ -102,14 +101,14 @@ class FederationFolder:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         public, site = self.path / "public" / f"{name}.pub", self.path / "sites" / name
-        if public.exists() or site.exists():
+        if public.exists():  # which is written last: a site's folder alone was never given away
             raise ConfigError(f"site {name!r} has a key already: {public}")
         with new_folder(site) as part:
             keys.make_site(part, name)
             shutil.copy(self.path / "ca.crt", part / "ca.crt")
             text = SITE.format(name=name, host=self.host, port=self.port)
             write_file(part / "site.toml", text)
-        shutil.copy(site / f"{name}.pub", public)
+        write_file(public, (site / f"{name}.pub").read_bytes())
         return site
 
     def remove_site(self, name: str) -> None:
@@ -176,7 +175,7 @@ class FederationFolder:
         """The secret with which the SuperExec identifies itself to the SuperLink."""
         file = self.path / "superexec.secret"
         if not file.exists():
-            keys.write_secret(file, os.urandom(32).hex().encode())
+            write_file(file, os.urandom(32).hex(), keys.OWNER)
         return file
 
     def register(self, notify: Callable[[str], None]) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from rolora.files import append_line, make_folder
 from rolora.flower.message import PROTOCOL, REASONS, Scalar, SiteMessage
 from rolora.sites.policy import Refused, require_labels
 from rolora.sites.site_config import SiteConfig
@@ -87,6 +88,5 @@ def _log(site: SiteConfig, asked: str, run: str | None, reply: SiteMessage) -> N
         "tensors": reply.tensors,
         "bytes": reply.size,
     }
-    site.folder.mkdir(parents=True, exist_ok=True)
-    with (site.folder / "outgoing.log").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    make_folder(site.folder)
+    append_line(site.folder / "outgoing.log", json.dumps(entry))
