@@ -45,14 +45,15 @@ Operation = tuple[str, str, bool]
 class Injection:
     """Counts the file operations in ``root`` and lets the fault happen before number ``at``.
 
-    ``seen``: what was done so far. ``unsynced``: the inode of a file with content
-    that a power cut may lose -> how many bytes are safe; ``unnamed``: that of a folder -> the new
-    names in it that one may lose.
+    ``seen``: what was done so far, if nothing is to happen. ``unsynced``: the inode of a file with
+    content that a power cut may lose -> how many bytes are safe; ``unnamed``: that of a folder ->
+    the new names in it that one may lose.
     """
 
     root: Path
     at: int = 0
     fault: str = ""
+    count: int = 0
     seen: list[Operation] = field(default_factory=list)
     unsynced: dict[int, int] = field(default_factory=dict)
     unnamed: dict[int, set[str]] = field(default_factory=dict)
@@ -63,15 +64,17 @@ class Injection:
 
     def happens(self, kind: str, path: str, half: Callable[[], object]) -> None:
         """Count an operation, which is about to be done."""
-        unsafe = bool(self.unsynced or any(self.unnamed.values()))
-        self.seen.append((kind, os.path.relpath(path, self.root), unsafe))
-        number = len(self.seen)
-        if self.at == 0 or number < self.at:
+        self.count += 1
+        if self.at == 0:
+            unsafe = bool(self.unsynced or any(self.unnamed.values()))
+            self.seen.append((kind, os.path.relpath(path, self.root), unsafe))
+            return
+        if self.count < self.at:
             return
         if self.fault == "disk full" and kind in FAULTS["disk full"]:  # and stays full
             half()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        if number > self.at:
+        if self.count > self.at:
             return
         if self.fault == "I/O error":
             half()
