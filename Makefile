@@ -5,6 +5,9 @@
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
+# make test-faults   kills, full disks and power cuts at every file operation, about 20 minutes
+# make soak          500 rounds of 100 clients with faults and kills, about 5 minutes
+# make reliability   both, and their figures into docs/reliability.md
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
@@ -14,7 +17,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow test-flower soak-flower check results bench bench-gpu build clean
+.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow test-flower soak-flower test-faults soak reliability check results bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -35,7 +38,7 @@ test: install
 	$(PYTEST)
 
 test-wide: install
-	$(PYTEST) -m "wide and not slow and not flower" -rs
+	$(PYTEST) -m "wide and not slow and not flower and not faults" -rs
 
 # what a processor can change: products, sums and random draws
 ARITHMETIC := $(addprefix tests/test_,segments.py bank.py dropout.py packing.py reduce.py)
@@ -48,13 +51,26 @@ test-processors: install
 test-all: test test-wide
 
 test-slow: install
-	$(PYTEST) -m "slow or browser" -rs
+	$(PYTEST) -m "(slow or browser) and not faults" -rs
 
 test-flower: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m "flower and not soak" -rs
 
 soak-flower: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m soak -rs -s
+
+# processes are forked, so everything is on one thread and in one process of pytest
+FAULTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -rs -s
+
+test-faults: install
+	$(FAULTS) -m "faults and not slow" $(RECORD)
+
+soak: install
+	$(FAULTS) -m "faults and slow" $(RECORD)
+
+reliability: RECORD := --record
+reliability: test-faults soak
+	$(BIN)/python docs/make_reliability.py
 
 check: install
 	$(BIN)/ruff format --check .

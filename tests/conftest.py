@@ -66,10 +66,22 @@ WIDE = {
 }
 
 
+# Files that let faults befall the program, run by run: minutes each.
+FAULTS = {"test_faults", "test_soak_in_process"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Long tests have figures to report."""
+    told = "write the figures of long tests to docs/reliability"
+    parser.addoption("--record", action="store_true", help=told)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import no file of which nothing will run; each worker of a run imports what is collected."""
-    unwanted = "not wide" in config.option.markexpr and collection_path.stem in WIDE
-    return True if unwanted else None
+    for mark, files in (("wide", WIDE), ("faults", FAULTS)):
+        if f"not {mark}" in config.option.markexpr and collection_path.stem in files:
+            return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +89,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in WIDE:
             item.add_marker(pytest.mark.wide)
+        if item.path.stem in FAULTS:
+            item.add_marker(pytest.mark.faults)
 
 
 @pytest.fixture(scope="module")

@@ -301,3 +301,9 @@ def test_the_reducer_and_the_task_of_contributing_are_used_by_name(folder: Path)
     call("rolora", "run", "rolora.toml", *chosen, *short, PYTHONPATH=path)
     last = (folder / "runs" / "mydata" / "rounds.jsonl").read_text().splitlines()[-1]
     assert 0 <= json.loads(last)["metrics"]["error_rate"] <= 1
+
+
+def test_the_sections_of_the_page_on_reliability_are_those_of_the_records() -> None:
+    module = script("docs/make_reliability.py")
+    text = module.PAGE.read_text()
+    assert text == module.page(text, module.records())

@@ -55,6 +55,32 @@ def test_a_key_that_is_refused_is_named_and_keeps_no_other_site_out(
     assert json.loads((federation.path / "nodes.json").read_text()) == {"bob": "7"}
 
 
+def test_a_site_whose_keys_were_only_half_made_can_be_added_again(
+    federation: FederationFolder,
+) -> None:
+    public = federation.path / "public" / "bob.pub"
+    public.unlink()
+    with pytest.raises(ConfigError, match="'ann' has a key already"):
+        federation.add_site("ann")
+    site = federation.add_site("bob")
+    assert public.read_bytes() == (site / "bob.pub").read_bytes()
+
+
+def test_a_federation_s_folder_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's settings are in it before it has its name."""
+
+    def full(path: Path, content: str) -> None:
+        if path.name == "config.toml":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folders, "write_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        FederationFolder.create(tmp_path / "federation", "localhost", 8000)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_needs_a_served_federation_says_so_and_how(
     federation: FederationFolder, tmp_path: Path
 ) -> None:

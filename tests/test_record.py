@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.ledger import Held, Ledger
 from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import new_folder, write_file
+from rolora.files import append_line, being_written, new_folder, sweep, write_file
 from rolora.run.folder import RunFolder, line
 from rolora.training.rounds import Best, RoundResult, RunState
 
@@ -139,6 +141,13 @@ def test_lines_of_rounds_after_the_checkpoint_are_cut(folder: RunFolder) -> None
     assert rounds(folder) == [0, 1, 2, 3]
 
 
+def test_lost_lines_of_finished_rounds_are_told(folder: RunFolder) -> None:
+    text = folder.rounds.read_text().splitlines(keepends=True)
+    folder.rounds.write_text("".join(text[2:]))
+    _, notes = folder.restore(state(0))
+    assert ["lost the lines of 2 finished rounds" in note for note in notes] == [True]
+
+
 def test_an_attempt_without_quorum_is_saved_but_is_no_round(folder: RunFolder) -> None:
     folder.commit(result(3, attempt=1, advanced=False))
     restored, _ = folder.restore(state(0))
@@ -191,6 +200,73 @@ def test_a_file_that_cannot_be_written_whole_keeps_its_old_content(
         write_file(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    with new_folder(path) as part:
+        (part / "file").write_text("old")
+    real = Path.rename
+
+    def fails(source: Path, target: Path) -> Path:
+        if target == path and not source.name.endswith("-old"):
+            raise OSError(5, "Input/output error")
+        return real(source, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="Input/output"), new_folder(path) as part:
+        (part / "file").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert (path / "file").read_text() == "old"
+
+
+def test_a_line_that_cannot_be_written_whole_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lines"
+    append_line(path, "one")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rolora.files.os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            append_line(path, "two")
+    append_line(path, "three")
+    assert path.read_text() == "one\nthree\n"
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_one_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text("one\ntw")
+    append_line(path, "three")
+    assert path.read_text() == "one\ntw\nthree\n"
+
+
+def test_a_sweep_goes_by_no_clock_where_the_folder_is_locked(tmp_path: Path) -> None:
+    left = tmp_path / ".part-file-1"
+    left.touch()
+    ahead = time.time() + 86400
+    os.utime(left, (ahead, ahead))
+    sweep(tmp_path)
+    assert not left.exists()
+
+
+def test_a_clock_that_jumps_ahead_has_no_file_swept_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = time.time() + 10 * 86400
+    monkeypatch.setattr("rolora.files.time.time", lambda: ahead)
+    part = tmp_path / ".part-file-1"
+    with part.open("wb") as file:
+        being_written(file)
+        sweep(tmp_path, seconds=86400)
+        assert part.exists()
+    sweep(tmp_path, seconds=86400)
+    assert not part.exists()
 
 
 def test_of_more_than_ten_attempts_the_newest_is_restored(folder: RunFolder) -> None:

@@ -7,11 +7,14 @@ into place; then the folder that holds the name is flushed.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -21,12 +24,15 @@ TEMPORARY = ".part-"
 DOOMED = ".old-"  # a folder under this prefix is being deleted
 
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Replace ``path`` by ``content``, or leave it as it was (OSError, for example disk full)."""
+def write_file(path: Path, content: bytes | str, mode: int = 0o666) -> None:
+    """Replace ``path`` by ``content``, or leave it as it was (OSError, for example disk full).
+
+    ``mode``: who may read and write it, from the start, less the process's umask.
+    """
     data = content.encode() if isinstance(content, str) else content
     part = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        with part.open("wb") as file:
+        with open(part, "wb", opener=partial(os.open, mode=mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -35,6 +41,35 @@ def write_file(path: Path, content: bytes | str) -> None:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add ``line`` to the end of a file, on the disk on return, or leave the file as it was.
+
+    What a process that was killed has left of its line stays a line of its own.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        torn = file.read(1) not in (b"", b"\n")
+        data = (b"\n" if torn else b"") + line.encode() + b"\n"
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
+    if size == 0:
+        sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make this folder, and those above it, where they are missing; on the disk on return."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -54,7 +89,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             old = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-old")
             path.rename(old)
-            part.rename(path)
+            try:
+                part.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             part.rename(path)
@@ -64,21 +103,38 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def sweep(folder: Path, seconds: float = 0.0) -> None:
+def sweep(folder: Path, seconds: float | None = None) -> None:
     """Delete what killed processes have left half written or half deleted, here and below.
 
-    Only for who holds the folder's lock, or for what was last written more than ``seconds`` ago.
+    Only for who holds the folder's lock, or for what was last written more than ``seconds`` ago. A
+    file that is ``being_written`` stays.
     """
-    before = time.time() - seconds
     found = [path for prefix in (TEMPORARY, DOOMED) for path in folder.rglob(f"{prefix}*")]
     for path in found:
         with contextlib.suppress(FileNotFoundError):  # within another one
-            if path.lstat().st_mtime > before:
+            fresh = seconds is not None and path.lstat().st_mtime > time.time() - seconds
+            if fresh or _is_being_written(path):  # a clock may jump
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def being_written(file: IO[bytes]) -> None:
+    """Keep every process's :func:`sweep` from deleting this file until it is closed."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _is_being_written(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextlib.contextmanager

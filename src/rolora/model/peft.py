@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from rolora.algorithm.adapter import AdapterState, Specs, role_of
@@ -286,18 +287,26 @@ def save_adapter(
         config = _with_ranks(config, plain)
     with new_folder(folder) as part:
         config.save_pretrained(str(part))
-        save_file({n: t.contiguous() for n, t in plain.items()}, part / WEIGHTS, {"format": "pt"})
+        tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
+        # not save_file, whose error for a full disk is no OSError
+        (part / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
         model_config.to_json_file(part / MODEL_CONFIG)
         _save_tokenizer(tokenizer, part)
         (part / "rolora.json").write_text(json.dumps(dict(notes), indent=2) + "\n")
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save it without what its last call was asked to truncate and pad to."""
+    """Save it without what its last call was asked to truncate and pad to. OSError if it cannot."""
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         fast.no_truncation()
         fast.no_padding()
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # the tokenizers library raises a bare Exception that ends like this
+        if found := re.search(r"\(os error (\d+)\)$", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        raise
 
 
 def _with_ranks(config: Any, adapter: AdapterState) -> Any:

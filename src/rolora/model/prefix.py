@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rolora.data.examples import Examples, collate
-from rolora.files import TEMPORARY, sweep, sync
+from rolora.files import TEMPORARY, being_written, sweep, sync
 from rolora.model.base import Base
 
 TOKENS_AT_ONCE = 4096
@@ -136,6 +136,7 @@ def _compute(base: Base, examples: Examples, prefix: Prefix) -> None:
     begin = 8 + len(blank)
     try:
         with open(part, "w+b", opener=partial(os.open, mode=0o600)) as file:
+            being_written(file)
             # a full disk says so here, and not by a signal in the middle
             os.posix_fallocate(file.fileno(), 0, begin + prefix.num_bytes)
             file.write(len(blank).to_bytes(8, "little"))

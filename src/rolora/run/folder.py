@@ -24,7 +24,7 @@ from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.ledger import Held, Ledger
 from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import DOOMED, locked, new_folder, sweep, sync, write_file
+from rolora.files import DOOMED, append_line, locked, make_folder, new_folder, sweep, write_file
 from rolora.training.rounds import Best, RoundResult, RunState
 
 KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained from
@@ -97,7 +97,7 @@ class RunFolder:
     def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
         """A new run folder. ConfigError if ``path`` exists: nothing is overwritten."""
         require_new(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)
             (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
@@ -138,9 +138,7 @@ class RunFolder:
             (part / "state.safetensors").write_bytes(payload)
             (part / "manifest.json").write_text(json.dumps(manifest))
         if result.advanced:
-            with self.rounds.open("a") as file:
-                file.write(json.dumps(values) + "\n")
-            sync(self.rounds)
+            append_line(self.rounds, json.dumps(values))
         for old in _unneeded([folder.name for folder in self._checkpoints()]):
             _remove(self.path / "checkpoints" / old)
 
@@ -162,8 +160,7 @@ class RunFolder:
                 notes.append(f"checkpoint {folder.name} is damaged ({error}); using the one before")
                 _remove(folder)
                 continue
-            self._cut_lines(state, last)
-            return state, notes
+            return state, [*notes, *self._cut_lines(state, last)]
         raise RoloraError(
             f"no checkpoint of {self.path} can be read, so it cannot be resumed; start again "
             f"with: rolora run {self.config} --out NEW_FOLDER"
@@ -177,10 +174,11 @@ class RunFolder:
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("round-*"))
 
-    def _cut_lines(self, state: RunState, last: Mapping[str, Any] | None) -> None:
+    def _cut_lines(self, state: RunState, last: Mapping[str, Any] | None) -> list[str]:
+        """Cut ``rounds.jsonl`` back to this state; a note if lines of finished rounds are lost."""
         if state.server.round == 0 and state.server.attempt == 0:
             write_file(self.rounds, "")  # round 0 is evaluated, and written, again
-            return
+            return []
         kept, round = [], state.server.round
         for text in self.rounds.read_text(errors="replace").splitlines():
             try:
@@ -191,6 +189,8 @@ class RunFolder:
         if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
             kept.append(json.dumps(last))
         write_file(self.rounds, "".join(text + "\n" for text in kept))
+        lost = round + 1 - len(kept)
+        return [f"{self.rounds} has lost the lines of {lost} finished rounds"] if lost > 0 else []
 
 
 def _unneeded(names: Sequence[str]) -> list[str]:

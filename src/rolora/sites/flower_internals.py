@@ -258,8 +258,11 @@ def to_bytes(message: Message) -> bytes:
 
 
 def from_bytes(data: bytes) -> Message:
-    """The message that ``to_bytes`` was given."""
-    return message_from_proto(MessageProto.FromString(data))
+    """The message that ``to_bytes`` was given. ValueError if the bytes are damaged."""
+    try:
+        return message_from_proto(MessageProto.FromString(data))
+    except Exception as error:  # protobuf's, or what Flower finds in it
+        raise ValueError(f"no message: {error}") from error
 
 
 def superlink(arguments: Sequence[str]) -> Any:

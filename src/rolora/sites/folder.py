@@ -82,8 +82,8 @@ class FederationFolder:
             (part / "sites").mkdir()
             (part / "public").mkdir()
             (part / "flwr").mkdir()
-            keys.write_secret(part / "control.secret", secret)
-            keys.write_secret(part / "flwr" / "credentials.yaml", credentials(control, secret))
+            write_file(part / "control.secret", secret, keys.OWNER)
+            write_file(part / "flwr" / "credentials.yaml", credentials(control, secret), keys.OWNER)
             write_file(part / "flwr" / "config.toml", tomli_w.dumps(settings))
             write_file(part / "federation.toml", tomli_w.dumps({"host": host, "port": port}))
         return cls(path.resolve(), host, port)
@@ -110,14 +110,14 @@ class FederationFolder:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         public, site = self.path / "public" / f"{name}.pub", self.path / "sites" / name
-        if public.exists() or site.exists():
+        if public.exists():  # which is written last: a site's folder alone was never given away
             raise ConfigError(f"site {name!r} has a key already: {public}")
         with new_folder(site) as part:
             keys.make_site(part, name)
             shutil.copy(self.path / "ca.crt", part / "ca.crt")
             text = SITE.format(name=name, host=self.host, port=self.port)
             write_file(part / "site.toml", text)
-        shutil.copy(site / f"{name}.pub", public)
+        write_file(public, (site / f"{name}.pub").read_bytes())
         return site
 
     def remove_site(self, name: str) -> None:

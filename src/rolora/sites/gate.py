@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from rolora.files import append_line, make_folder
 from rolora.flower.message import REASONS, Scalar, SiteMessage
 from rolora.flower.versions import PROTOCOL
 from rolora.sites.logs import bound
@@ -89,8 +90,7 @@ def _log(site: SiteConfig, asked: str, run: str | None, reply: SiteMessage) -> N
         "tensors": reply.tensors,
         "bytes": reply.size,
     }
-    site.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(site.folder)
     log = site.folder / "outgoing.log"
     bound(log)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_line(log, json.dumps(entry))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 from pathlib import Path
 
 from cryptography import x509
@@ -18,6 +17,7 @@ from rolora.errors import ConfigError
 from rolora.files import write_file
 
 VALID_FOR = datetime.timedelta(days=3650)
+OWNER = 0o600  # the mode of a secret: only its owner may read it
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -76,7 +76,7 @@ def make_server(folder: Path, host: str) -> None:
 def make_site(folder: Path, name: str) -> None:
     """Write a site's keys: ``NAME.key`` is for the site, ``NAME.pub`` is registered."""
     key = ec.generate_private_key(ec.SECP384R1())
-    write_secret(folder / f"{name}.key", _private_pem(key))
+    write_file(folder / f"{name}.key", _private_pem(key), OWNER)
     ssh = key.public_key().public_bytes(Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     write_file(folder / f"{name}.pub", ssh + b"\n")
 
@@ -118,15 +118,6 @@ def public_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.public_key().public_bytes(Encoding.PEM, public_format)
 
 
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that from the start only its owner can read."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(handle)
-
-
 def _certificate(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
 ) -> x509.CertificateBuilder:
@@ -143,7 +134,7 @@ def _certificate(
 
 def _write_pair(path: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
     """Write ``path`` with the suffixes .key and .crt."""
-    write_secret(path.with_suffix(".key"), _private_pem(key))
+    write_file(path.with_suffix(".key"), _private_pem(key), OWNER)
     write_file(path.with_suffix(".crt"), certificate.public_bytes(Encoding.PEM))
 
 

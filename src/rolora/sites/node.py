@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr.app import Message
 
-from rolora.files import locked, write_file
+from rolora.files import locked, make_folder, sweep, write_file
 from rolora.flower.message import SiteMessage
 from rolora.flower.transport import from_record, poll_interval, to_record
 from rolora.sites.flower_internals import Fleet, Gone, NotConnected, from_bytes, to_bytes
@@ -37,10 +37,11 @@ def serve(
     Raises NotConnected if the SuperLink refuses this site, ConfigError if another process serves
     the same state folder.
     """
-    site.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(site.folder)
     pending = site.folder / "question.bin"
     with ExitStack() as stack:
         stack.enter_context(locked(site.folder / ".lock"))
+        sweep(site.folder)
         try:
             fleet = stack.enter_context(Fleet.join(site, last_node(site.folder)))
         except NotConnected as error:
@@ -95,21 +96,30 @@ def _questions(fleet: Fleet, pending: Path) -> Iterator[Message]:
             longest = LONGEST if waited < IDLE_AFTER else IDLE_LONGEST
             time.sleep(poll_interval(waited, longest))
             continue
-        write_file(pending, to_bytes(message))
+        try:
+            write_file(pending, to_bytes(message))
+        except OSError as error:
+            _log.warning("a question that is lost if this site is killed now: %s", error)
         yield message
         free = time.monotonic()
 
 
 def _left_over(fleet: Fleet, pending: Path) -> Message | None:
-    """The question that the previous process did not answer, unless it has expired."""
+    """The question that the previous process did not answer, unless it has expired.
+
+    It stays on disk until it is answered, so that the next process can be killed, too.
+    """
     try:
         message = from_bytes(pending.read_bytes())
+        about = message.metadata
+        if about.created_at + about.ttl > time.time() and about.dst_node_id == fleet.id:
+            return message
     except FileNotFoundError:
         return None
+    except ValueError:
+        _log.warning("%s is damaged: a question stays unanswered", pending)
     pending.unlink()
-    about = message.metadata
-    current = about.created_at + about.ttl > time.time()
-    return message if current and about.dst_node_id == fleet.id else None
+    return None
 
 
 def _described(question: SiteMessage, reply: SiteMessage) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from rolora.config.schema import DataConfig, RunConfig
 from rolora.errors import RoloraError
-from rolora.files import write_file
+from rolora.files import make_folder, write_file
 from rolora.flower.message import LABEL_LENGTH, REASONS
 from rolora.run.experiment import local_settings
 from rolora.run.shards import hold_out
@@ -164,7 +164,7 @@ class Uses:
         if round > self.site.max_rounds:
             raise Refused("limit", f"round {round}, and max_rounds is {self.site.max_rounds}")
         self.runs[run].questions += 1
-        self.site.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.site.folder)
         stored: Mapping[str, Any] = {run: vars(use) for run, use in self.runs.items()}
         write_file(self.site.folder / "uses.json", json.dumps(stored))
 

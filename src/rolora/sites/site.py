@@ -35,7 +35,7 @@ from rolora.algorithm.seeding import generator
 from rolora.config.load import make_config
 from rolora.data import tables
 from rolora.errors import ConfigError, DataError, printable
-from rolora.files import write_file
+from rolora.files import make_folder, write_file
 from rolora.flower.message import (
     MOST_CONFIG,
     MessageError,
@@ -191,7 +191,7 @@ def _hello(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     labels = parts.kind.labels(parts.rows.train, parts.columns, site.config.data)
     require_labels(site.config, labels)
     Uses.read(site.config).admit(folder.name, parts.config, parts.rows.train.num_rows)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_file(folder / "config.json", request.body)
     count = len(parts.rows.shards[site.config.name])
     return SiteMessage({**versions(), "num_examples": count, "labels": json.dumps(labels)})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rolora.errors import RoloraError
-from rolora.files import write_file
+from rolora.files import make_folder, write_file
 
 KEPT_STATES = 3  # per client: two that checkpoints may need, and the one being written
 SENT_AGAIN = ("received", "sent")  # kinds that a coordinator sends whole to a site without them
@@ -54,7 +54,7 @@ class ClientStore:
 
     def write(self, client: str, round: int, kept: Mapping[str, Tensor]) -> None:
         """Write the state after this round; of older ones keep what two checkpoints may need."""
-        (self.folder / client).mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / client)
         write_file(self.folder / client / f"{self.kind}-{round:06d}.safetensors", save(dict(kept)))
         files = self._files(client)
         past = [file for at, file in files if at <= round]
