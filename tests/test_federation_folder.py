@@ -56,6 +56,18 @@ def test_a_key_that_is_refused_is_named_and_keeps_no_other_site_out(
     assert json.loads((federation.path / "nodes.json").read_text()) == {"bob": "7"}
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"ann": 7}', '{"ann": "x"}', '{"ann": ""}', '{"../ann": "7"}', "[" * 99_999],
+)
+def test_a_damaged_list_of_nodes_is_named_and_gives_no_site_another_name(
+    federation: FederationFolder, text: str
+) -> None:
+    (federation.path / "nodes.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"nodes\.json is damaged: restore it, or remove it"):
+        federation.names()
+
+
 def test_what_needs_a_served_federation_says_so_and_how(
     federation: FederationFolder, tmp_path: Path
 ) -> None:
