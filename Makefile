@@ -5,6 +5,8 @@
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
+# make test-mutants   each validation is taken out in turn, and a test must fail
+# make fuzz TARGET=rows SECONDS=600   gives a reader (tests/fuzz) as many inputs as fit
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
@@ -14,7 +16,8 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow test-flower soak-flower check results bench bench-gpu build clean
+.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow \
+  test-flower soak-flower test-mutants fuzz check results bench bench-gpu build clean
 
 install: $(VENV)/installed
 
@@ -55,6 +58,23 @@ test-flower: install
 
 soak-flower: install
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m soak -rs -s
+
+test-mutants: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.mutants $(NAMES)
+
+# atheris is for Linux, and no part of an installation
+FUZZ := .venv-fuzz
+
+fuzz: $(FUZZ)/installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	  $(FUZZ)/bin/python -m tests.fuzz $(or $(TARGET),rows) --seconds $(or $(SECONDS),60)
+
+$(FUZZ)/installed: pyproject.toml constraints.txt tests/fuzz/requirements.txt
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(FUZZ)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower]'
+	$(FUZZ)/bin/python -m pip install --quiet --requirement tests/fuzz/requirements.txt
+	touch $@
 
 check: install
 	$(BIN)/ruff format --check .
@@ -117,4 +137,4 @@ supply: install
 	cmp build/1/*.whl build/2/*.whl
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(FUZZ) build dist .mypy_cache .pytest_cache .ruff_cache
