@@ -15,7 +15,12 @@ FOLDER = Path(__file__).parent.parent / "docs" / "reliability"
 def record(
     name: str, command: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
 ) -> Path:
-    """Write ``docs/reliability/NAME.json``: one table, and what made it, where and when."""
+    """Write ``docs/reliability/NAME.json``: one table, and what made it, where and when.
+
+    Rows that are there stay, but for those of the same first cell.
+    """
+    file, new = FOLDER / f"{name}.json", {row[0] for row in rows}
+    kept = json.loads(file.read_text())["rows"] if file.exists() else []
     here = machine()
     told = f"{here['cpu']}, {here['cores']} cores, {here['system']}, Python {here['python']}"
     found = {
@@ -23,9 +28,8 @@ def record(
         "machine": told,
         "date": date.today().isoformat(),
         "columns": list(columns),
-        "rows": [list(row) for row in rows],
+        "rows": sorted([*map(list, rows), *(row for row in kept if row[0] not in new)]),
     }
     FOLDER.mkdir(exist_ok=True)
-    file = FOLDER / f"{name}.json"
     file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return file

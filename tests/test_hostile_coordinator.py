@@ -276,3 +276,25 @@ def test_a_configuration_or_list_that_is_malformed_is_refused_by_a_code(
     labels = body if body != b"[]" else b'["' + b"x" * 65 + b'"]'
     assert asked.ask("ready", labels).head["error"] == "question"
     assert not (tmp_path / "state" / RUN / "labels.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "reply", "code"),
+    [
+        ("hello", SiteMessage({"error": "rows", "labels": CANARY}), "failed"),
+        ("hello", SiteMessage({"error": "rows"}, CANARY.encode()), "failed"),
+        ("hello", SiteMessage({"error": CANARY}), "failed"),
+        (
+            "hello",
+            SiteMessage({"labels": json.dumps([f"{CANARY}{n}" for n in range(101)])}),
+            "labels",
+        ),
+        ("hello", SiteMessage({"labels": json.dumps([CANARY * 9])}), "labels"),
+    ],
+)
+def test_what_is_no_allowed_answer_leaves_as_a_code_whoever_made_it(
+    asked_for: str, reply: SiteMessage, code: str, asked: Asked
+) -> None:
+    left = leave(asked.config, asked_for, RUN, reply)
+    assert dict(left.head) == {"site": "ann", "protocol": PROTOCOL, "error": code}
+    assert left.body == b""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest does
 
-from figures import FOLDER, record
+from figures import record
 
 from fuzz import TARGETS
 
@@ -36,12 +35,13 @@ def main() -> int:
     (found / "corpus").mkdir(parents=True, exist_ok=True)
     guided = importlib.util.find_spec("atheris") is not None
     command = [sys.executable, str(Path(__file__).with_name("guided.py" if guided else "blind.py"))]
+    path = ["src", ".", "tests", os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [*command, chosen.target, str(chosen.seconds), str(found)],
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(["src", ".", "tests"])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )
     assert process.stderr is not None
     told = ""
@@ -63,11 +63,7 @@ def main() -> int:
             int(code != 0),
             memory,
         ]
-        file = FOLDER / "fuzzing.json"
-        rows = json.loads(file.read_text())["rows"] if file.exists() else []
-        rows = [row, *(kept for kept in rows if kept[0] != chosen.target)]
-        rows.sort(key=lambda kept: TARGETS.index(kept[0]))
-        record("fuzzing", "make fuzz TARGET=... SECONDS=...", COLUMNS, rows)
+        record("fuzzing", "make fuzz TARGET=... SECONDS=...", COLUMNS, [row])
     return int(code != 0)
 
 

@@ -74,7 +74,7 @@ def target(data: bytes) -> None:
     table.validate(full=True)
     if name == "a.csv" and form == PLAIN:
         _as_csv(data[1:], table)
-    if name == "a.jsonl":
+    if name == "a.jsonl" and form == PLAIN:
         _as_json(data[1:], table)
 
 

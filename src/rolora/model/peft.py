@@ -414,7 +414,7 @@ def _plain_lora(folder: Path) -> dict[str, Any]:
             continue
         if key == "init_lora_weights" and value in _STARTS:
             continue
-        if value or key == "bias":
+        if value:
             raise ConfigError(
                 f"{folder} does not fit: {key} = {json.dumps(value)} in its {_CONFIG} changes what "
                 "it computes, which is not supported"
