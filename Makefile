@@ -8,6 +8,8 @@
 # make test-faults   kills, full disks and power cuts at every file operation, about 20 minutes
 # make soak          500 rounds of 100 clients with faults and kills, about 5 minutes
 # make reliability   both, and their figures into docs/reliability.md
+# make test-mutants   each validation is taken out in turn, and a test must fail
+# make fuzz TARGET=rows SECONDS=600   gives a reader (tests/fuzz) as many inputs as fit
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
@@ -17,7 +19,9 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow test-flower soak-flower test-faults soak reliability check results bench bench-gpu build clean
+.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow \
+  test-flower soak-flower test-faults soak reliability test-mutants fuzz check results bench bench-gpu \
+  build clean
 
 install: $(VENV)/installed
 
@@ -71,6 +75,23 @@ soak: install
 reliability: RECORD := --record
 reliability: test-faults soak
 	$(BIN)/python docs/make_reliability.py
+
+test-mutants: install
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m tests.mutants $(NAMES)
+
+# atheris is for Linux, and no part of an installation
+FUZZ := .venv-fuzz
+
+fuzz: $(FUZZ)/installed
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	  $(FUZZ)/bin/python -m tests.fuzz $(or $(TARGET),rows) --seconds $(or $(SECONDS),60)
+
+$(FUZZ)/installed: pyproject.toml constraints.txt tests/fuzz/requirements.txt
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(FUZZ)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower]'
+	$(FUZZ)/bin/python -m pip install --quiet --requirement tests/fuzz/requirements.txt
+	touch $@
 
 check: install
 	$(BIN)/ruff format --check .
@@ -133,4 +154,4 @@ supply: install
 	cmp build/1/*.whl build/2/*.whl
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(FUZZ) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -30,6 +30,7 @@ WIDE = {
     "test_fetch",
     "test_flower_internals",
     "test_flower_strategy",
+    "test_fuzz",
     "test_harness",
     "test_hostile_files",
     "test_hostile_models",

@@ -58,7 +58,14 @@ def refusal(folder: Path, **lora: Any) -> ConfigError:
             {"target_modules": "query"},
             "matches 'query'; for names write a list",
         ),
-        ("bert", {"target_modules": "("}, "lora.target_modules = '(' is no regular expression: "),
+        (
+            "bert",
+            {"target_modules": "("},
+            "lora.target_modules = '(' cannot be used as a regular exp",
+        ),
+        ("bert", {"target_modules": "(" * 5000}, "cannot be used as a regular expression: "),
+        ("bert", {"target_modules": r"(\w+)+\d"}, "it repeats a group, or more than 4 parts"),
+        ("bert", {"target_modules": ".*" * 30 + "x"}, "it repeats a group, or more than 4 parts"),
         (
             "bert",
             {"target_modules": r".*\.attention.*"},

@@ -8,6 +8,7 @@ import pytest
 
 from rolora.config.load import dump_config, load_config, make_config
 from rolora.errors import ConfigError
+from rolora.model.checkpoint import locate
 
 LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv"}}
 
@@ -23,6 +24,25 @@ def test_the_least_config_is_a_model_and_a_file() -> None:
     config = make_config(LEAST)
     assert config.method.name == "rolora"
     assert config.train.local_steps is None  # with local_epochs left out too, this means 5
+
+
+@pytest.mark.parametrize("text", [f"seed = {'9' * 5000}", "name = [" * 5000, 'a = "\xff"'])
+def test_a_file_that_is_no_toml_is_named_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML") as caught:
+        load_config(tmp_path / "run.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_5000_digits_is_no_value_of_a_key() -> None:
+    assert "seed: Unable to parse input string" in fault({}, f"seed={'9' * 5000}")
+
+
+def test_the_home_of_a_user_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('[model]\npath = "~nobody-here/m"\n[data]\ntrain = "t"\n')
+    config = load_config(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match="~nobody-here/m: this machine has no user of that name"):
+        locate(config.model.path, tmp_path, offline=True)
 
 
 def test_an_override_reaches_any_key_and_takes_toml_values_or_bare_words() -> None:

@@ -71,7 +71,7 @@ def test_a_federation_s_folder_is_there_whole_or_not_at_all(
 ) -> None:
     """Flower's settings are in it before it has its name."""
 
-    def full(path: Path, content: str) -> None:
+    def full(path: Path, content: bytes | str, mode: int = 0) -> None:
         if path.name == "config.toml":
             raise OSError(28, "No space left on device")
 
@@ -79,6 +79,18 @@ def test_a_federation_s_folder_is_there_whole_or_not_at_all(
     with pytest.raises(OSError, match="No space left"):
         FederationFolder.create(tmp_path / "federation", "localhost", 8000)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"ann": 7}', '{"ann": "x"}', '{"ann": ""}', '{"../ann": "7"}', "[" * 99_999],
+)
+def test_a_damaged_list_of_nodes_is_named_and_gives_no_site_another_name(
+    federation: FederationFolder, text: str
+) -> None:
+    (federation.path / "nodes.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"nodes\.json is damaged: restore it, or remove it"):
+        federation.names()
 
 
 def test_what_needs_a_served_federation_says_so_and_how(

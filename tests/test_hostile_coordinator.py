@@ -113,6 +113,12 @@ def test_a_run_that_names_columns_is_given_those_that_the_operator_named(
         ("rows", ("data.client_test=0.03",), {}),
         ("rows", ("train.batch_size=1",), {"min_train_rows": 3}),
         ("limit", ("train.rounds=7",), {"max_rounds": 6}),
+        ("limit", ("train.local_steps=1000000000000",), {}),
+        ("limit", ("train.local_steps=4",), {"max_steps": 3}),
+        ("limit", ("train.batch_size=9",), {"max_batch": 8}),
+        ("limit", ("lora.rank=1000000000",), {}),
+        ("limit", ("lora.rank=[2, 5]",), {"max_rank": 4}),
+        ("limit", ('lora.rank={"*" = 5}',), {"max_rank": 4}),
     ],
 )  # fmt: skip
 def test_what_the_operator_has_not_agreed_to_is_refused_by_a_code_and_nothing_else(
@@ -218,8 +224,19 @@ def test_runs_and_questions_are_counted_across_restarts_and_a_resumed_run_once(
     assert restarted().hello(run="a" * 8).head["error"] == "limit"
     assert restarted().ask("ready", b"[]", run="a" * 8).head["error"] == "limit"
     assert "error" not in restarted().hello(run="b" * 8).head
-    (tmp_path / "state" / "uses.json").write_text("{")
-    assert restarted().hello(run="b" * 8).head["error"] == "disk"
+    use = '{"share": 0.0, "seed": 0, "questions": 0}'
+    for text in (
+        "{",
+        "[]",
+        "[" * 100_000,
+        f'{{"{"b" * 8}": {{}}}}',
+        f'{{"{"b" * 8}": {use.replace("0}", "-5}")}}}',
+        f'{{"{"b" * 8}": {use.replace("0.0", "NaN")}}}',
+        f'{{"{"b" * 8}": {use.replace("0.0", "1e9")}}}',
+        f'{{"{"b" * 8}": {use.replace(": 0,", ": true,")}}}',
+    ):
+        (tmp_path / "state" / "uses.json").write_text(text)
+        assert restarted().hello(run="b" * 8).head["error"] == "disk", text
 
 
 def test_a_run_that_was_not_admitted_is_answered_nothing(asked: Asked) -> None:
@@ -260,3 +277,25 @@ def test_a_configuration_or_list_that_is_malformed_is_refused_by_a_code(
     labels = body if body != b"[]" else b'["' + b"x" * 65 + b'"]'
     assert asked.ask("ready", labels).head["error"] == "question"
     assert not (tmp_path / "state" / RUN / "labels.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "reply", "code"),
+    [
+        ("hello", SiteMessage({"error": "rows", "labels": CANARY}), "failed"),
+        ("hello", SiteMessage({"error": "rows"}, CANARY.encode()), "failed"),
+        ("hello", SiteMessage({"error": CANARY}), "failed"),
+        (
+            "hello",
+            SiteMessage({"labels": json.dumps([f"{CANARY}{n}" for n in range(101)])}),
+            "labels",
+        ),
+        ("hello", SiteMessage({"labels": json.dumps([CANARY * 9])}), "labels"),
+    ],
+)
+def test_what_is_no_allowed_answer_leaves_as_a_code_whoever_made_it(
+    asked_for: str, reply: SiteMessage, code: str, asked: Asked
+) -> None:
+    left = leave(asked.config, asked_for, RUN, reply)
+    assert dict(left.head) == {"site": "ann", "protocol": PROTOCOL, "error": code}
+    assert left.body == b""

@@ -21,10 +21,11 @@ import torch
 from comparisons import lines
 
 from rolora.config.load import load_config
-from rolora.data.readers import DEEPEST, UNPACKED
+from rolora.data.readers import DEEPEST, UNPACKED, UNPACKED_TEXT, nesting, read_json
 from rolora.data.tables import read_table
 from rolora.errors import ConfigError, DataError, RoloraError
 from rolora.files import new_folder, sweep, write_file
+from rolora.flower.message import MessageError, expand_names
 from rolora.run import runs
 from rolora.training.client_store import ClientStore
 
@@ -78,17 +79,46 @@ def test_brackets_in_text_are_no_nesting_and_rows_as_deep_as_allowed_are_read(
     assert read_table("deep.jsonl", root=tmp_path).num_rows == 1
 
 
+def test_quotes_and_keys_in_great_number_take_no_time() -> None:
+    began = time.perf_counter()
+    nesting(b'"' + b'\\"' * (1 << 19))
+    nesting(b'"\\' * (1 << 19))
+    keys = ", ".join(f'"k{n}": 1' for n in [*range(100_000), 99_999])
+    with pytest.raises(ValueError, match="the key 'k99999' stands twice"):
+        read_json(f"[{{{keys}}}]".encode(), ",")
+    with pytest.raises(MessageError):
+        expand_names(json.dumps([f"n{n}" for n in range(30_000)]), [str(n) for n in range(3000)])
+    assert time.perf_counter() - began < 3
+
+
+def test_objects_deeper_than_allowed_are_refused_before_they_are_parsed() -> None:
+    with pytest.raises(ValueError, match="nested more than 100 deep"):
+        read_json(nested(DEEPEST + 1).encode(), ",")
+
+
+@pytest.mark.parametrize("names", [5, "bad", {"0": "bad"}, True])
+def test_names_of_classes_that_are_no_list_are_another_program_s(
+    names: object, tmp_path: Path
+) -> None:
+    about = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = pa.table({"label": [0, 1]})
+    for text in (json.dumps(about), "[" * 100_000, '{"info": [[[], 1]]}'):
+        marked = table.replace_schema_metadata({"huggingface": text})
+        pyarrow.parquet.write_table(marked, tmp_path / "a.parquet")
+        assert read_table("a.parquet", root=tmp_path)["label"].to_pylist() == [0, 1]
+
+
 def gz(file: Path) -> None:
     with gzip.open(file, "wb") as stream:
         stream.write(b"a\n")
-        for _ in range(UNPACKED // (1 << 20) + 1):
+        for _ in range(UNPACKED_TEXT // (1 << 20) + 1):
             stream.write(b"0\n" * (1 << 19))
 
 
 def zst(file: Path) -> None:
     with pa.output_stream(str(file), compression="zstd") as stream:
         stream.write(b"a\n")
-        for _ in range(UNPACKED // (1 << 20) + 1):
+        for _ in range(UNPACKED_TEXT // (1 << 20) + 1):
             stream.write(b"0\n" * (1 << 19))
 
 
@@ -103,17 +133,48 @@ def zeros(file: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"a": column}), file, compression="zstd")
 
 
+def nulls(file: Path) -> None:
+    """Rows that take no byte."""
+    column = pa.nulls(UNPACKED + 1)
+    pyarrow.parquet.write_table(pa.table({"a": column}), file)
+
+
 @pytest.mark.parametrize(
-    ("name", "write"),
-    [("a.csv.gz", gz), ("a.jsonl.zst", zst), ("a.parquet", repeated), ("a.parquet", zeros)],
+    ("name", "write", "most"),
+    [
+        ("a.csv.gz", gz, 8),
+        ("a.jsonl.zst", zst, 8),
+        ("a.parquet", repeated, 268),
+        ("a.parquet", zeros, 268),
+        ("a.parquet", nulls, 268),
+    ],
 )
 def test_a_small_file_that_unpacks_to_very_much_is_refused(
-    name: str, write: Callable[[Path], None], tmp_path: Path
+    name: str, write: Callable[[Path], None], most: int, tmp_path: Path
 ) -> None:
     write(tmp_path / name)
     assert (tmp_path / name).stat().st_size < UNPACKED / 200
-    with pytest.raises(DataError, match=r"a\..* cannot be read: it unpacks to more than 268 MB"):
+    said = rf"a\..* cannot be read: it unpacks to more than {most} MB"
+    with pytest.raises(DataError, match=said):
         read_table(name, root=tmp_path)
+
+
+@pytest.mark.parametrize("value", ["1", '"a"', "[1]", '{"b": 1}'])
+@pytest.mark.parametrize("key", ["k{}", "\\u0061{}"], ids=["plain", "escaped"])
+@pytest.mark.parametrize("form", ["lines", "array", "nested"])
+def test_rows_that_have_no_keys_in_common_are_refused_before_a_table_is_made_of_them(
+    form: str, key: str, value: str, tmp_path: Path
+) -> None:
+    rows = ['{"' + key.format(n) + '": ' + value + "}" for n in range(4000)]
+    text = "[" + ", ".join(rows) + "]" if form != "lines" else "\n".join(rows)
+    (tmp_path / "a.jsonl").write_text('{"all": ' + text + "}" if form == "nested" else text)
+    began = time.perf_counter()
+    if form == "nested":  # such an object is one value
+        assert read_table("a.jsonl", root=tmp_path).column_names == ["all"]
+    else:
+        with pytest.raises(DataError, match="4,000 rows have 4,000 different keys, most of them"):
+            read_table("a.jsonl", root=tmp_path)
+    assert time.perf_counter() - began < 3
 
 
 # leftovers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from states import same
 from tiny_clients import LABELS, Bench, classifier, language_model
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from rolora.algorithm.adapter import AdapterState
@@ -256,10 +259,91 @@ def test_an_adapter_that_computes_more_than_its_factors_is_refused_by_the_key_s_
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lora_alpha": "8"},
+        {"lora_alpha": math.nan},
+        {"lora_alpha": math.inf},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": True},
+        {"lora_alpha": None},
+        {"r": "2"},
+        {"r": [2]},
+        {"rank_pattern": [2]},
+        {"rank_pattern": "query"},
+        {"rank_pattern": {"query": "2"}},
+        {"alpha_pattern": {"query": math.nan}},
+        {"alpha_pattern": {"(": 8}},
+        {"alpha_pattern": {"(" * 5000: 8}},
+        {"alpha_pattern": {"a{99999999999999}": 8}},
+        {"alpha_pattern": {"(a+)+b": 8}},
+        {"alpha_pattern": {".*.*.*.*.*b": 8}},
+    ],
+    ids=lambda changed: str(changed)[:40],
+)
+def test_a_strength_that_is_no_number_or_takes_for_ever_to_find_is_refused_by_its_key(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    bench = make("bert", tmp_path)
+    folder = save(bench, bench.start(), tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(ConfigError, match=next(iter(changed))) as caught:
+        read_adapter(folder, bench.base.specs)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def spoiled(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> Path:
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: change(v) if k.endswith(name) else v for k, v in tensors.items()}, weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("layer.0.attention.self.query.lora_B.weight", lambda t: t / 0, "that are not finite"),
+        ("query.lora_A.weight", lambda t: t.double() + 1e300, "that are not finite"),
+        ("classifier.bias", lambda t: t * math.nan, "classifier.bias that are not finite"),
+        ("query.lora_A.weight", lambda t: t.int(), "has dtype torch.int32"),
+    ],
+)
+def test_an_adapter_with_values_that_are_no_finite_numbers_is_refused_by_the_tensor_s_name(
+    tmp_path: Path, name: str, change: Callable[[Tensor], Tensor], said: str
+) -> None:
+    bench = make("bert", tmp_path)
+    folder = spoiled(save(bench, bench.start(), tmp_path / "adapter"), name, change)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_adapter(folder, bench.base.specs)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "change"),
+    [
+        ("query.lora_B.weight", 2, lambda t: t.repeat(1, 2)),
+        ("query.lora_B.weight", 2, lambda t: t[:, :, None].contiguous()),
+        ("query.lora_B.weight", 2, lambda t: t[:, 0].contiguous()),
+        ("query.lora_A.weight", 0, lambda t: t[:0]),
+    ],
+)
+def test_where_layers_may_differ_in_rank_both_factors_of_a_layer_still_have_the_same(
+    tmp_path: Path, name: str, rank: int, change: Callable[[Tensor], Tensor]
+) -> None:
+    bench = make("bert", tmp_path)
+    folder = spoiled(save(bench, bench.start(), tmp_path / "adapter"), name, change)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": rank}))
+    with pytest.raises(ConfigError, match="does not fit"):
+        read_adapter(folder, bench.base.specs, any_rank=True)
+
+
 def test_an_adapter_without_its_configuration_is_refused(tmp_path: Path) -> None:
     bench = make("bert", tmp_path)
     folder = save(bench, bench.start(), tmp_path / "adapter")
-    for text in ("{", "[]", '"a"', "{}"):
+    for text in ("{", "[]", '"a"', "{}", "[" * 100_000):
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(ConfigError, match=r"adapter_config\.json"):
             read_adapter(folder, bench.base.specs)

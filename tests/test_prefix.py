@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from states import relative
 from tiny_clients import Bench, classifier, language_model
@@ -144,7 +145,9 @@ def test_a_cache_folder_that_cannot_be_used_is_named_and_the_run_goes_on(
     assert fault != "no room" or not list(cache.iterdir())
 
 
-@pytest.mark.parametrize("attack", ["another value", "another header", "writable", "replaced"])
+@pytest.mark.parametrize(
+    "attack", ["another value", "another header", "writable", "replaced", "another shape"]
+)
 def test_a_cache_that_others_may_have_written_is_made_again(attack: str, tmp_path: Path) -> None:
     bench = top("bert", tmp_path)
     honest, prefix = cached(bench, tmp_path / "cache")
@@ -159,6 +162,11 @@ def test_a_cache_that_others_may_have_written_is_made_again(attack: str, tmp_pat
         save_file({"hidden": right + 1}, prefix.file)
     elif attack == "writable":
         prefix.file.chmod(0o622)
+    elif attack == "another shape":  # of the same bytes, so their hash is right
+        with safe_open(prefix.file, framework="pt") as stored:
+            about = stored.metadata()
+        save_file({"hidden": right.view(right.shape[::-1])}, prefix.file, about)
+        prefix.file.chmod(0o600)
     else:
         save_file({"hidden": right + 1}, tmp_path / "forged", {"sha256": "0" * 64})
         (tmp_path / "forged").replace(prefix.file)

@@ -107,11 +107,34 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     else:
         content[len(content) // 2] ^= 0x20 if damage == "flipped" else 0
         path.write_bytes(content[:-5] if damage == "truncated" else content)
-        if damage == "flipped" and file == "manifest.json":
-            path.write_bytes(b"\xff" + bytes(content))
     restored, notes = folder.restore(state(0))
     assert restored.server.round == 2
     assert "round-000003 is damaged" in notes[0]
+    assert rounds(folder) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"round": 3', '"round": 2'), ('"x": 2.0', '"x": 3.0'), ('"stale": 3', '"stale": "3"')],
+)
+def test_one_changed_value_of_a_manifest_is_noticed(folder: RunFolder, old: str, new: str) -> None:
+    path = folder.path / "checkpoints" / "round-000003" / "manifest.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    restored, notes = folder.restore(state(0))
+    assert restored.server.round == 2
+    assert "round-000003 is damaged" in notes[0]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"round": ' * 5000, "3", '"sha256"', "null"])
+def test_whatever_stands_in_a_manifest_or_a_line_the_checkpoint_before_is_found(
+    folder: RunFolder, text: str
+) -> None:
+    (folder.path / "checkpoints" / "round-000003" / "manifest.json").write_text(text)
+    with folder.rounds.open("a") as file:
+        file.write(text + "\n")
+    restored, _ = folder.restore(state(0))
+    assert restored.server.round == 2
     assert rounds(folder) == [0, 1, 2]
 
 

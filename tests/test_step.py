@@ -17,7 +17,16 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Failure, Update
 from rolora.algorithm.method import Method, Reduce, ServerState, freeze_head
-from rolora.algorithm.reduce import clip, mean, median, trimmed_mean
+from rolora.algorithm.reduce import (
+    CLIENT_WEIGHTS,
+    Memory,
+    Reducer,
+    Value,
+    clip,
+    mean,
+    median,
+    trimmed_mean,
+)
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, RoundReport, step
 from rolora.methods import get_method
@@ -360,6 +369,45 @@ def test_a_method_that_reduces_twice_is_a_bug_and_says_so() -> None:
     greedy = replace(ROLORA, aggregate=twice)
     with pytest.raises(RuntimeError, match="called reduce twice"):
         take(updates_of(ROLORA, server_state()), method=greedy)
+
+
+def test_a_method_that_does_not_reduce_is_a_bug_and_says_so() -> None:
+    idle = replace(ROLORA, aggregate=lambda server, reduce, rng: server)
+    with pytest.raises(RuntimeError, match="'rolora' did not call reduce"):
+        take(updates_of(ROLORA, server_state()), method=idle)
+
+
+def test_a_reducer_that_keeps_what_no_checkpoint_can_hold_is_a_bug_and_says_so() -> None:
+    def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
+        return dict(memory["value"]), {"names": ["a"]}
+
+    one = Reducer(dict, lambda memory, value, reference, weight: {"value": value}, finish)
+    with pytest.raises(TypeError, match="keeps 'names', which is not a tensor"):
+        take(updates_of(ROLORA, server_state()), aggregation=Aggregation(one))
+
+
+def test_a_reducer_with_weights_of_other_clients_is_a_bug_and_says_so() -> None:
+    def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
+        return dict(memory["value"]), {CLIENT_WEIGHTS: torch.ones(3)}
+
+    one = Reducer(dict, lambda memory, value, reference, weight: {"value": value}, finish)
+    with pytest.raises(TypeError, match=r"have shape \(3,\), but 4 clients were reduced"):
+        take(updates_of(ROLORA, server_state()), aggregation=Aggregation(one))
+
+
+def test_a_weight_of_the_method_s_own_is_that_of_the_server_s_scaling() -> None:
+    def by_size(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        def size(update: Update) -> float:
+            return sum(update.adapter.scaling.values())
+
+        return replace(server, adapter=server.adapter | reduce(weight=size))
+
+    ann, bob, cy, dee = updates_of(ROLORA, server_state())
+    loud = AdapterState(bob.adapter, dict.fromkeys(bob.adapter.scaling, 1000000.0))
+    own = replace(ROLORA, aggregate=by_size)
+    after, _ = take([ann, replace(bob, adapter=loud), cy, dee], method=own)
+    expected, _ = take([ann, bob, cy, dee], method=own)
+    assert same(after.adapter, expected.adapter)
 
 
 def test_a_projection_sees_what_was_received_overlaid_with_what_was_sent() -> None:

@@ -306,13 +306,16 @@ def test_values_that_are_not_finite_are_not_encoded(format: Format, bad: float) 
 
 def test_a_move_that_rounds_past_the_largest_float_is_not_encoded() -> None:
     with pytest.raises(WireError, match="x has values that are not finite"):
-        through("int4", {"x": torch.tensor([3.4028e38])})
+        encode("int4", {"x": torch.tensor([3.4028e38])}, {"x": torch.zeros(1)}, {})
 
 
-def test_another_dtype_than_float32_is_not_encoded() -> None:
+def test_another_dtype_than_float32_is_neither_encoded_nor_decoded() -> None:
     like = {"x": torch.zeros(3, dtype=torch.float64)}
     with pytest.raises(WireError, match=r"x has dtype torch\.float64"):
         encode("int8", like, like, {})
+    payload, _ = encode("fp32", {"x": torch.zeros(3)}, {"x": torch.zeros(3)}, {})
+    with pytest.raises(WireError, match=r"x has dtype torch\.float64"):
+        decode("fp32", payload, like)
 
 
 LIKE = {"x.lora_B.weight": torch.ones(40, 4), "y.lora_B.weight": torch.zeros(3)}

@@ -24,6 +24,16 @@ TEMPORARY = ".part-"
 DOOMED = ".old-"  # a folder under this prefix is being deleted
 
 
+def from_home(path: str | Path) -> Path:
+    """The path, with "~" or "~NAME" at its start as that user's home. ConfigError without one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: this machine has no user of that name; write the whole path"
+        ) from None
+
+
 def write_file(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     """Replace ``path`` by ``content``, or leave it as it was (OSError, for example disk full).
 

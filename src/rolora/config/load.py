@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
 from rolora.config.schema import AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
+from rolora.files import from_home
 from rolora.methods import METHODS
 from rolora.registry import Registry
 
@@ -35,7 +36,7 @@ def load_config(
     ConfigError naming the key and the nearest known one.
     """
     values = read_toml(path)
-    file = Path(path).expanduser()
+    file = from_home(path)
     origin = values.pop("provenance", {})
     if root is None:
         root = origin.get("root", ".") if isinstance(origin, dict) else "."
@@ -66,12 +67,12 @@ def read_toml(path: str | Path, hint: str = "rolora init writes one") -> dict[st
     ``hint`` tells the user how to get such a file.
     """
     try:
-        return tomllib.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        return tomllib.loads(from_home(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"config {path} does not exist ({hint})") from None
     except IsADirectoryError:
         raise ConfigError(f"config {path} is a folder; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -132,7 +133,7 @@ def _override(values: dict[str, Any], override: str) -> dict[str, Any]:
         raise ConfigError(f"override {override!r} is not of the form key.path=value")
     try:
         read = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         read = {}
     # anything but one TOML value is a bare word, as in method.name=ffa_lora
     value = read["value"] if len(read) == 1 else text

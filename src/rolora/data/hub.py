@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from rolora.data.readers import named_classes, neighbour, usual_types
 from rolora.errors import DataError, NotHere, nearest, one_line
+from rolora.files import from_home
 from rolora.network import HUB, is_reachable
 
 HUB_NAME = re.compile(
@@ -43,7 +44,7 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
     out if there is no folder that would hold a file of this name. Raises DataError if neither has
     it.
     """
-    name, path = HUB_NAME.fullmatch(source), root / Path(source).expanduser()
+    name, path = HUB_NAME.fullmatch(source), root / from_home(source)
     owned = "/" in source and path.parent.is_dir() and not source.startswith(HUB)
     if not name or owned:
         looked = f"{source}: no such file or folder (looked in {root.resolve()}{neighbour(path)})"

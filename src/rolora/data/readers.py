@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,15 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # messages count from the start of a block.
 LARGEST_BLOCK = 1 << 30
 # Bytes that any file may unpack to; a larger one, this many times its own size. Text packs to a
-# twentieth, and what packs to a thousandth is made to fill somebody's memory.
+# twentieth, and what packs to a thousandth is made to fill somebody's memory. As values of Python's
+# parser JSON takes up to thirty times its bytes.
 UNPACKED = 1 << 28
+UNPACKED_TEXT = 1 << 23
 UNPACKED_TIMES = 100
+# Cells that any JSON may have, and that a larger one may have for each byte: rows that have no keys
+# in common make a table of rows times keys.
+CELLS = 1 << 22
+CELLS_PER_BYTE = 4
 # Objects and lists in one another: Arrow's reader of JSON ends the process at some thousands.
 DEEPEST = 100
 
@@ -113,15 +120,17 @@ def read_json(data: bytes, delimiter: str) -> pa.Table:
     text = data.decode("utf-8-sig")
     array = _array(text)
     if array is not None:
-        return _table(array)
-    if re.search(r"^[^\S\n]*[^{\s]", text, re.MULTILINE):  # Arrow crashes on a line such as null
-        return _table(_lines(text, object_pairs_hook=_object))
+        return _table(array, len(data))
+    # Arrow crashes on a line such as null, and gives each object, at any depth, the keys of all
+    irregular = re.search(r"^[^\S\n]*[^{\s]", text, re.MULTILINE)
+    if irregular or len(_keys(data)) * data.count(b"{") > most_cells(len(data)):
+        return _table(_lines(text, object_pairs_hook=_object), len(data))
     data = text.encode()
     block = pyarrow.json.ReadOptions(block_size=max(min(len(data), LARGEST_BLOCK), 1))
     try:
         table = pyarrow.json.read_json(pa.BufferReader(data), block)
     except pa.ArrowInvalid:  # columns of several types, numbers beyond 64 bits, or a broken line
-        return _table(_lines(text, object_pairs_hook=_object))
+        return _table(_lines(text, object_pairs_hook=_object), len(data))
     odd = [name for name in table.column_names if not _is_as_written(table[name])]
     if odd:
         columns = _columns(_lines(text), odd)
@@ -157,16 +166,21 @@ def _unpacked(file: Path | bytes) -> pa.Table:
         rows = (1 << 30) // max([1, *sizes]) if size < 1 << 22 else 1 << 16
         total, read = 0, list[pa.RecordBatch]()
         for part in parts.iter_batches(batch_size=min(max(rows, 64), 1 << 16)):
-            total += part.nbytes
+            total += part.nbytes + part.num_rows  # a row of nulls has no bytes
             if total > most:
                 raise _too_large(most)
             read.append(part)
         return pa.Table.from_batches(read, schema=parts.schema_arrow)
 
 
-def most_unpacked(size: int) -> int:
+def most_unpacked(size: int, least: int = UNPACKED) -> int:
     """The bytes that a file of this size may unpack to."""
-    return max(UNPACKED, UNPACKED_TIMES * size)
+    return max(least, UNPACKED_TIMES * size)
+
+
+def most_cells(size: int) -> int:
+    """The cells that JSON of this size may have."""
+    return max(CELLS, CELLS_PER_BYTE * size)
 
 
 def _too_large(most: int) -> ValueError:
@@ -176,9 +190,21 @@ def _too_large(most: int) -> ValueError:
     )
 
 
-_STRINGS = re.compile(rb'"(?:[^"\\\n]|\\.)*"')
+# One that is never closed ends with its line, so that no letter is looked at twice.
+_STRINGS = re.compile(rb'"(?:[^"\\\n]++|\\.)*+"?')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"{[]}"))
 _STEP = {ord("{"): 1, ord("["): 1, ord("}"): -1, ord("]"): -1}
+
+
+_KEYS = re.compile(_STRINGS.pattern + rb"+(?!\s*:)|(" + _STRINGS.pattern + rb")")
+
+
+def _keys(data: bytes) -> set[bytes]:
+    """The keys of JSON, at any depth, as they are written; a part of the file at a time."""
+    found: set[bytes] = set()
+    for start in range(0, len(data), 1 << 24):
+        found.update(_KEYS.findall(data, start, start + (1 << 24)))
+    return found
 
 
 def nesting(data: bytes) -> int:
@@ -200,12 +226,17 @@ def named_classes(table: pa.Table) -> pa.Table:
     try:
         about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         features = dict(about.get("info", {}).get("features", {}))
-    except (ValueError, AttributeError, TypeError):  # another program's, under the same key
+    except (
+        ValueError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ):  # another program's, under the same key
         return table
     for name, feature in features.items():
         names = feature.get("names") if isinstance(feature, dict) else None
         whole = name in table.column_names and pa.types.is_integer(table.schema.field(name).type)
-        if names and feature.get("_type") == "ClassLabel" and whole:
+        if isinstance(names, list) and feature.get("_type") == "ClassLabel" and whole:
             known = {number: str(word) for number, word in enumerate(names)}
             values = [known.get(number) for number in table[name].to_pylist()]
             place = table.column_names.index(name)
@@ -270,15 +301,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's pairs as a dict. ValueError for what no row can be: a key that stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
     return found
 
 
-def _table(rows: Iterable[dict[str, Any]]) -> pa.Table:
+def _table(rows: Iterable[dict[str, Any]], size: int) -> pa.Table:
+    """The rows, from JSON of so many bytes. ValueError for too many cells."""
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row))
+    if len(rows) * len(names) > most_cells(size):
+        raise ValueError(
+            f"its {len(rows):,} rows have {len(names):,} different keys, most of them in few rows: "
+            "put what differs from row to row into one object"
+        )
     return pa.table(_columns(rows, names))
 
 
@@ -372,7 +408,7 @@ def read_file(path: Path, source: str, form: TextForm) -> pa.Table:
 def _contents(path: Path) -> bytes:
     if path.suffix.lower() not in COMPRESSED:
         return path.read_bytes()
-    most = most_unpacked(path.stat().st_size)
+    most = most_unpacked(path.stat().st_size, UNPACKED_TEXT)
     with pa.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()]) as stream:
         data = bytes(stream.read(most + 1))
     if len(data) > most:

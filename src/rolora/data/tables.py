@@ -33,7 +33,7 @@ from rolora.data.readers import (
 )
 from rolora.data.text_form import PLAIN, TextForm
 from rolora.errors import DataError, NotHere, nearest
-from rolora.files import write_file
+from rolora.files import from_home, write_file
 from rolora.network import HUB
 
 
@@ -59,7 +59,7 @@ def read_table(
 
     Raises DataError, in one line, if the source is missing, malformed, or has no rows.
     """
-    path = root / Path(source).expanduser()
+    path = root / from_home(source)
     if source.startswith(HUB):
         from rolora.data.hub import read_hub  # importing datasets takes seconds
 
@@ -202,7 +202,7 @@ def files_of(pattern: str, *, root: Path) -> dict[str, str]:
 
     Raises NotHere if nothing does, DataError if two share a stem.
     """
-    found = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=root, recursive=True))
+    found = sorted(glob.glob(str(from_home(pattern)), root_dir=root, recursive=True))
     stems = {name: _stem(name) for name in found if (root / name).is_file()}
     stems = stems or {name: Path(name).name for name in found if (root / name).is_dir()}
     if not stems:
@@ -220,7 +220,7 @@ def _stem(name: str) -> str:
 
 def _looked(pattern: str, root: Path) -> str:
     """Where a pattern looked, and what is there instead."""
-    parts = Path(pattern).expanduser().parts
+    parts = from_home(pattern).parts
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     folder = (root / Path(*parts[:fixed])).resolve()
     if not folder.is_dir():
@@ -238,7 +238,7 @@ def is_glob(source: str, *, root: Path) -> bool:
 
     A name of an existing file or folder is not a pattern, even with brackets.
     """
-    return glob.has_magic(source) and not (root / Path(source).expanduser()).exists()
+    return glob.has_magic(source) and not (root / from_home(source)).exists()
 
 
 def require_columns(table: pa.Table, columns: Sequence[str], source: str) -> None:

@@ -38,7 +38,8 @@ REASONS = {
     "labels": "its labels are not those, or more or longer than those, that its operator allows",
     "rows": "the run would train on, or score, fewer of its rows than its operator allows",
     "split": "the run would hold out nearly the same of its rows as an earlier run",
-    "limit": "it has answered as many rounds, runs or questions as its operator allows",
+    "limit": "its operator allows no more rounds, runs or questions, or no run of this size: "
+    "steps, batch or rank",
     "turns": "it takes one step a round, and the method alternates factors between steps: raise "
     "train.local_epochs, or lower train.batch_size",
     "data": "its rows cannot be read as this run needs them",
@@ -223,7 +224,8 @@ def expand_names(text: str, everything: Collection[str]) -> list[str]:
         raise wrong from None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise wrong
-    found = [name for name in everything if name in listed or role_of(name) in listed]
-    if not set(listed) <= {*found, *(role_of(name) for name in found)}:
+    chosen = set(listed)
+    found = [name for name in everything if name in chosen or role_of(name) in chosen]
+    if not chosen <= {*found, *(role_of(name) for name in found)}:
         raise wrong
     return found

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from rolora.errors import ConfigError, ModelNotHere
+from rolora.files import from_home
 from rolora.model import pixel_network
 from rolora.model.peft import MODEL_CONFIG, Kind
 from rolora.network import HUB, is_reachable
@@ -37,7 +38,7 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
     pixel_network.register()
     if source.startswith(HUB):
         return _on_hub(source, offline)
-    path = root / Path(source).expanduser()
+    path = root / from_home(source)
     if source.endswith(".gguf"):
         if not path.is_file():
             looked = f"model file {source!r} does not exist (looked in {path.parent})"

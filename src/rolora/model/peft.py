@@ -7,24 +7,25 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import peft
+import torch
 import transformers
 from peft.tuners.tuners_utils import (
     _check_lora_target_modules_mamba,
     check_target_module_exists,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from rolora.algorithm.adapter import AdapterState, Specs, role_of
+from rolora.algorithm.adapter import LARGEST, AdapterState, Specs, TensorSpec, layer_of, role_of
 from rolora.algorithm.factors import to_peft
 from rolora.errors import ConfigError, one_line
 from rolora.files import new_folder
@@ -99,10 +100,13 @@ def peft_config(
                 "expression: remove it, and let the expression choose the layers"
             )
         try:
+            if isinstance(given, str):
+                _require_quick(given)
             _refuse_names(model, config, usable)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(
-                f"lora.target_modules = {given!r} is no regular expression: {error}"
+                f"lora.target_modules = {given[:80]!r} cannot be used as a regular expression: "
+                f"{one_line(error)}"
             ) from None
     else:
         config.target_modules = _default(model, usable, unfit)
@@ -340,18 +344,13 @@ def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> Adapt
         with safe_open(file, framework="pt") as stored:
             shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
             for name, spec in expected.items():
-                shape = shapes.get(name)
-                if shape is None:
-                    fits = spec.role == "head"
-                elif any_rank and spec.role in ("A", "B"):
-                    width = slice(1, None) if spec.role == "A" else slice(1)
-                    fits = shape[width] == spec.shape[width]
-                else:
-                    fits = shape == spec.shape
-                if not fits:
+                if name not in shapes and spec.role == "head":
+                    continue
+                wanted = _with_rank(spec, shapes) if any_rank else spec.shape
+                if shapes.get(name) != wanted:
                     raise ConfigError(
                         f"{folder} does not fit: {name} is {shapes.get(name, 'missing')}, "
-                        f"expected {spec.shape} (rank, target_modules and layers must be the same)"
+                        f"expected {wanted} (rank, target_modules and layers must be the same)"
                     )
             if extra := sorted(shapes.keys() - expected.keys()):
                 key = "modules_to_save" if role_of(extra[0]) == "head" else "target_modules"
@@ -359,17 +358,35 @@ def read_adapter(folder: Path, specs: Specs, *, any_rank: bool = False) -> Adapt
                     f"{folder} does not fit: it also holds {extra[0]} (see {key} in its "
                     f"{_CONFIG}): nothing of this run takes it"
                 )
-            tensors = {name: stored.get_tensor(name).float() for name in shapes}
+            tensors = {name: stored.get_tensor(name) for name in shapes}
     except SafetensorError as error:
-        raise ConfigError(f"{file} is damaged: {error}") from error
+        raise ConfigError(f"{file} is damaged: {one_line(error)}") from error
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise ConfigError(f"{folder} does not fit: {odd[0]} has dtype {tensors[odd[0]].dtype}")
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    scaling = _scaling(folder, config)
     for layer, ours in specs.scaling.items():
         rank = len(tensors[f"{layer}.lora_A.weight"])
-        theirs = _scaling(config, layer.removeprefix(PREFIX), rank)
+        theirs = scaling(layer.removeprefix(PREFIX), rank)
         if theirs is None:
             raise ConfigError(f"{folder} is damaged: {layer} has another rank in its {_CONFIG}")
         if not math.isclose(theirs, ours, rel_tol=1e-12):
             tensors[f"{layer}.lora_B.weight"] *= theirs / ours
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ConfigError(
+                f"{folder} has values in {name} that are not finite: its training has diverged, or "
+                "it is damaged"
+            )
     return AdapterState(tensors, specs.scaling)
+
+
+def _with_rank(spec: TensorSpec, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of a factor, with the rank that its layer's lora_A has in ``shapes``."""
+    rank = (*shapes.get(f"{layer_of(spec.name)}.lora_A.weight", ()), 0)[0]
+    if not rank or spec.role not in ("A", "B"):
+        return spec.shape
+    return (rank, spec.shape[1]) if spec.role == "A" else (spec.shape[0], rank)
 
 
 # Keys of adapter_config.json that do not change what an adapter computes from its tensors
@@ -396,7 +413,7 @@ def _plain_lora(folder: Path) -> dict[str, Any]:
     file = folder / _CONFIG
     try:
         stored = dict(json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{file} is missing or damaged: {one_line(error)}") from None
     usual = peft.LoraConfig().to_dict()
     if (kind := str(stored.get("peft_type", "LORA"))) != "LORA":
@@ -406,7 +423,7 @@ def _plain_lora(folder: Path) -> dict[str, Any]:
             continue
         if key == "init_lora_weights" and value in _STARTS:
             continue
-        if value or key == "bias":
+        if value:
             raise ConfigError(
                 f"{folder} does not fit: {key} = {json.dumps(value)} in its {_CONFIG} changes what "
                 "it computes, which is not supported"
@@ -414,16 +431,55 @@ def _plain_lora(folder: Path) -> dict[str, Any]:
     return {**usual, **stored}
 
 
-def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float | None:
-    """The factor that PEFT puts before a layer's product; None if its rank is another."""
-    found = {
-        "r": config["rank_pattern"] or {},
-        "lora_alpha": config["alpha_pattern"] or {},
-    }
-    own = {
-        key: pattern.get(get_pattern_key(pattern.keys(), path), config[key])
-        for key, pattern in found.items()
-    }
-    if own["r"] != rank:
-        return None
-    return float(own["lora_alpha"]) / (rank**0.5 if config["use_rslora"] else rank)
+MOST_REPEATED = 4  # parts of a regular expression
+
+
+def _require_quick(pattern: str) -> None:
+    """Raise re.error for an expression that may take for ever to match. Others may have sent it."""
+    many = len(re.findall(r"(?<![(\\])[*+?{]", pattern)) > MOST_REPEATED
+    if many or re.search(r"\)[*+{]", pattern):
+        raise re.error(f"it repeats a group, or more than {MOST_REPEATED} parts")
+
+
+def _scaling(folder: Path, config: Mapping[str, Any]) -> Callable[[str, int], float | None]:
+    """A function of a layer's path and rank: the factor that PEFT puts before the layer's product.
+
+    It gives None for a layer whose rank is another. ConfigError for a value that is no number, or a
+    pattern that cannot be used.
+    """
+    rank_of = _by_layer(folder, config, "r", "rank_pattern")
+    alpha_of = _by_layer(folder, config, "lora_alpha", "alpha_pattern")
+
+    def of(path: str, rank: int) -> float | None:
+        if rank_of(path) != rank:
+            return None
+        return alpha_of(path) / (rank**0.5 if config["use_rslora"] else rank)
+
+    return of
+
+
+def _by_layer(
+    folder: Path, config: Mapping[str, Any], key: str, patterns: str
+) -> Callable[[str], float]:
+    """A layer's own number: that of the first pattern that its path ends with, or the usual one."""
+    given = config[patterns] or {}
+    numbers: list[Any] = [config[key], *given.values()] if isinstance(given, dict) else [None]
+    if not all(type(one) in (int, float) and abs(one) <= LARGEST for one in numbers):
+        raise ConfigError(
+            f"{folder} is damaged: {key} or {patterns} in its {_CONFIG} is no number, or beyond "
+            f"{LARGEST:g}"
+        )
+    own = []
+    for pattern, number in given.items():
+        try:
+            _require_quick(pattern)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of brackets within brackets
+                own.append((re.compile(rf"(.*\.)?({pattern})$"), float(number)))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(
+                f"{folder} does not fit: {pattern[:80]!r} of {patterns} in its {_CONFIG} cannot be "
+                f"used: {one_line(error)}"
+            ) from None
+    usual = float(config[key])
+    return lambda path: next((number for found, number in own if found.match(path)), usual)

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rolora.errors import DataError
+from rolora.files import from_home
 from rolora.results.runs import RunRecord, by_method, mean_sd
 
 
@@ -62,7 +63,7 @@ class BesidePublished:
 
 def read_published(config: str | Path) -> Published | None:
     """The published results next to this configuration, if any. DataError for a damaged file."""
-    file = Path(config).expanduser().with_suffix(".published.json")
+    file = from_home(config).with_suffix(".published.json")
     if not file.is_file():
         return None
     try:

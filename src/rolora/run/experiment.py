@@ -23,6 +23,7 @@ from rolora.data import tables
 from rolora.data.examples import Examples
 from rolora.data.labels import label_name
 from rolora.errors import ConfigError
+from rolora.files import from_home
 from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
 from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
@@ -269,7 +270,7 @@ class Experiment:
         train, sizes = self.config.train, [len(shard) for shard in self.rows.shards.values()]
         if not train.cache or not sizes or not revisits(train, sizes):
             return examples, ""
-        return kept_below(self.base, examples, self.config.root / Path(train.cache).expanduser())
+        return kept_below(self.base, examples, self.config.root / from_home(train.cache))
 
     @property
     def cached(self) -> bool:
@@ -315,7 +316,7 @@ class Experiment:
     @cached_property
     def _warm_start(self) -> tuple[Mapping[str, Tensor], str]:
         """What is taken from lora.init_from, and a note if that is not all of it."""
-        folder = self.config.root / str(self.config.lora.init_from)
+        folder = self.config.root / from_home(str(self.config.lora.init_from))
         adapter = read_adapter(folder, self.base.specs)
         theirs = in_order_of_adapter(folder, self.labels)
         if theirs == [*self.labels] or not adapter.only(frozenset({"head"})):

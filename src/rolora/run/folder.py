@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -130,8 +129,8 @@ class RunFolder:
             "best": state.best and {"round": state.best.round, "value": state.best.value},
             "line": values if result.advanced else None,
             "reason": result.reason,
-            "sha256": hashlib.sha256(payload).hexdigest(),
         }
+        manifest["sha256"] = _digest(manifest, payload)
         retry = f"-attempt-{state.server.attempt:03d}" if state.server.attempt else ""
         name = f"round-{state.server.round:06d}{retry}"
         with new_folder(self.path / "checkpoints" / name) as part:
@@ -156,7 +155,7 @@ class RunFolder:
         for folder in reversed(self._checkpoints()):
             try:
                 state, last = _read_checkpoint(folder)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 notes.append(f"checkpoint {folder.name} is damaged ({error}); using the one before")
                 _remove(folder)
                 continue
@@ -184,7 +183,7 @@ class RunFolder:
             try:
                 if json.loads(text)["round"] <= round:
                     kept.append(text)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break  # a line cut off by a crash
         if last is not None and (not kept or json.loads(kept[-1])["round"] < round):
             kept.append(json.dumps(last))
@@ -222,10 +221,16 @@ def contents(state: RunState) -> dict[str, Tensor]:
     }
 
 
+def _digest(manifest: Mapping[str, Any], payload: bytes) -> str:
+    """A hash of all that a checkpoint holds; ``manifest`` is without it."""
+    return hashlib.sha256(json.dumps(manifest).encode() + payload).hexdigest()
+
+
 def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
+    """OSError, ValueError or RecursionError unless both files are as they were written."""
     manifest = json.loads((folder / "manifest.json").read_text())
     payload = (folder / "state.safetensors").read_bytes()
-    if hashlib.sha256(payload).hexdigest() != manifest["sha256"]:
+    if not isinstance(manifest, dict) or manifest.pop("sha256", "") != _digest(manifest, payload):
         raise ValueError("its sha256 does not match")
     kinds = ("adapter", "memory", "growth", "best")
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}

@@ -11,14 +11,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
+from pydantic import AfterValidator, StringConstraints, TypeAdapter, ValidationError
 
 from rolora.config.load import read_toml
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import is_locked, new_folder, write_file
+from rolora.files import from_home, is_locked, new_folder, write_file
 from rolora.sites import keys
 from rolora.sites.flower_internals import credentials
 from rolora.sites.site_config import site_name
@@ -38,6 +39,15 @@ superlink = "{host}:{port}"
 certificates = "ca.crt"
 key = "{name}.key"
 """
+
+
+# nodes.json: site name -> node id
+_NODES = TypeAdapter(
+    dict[
+        Annotated[str, AfterValidator(site_name)],
+        Annotated[str, StringConstraints(pattern=r"^[0-9]{1,20}$")],
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -203,16 +213,25 @@ class FederationFolder:
         return {int(node): name for name, node in self._known().items()}
 
     def _known(self) -> dict[str, str]:
-        """Site name -> node id, of the sites in the SuperLink's database."""
+        """Site name -> node id, of the sites in the SuperLink's database.
+
+        ConfigError if the file is damaged: without it a key could take another's name.
+        """
         file = self.path / "nodes.json"
         if not file.exists() or not (self.path / "state.db").exists():
             return {}
-        return dict(json.loads(file.read_text()))
+        try:
+            return _NODES.validate_json(file.read_bytes(), strict=True)
+        except ValidationError:
+            raise ConfigError(
+                f"{file} is damaged: restore it, or remove it together with state.db, and every "
+                "key is registered anew"
+            ) from None
 
 
 def folder_of(config: RunConfig) -> FederationFolder | None:
     """The federation's folder that the run names; None if it names a SuperLink known to Flower."""
-    path = config.root / Path(config.federation.on or "").expanduser()
+    path = config.root / from_home(config.federation.on or "")
     if config.federation.on is None or not path.is_dir():
         return None
     return FederationFolder.open(path)

@@ -10,7 +10,7 @@ import torch
 
 from rolora.config.load import load_config
 from rolora.data import tables
-from rolora.files import write_file
+from rolora.files import from_home, write_file
 from rolora.run.experiment import Experiment
 from rolora.sites.folder import FederationFolder
 from rolora.sites.keys import LOOPBACK
@@ -30,7 +30,7 @@ def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port
     experiment = Experiment(config)
     rows, columns = experiment.rows, experiment.columns
     folder = FederationFolder.create(path, LOOPBACK[0], port)
-    model = (config.root / Path(config.model.path).expanduser()).resolve()
+    model = (config.root / from_home(config.model.path)).resolve()
     for name, shard in rows.shards.items():
         site = folder.add_site(name)
         held = rows.held_out.get(name, torch.empty(0, dtype=torch.int64))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 
 from rolora.config.schema import DataConfig, RunConfig
 from rolora.errors import RoloraError
@@ -62,6 +63,22 @@ def consented(site: SiteConfig, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
+def require_bounded(site: SiteConfig, config: RunConfig, trained: int) -> None:
+    """Raises Refused if a round would take more time or memory than the operator allows.
+
+    ``trained`` is the number of rows to train on.
+    """
+    settings, rank = local_settings(config.train), config.lora.rank
+    ranks = [rank] if isinstance(rank, int) else rank.values() if isinstance(rank, dict) else rank
+    for key, asked in (
+        ("max_steps", settings.num_steps(trained)),
+        ("max_batch", min(settings.batch_size, trained)),
+        ("max_rank", max(ranks)),
+    ):
+        if asked > (most := getattr(site, key)):
+            raise Refused("limit", f"the run asks for {asked}, and {key} is {most}")
+
+
 def require_rows(site: SiteConfig, config: RunConfig, trained: int, scored: int) -> None:
     """Raises Refused if a round would train on, or score, fewer rows than the operator allows.
 
@@ -102,9 +119,12 @@ def require_labels(site: SiteConfig, labels: Sequence[str]) -> None:
 class RunUse:
     """What one run has had of a site: its split of the rows, and the number of questions."""
 
-    share: float
+    share: Annotated[float, Field(ge=0, lt=1)]
     seed: int
-    questions: int = 0
+    questions: Annotated[int, Field(ge=0)]
+
+
+_STORED = TypeAdapter(dict[str, RunUse])
 
 
 @dataclass
@@ -119,11 +139,10 @@ class Uses:
         """Those of this site so far. Refused if the file is damaged: it is never begun anew."""
         file = site.folder / "uses.json"
         try:
-            stored = json.loads(file.read_text())
-            return cls(site, {run: RunUse(**use) for run, use in stored.items()})
+            return cls(site, _STORED.validate_json(file.read_bytes(), strict=True))
         except FileNotFoundError:
             return cls(site)
-        except (ValueError, TypeError, AttributeError):
+        except ValidationError:
             raise Refused("disk", f"{file} is damaged: restore it, or remove it") from None
 
     def admit(self, run: str, config: RunConfig, rows: int) -> None:
@@ -152,7 +171,7 @@ class Uses:
                     f"the rows held out differ by {apart} from those of an earlier run, and must "
                     f"by none or at least {least} (min_train_rows, min_score_rows)",
                 )
-        self.runs.setdefault(run, RunUse(share, seed))
+        self.runs.setdefault(run, RunUse(share, seed, 0))
         self.count(run)
 
     def count(self, run: str, round: int = 0) -> None:

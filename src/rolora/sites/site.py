@@ -51,7 +51,14 @@ from rolora.model.base import layout, tokenizer_digest
 from rolora.run.experiment import Experiment, local_settings, require_turns
 from rolora.run.shards import Rows, hold_out
 from rolora.sites.gate import leave
-from rolora.sites.policy import Refused, Uses, consented, require_labels, require_rows
+from rolora.sites.policy import (
+    Refused,
+    Uses,
+    consented,
+    require_bounded,
+    require_labels,
+    require_rows,
+)
 from rolora.sites.site_config import SiteConfig
 from rolora.tasks.registry import task_kind
 from rolora.training.client_store import ClientStore
@@ -87,6 +94,7 @@ def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]")
     share = config.data.client_test or 0
     rows, kept = hold_out(torch.arange(table.num_rows), share, config.seed, site.name)
     require_rows(site, config, len(rows), len(kept))
+    require_bounded(site, config, len(rows))
     held_out = {site.name: kept} if len(kept) else {}
     return Experiment(
         config,

@@ -11,6 +11,7 @@ from rolora.config.load import first_fault, read_toml
 from rolora.config.schema import Section
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError
+from rolora.files import from_home
 from rolora.flower.message import LABEL_LENGTH, MOST_LABELS, SITE_NAME
 from rolora.sites.keys import is_loopback
 
@@ -70,6 +71,9 @@ class SiteConfig(Section):
     min_train_rows: int = Field(10, ge=1, description="fewest rows that a round may train on")
     min_score_rows: int = Field(10, ge=1, description="fewest rows that may be scored")
     max_rounds: int = Field(1000, ge=1, description="most rounds of a run")
+    max_steps: int = Field(10_000, ge=1, description="most optimizer steps of a round")
+    max_batch: int = Field(1024, ge=1, description="most rows of a step")
+    max_rank: int = Field(256, ge=1, description="highest LoRA rank")
     max_runs: int = Field(100, ge=1, description="most runs that are answered, ever")
     max_questions: int = Field(5000, ge=1, description="most questions of a run that are answered")
     model: str | None = Field(
@@ -120,18 +124,18 @@ class SiteConfig(Section):
     @property
     def folder(self) -> Path:
         """Where the site keeps its state."""
-        return self.root / Path(self.state).expanduser()
+        return self.root / from_home(self.state)
 
     def path(self, value: str | None) -> Path | None:
         """A path from this file, such as ``key``, if it is set."""
-        return None if value is None else self.root / Path(value).expanduser()
+        return None if value is None else self.root / from_home(value)
 
 
 def read_site(path: str | Path) -> SiteConfig:
     """A site's configuration; its paths are relative to the file. ConfigError, one line."""
     values = read_toml(path, "rolora federation keys writes one")
     try:
-        root = Path(path).expanduser().resolve().parent
+        root = from_home(path).resolve().parent
         return SiteConfig.model_validate({**values, "root": root})
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_fault(error, SiteConfig)}") from None

@@ -29,7 +29,7 @@ from typing import TextIO
 from rolora.config.load import dump_config, read_toml
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, DataError, NoQuorum, RoloraError
-from rolora.files import is_locked, locked, write_file
+from rolora.files import from_home, is_locked, locked, write_file
 from rolora.sites.folder import FederationFolder, flwr, own_programs_first
 
 STARTS_WITHIN = 120.0  # seconds for Flower to start the app
@@ -128,12 +128,12 @@ def reporting(job: Path) -> Iterator[TextIO]:
 
 def _connection(on: str, root: Path) -> tuple[str, dict[str, str]]:
     """The SuperLink's name for Flower's command line, and the environment for it."""
-    path = root / Path(on).expanduser()
+    path = root / from_home(on)
     if path.is_dir() or os.sep in on:
         folder = FederationFolder.open(path)
         folder.require_served()
         return "rolora", folder.environment
-    settings = Path(os.environ.get("FLWR_HOME") or "~/.flwr").expanduser() / "config.toml"
+    settings = from_home(os.environ.get("FLWR_HOME") or "~/.flwr") / "config.toml"
     known = read_toml(settings).get("superlink", {}) if settings.is_file() else {}
     if on not in known:
         raise ConfigError(
