@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,17 +80,40 @@ def queued_runs(
     ``budget`` core-seconds are used up; the comparison can then be continued.
     """
     folder = ComparisonFolder(path)
-    comparison = folder.dated(comparison)
-    with folder.opened(comparison):
-        every = [*comparison.tuning_runs(path), *comparison.final_runs(path, None)]
-        paths = [one.path for one in every]
+    yield from queue_all({path: comparison}, budget)
+    finals = [one.path for one in comparison.final_runs(path, None)]
+    write_report(finals, folder.report, folder.tuning(), published)
+
+
+def queue_all(
+    comparisons: Mapping[Path, Comparison], budget: float | None = None
+) -> Generator[QueuedRun]:
+    """The runs of several comparisons, one after another, as ``queued_runs``, but without pages.
+
+    ``comparisons``: folder -> its comparison. They share one loaded base model and one budget.
+    """
+    parts = [(ComparisonFolder(path), comparison) for path, comparison in comparisons.items()]
+    parts = [(folder, folder.dated(comparison)) for folder, comparison in parts]
+    with contextlib.ExitStack() as held:
+        for folder, comparison in parts:
+            held.enter_context(folder.opened(comparison))
+        owner = {
+            one.path: (folder, one)
+            for folder, comparison in parts
+            for one in (
+                *comparison.tuning_runs(folder.path),
+                *comparison.final_runs(folder.path, None),
+            )
+        }
+        every, paths = [one for _, one in owner.values()], list(owner)
         if (origin := _origin(every)) is not None:
             torch.set_num_threads(origin["threads"])
         loaded: tuple[str, Base] | None = None
-        for planned in _pending(comparison, folder):
+        queue = ((place, one) for place, compared in parts for one in _pending(compared, place))
+        for folder, planned in queue:
             number = paths.index(planned.path) + 1
-            pending = [one for one in every[number:] if not folder.ended(one)]
-            after = [timing for one in pending for timing in one.rounds]
+            later = (owner[path] for path in paths[number:])
+            after = [timing for own, one in later if not own.ended(one) for timing in one.rounds]
             outlook = Outlook(number, len(every), planned.rounds, after, budget)
             done = rounds_done(every)
             outlook.refuse_spent(done)
@@ -98,8 +122,6 @@ def queued_runs(
             yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
-        finals = [one.path for one in comparison.final_runs(path, None)]
-        write_report(finals, folder.report, folder.tuning(), published)
 
 
 def _pending(comparison: Comparison, folder: ComparisonFolder) -> Iterator[PlannedRun]:

@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
 from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
+from rolora.attacks.attack import ATTACKS
 from rolora.config.schema import AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
 from rolora.methods import METHODS
@@ -88,6 +89,8 @@ def make_config(
     except ValidationError as error:
         raise ConfigError(first_fault(error, RunConfig)) from None
     check_options(METHODS, config.method.name, config.method.options, "method")
+    if config.attack is not None:
+        check_options(ATTACKS, config.attack.name, config.attack.options, "attack")
     _check_reducers(config.aggregate)
     return config
 

@@ -420,6 +420,22 @@ class WireConfig(Section):
     )
 
 
+class AttackConfig(BaseModel):
+    """``[attack]``: bad clients, to measure how a run withstands them; on one machine only."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = Field(description="see docs/robustness.md; the other keys are its options")
+    clients: int = Field(
+        1, ge=1, description="clients of the run that are bad, drawn at random from the seed"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but the name and the number of clients."""
+        return dict(self.model_extra or {})
+
+
 class FederationConfig(Section):
     """``[federation]``: settings for runs across sites; a run on one machine ignores them."""
 
@@ -477,6 +493,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     wire: WireConfig = WireConfig()
+    attack: AttackConfig | None = None
     federation: FederationConfig = FederationConfig()
     root: Path = Field(Path(), exclude=True)
 
@@ -494,6 +511,8 @@ class RunConfig(Section):
             raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"
             )
+        if self.attack is not None and self.federation.on is not None:
+            raise ConfigError("[attack] is for runs on one machine: remove it, or federation.on")
         if self.eval.rows == "validation" and self.data.validation is None:
             raise ConfigError("eval.rows = 'validation' needs data.validation")
         if self.eval.patience is not None and self.data.validation is None:

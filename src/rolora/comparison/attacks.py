@@ -1,0 +1,58 @@
+"""Methods under attacks: a comparison for each attack and rule, with the same bad clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rolora.attacks.attack import ATTACKS
+from rolora.comparison.grid import Comparison, plan
+from rolora.comparison.variants import checked_labels, method_of, variant_overrides
+from rolora.config.load import make_config
+from rolora.config.schema import RunConfig
+from rolora.errors import ConfigError
+from rolora.results.robustness import NO_ATTACK
+from rolora.tasks.registry import task_kind
+
+RULES = ("mean", "nnm+trimmed_mean")
+
+
+def known_attacks(config: RunConfig) -> list[str]:
+    """The attacks that this configuration's task leaves room for."""
+    one_label = task_kind(config.model.task).name == "classification"
+    names = ATTACKS.names()
+    return [name for name in names if one_label or ATTACKS.make(name).spoil is None]
+
+
+def plan_attacks(
+    config: RunConfig,
+    out: Path,
+    *,
+    methods: Mapping[str, Sequence[str]],
+    attacks: Sequence[str],
+    rules: Sequence[str] = RULES,
+    bad: int = 1,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> dict[Path, Comparison]:
+    """``out/ATTACK/RULE`` -> the comparison of ``methods`` there; first those without an attack.
+
+    ``methods`` maps each to its own overrides. An attack is a name, or ``NAME+OPTION=VALUE``; a
+    rule is a name of a reducer, or ``STEP+RULE``. Every rule is told to withstand ``bad`` clients.
+    ConfigError for anything that cannot be run.
+    """
+    if config.attack is not None:
+        raise ConfigError("[attack] is set by this command: remove it from the configuration")
+    found = {}
+    for attack in (NO_ATTACK, *(one for one in checked_labels(attacks) if one != NO_ATTACK)):
+        own = [f"attack.name={method_of(attack)}", f"attack.clients={bad}"]
+        own = [] if attack == NO_ATTACK else [*own, *variant_overrides(attack, "attack")]
+        for rule in checked_labels(rules):
+            reducer = json.dumps(rule.split("+"))
+            cell = make_config(
+                config.model_dump(mode="json", exclude_none=True),
+                [f"aggregate.reducer={reducer}", f"aggregate.byzantine={bad}", *own],
+                root=config.root,
+            )
+            found[out / attack / rule] = plan(cell, methods, seeds)
+    return found
