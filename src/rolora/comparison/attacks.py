@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rolora.algorithm.reduce import REDUCERS
 from rolora.attacks.attack import ATTACKS
 from rolora.comparison.grid import Comparison, plan
 from rolora.comparison.variants import checked_labels, method_of, variant_overrides
@@ -38,20 +39,22 @@ def plan_attacks(
     """``out/ATTACK/RULE`` -> the comparison of ``methods`` there; first those without an attack.
 
     ``methods`` maps each to its own overrides. An attack is a name, or ``NAME+OPTION=VALUE``; a
-    rule is a name of a reducer, or ``STEP+RULE``. Every rule is told to withstand ``bad`` clients.
+    rule is a name of a reducer, or ``STEP+RULE``, and is told to withstand ``bad`` clients.
     ConfigError for anything that cannot be run.
     """
     if config.attack is not None:
         raise ConfigError("[attack] is set by this command: remove it from the configuration")
     found = {}
     for attack in (NO_ATTACK, *(one for one in checked_labels(attacks) if one != NO_ATTACK)):
-        own = [f"attack.name={method_of(attack)}", f"attack.clients={bad}"]
+        own = [f"attack.name={json.dumps(method_of(attack))}", f"attack.clients={bad}"]
         own = [] if attack == NO_ATTACK else [*own, *variant_overrides(attack, "attack")]
         for rule in checked_labels(rules):
-            reducer = json.dumps(rule.split("+"))
+            names = rule.split("+")
+            asks = any("byzantine" in REDUCERS.options(name) for name in names)
+            told = [f"aggregate.byzantine={bad if asks else 0}"]
             cell = make_config(
                 config.model_dump(mode="json", exclude_none=True),
-                [f"aggregate.reducer={reducer}", f"aggregate.byzantine={bad}", *own],
+                [f"aggregate.reducer={json.dumps(names)}", *told, *own],
                 root=config.root,
             )
             found[out / attack / rule] = plan(cell, methods, seeds)

@@ -47,6 +47,8 @@ class Parts(TypedDict, total=False):
     rows: Rows
     labels: Sequence[str]
     base: Base | None
+    encoded: tuple[Examples, str]
+    test: Examples
     engine: Engine
     partition: Mapping[str, Any]
     data: str
@@ -270,7 +272,7 @@ class Experiment:
     @cached_property
     def examples(self) -> Examples:
         """The training rows as tokens, with their prefix where that is cached."""
-        return self._trained_on[0]
+        return self.encoded[0]
 
     @cached_property
     def shards(self) -> Mapping[str, Tensor]:
@@ -290,7 +292,8 @@ class Experiment:
         return self.task.encode_test(*self._held("validation"))
 
     @cached_property
-    def _trained_on(self) -> tuple[Examples, str]:
+    def encoded(self) -> tuple[Examples, str]:
+        """``examples`` with a note on their prefix; the same however the rows are split."""
         return self._cached(self.task.encode(self.rows.train, self.config.data.train))
 
     def _held(self, key: str) -> tuple[Any, str]:
@@ -529,7 +532,7 @@ class Experiment:
                 )
         found.append(self.base.note)
         found.append(self._warm_start[1] if config.lora.init_from is not None else "")
-        found.append(self._trained_on[1])
+        found.append(self.encoded[1])
         found.append(self._loaded[1] if "_loaded" in vars(self) else "")
         wanted, plan = config.train.bank, str(self.bank_plan)
         short = isinstance(wanted, int) and self.bank < min(wanted, self.cohort)
