@@ -45,13 +45,12 @@ def attack(
     """
     from rolora.cli.progress import follow_all
     from rolora.cli.results import robustness_text
-    from rolora.comparison.attacks import known_attacks, plan_attacks
+    from rolora.comparison.attacks import attacked_cells, known_attacks, plan_attacks
     from rolora.comparison.budget import core_seconds
     from rolora.comparison.queue import queue_all
     from rolora.config.load import load_config
     from rolora.report.robustness import write_robustness
-    from rolora.results.robustness import export, matrix
-    from rolora.results.runs import load_run, primary_metric
+    from rolora.results.robustness import export
 
     common, own = own_overrides(methods, overrides)
     settings = load_config(config, common)
@@ -68,15 +67,7 @@ def attack(
     seconds = None if budget is None else core_seconds(budget)
     with again(), contextlib.closing(queue_all(comparisons, seconds)) as queue:
         follow_all(queue)
-    runs = {
-        (path.parent.name, path.name, method): [
-            load_run(one.path) for one in comparison.final_runs(path, None) if one.method == method
-        ]
-        for path, comparison in comparisons.items()
-        for method in comparison.methods
-    }
-    metric = primary_metric([run for each in runs.values() for run in each if run.diverged is None])
-    cells = matrix(runs, metric)
+    cells, metric, _ = attacked_cells(comparisons)
     report = write_robustness(cells, metric, bad, settings.name, folder / "report.html")
     found = {**export(cells, metric, bad), "report": str(report)}
     show(json, found, robustness_text(cells, metric), f"\nreport   {report}")

@@ -13,7 +13,8 @@ from rolora.comparison.variants import checked_labels, method_of, variant_overri
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
-from rolora.results.robustness import NO_ATTACK
+from rolora.results.robustness import NO_ATTACK, Cell, matrix
+from rolora.results.runs import RunRecord, load_run, sorted_out
 from rolora.tasks.registry import task_kind
 
 RULES = ("mean", "nnm+trimmed_mean")
@@ -46,7 +47,7 @@ def plan_attacks(
         raise ConfigError("[attack] is set by this command: remove it from the configuration")
     found = {}
     for attack in (NO_ATTACK, *(one for one in checked_labels(attacks) if one != NO_ATTACK)):
-        own = [f"attack.name={json.dumps(method_of(attack))}", f"attack.clients={bad}"]
+        own = [f"attack.name={method_of(attack)}", f"attack.clients={bad}"]
         own = [] if attack == NO_ATTACK else [*own, *variant_overrides(attack, "attack")]
         for rule in checked_labels(rules):
             names = rule.split("+")
@@ -59,3 +60,22 @@ def plan_attacks(
             )
             found[out / attack / rule] = plan(cell, methods, seeds)
     return found
+
+
+def attacked_cells(
+    comparisons: Mapping[Path, Comparison],
+) -> tuple[list[Cell], str, list[RunRecord]]:
+    """The results of these comparisons, the metric that they are measured by, and their runs.
+
+    AllDiverged if every run diverged.
+    """
+    runs = {
+        (path.parent.name, path.name, method): [
+            load_run(one.path) for one in comparison.final_runs(path, None) if one.method == method
+        ]
+        for path, comparison in comparisons.items()
+        for method in comparison.methods
+    }
+    every = [run for each in runs.values() for run in each]
+    metric = sorted_out(every).metric
+    return matrix(runs, metric), metric, every

@@ -423,7 +423,8 @@ class WireConfig(Section):
 class AttackConfig(BaseModel):
     """``[attack]``: bad clients, to measure how a run withstands them; on one machine only."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    # an override nan is a number to TOML, and an attack to us
+    model_config = ConfigDict(extra="allow", frozen=True, coerce_numbers_to_str=True)
 
     name: str = Field(description="see docs/robustness.md; the other keys are its options")
     clients: int = Field(
