@@ -15,6 +15,8 @@ from rolora.config.load import load_config
 from rolora.errors import ConfigError
 from rolora.results.runs import cuts, load_run
 from rolora.run.runs import resume, start
+from rolora.sites.policy import consented
+from rolora.sites.site_config import SiteConfig
 
 EVEN = ("train.participation=1", "partition.scheme=iid", "train.rounds=2", "eval.every=2")
 pytestmark = pytest.mark.usefixtures("quick")
@@ -105,6 +107,12 @@ def test_updates_that_are_no_numbers_change_nothing_for_the_others(
     (bad,) = bad_clients(run.experiment.rows.shards, 1, 0)
     assert all(set(one.rejected) == {bad} for one in results[1:])
     assert all(one.advanced for one in results)
+
+
+def test_a_coordinator_cannot_make_a_site_attack(site: Path) -> None:
+    told = load_config(site, ["attack.name=label_flip"])
+    ann = SiteConfig(name="ann", data="train.csv", text="text", label="label", root=site.parent)
+    assert consented(ann, told).attack.name == "none"
 
 
 def test_a_configuration_that_has_an_attack_already_is_refused(site: Path, tmp_path: Path) -> None:

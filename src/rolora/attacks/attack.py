@@ -56,6 +56,8 @@ class Attack:
     ask: Rewrite | None = None
 
 
+NO_ATTACK = "none"
+
 ATTACKS = Registry(
     kind="attack",
     group="rolora.attacks",

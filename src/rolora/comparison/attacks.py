@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rolora.algorithm.reduce import REDUCERS
-from rolora.attacks.attack import ATTACKS
+from rolora.attacks.attack import ATTACKS, NO_ATTACK
 from rolora.comparison.grid import Comparison, plan
 from rolora.comparison.variants import checked_labels, method_of, variant_overrides
 from rolora.config.load import make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
-from rolora.results.robustness import NO_ATTACK, Cell, matrix
+from rolora.results.robustness import Cell, matrix
 from rolora.results.runs import RunRecord, load_run, sorted_out
 from rolora.tasks.registry import task_kind
 
@@ -43,7 +43,7 @@ def plan_attacks(
     rule is a name of a reducer, or ``STEP+RULE``, and is told to withstand ``bad`` clients.
     ConfigError for anything that cannot be run.
     """
-    if config.attack is not None:
+    if config.attack.name != NO_ATTACK:
         raise ConfigError("[attack] is set by this command: remove it from the configuration")
     found = {}
     for attack in (NO_ATTACK, *(one for one in checked_labels(attacks) if one != NO_ATTACK)):

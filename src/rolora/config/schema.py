@@ -22,6 +22,7 @@ from pydantic import (
 
 from rolora.algorithm.codec import Format
 from rolora.algorithm.reduce import REDUCERS
+from rolora.attacks.attack import NO_ATTACK
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, nearest
 from rolora.tasks.registry import task_kind
@@ -426,7 +427,9 @@ class AttackConfig(BaseModel):
     # an override nan is a number to TOML, and an attack to us
     model_config = ConfigDict(extra="allow", frozen=True, coerce_numbers_to_str=True)
 
-    name: str = Field(description="see docs/robustness.md; the other keys are its options")
+    name: str = Field(
+        NO_ATTACK, description="see docs/robustness.md; the other keys are its options"
+    )
     clients: int = Field(
         1, ge=1, description="clients of the run that are bad, drawn at random from the seed"
     )
@@ -494,7 +497,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     wire: WireConfig = WireConfig()
-    attack: AttackConfig | None = None
+    attack: AttackConfig = AttackConfig()
     federation: FederationConfig = FederationConfig()
     root: Path = Field(Path(), exclude=True)
 
@@ -512,7 +515,7 @@ class RunConfig(Section):
             raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"
             )
-        if self.attack is not None and self.federation.on is not None:
+        if self.attack.name != NO_ATTACK and self.federation.on is not None:
             raise ConfigError("[attack] is for runs on one machine: remove it, or federation.on")
         if self.eval.rows == "validation" and self.data.validation is None:
             raise ConfigError("eval.rows = 'validation' needs data.validation")

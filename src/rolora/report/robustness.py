@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rolora.attacks.attack import NO_ATTACK
 from rolora.files import write_file
 from rolora.report import figures, narrative
 from rolora.report.page import templates
 from rolora.report.svg import inline_svg
-from rolora.results.robustness import NO_ATTACK, Cell, Standing, standings
+from rolora.results.robustness import Cell, Standing, standings
 
 
 def write_robustness(cells: Sequence[Cell], metric: str, bad: int, name: str, out: Path) -> Path:

@@ -18,7 +18,7 @@ from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
 from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
-from rolora.attacks.attack import ATTACKS, Attack, bad_clients
+from rolora.attacks.attack import ATTACKS, NO_ATTACK, Attack, bad_clients
 from rolora.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
@@ -113,15 +113,14 @@ class Experiment:
     def attack(self) -> Attack | None:
         """What the bad clients do; None if there are none."""
         given = self.config.attack
-        if given is None:
+        if given.name == NO_ATTACK:
             return None
         made: Attack = ATTACKS.make(given.name, **given.options)
         return made
 
     def _bad(self, rows: Rows) -> frozenset[str]:
         """The ids of the bad clients."""
-        given = self.config.attack
-        return bad_clients(rows.shards, given.clients, self.config.seed) if given else frozenset()
+        return bad_clients(rows.shards, self.config.attack.clients, self.config.seed)
 
     def _classes(self, table: Any) -> list[list[str]]:
         """The classes of each row, where it has any: also of rows that are not learned by class."""
@@ -190,14 +189,14 @@ class Experiment:
                 f"{method.name} trains on the rows of all clients together, so {rule!r} has nobody "
                 "to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
             )
-        if config.attack is not None:
-            self._refuse_attack(method)
+        if self.attack is not None:
+            self._refuse_attack(method, self.attack)
         require_turns(method, config.train, {})  # of each client once its rows are known
         return freeze_head(method) if config.model.head == "freeze" else method
 
-    def _refuse_attack(self, method: Method) -> None:
+    def _refuse_attack(self, method: Method, attack: Attack) -> None:
         """ConfigError for an attack that this method or these settings leave no room for."""
-        forges = self.attack is not None and self.attack.forge is not None
+        forges = attack.forge is not None
         if not method.federated or (forges and not method.shared(1)):
             raise ConfigError(
                 f"{method.name} combines nothing that clients send, so there is nothing to "
@@ -518,7 +517,7 @@ class Experiment:
             found.append(f"{self.rows.dropped} training rows belong to no client and are not used")
         if empty := self._without_text():
             found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
-        if config.attack is not None:
+        if self.attack is not None:
             found.append(
                 f"an experiment: {', '.join(sorted(self._bad(self.rows)))} attack the others "
                 f"({config.attack.name})"

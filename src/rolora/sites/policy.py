@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rolora.config.schema import DataConfig, RunConfig
+from rolora.config.schema import AttackConfig, DataConfig, RunConfig
 from rolora.errors import RoloraError
 from rolora.files import write_file
 from rolora.flower.message import LABEL_LENGTH, REASONS
@@ -34,7 +34,7 @@ class Refused(RoloraError):
 
 
 def consented(site: SiteConfig, config: RunConfig) -> RunConfig:
-    """The run's configuration with this site's columns in the roles that it reads.
+    """The run's configuration with this site's columns in the roles that it reads, and no attack.
 
     Raises Refused for a task, or a role, that the operator has not named.
     """
@@ -59,7 +59,7 @@ def consented(site: SiteConfig, config: RunConfig) -> RunConfig:
             )
         own[key] = column
     data = DataConfig.model_validate({**config.data.model_dump(), **own})
-    return config.model_copy(update={"data": data})
+    return config.model_copy(update={"data": data, "attack": AttackConfig()})
 
 
 def require_rows(site: SiteConfig, config: RunConfig, trained: int, scored: int) -> None:
