@@ -11,6 +11,7 @@ from tiny_site import make_site
 # Files that run the program as a whole: engines, comparisons, the command line, sites. The other
 # files prove the kernel and the guards, and are what `make test` runs.
 WIDE = {
+    "test_attack_runs",
     "test_bank_parts",
     "test_catalogue",
     "test_chat_runs",

@@ -27,7 +27,7 @@ LEVELS = (
     {"errors"},
     {"files", "network", "registry"},
     {"algorithm"},
-    {"methods", "theory"},
+    {"methods", "theory", "attacks"},
     {"data"},
     {"model"},
     {"tasks"},
@@ -64,7 +64,7 @@ FENCES: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "jinja2": {"report"},
 }
-TORCH_ALONE = ("algorithm", "methods", "theory")
+TORCH_ALONE = ("algorithm", "methods", "theory", "attacks")
 # transformers imports gguf when it reads such a file; click is typer's, and its version matters
 INDIRECT = {"gguf", "click"}
 

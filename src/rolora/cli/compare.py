@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.options import ConfigPath, Json, Overrides
+from rolora.cli.options import ConfigPath, Json, Overrides, own_overrides, seeds_of
 from rolora.cli.printing import again, err_console, show
 from rolora.errors import ConfigError
 
@@ -54,22 +54,17 @@ def compare(
     from rolora.comparison.folder import ComparisonFolder
     from rolora.comparison.grid import TUNE_SEEDS, plan
     from rolora.comparison.queue import comparison_path, queued_runs
-    from rolora.comparison.variants import addressee, checked_labels
     from rolora.config.load import load_config
     from rolora.results.export import export_results
     from rolora.results.published import read_published
     from rolora.results.runs import load_run
 
-    labels = checked_labels(methods.split(","))
-    own: dict[str, list[str]] = {label: [] for label in ("", *labels)}
-    for text in overrides or []:
-        label, override = addressee(text, labels)
-        own[label].append(override)
-    settings = load_config(config, own.pop(""))
+    common, own = own_overrides(methods, overrides)
+    settings = load_config(config, common)
     if not tune and (tune_seeds is not None or tune_rounds is not None):
         raise ConfigError("--tune-seeds and --tune-rounds need --tune with a grid")
-    tuned_on = TUNE_SEEDS if tune_seeds is None else _seeds("--tune-seeds", tune_seeds)
-    given = _seeds("--seeds", seeds)
+    tuned_on = TUNE_SEEDS if tune_seeds is None else seeds_of("--tune-seeds", tune_seeds)
+    given = seeds_of("--seeds", seeds)
     comparison = plan(settings, own, given, tune or [], tuned_on, tune_rounds)
     seconds = None if budget is None else core_seconds(budget)
     published = read_published(config)
@@ -85,10 +80,3 @@ def compare(
     tuning = folder.tuning()
     found = {**export_results(runs, tuning, published), "report": str(folder.report)}
     show(json, found, comparison_text(runs, tuning, published), f"\nreport   {folder.report}")
-
-
-def _seeds(option: str, text: str) -> tuple[int, ...]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() for word in words):
-        raise ConfigError(f"{option} {text!r}: give whole numbers with commas, such as 0,1,2")
-    return tuple(int(word) for word in words)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import rolora
+from rolora.cli.attack import attack
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.options import ConfigPath, Json, Overrides, names
@@ -129,6 +130,7 @@ def resume(
 
 
 app.command()(compare)
+app.command()(attack)
 
 
 @app.command()

@@ -21,10 +21,12 @@ from rolora.report.narrative import (
     format_metric,
     format_rounds,
 )
+from rolora.report.robustness import beside, format_cell
 from rolora.results.export import unfinished
 from rolora.results.paired import CONFIDENCE, differences
 from rolora.results.published import Published, beside_published
 from rolora.results.ranking import Ranking, rankings
+from rolora.results.robustness import Cell, standings
 from rolora.results.runs import (
     RunRecord,
     Runs,
@@ -106,6 +108,40 @@ def comparison_text(
         parts += [*_published(published, runs), ""]
     notes = cautions(every, tuning.keys if tuning else ())
     return Group(*parts, *(f"note: {note}" for note in notes))
+
+
+def robustness_text(cells: Sequence[Cell], metric: str) -> Group:
+    """A table for each rule, with a row for each attack, and one over all attacks."""
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    parts: list[RenderableType] = []
+    for rule in dict.fromkeys(cell.rule for cell in cells):
+        own = [cell for cell in cells if cell.rule == rule]
+        rows = [
+            [attack, *(format_cell(cell) for cell in own if cell.attack == attack)]
+            for attack in dict.fromkeys(cell.attack for cell in own)
+        ]
+        rows += [
+            [f"{cell.attack} got its way", *(_success(c) for c in own if c.attack == cell.attack)]
+            for cell in own
+            if cell.success is not None and cell.method == methods[0]
+        ]
+        parts += [_bold(f"{rule}: {metric}"), table(["attack", *methods], rows), ""]
+    rows = [
+        [
+            one.rule,
+            one.method,
+            "" if one.lost is None else format_metric(one.lost),
+            "reference" if one.method == methods[0] else beside(one),
+            one.worst,
+        ]
+        for one in standings(cells, metric)
+    ]
+    head = ["rule", "method", "lost", f"better than {methods[0]}", "worst attack"]
+    return Group(*parts, _bold("mean over all attacks"), table(head, rows, align="llrrl"))
+
+
+def _success(cell: Cell) -> str:
+    return "" if cell.success is None else f"{cell.success:.1%}"
 
 
 def _bold(text: str) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,11 @@ from rolora.comparison.variants import checked_labels
 from rolora.config.load import places, read_toml
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, RoloraError
-from rolora.model.base import Base
 from rolora.report.page import write_report
 from rolora.results.published import Published
 from rolora.results.runs import load_run, sorted_out
 from rolora.results.tuned import Tuning
-from rolora.run.experiment import Experiment
+from rolora.run.experiment import Experiment, Parts
 from rolora.run.runs import Run, pinned, resume, start
 
 
@@ -79,27 +79,50 @@ def queued_runs(
     ``budget`` core-seconds are used up; the comparison can then be continued.
     """
     folder = ComparisonFolder(path)
-    comparison = folder.dated(comparison)
-    with folder.opened(comparison):
-        every = [*comparison.tuning_runs(path), *comparison.final_runs(path, None)]
-        paths = [one.path for one in every]
+    yield from queue_all({path: comparison}, budget)
+    finals = [one.path for one in comparison.final_runs(path, None)]
+    write_report(finals, folder.report, folder.tuning(), published)
+
+
+def queue_all(
+    comparisons: Mapping[Path, Comparison], budget: float | None = None
+) -> Generator[QueuedRun]:
+    """The runs of several comparisons, one after another, as ``queued_runs``, but without pages.
+
+    ``comparisons``: folder -> its comparison. They share one loaded base model and one budget.
+    """
+    parts = [(ComparisonFolder(path), comparison) for path, comparison in comparisons.items()]
+    parts = [(folder, folder.dated(comparison)) for folder, comparison in parts]
+    with contextlib.ExitStack() as held:
+        for folder, comparison in parts:
+            held.enter_context(folder.opened(comparison))
+        owner = {
+            one.path: (folder, one)
+            for folder, comparison in parts
+            for one in (
+                *comparison.tuning_runs(folder.path),
+                *comparison.final_runs(folder.path, None),
+            )
+        }
+        every, paths = [one for _, one in owner.values()], list(owner)
         if (origin := _origin(every)) is not None:
             torch.set_num_threads(origin["threads"])
-        loaded: tuple[str, Base] | None = None
-        for planned in _pending(comparison, folder):
+        loaded = _Loaded("", {}, "", {})
+        done = rounds_done(every)
+        queue = ((place, one) for place, compared in parts for one in _pending(compared, place))
+        for folder, planned in queue:
             number = paths.index(planned.path) + 1
-            pending = [one for one in every[number:] if not folder.ended(one)]
-            after = [timing for one in pending for timing in one.rounds]
+            later = (owner[path] for path in paths[number:])
+            after = [timing for own, one in later if not own.ended(one) for timing in one.rounds]
             outlook = Outlook(number, len(every), planned.rounds, after, budget)
-            done = rounds_done(every)
             outlook.refuse_spent(done)
+            before = rounds_done([planned])
             run = _begin(planned, every, loaded)
-            loaded = (_base_key(planned), run.experiment.base)
+            loaded = _Loaded.by(run.experiment)
             yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
-        finals = [one.path for one in comparison.final_runs(path, None)]
-        write_report(finals, folder.report, folder.tuning(), published)
+            done = [*done, *rounds_done([planned])[len(before) :]]
 
 
 def _pending(comparison: Comparison, folder: ComparisonFolder) -> Iterator[PlannedRun]:
@@ -133,18 +156,15 @@ def _origin(every: Sequence[PlannedRun]) -> dict[str, Any] | None:
     first = next((one for one in every if (one.path / "config.toml").is_file()), None)
     if first is None:
         return None
-    return {**read_toml(first.path / "config.toml")["provenance"], "key": _base_key(first)}
+    return {**read_toml(first.path / "config.toml")["provenance"], "key": _base_key(first.config)}
 
 
-def _begin(
-    planned: PlannedRun, every: Sequence[PlannedRun], loaded: tuple[str, Base] | None
-) -> Run:
+def _begin(planned: PlannedRun, every: Sequence[PlannedRun], loaded: _Loaded) -> Run:
     """Start or resume the run. All runs use the bank and dtype of the first."""
-    origin, key = _origin(every), _base_key(planned)
-    base = loaded[1] if loaded is not None and loaded[0] == key else None
+    origin, key = _origin(every), _base_key(planned.config)
 
     def build(config: RunConfig, folder: Path) -> Experiment:
-        experiment = Experiment(config, folder, base=base)
+        experiment = Experiment(config, folder, **loaded.parts(planned.config))
         known = origin is not None and origin["key"] == key
         if origin is not None and known and experiment.base.digest != origin["base"]:
             raise ConfigError("the base model changed since the comparison began: restore it")
@@ -158,8 +178,50 @@ def _begin(
     return start(planned.config, planned.path, lambda c, f: build(pinned(c, origin), f))
 
 
-def _base_key(planned: PlannedRun) -> str:
+@dataclass(frozen=True)
+class _Loaded:
+    """What the last run of the queue loaded, and on which settings each part depends."""
+
+    base_key: str
+    base: Parts
+    rows_key: str
+    rows: Parts
+
+    @classmethod
+    def by(cls, run: Experiment) -> _Loaded:
+        """What this run has loaded. The rows as tokens are the same however they are split."""
+        base: Parts = {"base": run.base}
+        rows: Parts = {"encoded": run.encoded, "test": run.test}
+        return cls(_base_key(run.config), base, _rows_key(run.config), rows)
+
+    def parts(self, config: RunConfig) -> Parts:
+        """What a run of this configuration can use."""
+        found: Parts = {}
+        if self.base_key == _base_key(config):
+            found |= self.base
+            if self.rows_key == _rows_key(config):
+                found |= self.rows
+        return found
+
+
+def _base_key(config: RunConfig) -> str:
     """What a loaded base model depends on: runs with the same key can share one."""
-    config = planned.config
     parts = config.model_dump_json(include={"model", "lora", "device"})
     return f"{parts} {config.train.recompute}"
+
+
+def _rows_key(config: RunConfig) -> str:
+    """What the rows as tokens depend on, beside the base model and the files."""
+    keys: dict[str, Any] = {"data": True, "partition": {"scheme"}, "eval": {"rows"}}
+    keys["train"] = {
+        "rounds",
+        "participation",
+        "local_steps",
+        "local_epochs",
+        "batch_size",
+        "cache",
+    }
+    attack = Experiment(config).attack
+    if attack is not None and attack.spoil is not None:  # the rows of the seed's bad clients
+        keys |= {"attack": True, "seed": True, "partition": True}
+    return config.model_dump_json(include=keys)

@@ -18,13 +18,15 @@ def method_of(label: str) -> str:
     return label.partition("+")[0]
 
 
-def variant_overrides(label: str) -> list[str]:
+def variant_overrides(label: str, section: str = "method") -> list[str]:
     """The options as overrides. ConfigError for one that does not look like NAME=VALUE."""
     options = label.split("+")[1:]
     for option in options:
         if not all(option.partition("=")):
-            raise ConfigError(f"method {label!r}: write options as {method_of(label)}+NAME=VALUE")
-    return [f"method.{option}" for option in options]
+            raise ConfigError(
+                f"{section} {label!r}: write options as {method_of(label)}+NAME=VALUE"
+            )
+    return [f"{section}.{option}" for option in options]
 
 
 def addressee(text: str, labels: Sequence[str]) -> tuple[str, str]:

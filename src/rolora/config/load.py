@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
 from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
+from rolora.attacks.attack import ATTACKS, NO_ATTACK
 from rolora.config.schema import AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
 from rolora.files import from_home
@@ -89,6 +90,8 @@ def make_config(
     except ValidationError as error:
         raise ConfigError(first_fault(error, RunConfig)) from None
     check_options(METHODS, config.method.name, config.method.options, "method")
+    if config.attack.name != NO_ATTACK:
+        check_options(ATTACKS, config.attack.name, config.attack.options, "attack")
     _check_reducers(config.aggregate)
     return config
 
@@ -119,6 +122,7 @@ def config_hash(config: RunConfig) -> str:
             "data": {"train", "test", "validation"},
             "lora": {"init_from"},
             "federation": True,
+            "attack": config.attack.name == NO_ATTACK,
             "aggregate": {
                 key for key in ("options", "byzantine") if not getattr(config.aggregate, key)
             },

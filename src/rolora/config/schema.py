@@ -22,6 +22,7 @@ from pydantic import (
 
 from rolora.algorithm.codec import Format
 from rolora.algorithm.reduce import REDUCERS
+from rolora.attacks.attack import NO_ATTACK
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, nearest
 from rolora.tasks.registry import task_kind
@@ -420,6 +421,25 @@ class WireConfig(Section):
     )
 
 
+class AttackConfig(BaseModel):
+    """``[attack]``: bad clients, to measure how a run withstands them; on one machine only."""
+
+    # an override nan is a number to TOML, and an attack to us
+    model_config = ConfigDict(extra="allow", frozen=True, coerce_numbers_to_str=True)
+
+    name: str = Field(
+        NO_ATTACK, description="see docs/robustness.md; the other keys are its options"
+    )
+    clients: int = Field(
+        1, ge=1, description="clients of the run that are bad, drawn at random from the seed"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but the name and the number of clients."""
+        return dict(self.model_extra or {})
+
+
 class FederationConfig(Section):
     """``[federation]``: settings for runs across sites; a run on one machine ignores them."""
 
@@ -477,6 +497,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     wire: WireConfig = WireConfig()
+    attack: AttackConfig = AttackConfig()
     federation: FederationConfig = FederationConfig()
     root: Path = Field(Path(), exclude=True)
 
@@ -494,6 +515,8 @@ class RunConfig(Section):
             raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"
             )
+        if self.attack.name != NO_ATTACK and self.federation.on is not None:
+            raise ConfigError("[attack] is for runs on one machine: remove it, or federation.on")
         if self.eval.rows == "validation" and self.data.validation is None:
             raise ConfigError("eval.rows = 'validation' needs data.validation")
         if self.eval.patience is not None and self.data.validation is None:

@@ -169,6 +169,14 @@ def _one_below_the_other(parts: Mapping[str, pa.Table], column: str) -> pa.Chunk
     return pa.chunked_array([kept(values)])
 
 
+def with_texts(table: pa.Table, columns: Mapping[str, Sequence[str]]) -> pa.Table:
+    """The table with these columns of text in place of its own of the same names."""
+    for name, values in columns.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(values, pa.string()))
+    return table
+
+
 def write_table(table: pa.Table, path: Path) -> None:
     """The rows as a Parquet file, with their types, whole or not at all."""
     buffer = pa.BufferOutputStream()

@@ -240,6 +240,28 @@ def forest_plot(
 
 
 @styled
+def dots(rows: Mapping[str, Mapping[str, float]], styles: Mapping[str, int], metric: str) -> Figure:
+    """``rows``: title -> method -> value, a line of markers each; ``styles`` as in a forest plot.
+
+    A row's methods stand a little below each other, so that equal values are all seen.
+    """
+    figure, axes = new_figure(0.7 + 0.42 * len(rows))
+    across = axes.get_yaxis_transform()
+    for y, (title, own) in enumerate(rows.items()):
+        axes.text(0, y - 0.22, title, va="bottom", transform=across)
+        for method, value in own.items():
+            style = styles[method]
+            marker, colour = MARKERS[style % len(MARKERS)], PALETTE[style % len(PALETTE)]
+            shift = 0.3 * (style + 0.5) / len(styles) - 0.1
+            axes.plot([value], [y + shift], marker=marker, markersize=6, ls="none", color=colour)
+    axes.set_ylim(len(rows) - 0.4, -0.7)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(metric)
+    return figure
+
+
+@styled
 def split_figure(partition: Mapping[str, Any]) -> Figure:
     """The rows of each client as bars and, if rows have labels, each client's mix of them below."""
     clients = partition["clients"]

@@ -60,6 +60,38 @@ def render(
     conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
     left = runs or found.unfinished
     names = {run.name for run in left}
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            title=names.pop() if len(names) == 1 else f"{len(groups)} methods compared",
+            about=narrative.describe_runs(left),
+            conclusions=conclusions,
+            reference=next(iter(groups), ""),
+            cautions=narrative.cautions(every, tuning.keys if tuning else ()),
+            tuning=tuning,
+            published=published,
+            beside=beside_published(published, runs) if published and runs else [],
+            metric=metric,
+            direction=narrative.direction(metric),
+            rows=summarise(runs),
+            rounding=figures.ROUNDING,
+            palette=list(enumerate(figures.PALETTE)),
+            keys={
+                method: (n, inline_svg(figures.key(n, are_finished(own)), f"key-{n}"))
+                for n, (method, own) in enumerate(groups.items())
+            },
+            pictures=pictures(left, groups, metric, conclusions),
+            rejected=_rejected(every),
+            cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],
+            configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
+            **_provenance(every),
+        )
+    )
+
+
+def templates() -> jinja2.Environment:
+    """The templates of pages, with the filters that write numbers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -74,30 +106,7 @@ def render(
             *(narrative.format_megabytes, narrative.format_spent),
         )
     }
-    return environment.get_template("page.html.j2").render(
-        title=names.pop() if len(names) == 1 else f"{len(groups)} methods compared",
-        about=narrative.describe_runs(left),
-        conclusions=conclusions,
-        reference=next(iter(groups), ""),
-        cautions=narrative.cautions(every, tuning.keys if tuning else ()),
-        tuning=tuning,
-        published=published,
-        beside=beside_published(published, runs) if published and runs else [],
-        metric=metric,
-        direction=narrative.direction(metric),
-        rows=summarise(runs),
-        rounding=figures.ROUNDING,
-        palette=list(enumerate(figures.PALETTE)),
-        keys={
-            method: (n, inline_svg(figures.key(n, are_finished(own)), f"key-{n}"))
-            for n, (method, own) in enumerate(groups.items())
-        },
-        pictures=pictures(left, groups, metric, conclusions),
-        rejected=_rejected(every),
-        cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],
-        configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
-        **_provenance(every),
-    )
+    return environment
 
 
 def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, str]]:

@@ -18,10 +18,11 @@ from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
 from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
+from rolora.attacks.attack import ATTACKS, NO_ATTACK, Attack, bad_clients
 from rolora.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
-from rolora.data.labels import label_name
+from rolora.data.labels import in_order, label_name
 from rolora.errors import ConfigError
 from rolora.files import from_home
 from rolora.methods import get_method, method_names
@@ -29,9 +30,10 @@ from rolora.model.base import Base, load_base
 from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
 from rolora.model.peft import LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
-from rolora.run.shards import Rows, load_rows
+from rolora.run.shards import Rows, load_rows, rewritten, spoiled
 from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Task, TaskKind, task_kind
+from rolora.training.attacked import Attacked
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
 from rolora.training.local import LocalSettings, evaluate, first_gradient
@@ -46,6 +48,8 @@ class Parts(TypedDict, total=False):
     rows: Rows
     labels: Sequence[str]
     base: Base | None
+    encoded: tuple[Examples, str]
+    test: Examples
     engine: Engine
     partition: Mapping[str, Any]
     data: str
@@ -92,7 +96,7 @@ class Experiment:
                 f"partition.scheme = {scheme!r} goes by the one class of each row, which task "
                 f"{self.kind.name!r} does not have: use 'iid', 'by_field' or 'files'"
             )
-        return load_rows(
+        rows = load_rows(
             given.data,
             given.partition,
             columns=self.kind.columns_read(dict(given.data)),
@@ -101,6 +105,23 @@ class Experiment:
             root=given.root,
             offline=given.offline,
         )
+        if self.attack is None or self.attack.spoil is None:
+            return rows
+        bad = self._bad(rows)
+        return spoiled(rows, bad, self.attack.spoil, self.columns, given.data.train)
+
+    @cached_property
+    def attack(self) -> Attack | None:
+        """What the bad clients do; None if there are none."""
+        given = self.config.attack
+        if given.name == NO_ATTACK:
+            return None
+        made: Attack = ATTACKS.make(given.name, **given.options)
+        return made
+
+    def _bad(self, rows: Rows) -> frozenset[str]:
+        """The ids of the bad clients."""
+        return bad_clients(rows.shards, self.config.attack.clients, self.config.seed)
 
     def _classes(self, table: Any) -> list[list[str]]:
         """The classes of each row, where it has any: also of rows that are not learned by class."""
@@ -169,8 +190,23 @@ class Experiment:
                 f"{method.name} trains on the rows of all clients together, so {rule!r} has nobody "
                 "to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
             )
+        if self.attack is not None:
+            self._refuse_attack(method, self.attack)
         require_turns(method, config.train, {})  # of each client once its rows are known
         return freeze_head(method) if config.model.head == "freeze" else method
+
+    def _refuse_attack(self, method: Method, attack: Attack) -> None:
+        """ConfigError for an attack that this method or these settings leave no room for."""
+        forges = attack.forge is not None
+        if not method.federated or (forges and not method.shared(1)):
+            raise ConfigError(
+                f"{method.name} combines nothing that clients send, so there is nothing to "
+                "attack: remove [attack]"
+            )
+        if forges and not isinstance(self.config.lora.rank, int):
+            raise ConfigError(
+                "[attack] forges updates from the moves of all clients: set lora.rank to one number"
+            )
 
     @cached_property
     def base(self) -> Base:
@@ -236,7 +272,7 @@ class Experiment:
     @cached_property
     def examples(self) -> Examples:
         """The training rows as tokens, with their prefix where that is cached."""
-        return self._trained_on[0]
+        return self.encoded[0]
 
     @cached_property
     def shards(self) -> Mapping[str, Tensor]:
@@ -256,7 +292,8 @@ class Experiment:
         return self.task.encode_test(*self._held("validation"))
 
     @cached_property
-    def _trained_on(self) -> tuple[Examples, str]:
+    def encoded(self) -> tuple[Examples, str]:
+        """``examples`` with a note on their prefix; the same however the rows are split."""
         return self._cached(self.task.encode(self.rows.train, self.config.data.train))
 
     def _held(self, key: str) -> tuple[Any, str]:
@@ -377,7 +414,7 @@ class Experiment:
                 f"has {self.cohort} (train.participation of {len(self.rows.shards)} clients)"
             )
         kind = Debug if self.config.train.engine == "debug" else InProcess
-        return kind(
+        engine = kind(
             self.base,
             self.task,
             self.examples,
@@ -389,6 +426,9 @@ class Experiment:
             evaluation=partial(self.evaluate, answers=0),
             up=self.config.wire.up,
         )
+        if self.attack is None:
+            return engine
+        return Attacked(engine, self.attack, self._bad(self.rows), self.aggregation)
 
     @cached_property
     def spare(self) -> int:
@@ -426,9 +466,25 @@ class Experiment:
             spare=self.spare,
         )
 
+    @cached_property
+    def asked(self) -> Examples | None:
+        """The test rows with the answers that the attack is after, if it is after any."""
+        if self.attack is None or self.attack.ask is None:
+            return None
+        table, source = self._held(self.config.eval.rows)
+        classes = in_order(self.labels)
+        made = rewritten(table, self.attack.ask, self.columns, classes, source)
+        return self.task.encode_test(made, source)
+
     def evaluate(self, adapter: AdapterState, answers: int | None = None) -> Evaluation:
-        """Metrics of an adapter on the test and the validation rows; see ``score``."""
+        """Metrics of an adapter on the test and the validation rows; see ``score``.
+
+        Under an attack that is after certain answers, ``attack_success`` is how often it gets them.
+        """
         metrics = self.score(self.test, adapter, answers)
+        if self.asked is not None:
+            found = evaluate(self.base, self.task, self.asked, adapter)
+            metrics = {**metrics, "attack_success": found["accuracy"]}
         if self.config.eval.rows == "validation":
             return Evaluation(metrics, metrics)
         rows = self.validation
@@ -462,6 +518,11 @@ class Experiment:
             found.append(f"{self.rows.dropped} training rows belong to no client and are not used")
         if empty := self._without_text():
             found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
+        if self.attack is not None:
+            found.append(
+                f"an experiment: {', '.join(sorted(self._bad(self.rows)))} attack the others "
+                f"({config.attack.name})"
+            )
         limit = self.base.limit(config.data.max_length)
         for what, examples in (("training", self.examples), (config.eval.rows, self.test)):
             if examples.truncated:
@@ -471,7 +532,7 @@ class Experiment:
                 )
         found.append(self.base.note)
         found.append(self._warm_start[1] if config.lora.init_from is not None else "")
-        found.append(self._trained_on[1])
+        found.append(self.encoded[1])
         found.append(self._loaded[1] if "_loaded" in vars(self) else "")
         wanted, plan = config.train.bank, str(self.bank_plan)
         short = isinstance(wanted, int) and self.bank < min(wanted, self.cohort)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.seeding import generator
+from rolora.attacks.attack import Rewrite, Rewritten
 from rolora.config.schema import DataConfig, PartitionConfig
 from rolora.data import partition, tables
 from rolora.data.labels import in_order
@@ -122,6 +123,45 @@ def _load_rows(
         )
     note = "; ".join(filter(None, notes))
     return Rows(train, test, validation, shards, held_out, classes, split.dropped, note)
+
+
+def rewritten(
+    table: Any, rewrite: Rewrite, columns: Mapping[str, Any], classes: Sequence[str], source: str
+) -> Any:
+    """The table with the rows, texts and labels that an attack makes of it.
+
+    ``columns``: key of ``[data]`` -> column. Of two text columns the first is rewritten.
+    ConfigError for a task that does not give each text one label.
+    """
+    text, label = columns.get("text"), columns.get("label")
+    if text is None or not isinstance(label, str):
+        raise ConfigError("this attack changes labels: it needs model.task = 'classification'")
+    first = text if isinstance(text, str) else text[0]
+    texts, labels = tables.texts(table, first, source), tables.labels(table, label, source)
+    made = rewrite(texts, labels, classes)
+    kept = table.take([row for row, _, _ in made])
+    return tables.with_texts(
+        kept, {first: [text for _, text, _ in made], label: [label for _, _, label in made]}
+    )
+
+
+def spoiled(
+    rows: Rows, bad: Collection[str], rewrite: Rewrite, columns: Mapping[str, Any], source: str
+) -> Rows:
+    """The same rows, but each ``bad`` client trains on a rewritten copy of its own."""
+    classes = in_order(name for row in rows.classes(rows.train) for name in row)
+    parts = {"rows": rewritten(rows.train, _as_they_are, columns, classes, source)}
+    shards, count = dict(rows.shards), rows.train.num_rows
+    for client in sorted(bad):
+        own = rows.train.take(shards[client].tolist())
+        parts[client] = rewritten(own, rewrite, columns, classes, source)
+        shards[client] = torch.arange(count, count + parts[client].num_rows)
+        count += parts[client].num_rows
+    return replace(rows, train=tables.stacked(parts), shards=shards)
+
+
+def _as_they_are(texts: Sequence[str], labels: Sequence[str], classes: Sequence[str]) -> Rewritten:
+    return list(zip(range(len(texts)), texts, labels, strict=True))
 
 
 def digest(rows: Rows) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
-from rolora.config.schema import DataConfig, RunConfig
+from rolora.config.schema import AttackConfig, DataConfig, RunConfig
 from rolora.errors import RoloraError
 from rolora.files import make_folder, write_file
 from rolora.flower.message import LABEL_LENGTH, REASONS
@@ -35,7 +35,7 @@ class Refused(RoloraError):
 
 
 def consented(site: SiteConfig, config: RunConfig) -> RunConfig:
-    """The run's configuration with this site's columns in the roles that it reads.
+    """The run's configuration with this site's columns in the roles that it reads, and no attack.
 
     Raises Refused for a task, or a role, that the operator has not named.
     """
@@ -60,7 +60,7 @@ def consented(site: SiteConfig, config: RunConfig) -> RunConfig:
             )
         own[key] = column
     data = DataConfig.model_validate({**config.data.model_dump(), **own})
-    return config.model_copy(update={"data": data})
+    return config.model_copy(update={"data": data, "attack": AttackConfig()})
 
 
 def require_bounded(site: SiteConfig, config: RunConfig, trained: int) -> None:

@@ -1,0 +1,1 @@
+"""Bad clients, to measure how a run withstands them."""

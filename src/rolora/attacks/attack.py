@@ -1,0 +1,89 @@
+"""What an attack is: a record of what bad clients do otherwise than honest ones.
+
+An installed package adds an attack by an entry point of the group ``rolora.attacks``, which names a
+function of keyword-only options that returns an :class:`Attack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rolora.algorithm.adapter import AdapterState, Assignment, Roles
+from rolora.algorithm.seeding import generator
+from rolora.errors import ConfigError
+from rolora.registry import Registry
+
+Sent = Mapping[str, AdapterState]  # client -> the shared tensors that it sends
+Rewritten = list[tuple[int, str, str]]  # of each row that is kept: its index, new text, new label
+Rewrite = Callable[[Sequence[str], Sequence[str], Sequence[str]], Rewritten]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that bad clients know of a round, which is everything but the server's random draws.
+
+    ``cohort``: what each client of the round received. ``honest``: what each honest client sends;
+    never empty. ``own``: what each bad client would send, had it trained as the others do.
+    ``trained``: the roles that are trained in this round. ``outcome(sent)``: the server's adapter
+    if the bad clients send this; None if the round would not advance. ``rng`` is the attackers'.
+    """
+
+    cohort: Mapping[str, Assignment]
+    honest: Sent
+    own: Sent
+    trained: Roles
+    start: AdapterState
+    outcome: Callable[[Sent], AdapterState | None]
+    rng: torch.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """What bad clients do; where a field is left out they do as honest clients do.
+
+    ``forge(scene)``: what they send in a round. ``claim(num_examples)``: how many rows they say
+    they have. ``spoil(texts, labels, classes)``: the rows that they train on, made of their own,
+    where ``classes`` are the names of all labels in order. ``ask``, likewise: the test rows with
+    the answers that the attack is after; it succeeds as often as these are given.
+    """
+
+    forge: Callable[[Scene], Sent] | None = None
+    claim: Callable[[int], int] | None = None
+    spoil: Rewrite | None = None
+    ask: Rewrite | None = None
+
+
+NO_ATTACK = "none"
+
+ATTACKS = Registry(
+    kind="attack",
+    group="rolora.attacks",
+    own={
+        name: f"rolora.attacks.{module}:{name}"
+        for module, names in {
+            "forged": (
+                *("sign_flip", "scale", "gauss", "nan", "mimic", "alie", "ipm", "weight_lie"),
+                *("a_only", "b_only", "rank_collapse", "dormant_factor"),
+            ),
+            "poisoned": ("label_flip", "backdoor"),
+        }.items()
+        for name in names
+    },
+)
+
+
+def bad_clients(clients: Collection[str], count: int, seed: int) -> frozenset[str]:
+    """The ids of the bad clients: ``count`` of all, drawn from the seed, whatever the attack.
+
+    ConfigError if no honest client is left.
+    """
+    if count >= len(clients):
+        raise ConfigError(
+            f"attack.clients = {count} of {len(clients)} clients leaves no honest one: lower it"
+        )
+    ids = sorted(clients)
+    order = torch.randperm(len(ids), generator=generator(seed, "bad clients"))
+    return frozenset(ids[place] for place in order[:count].tolist())

@@ -1,0 +1,73 @@
+"""``rolora attack``: how methods and rules withstand bad clients."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rolora.cli.options import ConfigPath, Json, Overrides, names, own_overrides, seeds_of
+from rolora.cli.printing import again, show
+
+
+def attack(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(help="attacks, comma-separated; default: all that fit the task"),
+    ] = None,
+    bad: Annotated[int, typer.Option(min=1, help="clients that attack the others")] = 2,
+    rules: Annotated[
+        str, typer.Option(help="rules, comma-separated; steps before a rule with +")
+    ] = "mean,nnm+trimmed_mean",
+    methods: Annotated[
+        str, typer.Option(help="methods, comma-separated; the first is the reference")
+    ] = "rolora,ffa_lora,fedit",
+    seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0,1,2",
+    budget: Annotated[
+        str | None, typer.Option(help="core-hours after which to stop (resumable): 8h, 30m")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the folder of all runs; default: runs/NAME-attack")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Attack methods under several rules, each attack by itself, and compare what is left.
+
+    Every method also runs without an attack under each rule. Rows, cohorts and bad clients are the
+    same for all. Run the same command again to continue where it stopped.
+
+    An override can be for one method only: fedit:train.lr=1e-3. An attack can have options:
+    sign_flip+factor=4. docs/robustness.md describes the attacks.
+    """
+    from rolora.cli.progress import follow_all
+    from rolora.cli.results import robustness_text
+    from rolora.comparison.attacks import attacked_cells, known_attacks, plan_attacks
+    from rolora.comparison.budget import core_seconds
+    from rolora.comparison.queue import queue_all
+    from rolora.config.load import load_config
+    from rolora.report.robustness import write_robustness
+    from rolora.results.robustness import export
+
+    common, own = own_overrides(methods, overrides)
+    settings = load_config(config, common)
+    folder = out or Path("runs") / f"{settings.name}-attack"
+    comparisons = plan_attacks(
+        settings,
+        folder,
+        methods=own,
+        attacks=names(attacks) or known_attacks(settings),
+        rules=names(rules),
+        bad=bad,
+        seeds=seeds_of("--seeds", seeds),
+    )
+    seconds = None if budget is None else core_seconds(budget)
+    with again(), contextlib.closing(queue_all(comparisons, seconds)) as queue:
+        follow_all(queue)
+    cells, metric, _ = attacked_cells(comparisons)
+    report = write_robustness(cells, metric, bad, settings.name, folder / "report.html")
+    found = {**export(cells, metric, bad), "report": str(report)}
+    show(json, found, robustness_text(cells, metric), f"\nreport   {report}")

@@ -1,0 +1,122 @@
+"""``rolora attack`` from a configuration to the table and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rolora.attacks.attack import bad_clients
+from rolora.cli.main import app
+from rolora.config.load import load_config
+from rolora.errors import ConfigError
+from rolora.results.runs import cuts, load_run
+from rolora.run.runs import resume, start
+from rolora.sites.policy import consented
+from rolora.sites.site_config import SiteConfig
+
+EVEN = ("train.participation=1", "partition.scheme=iid", "train.rounds=2", "eval.every=2")
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def attack(site: Path, out: Path, *more: str) -> Any:
+    words = ["attack", str(site), *EVEN, "--bad", "1", "--out", str(out), "--json", *more]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_matrix_has_each_method_under_each_attack_and_rule_beside_none(
+    site: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "attacks"
+    words = ("--attacks", "sign_flip+factor=3,backdoor,nan", "--rules", "mean,nnm+median")
+    found = attack(site, out, *words, "--methods", "rolora,fedit", "--seeds", "0,1,2")
+    cells = {(c["attack"], c["rule"], c["method"]): c for c in found["cells"]}
+    assert [(a, r, m) for a, r, m in cells] == [
+        (attack, rule, method)
+        for attack in ("none", "sign_flip+factor=3", "backdoor", "nan")
+        for rule in ("mean", "nnm+median")
+        for method in ("rolora", "fedit")
+    ]
+    one = cells["sign_flip+factor=3", "mean", "rolora"]
+    runs = [load_run(out / "sign_flip+factor=3" / "mean" / f"rolora-seed{s}") for s in range(3)]
+    assert one["values"] == [run.last("accuracy") for run in runs]
+    clean = cells["none", "mean", "rolora"]
+    assert one["lost"] == pytest.approx(clean["mean"] - one["mean"])
+    assert one["interval"][0] <= one["lost"] <= one["interval"][1]
+    assert 0 <= cells["backdoor", "mean", "fedit"]["success"] <= 1
+    assert one["success"] is None
+    page = (out / "report.html").read_text()
+    assert "1 client attacks the others, by 3 attacks" in page
+    assert page.count('role="img"') == 2
+
+
+def test_an_attack_study_that_was_stopped_goes_on_and_repeats_nothing(
+    site: Path, tmp_path: Path
+) -> None:
+    words = ("--attacks", "ipm", "--rules", "mean", "--methods", "rolora,ffa_lora", "--seeds", "0")
+    first = attack(site, tmp_path / "a", *words)
+    last = tmp_path / "a" / "ipm" / "mean" / "ffa_lora-seed0"
+    done = {
+        file: file.stat().st_mtime_ns
+        for file in tmp_path.glob("a/*/*/*/rounds.jsonl")
+        if file.parent != last
+    }
+    assert len(done) == 3
+    (last / "report.html").unlink()
+    again = attack(site, tmp_path / "a", *words)
+    assert again["cells"] == first["cells"]
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+
+
+def test_an_attacked_run_resumes_to_the_same_bytes(site: Path, tmp_path: Path) -> None:
+    told = ["attack.name=alie", "aggregate.byzantine=1", *EVEN, "train.rounds=4"]
+    whole = start(load_config(site, told), tmp_path / "whole")
+    list(whole.rounds())
+    rounds = start(load_config(site, told), tmp_path / "halved").rounds()
+    for result in rounds:
+        if result.round == 2:
+            break
+    rounds.close()
+    list(resume(tmp_path / "halved").rounds())
+    bytes_of = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "halved")
+    ]
+    assert bytes_of[0] == bytes_of[1]
+
+
+def test_a_run_names_its_bad_clients_and_the_rule_cuts_them(site: Path, tmp_path: Path) -> None:
+    told = ["attack.name=gauss", "aggregate.byzantine=1", *EVEN]
+    run = start(load_config(site, told), tmp_path / "run")
+    list(run.rounds())
+    (bad,) = bad_clients(run.experiment.rows.shards, 1, 0)
+    assert f"an experiment: {bad} attack the others (gauss)" in run.notes
+    assert [one.client for one in cuts(load_run(tmp_path / "run")) if one.in_most_rounds] == [bad]
+
+
+def test_updates_that_are_no_numbers_change_nothing_for_the_others(
+    site: Path, tmp_path: Path
+) -> None:
+    run = start(load_config(site, ["attack.name=nan", *EVEN]), tmp_path / "run")
+    results = list(run.rounds())
+    (bad,) = bad_clients(run.experiment.rows.shards, 1, 0)
+    assert all(set(one.rejected) == {bad} for one in results[1:])
+    assert all(one.advanced for one in results)
+
+
+def test_a_coordinator_cannot_make_a_site_attack(site: Path) -> None:
+    told = load_config(site, ["attack.name=label_flip"])
+    ann = SiteConfig(name="ann", data="train.csv", text="text", label="label", root=site.parent)
+    assert consented(ann, told).attack.name == "none"
+
+
+def test_a_configuration_that_has_an_attack_already_is_refused(site: Path, tmp_path: Path) -> None:
+    words = ["attack", str(site), "attack.name=nan", "--out", str(tmp_path / "a")]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, ConfigError)
+    assert "remove it from the configuration" in str(result.exception)
