@@ -122,7 +122,7 @@ def config_hash(config: RunConfig) -> str:
             "data": {"train", "test", "validation"},
             "lora": {"init_from"},
             "federation": True,
-            "attack": config.attack.name == NO_ATTACK,
+            "attack": {"name", "clients"} if config.attack.name == NO_ATTACK else set(),
             "aggregate": {
                 key for key in ("options", "byzantine") if not getattr(config.aggregate, key)
             },
