@@ -284,4 +284,4 @@ def test_nothing_trains_in_a_worker_process() -> None:
             names = [alias.name for alias in node.names]
             names.append(str(getattr(node, "module", "")))
             found = {name.partition(".")[0] for name in names}
-            assert not found & {"multiprocessing", "concurrent", "joblib"}, file
+            assert not found & {"multiprocessing", "ProcessPoolExecutor", "joblib"}, file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,28 @@ def test_the_first_of_two_answers_counts_and_a_missing_one_is_reported(
     asked = transport.ask(dict.fromkeys((1, 2, 3), question), seconds=0.3)
     assert list(asked) == [(1, SiteMessage({"n": 1})), (2, late), (3, late)]
     assert list(transport.ask({1: question}, seconds=0)) == [(1, late)]
+
+
+def test_an_answer_that_is_announced_and_never_sent_holds_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Flower's pull waits for it, longer than the deadline."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    given_up = threading.Event()
+
+    class Held(Grid):
+        def pull_messages(self, ids: Iterable[str]) -> Iterable[Any]:
+            if ids == ["to 1"]:
+                assert given_up.wait(20), "the others were not served meanwhile"
+                return []
+            return [self.reply("to 2", n=2)]
+
+    transport = GridTransport(cast("Any", Held()))
+    asked = transport.ask(dict.fromkeys((1, 2), SiteMessage({"ask": "train"})), seconds=1.5)
+    assert next(asked) == (2, SiteMessage({"n": 2}))
+    assert list(asked) == [(1, lost("no answer before the deadline"))]
+    given_up.set()
 
 
 @pytest.mark.parametrize("differs", ["base model", "tokenizer"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import httpx
@@ -58,17 +59,29 @@ class GridTransport:
     def ask(
         self, questions: Mapping[int, SiteMessage], seconds: float
     ) -> Iterator[tuple[int, SiteMessage]]:
-        """Push every question, then poll for answers until all have come or the time is up."""
+        """Push every question, then poll for answers until all have come or the time is up.
+
+        Each answer is pulled by itself: one that was announced and is never sent would hold up all
+        others, for as long as Flower waits for it.
+        """
         waiting = self._pushed(questions, seconds) if questions and seconds > 0 else {}
         start, silent = time.monotonic(), set(questions)
-        while waiting and (waited := time.monotonic() - start) < seconds:
-            for id, node in list(waiting.items()):
-                if (answer := self._pulled(id)) is not None:
-                    del waiting[id]
-                    silent.remove(node)
-                    yield node, answer
-            if waiting:
-                time.sleep(poll_interval(waited, LONGEST))
+        pulls: dict[str, Future[SiteMessage | None]] = {}
+        pool = ThreadPoolExecutor(max(len(waiting), 1))
+        try:
+            while waiting and (waited := time.monotonic() - start) < seconds:
+                for id in [id for id in waiting if id not in pulls]:
+                    pulls[id] = pool.submit(self._pulled, id)
+                wait(pulls.values(), min(seconds - waited, LONGEST))
+                for id in [id for id, pull in pulls.items() if pull.done()]:
+                    if (answer := pulls.pop(id).result()) is not None:
+                        node = waiting.pop(id)
+                        silent.remove(node)
+                        yield node, answer
+                if waiting:
+                    time.sleep(poll_interval(waited, LONGEST))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         for node in sorted(silent):
             yield node, lost("no answer before the deadline")
 
