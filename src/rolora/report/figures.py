@@ -248,7 +248,7 @@ def dots(rows: Mapping[str, Mapping[str, float]], styles: Mapping[str, int], met
     figure, axes = new_figure(0.7 + 0.42 * len(rows))
     across = axes.get_yaxis_transform()
     for y, (title, own) in enumerate(rows.items()):
-        axes.text(0, y - 0.22, title, va="bottom", transform=across)
+        axes.text(0, y - 0.22, elided(title, 40), va="bottom", transform=across)
         for method, value in own.items():
             style = styles[method]
             marker, colour = MARKERS[style % len(MARKERS)], PALETTE[style % len(PALETTE)]
