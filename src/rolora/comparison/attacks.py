@@ -39,14 +39,15 @@ def plan_attacks(
 ) -> dict[Path, Comparison]:
     """``out/ATTACK/RULE`` -> the comparison of ``methods`` there; first those without an attack.
 
-    ``methods`` maps each to its own overrides. An attack is a name, or ``NAME+OPTION=VALUE``; a
-    rule is a name of a reducer, or ``STEP+RULE``, and is told to withstand ``bad`` clients.
-    ConfigError for anything that cannot be run.
+    Without ``attacks`` only the rules differ. ``methods`` maps each to its own overrides. An attack
+    is a name, or ``NAME+OPTION=VALUE``; a rule is a name of a reducer, or ``STEP+RULE``, and is
+    told to withstand ``bad`` clients. ConfigError for anything that cannot be run.
     """
     if config.attack.name != NO_ATTACK:
         raise ConfigError("[attack] is set by this command: remove it from the configuration")
     found = {}
-    for attack in (NO_ATTACK, *(one for one in checked_labels(attacks) if one != NO_ATTACK)):
+    given = checked_labels(attacks) if attacks else []
+    for attack in (NO_ATTACK, *(one for one in given if one != NO_ATTACK)):
         own = [f"attack.name={method_of(attack)}", f"attack.clients={bad}"]
         own = [] if attack == NO_ATTACK else [*own, *variant_overrides(attack, "attack")]
         for rule in checked_labels(rules):
