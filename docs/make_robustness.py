@@ -98,23 +98,24 @@ def setting(record: Record) -> str:
     seeds, made = ", ".join(map(str, record["seeds"])), record["made"]
     return (
         f"Accuracy, %, mean ± standard deviation over seeds {seeds}: "
-        f"`python experiments/run_attacks.py {record['study']}`, {record['core_hours']:.1f} "
+        f"`python experiments/run_attacks.py {record['study']}`, {record['core_hours']:.2f} "
         f"core-hours ({made['cpu']})."
     )
 
 
-def main() -> None:
-    """Write the page."""
-    records = {
-        path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RECORDS.glob("*.json"))
-    }
-    text = PAGE.read_text("utf-8")
+def read_records() -> dict[str, Record]:
+    """All records, by study."""
+    found = sorted(RECORDS.glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def page(text: str, records: Mapping[str, Record]) -> str:
+    """The page with its tables made anew."""
     text = put(text, "attacks:mnist", matrix(records["mnist"]))
     text = put(text, "attacks:success", success(records["mnist"]))
     text = put(text, "attacks:standings", standings(records["mnist"]))
-    text = put(text, "attacks:cost", cost(records["mnist-cost"]))
-    write_file(PAGE, text)
+    return put(text, "attacks:cost", cost(records["mnist-cost"]))
 
 
 if __name__ == "__main__":
-    main()
+    write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), read_records()))

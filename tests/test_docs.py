@@ -208,6 +208,11 @@ def test_the_tables_of_the_page_of_results_are_those_of_the_records() -> None:
     assert made.page(page, made.read_records()) == page
 
 
+def test_the_tables_of_the_page_on_robustness_are_those_of_the_records() -> None:
+    made, page = script("docs/make_robustness.py"), (ROOT / "docs" / "robustness.md").read_text()
+    assert made.page(page, made.read_records()) == page
+
+
 @pytest.mark.parametrize("name", method_names())
 def test_a_method_has_a_section_with_its_paper_its_rule_and_each_option_and_default(
     name: str,
