@@ -229,11 +229,11 @@ def test_a_silent_site_costs_two_waits_and_then_the_others_go_on_without_it(
     to: str, place: Path, tmp_path: Path
 ) -> None:
     transport = Silent(calls(place, tmp_path / "sites").sites, to=to)
-    settings = [*SETTINGS, "train.rounds=6", "federation.join=7", "federation.deadline=900"]
+    settings = [*SETTINGS, "train.rounds=6", "federation.join=700", "federation.deadline=900"]
     *_, last = remote(configuration(place, *settings), tmp_path / "run", transport).rounds()
     assert sorted(last.cohort) == ["site-ann", "site-bob"]
     assert len(transport.waited) == 2
-    assert all(wait > 800 if to == "train" else wait == 7 for wait in transport.waited)
+    assert all(wait > 800 if to == "train" else wait == 700 for wait in transport.waited)
 
 
 def test_each_silence_is_followed_by_a_longer_pause_until_the_site_has_trained(
