@@ -48,7 +48,7 @@ def run(name: str, study: dict[str, Any]) -> None:
         bad=bad,
         seeds=study["seeds"],
     )
-    follow_all(queue_all(comparisons))
+    follow_all(queue_all({one.path: one.comparison for one in comparisons}))
     cells, metric, runs = attacked_cells(comparisons)
     write_robustness(cells, metric, bad, config.name, out / "report.html")
     seconds = sum(line["seconds"] for one in runs for line in one.rounds)

@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.options import ConfigPath, Json, Overrides, names, own_overrides, seeds_of
+from rolora.cli.options import (
+    Budget,
+    ConfigPath,
+    Json,
+    Methods,
+    Overrides,
+    names,
+    own_overrides,
+    seeds_of,
+)
 from rolora.cli.printing import again, show
 
 
@@ -23,13 +32,9 @@ def attack(
     rules: Annotated[
         str, typer.Option(help="rules, comma-separated; steps before a rule with +")
     ] = "mean,nnm+trimmed_mean",
-    methods: Annotated[
-        str, typer.Option(help="methods, comma-separated; the first is the reference")
-    ] = "rolora,ffa_lora,fedit",
+    methods: Methods = "rolora,ffa_lora,fedit",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0,1,2",
-    budget: Annotated[
-        str | None, typer.Option(help="core-hours after which to stop (resumable): 8h, 30m")
-    ] = None,
+    budget: Budget = None,
     out: Annotated[
         Path | None, typer.Option(help="the folder of all runs; default: runs/NAME-attack")
     ] = None,
@@ -65,7 +70,12 @@ def attack(
         seeds=seeds_of("--seeds", seeds),
     )
     seconds = None if budget is None else core_seconds(budget)
-    with again(), contextlib.closing(queue_all(comparisons, seconds)) as queue:
+    with (
+        again(),
+        contextlib.closing(
+            queue_all({one.path: one.comparison for one in comparisons}, seconds)
+        ) as queue,
+    ):
         follow_all(queue)
     cells, metric, _ = attacked_cells(comparisons)
     report = write_robustness(cells, metric, bad, settings.name, folder / "report.html")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.options import ConfigPath, Json, Overrides, own_overrides, seeds_of
+from rolora.cli.options import Budget, ConfigPath, Json, Methods, Overrides, own_overrides, seeds_of
 from rolora.cli.printing import again, err_console, show
 from rolora.errors import ConfigError
 
@@ -16,9 +16,7 @@ from rolora.errors import ConfigError
 def compare(
     config: ConfigPath,
     overrides: Overrides = None,
-    methods: Annotated[
-        str, typer.Option(help="methods, comma-separated; the first is the reference")
-    ] = "rolora,ffa_lora,fedit",
+    methods: Methods = "rolora,ffa_lora,fedit",
     seeds: Annotated[
         str, typer.Option(help="seeds for the final table, comma-separated")
     ] = "0,1,2",
@@ -32,9 +30,7 @@ def compare(
     tune_rounds: Annotated[
         int | None, typer.Option(help="rounds of each tuning run; default: train.rounds")
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="core-hours after which to stop (resumable): 8h, 30m")
-    ] = None,
+    budget: Budget = None,
     out: Annotated[
         Path | None, typer.Option(help="the comparison's folder; default: runs/NAME-compare")
     ] = None,

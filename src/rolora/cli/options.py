@@ -16,6 +16,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="overrides such as train.lr=1e-3"),
 ]
+Methods = Annotated[str, typer.Option(help="methods, comma-separated; the first is the reference")]
+Budget = Annotated[
+    str | None, typer.Option(help="core-hours after which to stop (resumable): 8h, 30m")
+]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rolora.algorithm.reduce import REDUCERS
@@ -18,6 +19,16 @@ from rolora.results.runs import RunRecord, load_run, sorted_out
 from rolora.tasks.registry import task_kind
 
 RULES = ("mean", "nnm+trimmed_mean")
+
+
+@dataclass(frozen=True)
+class UnderAttack:
+    """The comparison of all methods under one attack and one rule, in a folder of its own."""
+
+    attack: str
+    rule: str
+    path: Path
+    comparison: Comparison
 
 
 def known_attacks(config: RunConfig) -> list[str]:
@@ -36,8 +47,8 @@ def plan_attacks(
     rules: Sequence[str] = RULES,
     bad: int = 1,
     seeds: Sequence[int] = (0, 1, 2),
-) -> dict[Path, Comparison]:
-    """``out/ATTACK/RULE`` -> the comparison of ``methods`` there; first those without an attack.
+) -> list[UnderAttack]:
+    """The comparison of ``methods`` for each attack and rule; first those without an attack.
 
     Without ``attacks`` only the rules differ. ``methods`` maps each to its own overrides. An attack
     is a name, or ``NAME+OPTION=VALUE``; a rule is a name of a reducer, or ``STEP+RULE``, and is
@@ -45,7 +56,7 @@ def plan_attacks(
     """
     if config.attack.name != NO_ATTACK:
         raise ConfigError("[attack] is set by this command: remove it from the configuration")
-    found = {}
+    found = []
     given = checked_labels(attacks) if attacks else []
     for attack in (NO_ATTACK, *(one for one in given if one != NO_ATTACK)):
         own = [f"attack.name={method_of(attack)}", f"attack.clients={bad}"]
@@ -59,23 +70,24 @@ def plan_attacks(
                 [f"aggregate.reducer={json.dumps(names)}", *told, *own],
                 root=config.root,
             )
-            found[out / attack / rule] = plan(cell, methods, seeds)
+            path = out / attack.replace("/", "_") / rule
+            found.append(UnderAttack(attack, rule, path, plan(cell, methods, seeds)))
     return found
 
 
-def attacked_cells(
-    comparisons: Mapping[Path, Comparison],
-) -> tuple[list[Cell], str, list[RunRecord]]:
+def attacked_cells(comparisons: Sequence[UnderAttack]) -> tuple[list[Cell], str, list[RunRecord]]:
     """The results of these comparisons, the metric that they are measured by, and their runs.
 
     AllDiverged if every run diverged.
     """
     runs = {
-        (path.parent.name, path.name, method): [
-            load_run(one.path) for one in comparison.final_runs(path, None) if one.method == method
+        (one.attack, one.rule, method): [
+            load_run(run.path)
+            for run in one.comparison.final_runs(one.path, None)
+            if run.method == method
         ]
-        for path, comparison in comparisons.items()
-        for method in comparison.methods
+        for one in comparisons
+        for method in one.comparison.methods
     }
     every = [run for each in runs.values() for run in each]
     metric = sorted_out(every).metric

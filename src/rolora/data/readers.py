@@ -226,13 +226,8 @@ def named_classes(table: pa.Table) -> pa.Table:
     try:
         about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         features = dict(about.get("info", {}).get("features", {}))
-    except (
-        ValueError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-    ):  # another program's, under the same key
-        return table
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return table  # another program's, under the same key
     for name, feature in features.items():
         names = feature.get("names") if isinstance(feature, dict) else None
         whole = name in table.column_names and pa.types.is_integer(table.schema.field(name).type)

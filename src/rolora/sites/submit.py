@@ -80,7 +80,8 @@ def run_remotely(
         if is_alive(job):
             raise ConfigError(f"{out} is already running (process {(job / 'pid').read_text()})")
         shutil.rmtree(job)
-    (job / "app").mkdir(parents=True)
+    job.mkdir(mode=0o700, parents=True)  # the configuration has the server's seed
+    (job / "app").mkdir()
     try:
         write_file(job / "config.toml", dump_config(config, {}, job))
         write_file(job / "order.json", json.dumps({"out": str(out), "rounds": rounds}))
