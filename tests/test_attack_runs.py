@@ -33,12 +33,17 @@ def test_a_matrix_has_each_method_under_each_attack_and_rule_beside_none(
     site: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "attacks"
-    words = ("--attacks", "sign_flip+factor=3,backdoor,nan", "--rules", "mean,nnm+median")
+    words = (
+        "--attacks",
+        'sign_flip+factor=3,backdoor+trigger="and/or",nan',
+        "--rules",
+        "mean,nnm+median",
+    )
     found = attack(site, out, *words, "--methods", "rolora,fedit", "--seeds", "0,1,2")
     cells = {(c["attack"], c["rule"], c["method"]): c for c in found["cells"]}
     assert [(a, r, m) for a, r, m in cells] == [
         (attack, rule, method)
-        for attack in ("none", "sign_flip+factor=3", "backdoor", "nan")
+        for attack in ("none", "sign_flip+factor=3", 'backdoor+trigger="and/or"', "nan")
         for rule in ("mean", "nnm+median")
         for method in ("rolora", "fedit")
     ]
@@ -48,7 +53,7 @@ def test_a_matrix_has_each_method_under_each_attack_and_rule_beside_none(
     clean = cells["none", "mean", "rolora"]
     assert one["lost"] == pytest.approx(clean["mean"] - one["mean"])
     assert one["interval"][0] <= one["lost"] <= one["interval"][1]
-    assert 0 <= cells["backdoor", "mean", "fedit"]["success"] <= 1
+    assert 0 <= cells['backdoor+trigger="and/or"', "mean", "fedit"]["success"] <= 1
     assert one["success"] is None
     page = (out / "report.html").read_text()
     assert "1 client attacks the others, by 3 attacks" in page
