@@ -22,11 +22,16 @@ RECORDS = HERE.parent / "experiments" / "records" / "attacks"
 Record = Mapping[str, Any]
 
 
-def percent(value: float | None, sd: float | None = None) -> str:
-    """'86.9 ± 0.4', from fractions; 'diverged' for none."""
-    if value is None:
-        return "diverged"
-    return f"{100 * value:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+def percent(value: float) -> str:
+    """'86.9', from a fraction."""
+    return f"{100 * value:.1f}"
+
+
+def accuracy(cell: Record) -> str:
+    """'86.9 ± 0.4', or how many of the runs diverged."""
+    if cell["mean"] is None:
+        return f"{cell['values'].count(None)} of {len(cell['values'])} diverged"
+    return f"{percent(cell['mean'])} ± {percent(cell['sd'])}"
 
 
 def signed(value: float | None, interval: list[float] | None) -> str:
@@ -52,7 +57,7 @@ def matrix(record: Record) -> list[str]:
         lines += ["|---" + "|---:" * len(record["methods"]) + "|"]
         for attack in dict.fromkeys(cell["attack"] for cell in record["cells"]):
             own = [c for c in record["cells"] if (c["attack"], c["rule"]) == (attack, rule)]
-            values = " | ".join(percent(cell["mean"], cell["sd"]) for cell in own)
+            values = " | ".join(accuracy(cell) for cell in own)
             lines.append(f"| {name(attack)} | {values} |")
         lines.append("")
     return [*lines, setting(record)]
@@ -89,7 +94,7 @@ def cost(record: Record) -> list[str]:
     lines += ["|---" + "|---:" * len(record["methods"]) + "|"]
     for rule in record["rules"]:
         own = (cells[rule, method] for method in record["methods"])
-        lines.append(f"| `{rule}` | " + " | ".join(percent(c["mean"], c["sd"]) for c in own) + " |")
+        lines.append(f"| `{rule}` | " + " | ".join(accuracy(c) for c in own) + " |")
     return [*lines, "", setting(record)]
 
 
