@@ -29,7 +29,7 @@ from rolora.training.engine import ClientMetrics, Engine, Job
 
 pytestmark = pytest.mark.slow
 
-CLIENTS, ROUNDS, SEED = 100, 500, 16
+CLIENTS, ROUNDS, SEED = 100, 500, 1729
 KILLS, FURTHEST = 8, 1500  # each kill comes before one of so many file operations
 NEVER = 10**9  # file operations
 WARM = 100  # rounds of each process before its memory is watched: caches of the allocator fill
