@@ -6,7 +6,7 @@
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
 # make test-faults   kills, full disks and power cuts at every file operation, about 20 minutes
-# make soak          500 rounds of 100 clients with faults and kills, about 5 minutes
+# make soak          1,000 rounds of 100 clients with faults and kills, about 6 minutes
 # make reliability   both, and their figures into docs/reliability.md
 # make test-mutants   each validation is taken out in turn, and a test must fail
 # make fuzz TARGET=rows SECONDS=600   gives a reader (tests/fuzz) as many inputs as fit

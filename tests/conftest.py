@@ -13,6 +13,7 @@ from tiny_site import make_site
 WIDE = {
     "test_attack_runs",
     "test_bank_parts",
+    "test_base",
     "test_catalogue",
     "test_chat_runs",
     "test_chats",
@@ -22,6 +23,7 @@ WIDE = {
     "test_compare_command",
     "test_config_template",
     "test_corpus",
+    "test_docs",
     "test_doctor",
     "test_engine",
     "test_evaluation",

@@ -6,7 +6,6 @@ import gzip
 import itertools
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -245,12 +244,11 @@ def test_a_terminal_that_closes_ends_a_command_as_ctrl_c_does_unless_that_is_ign
     site: Path, tmp_path: Path, ignored: bool
 ) -> None:
     rounds = f"train.rounds={4 if ignored else 1000}"  # it must still be at work when it is told
-    command = [sys.executable, "-m", "rolora", "run", str(site), rounds, "--out"]
-    command.append(str(tmp_path / "run"))
-    trap = "trap '' HUP; " if ignored else ""
-    process = subprocess.Popen(
-        ["sh", "-c", f"{trap}exec {shlex.join(command)}"], stderr=subprocess.PIPE, text=True
-    )
+    run = [sys.executable, "-m", "rolora", "run", str(site), rounds, "--out", str(tmp_path / "run")]
+    handled = "SIG_IGN" if ignored else "SIG_DFL"  # as a shell, or nohup, would set it
+    first = f"import os, signal; signal.signal(signal.SIGHUP, signal.{handled}); os.execv"
+    command = [sys.executable, "-c", f"{first}({run[0]!r}, {run!r})"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "rounds.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)

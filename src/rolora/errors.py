@@ -16,6 +16,9 @@ class RoloraError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))  # it may quote names and cells, which hold anything
+
 
 class ConfigError(RoloraError):
     """Bad usage or configuration (exit code 2)."""
