@@ -180,7 +180,11 @@ class SitePlace:
 def trials(place: SitePlace, part: str, faults: tuple[str, ...]) -> Iterator[Trial]:
     """Every fault at every operation; each kill once more with a second one at a drawn place."""
     seen = place.operations(part)
-    named = [f"{kind} {path}" for kind, path, _ in seen] + ["what comes next"]
+    before = [""] + [f" after {kind} {path}" for kind, path, _ in seen]
+    named = [
+        f"{kind} {path}{last if path == '.' else ''}"  # a folder by itself says nothing
+        for (kind, path, _), last in zip(seen, before, strict=False)
+    ] + ["what comes next"]
     rng = random.Random(f"{SEED} {place.kind} {part}")
     for fault, at in possible(seen, faults):
         if at > len(seen):
