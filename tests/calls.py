@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tiny import tiny_bert
 from tiny_site import write_rows
@@ -20,6 +21,7 @@ from rolora.sites.coordinator import across
 from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
 
+T = TypeVar("T")
 NAMES = ("ann", "bob", "cy")
 Spoil = Callable[[str, SiteMessage, SiteMessage], SiteMessage]  # site, question, its answer
 
@@ -55,6 +57,20 @@ class Calls:
             reply = wired(self.spoil(name, question, answer))
             self.passed.append((name, question, reply))
             yield node, reply
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """Done at once, in this thread, and heard when the next round begins."""
+        return done(work)
+
+
+def done(work: Callable[[], T]) -> Future[T]:
+    """What the work returns or raises."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def make_place(folder: Path) -> Path:

@@ -41,6 +41,7 @@ WIDE = {
     "test_hostile_coordinator",
     "test_hostile_sites",
     "test_hostile_updates",
+    "test_joining",
     "test_memory",
     "test_method_runs",
     "test_models",

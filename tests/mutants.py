@@ -111,7 +111,8 @@ OTHERS: Mapping[str, Sequence[tuple[str, str]]] = {
     "flower/membership.py": [
         ("return use(checked(reply))", "return use(reply)"),
         ("reply = bounded(reply.head, reply.body)", "pass"),
-        ("new &= names.keys()", "pass"),
+        ("due &= known.names.keys()", "pass"),
+        ("if talk.labels != known.labels or", "if"),
     ],
     "model/base.py": [
         ('use_safetensors=None if "gguf_file" in place else True', "use_safetensors=None"),

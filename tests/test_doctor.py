@@ -24,6 +24,7 @@ from rolora.errors import RoloraError
 from rolora.flower.versions import PROTOCOL, versions
 from rolora.sites import keys
 from rolora.sites.doctor import examine_site
+from rolora.sites.policy import Uses
 from rolora.sites.site_config import SiteConfig
 
 
@@ -232,3 +233,36 @@ def test_what_is_as_it_should_be_is_told_too_and_nothing_is_left_behind(place: P
     } <= found.keys()
     assert found["labels"] == "bad, cat, good"
     assert not (place / "state").exists()
+
+
+def test_each_limit_of_a_site_is_shown_with_what_runs_have_used_of_it(
+    place: Path, tmp_path: Path
+) -> None:
+    limits = {"max_runs": 3, "max_questions": 40, "max_rounds": 7, "max_rank": 16}
+    settings = site(place, state=str(tmp_path), superlink="nowhere", **limits)
+    found = looked_at(settings)
+    assert found["runs"] == "0 of 3 answered (max_runs)"
+    assert found["questions"] == "0 of 40 answered in any run (max_questions)"
+    assert not (tmp_path / "uses.json").exists()
+    config = make_config(json.loads(run(place)), ["train.rounds=5"], root=place)
+    for name, questions in (("aaaaaaaa", 2), ("bbbbbbbb", 40)):
+        uses = Uses.read(settings)
+        uses.admit(name, config, 20)
+        for _ in range(questions - 1):
+            uses.count(name)
+    found = looked_at(settings)
+    assert found["runs"] == "2 of 3 answered (max_runs)"
+    assert found["questions"] == "40 of 40 answered in run bbbbbbbb, the most (max_questions)"
+    assert found["sizes"] == (
+        "max_rounds 7, max_steps 10,000, max_batch 1,024, max_rank 16, min_train_rows 10, "
+        "min_score_rows 10"
+    )
+    Uses.read(settings).admit("cccccccc", config, 20)
+    said = bad(settings)["runs"]
+    assert said == "3 of 3 answered (max_runs): a new run is refused until you raise it"
+
+
+def test_counts_that_cannot_be_read_are_told(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "uses.json").write_text("{")
+    found = bad(site(place, state=str(tmp_path), superlink="nowhere"))
+    assert "uses.json is damaged: restore it, or remove it" in found["runs"]

@@ -187,6 +187,17 @@ def test_only_the_metrics_that_the_operator_named_leave(asked: Asked) -> None:
     assert read_metrics(every.text("metrics"), {"accuracy", "loss"}) == {"accuracy": 0.5, "loss": 1}
 
 
+def test_the_training_loss_leaves_only_if_the_operator_named_it(asked: Asked) -> None:
+    reply = SiteMessage({"round": 1, "num_examples": 40, "loss": 0.7131971, "moved": 1.0}, b"x")
+    for metrics, leaves in ((None, True), (["accuracy", "loss"], True), (["accuracy"], False)):
+        (asked.config.folder / "outgoing.log").unlink(missing_ok=True)
+        site = asked.config.model_copy(update={"metrics": metrics})
+        left = leave(site, "train", RUN, reply)
+        assert ("loss" in left.head) == leaves
+        assert ("0.7131971" in asked.told()) == leaves
+        assert (left.head["moved"], left.body) == (1.0, b"x")
+
+
 def test_an_answer_that_cannot_be_logged_does_not_leave(place: Path, tmp_path: Path) -> None:
     asked = Asked(place, tmp_path / "state")
     (tmp_path / "state" / "outgoing.log").mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rolora.flower.transport import poll_interval
 from rolora.run import runs
 from rolora.run.runs import Run
 from rolora.sites.coordinator import across
+from rolora.sites.site import Site
 from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -251,6 +253,33 @@ def test_a_site_that_lost_what_it_held_is_sent_everything(place: Path, tmp_path:
     lacked = [q.head["round"] for _, q, r in transport.passed if r.head.get("lacks")]
     assert lacked == [3]
     assert bits(run, last) == {n: tensor_hash(t) for n, t in whole.state.server.adapter.items()}
+
+
+def test_a_training_loss_that_stays_at_its_site_is_left_out_of_the_mean_and_of_nothing_else(
+    place: Path, tmp_path: Path
+) -> None:
+    settings = (FEW, "train.participation=1.0", "data.client_test=0.3", "eval.every=1")
+    ended = []
+    for silent in ((), (11,), (10, 11, 12)):
+        transport, out = calls(place, tmp_path / f"{len(silent)}"), tmp_path / f"run{len(silent)}"
+        for node in silent:
+            config = transport.sites[node].config.model_copy(update={"metrics": ["accuracy"]})
+            transport.sites[node] = Site(config)
+        run = remote(configuration(place, *settings), out, transport)
+        *_, last = run.rounds()
+        ended.append((bits(run, last), last))
+        told = [
+            json.loads(line)["loss"] for line in (out / "rounds.jsonl").read_text().splitlines()
+        ]
+        assert told[-1] == last.loss
+    (every, last), (fewer, without_bob), (none, without_any) = ended
+    assert every == fewer == none
+    clients = dict(last.clients)
+    assert without_any.loss is None
+    assert not any("loss" in metrics for metrics in without_any.clients.values())
+    assert sorted(without_any.client_metrics["site-ann"]) == ["accuracy"]
+    del clients["site-bob"]
+    assert without_bob.loss == replace(last, clients=clients).loss
 
 
 def test_a_message_is_found_late_by_a_tenth_of_the_waiting_and_not_looked_for_all_the_time() -> (

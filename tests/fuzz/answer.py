@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from calls import configuration, make_place
+from calls import T, configuration, done, make_place
 
 from fuzz import folder, with_head
 from rolora.algorithm.adapter import Assignment, ClientInfo, Update
@@ -75,6 +76,9 @@ class _Node:
             ask = str(question.head["ask"])
             yield node, self.said if ask == self.asked else SiteMessage(USUAL[ask])
 
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        return done(work)
+
 
 def target(data: bytes) -> None:
     """The first byte says what was asked; the rest is the answer (``with_head``)."""
@@ -100,6 +104,7 @@ def target(data: bytes) -> None:
             assert all(type(value) is float for value in found.held_out.values())
     else:
         membership.present(_base, LABELS)
+        membership.present(_base, LABELS)  # hears what was answered since
         for hello in membership.hellos.values():
             assert SITE_NAME.fullmatch(hello.site)
             assert len(hello.labels) <= _experiment.config.federation.max_labels

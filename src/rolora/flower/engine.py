@@ -167,7 +167,8 @@ class Remote:
             if (round := answer.integer("round")) != info.round:
                 raise MessageError(f"it is for round {round}, not {info.round}")
             tensors = decode(up, answer.body, like, sparse=method.sparse_upload)
-            metrics = {key: answer.number(key) for key in ("loss", "steps", "moved")}
+            told = ("loss", "steps", "moved") if "loss" in answer.head else ("steps", "moved")
+            metrics = {key: answer.number(key) for key in told}
             count = answer.integer("num_examples")
             adapter = AdapterState(tensors, view.scaling)
             return Update(info.id, adapter, count, metrics, body_bytes(answer.body))

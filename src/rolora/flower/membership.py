@@ -1,7 +1,8 @@
 """Which sites take part: they say hello, show that they have the run's model, and come and go.
 
 Sites are reached through a ``Transport``: Flower in a real run, function calls in tests. No answer
-is trusted: ``attempt`` turns whatever it sets off into a reason to do without it.
+is trusted: ``attempt`` turns whatever it sets off into a reason to do without it. Before the first
+round the sites that are there are waited for; those that come later are asked beside the rounds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -45,12 +49,17 @@ class Transport(Protocol):
         """Each node's answer once, as it comes; if none comes in time, an "error" that says so."""
         ...
 
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """Do this while the rounds go on. It may call ``ask``."""
+        ...
+
 
 class Hello(NamedTuple):
-    """What a site has said of itself: its name, and the labels of its rows."""
+    """What a site has said of itself: its name, the labels of its rows, and its torch."""
 
     site: str
     labels: list[str]
+    torch: str
 
 
 class Member(NamedTuple):
@@ -58,6 +67,30 @@ class Member(NamedTuple):
 
     node: int
     num_examples: int
+
+
+class Known(NamedTuple):
+    """What a hello is judged by.
+
+    The nodes that are there, the names that belong to their keys (None without keys), who has said
+    hello, and the run's labels once they are fixed.
+    """
+
+    there: AbstractSet[int]
+    names: Mapping[int, str] | None
+    hellos: Mapping[int, Hello]
+    labels: Sequence[str] | None
+
+    def who(self, node: int) -> str:
+        """What a node is called before its hello is believed."""
+        return f"node {node}" if self.names is None else self.names[node]
+
+
+class Talk(NamedTuple):
+    """What a node is asked beside the rounds: with which labels, and its answers once they came."""
+
+    labels: Sequence[str]
+    answers: Future[tuple[SiteMessage, ...]]
 
 
 class Unusable(NamedTuple):
@@ -103,6 +136,7 @@ class Membership:
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     strikes: dict[int, Strikes] = field(default_factory=dict)
+    talks: dict[int, Talk] = field(default_factory=dict)
 
     def gather(self) -> None:
         """Wait until ``federation.sites`` sites have answered hello.
@@ -111,7 +145,7 @@ class Membership:
         """
         federation = self.wanted.config.federation
         until = time.monotonic() + federation.wait
-        self._greet()
+        self._greet(self._known())
         while len(self.hellos) < federation.sites:
             if time.monotonic() > until:
                 why = "".join(f"; refused: {reason}" for reason in self.refused.values())
@@ -120,7 +154,7 @@ class Membership:
                     f"{why}; start the others and resume"
                 )
             time.sleep(1)
-            self._greet()
+            self._greet(self._known())
 
     def labels(self) -> list[str]:
         """``federation.labels``, or those of all sites that said hello and are not refused."""
@@ -128,11 +162,28 @@ class Membership:
         every = self.wanted.config.federation.labels or every
         return self.wanted.kind.vocabulary(every, "the sites' rows")
 
+    def settle(self, base: Base, labels: Sequence[str]) -> None:
+        """Have every site that is there load the model, anew, and wait for their answers.
+
+        A node that has been silent before is not waited for again.
+        """
+        self._greet(self._known(labels), but=self.strikes.keys())
+        for node, reply in self._replies(self.hellos.keys(), self._ready(labels)):
+            self._join(node, reply, base)
+
     def present(self, base: Base, labels: Sequence[str]) -> Mapping[str, Member]:
-        """The members that can be reached now. Nodes that are new may join."""
-        self._greet()
+        """The members that can be reached now. Nobody is waited for.
+
+        Nodes that are new are asked to join, and those that have answered since the last call do.
+        """
+        known = self._known(labels)
+        for node in [node for node, talk in self.talks.items() if talk.answers.done()]:
+            self._hear(node, self.talks.pop(node), base, known)
+        before = known._replace(hellos=dict(self.hellos))  # what another thread may read
         joined = {member.node for member in self.members.values()}
-        self._admit(self.hellos.keys() - joined, base, labels)
+        for node in sorted(self._due(known) - joined):
+            work = partial(self._talk, node, before, self._ready(labels))
+            self.talks[node] = Talk(labels, self.transport.beside(work))
         return self.reachable()
 
     def reachable(self) -> Mapping[str, Member]:
@@ -165,30 +216,35 @@ class Membership:
         federation = self.wanted.config.federation
         return min(federation.join, federation.deadline)
 
-    def _greet(self) -> None:
-        """Ask nodes that are new for their hello."""
-        there, names = set(self.transport.nodes()), self.registered()
-        new = there - self.hellos.keys() - self.refused.keys()
-        if names is not None:
-            new &= names.keys()  # a key that is just being registered has its name soon
-        now = time.monotonic()
-        due = {node for node in new if node not in self.strikes or self.strikes[node].until <= now}
+    @property
+    def _hello(self) -> SiteMessage:
         values = self.wanted.config.model_dump_json(exclude_none=True).encode()
-        for node, reply in self._asked(due, self.question("hello", values)):
-            who = f"node {node}" if names is None else names[node]
+        return self.question("hello", values)
 
-            def met(said: SiteMessage, node: int = node) -> Hello:
-                return self._met(node, said, names, there)
+    def _ready(self, labels: Sequence[str]) -> SiteMessage:
+        """Have a site load the model and its rows."""
+        return self.question("ready", json.dumps(labels).encode())
 
-            hello = attempt(met, reply)
-            if isinstance(hello, Unusable):
-                self._refuse(node, who, hello.reason)
-                continue
-            for old in [n for n, known in self.hellos.items() if known.site == hello.site]:
-                self._forget(old)
-            self.hellos[node] = hello
+    def _known(self, labels: Sequence[str] | None = None) -> Known:
+        return Known(set(self.transport.nodes()), self.registered(), self.hellos, labels)
 
-    def _asked(self, nodes: set[int], question: SiteMessage) -> Iterator[tuple[int, SiteMessage]]:
+    def _due(self, known: Known) -> set[int]:
+        """The nodes that are there and may be asked now."""
+        due = known.there - self.refused.keys() - self.talks.keys()
+        if known.names is not None:
+            due &= known.names.keys()  # a key that is just being registered has its name soon
+        now = time.monotonic()
+        return {node for node in due if node not in self.strikes or self.strikes[node].until <= now}
+
+    def _greet(self, known: Known, but: AbstractSet[int] = frozenset()) -> None:
+        """Ask nodes that are new for their hello, and wait for it."""
+        new = self._due(known) - self.hellos.keys() - but
+        for node, reply in self._replies(new, self._hello):
+            self._meet(node, reply, known)
+
+    def _replies(
+        self, nodes: AbstractSet[int], question: SiteMessage
+    ) -> Iterator[tuple[int, SiteMessage]]:
         """The answers of these nodes to the same question, as they come, but of silent ones."""
         questions = dict.fromkeys(sorted(nodes), question)
         for node, reply in self.transport.ask(questions, self._patience) if nodes else ():
@@ -197,17 +253,64 @@ class Membership:
             else:
                 yield node, reply
 
-    def _met(
-        self, node: int, said: SiteMessage, names: Mapping[int, str] | None, there: set[int]
-    ) -> Hello:
+    def _talk(self, node: int, known: Known, ready: SiteMessage) -> tuple[SiteMessage, ...]:
+        """A node's answers to hello and, if that can be used, to ready.
+
+        This runs beside the rounds and changes nothing: the answers are judged when they are heard.
+        """
+
+        def answer(question: SiteMessage) -> SiteMessage:
+            ((_, reply),) = self.transport.ask({node: question}, self._patience)
+            return reply
+
+        said = answer(self._hello)
+        if isinstance(attempt(partial(self._judged, node, known), said), Unusable):
+            return (said,)
+        return said, answer(ready)
+
+    def _hear(self, node: int, talk: Talk, base: Base, known: Known) -> None:
+        """Take in what a node has answered beside the rounds."""
+        if talk.labels != known.labels or (known.names is not None and node not in known.names):
+            return
+        if error := talk.answers.exception():
+            fault = type(error).__name__
+            self.notify(f"site {known.who(node)} could not be asked to join ({fault})")
+            self.missed(node)
+            return
+        said, *more = talk.answers.result()
+        if [said, *more][-1].head.get("lost") is True:
+            self.missed(node)
+            return
+        self._meet(node, said, known)
+        if more and node in self.hellos:
+            self._join(node, more[0], base)
+
+    def _meet(self, node: int, reply: SiteMessage, known: Known) -> None:
+        """Note this node's hello, or refuse it."""
+        hello = attempt(partial(self._judged, node, known), reply)
+        if isinstance(hello, Unusable):
+            self._refuse(node, known.who(node), hello.reason)
+            return
+        if hello.torch != (mine := version("torch")):
+            self.notify(
+                f"site {hello.site} has torch {hello.torch[:20]!r}, the coordinator {mine}: the "
+                "last bits of the result may differ from a run on one machine"
+            )
+        for old in [n for n, met in self.hellos.items() if met.site == hello.site and n != node]:
+            self._forget(old)
+        self.hellos[node] = hello
+
+    def _judged(self, node: int, known: Known, said: SiteMessage) -> Hello:
         """A node's hello. Raises RoloraError if it cannot be used in this run."""
-        mine = version("torch")
-        name, theirs = said.text("site"), said.text("torch")
+        name, torch = said.text("site"), said.text("torch")
         if not SITE_NAME.fullmatch(name):
             raise MessageError(f"{name[:64]!r} is not a valid site name")
-        if names is not None and names[node] != name:
-            raise MessageError(f"it calls itself {name!r}, but its key is that of {names[node]!r}")
-        if any(known.site == name and old in there for old, known in self.hellos.items()):
+        if known.names is not None and known.names[node] != name:
+            raise MessageError(
+                f"it calls itself {name!r}, but its key is that of {known.names[node]!r}"
+            )
+        others = known.hellos.items()
+        if any(met.site == name and n != node and n in known.there for n, met in others):
             raise MessageError(NAME_TAKEN)
         self.wanted.config.lora.ranks([name])
         own = read_labels(said.text("labels")) if self.wanted.kind.labelled else []
@@ -216,36 +319,27 @@ class Membership:
         federation = self.wanted.config.federation
         if len(own) > federation.max_labels:
             raise MessageError(f"it has {len(own)} labels (federation.max_labels)")
-        if others := set(own) - set(federation.labels or own):
-            raise MessageError(f"its label {min(others)!r} is not in federation.labels")
-        if theirs != mine:
-            self.notify(
-                f"site {name} has torch {theirs[:20]!r}, the coordinator {mine}: the last bits of "
-                "the result may differ from a run on one machine"
-            )
-        return Hello(name, own)
+        if unnamed := set(own) - set(federation.labels or own):
+            raise MessageError(f"its label {min(unnamed)!r} is not in federation.labels")
+        if known.labels is not None and (late := set(own) - set(known.labels)):
+            raise MessageError(f"label {min(late)!r} is not in this run")
+        return Hello(name, own, torch)
 
-    def _admit(self, nodes: set[int], base: Base, labels: Sequence[str]) -> None:
-        """Have these nodes load the model and the rows, and compare the model with ``base``."""
-        question = self.question("ready", json.dumps(labels).encode())
-        for node in sorted(nodes):
-            if unknown := set(self.hellos[node].labels) - set(labels):
-                why = f"label {min(unknown)!r} is not in this run"
-                self._refuse(node, self.hellos[node].site, printable(why))
-        for node, reply in self._asked(nodes & self.hellos.keys(), question):
-            name = self.hellos[node].site
+    def _join(self, node: int, reply: SiteMessage, base: Base) -> None:
+        """Make this node a member if its model is that of ``base``, or refuse it."""
+        name = self.hellos[node].site
 
-            def ready(said: SiteMessage, node: int = node) -> Member:
-                _require_same_model(said, base)
-                return Member(node, said.integer("num_examples"))
+        def ready(said: SiteMessage) -> Member:
+            _require_same_model(said, base)
+            return Member(node, said.integer("num_examples"))
 
-            member = attempt(ready, reply)
-            if isinstance(member, Unusable):
-                self._refuse(node, name, member.reason)
-            else:
-                self.members[name] = member
-                self.notify(f"site {name} joined with {member.num_examples:,} rows")
-                self._note_majority()
+        member = attempt(ready, reply)
+        if isinstance(member, Unusable):
+            self._refuse(node, name, member.reason)
+            return
+        self.members[name] = member
+        self.notify(f"site {name} joined with {member.num_examples:,} rows")
+        self._note_majority()
 
     def _note_majority(self) -> None:
         """Say that one site of several claims most rows, where that gives it most of the weight."""

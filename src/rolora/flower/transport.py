@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
+from typing import TypeVar
 
 import httpx
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -13,6 +15,7 @@ from flwr.serverapp import Grid
 
 from rolora.flower.message import SiteMessage, lost
 
+T = TypeVar("T")
 TYPES = {
     "hello": MessageType.QUERY,
     "ready": MessageType.QUERY,
@@ -21,6 +24,7 @@ TYPES = {
 }
 RECORD, BODY = "rolora", "body"
 LONGEST = 0.5  # seconds between polls for answers
+MOST_BESIDE = 64  # nodes that are asked beside the rounds at the same time
 
 
 def to_record(message: SiteMessage) -> RecordDict:
@@ -48,9 +52,26 @@ def poll_interval(waited: float, longest: float) -> float:
 
 @dataclass(frozen=True)
 class GridTransport:
-    """The ``Transport`` of Flower's grid: the nodes are connected SuperNodes."""
+    """The ``Transport`` of Flower's grid: the nodes are connected SuperNodes.
+
+    Once Flower's grid is connected, threads may use it at the same time: what they share, an
+    ``httpx.Client`` and a retry that has locks of its own, is made for that.
+    """
 
     grid: Grid
+    ended: Event = field(default_factory=Event)
+    pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(MOST_BESIDE, "beside")
+    )
+
+    def beside(self, work: Callable[[], T]) -> Future[T]:
+        """Do this in a thread of its own."""
+        return self.pool.submit(work)
+
+    def close(self) -> None:
+        """Let every question go, in whatever thread, within one poll."""
+        self.ended.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def nodes(self) -> Sequence[int]:
         """The SuperNodes that have sent a heartbeat lately."""
@@ -64,12 +85,15 @@ class GridTransport:
         Each answer is pulled by itself: one that was announced and is never sent would hold up all
         others, for as long as Flower waits for it.
         """
-        waiting = self._pushed(questions, seconds) if questions and seconds > 0 else {}
+        asks = questions and seconds > 0 and not self.ended.is_set()
+        waiting = self._pushed(questions, seconds) if asks else {}
         start, silent = time.monotonic(), set(questions)
         pulls: dict[str, Future[SiteMessage | None]] = {}
         pool = ThreadPoolExecutor(max(len(waiting), 1))
         try:
             while waiting and (waited := time.monotonic() - start) < seconds:
+                if self.ended.is_set():
+                    break
                 for id in [id for id in waiting if id not in pulls]:
                     pulls[id] = pool.submit(self._pulled, id)
                 wait(pulls.values(), min(seconds - waited, LONGEST))
@@ -79,7 +103,7 @@ class GridTransport:
                         silent.remove(node)
                         yield node, answer
                 if waiting:
-                    time.sleep(poll_interval(waited, LONGEST))
+                    self.ended.wait(poll_interval(waited, LONGEST))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         for node in sorted(silent):

@@ -203,7 +203,7 @@ def _training_loss(groups: Groups) -> Picture | None:
         "Training loss",
         f"training loss of each round for {', '.join(lines)}",
         figures.curves(list(lines.values()), "training loss", "round"),
-        f"Mean over the round's clients, weighted by their rows.{_band(groups)}",
+        f"Mean over the round's clients that tell it, weighted by their rows.{_band(groups)}",
         tuple(lines),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -45,12 +45,13 @@ def main(grid: Grid, context: Context) -> None:
     escape_records()
     with reporting(job) as lines, ExitStack() as stack:
         notify = partial(print, file=lines)
+        transport = stack.enter_context(closing(GridTransport(grid)))
         config = load_config(job / "config.toml")
         if (folder := folder_of(config)) is None:
-            build = across(GridTransport(grid), notify)
+            build = across(transport, notify)
         else:
             expect = stack.enter_context(expecting(folder.path))
-            build = across(GridTransport(grid), notify, folder.names, expect)
+            build = across(transport, notify, folder.names, expect)
         if (out / "config.toml").is_file():
             moved = places(config)
             run = runs.resume(out, order["rounds"], build, overrides=moved, root=config.root)

@@ -76,11 +76,11 @@ def _prepare(
     while True:
         labels = wanted.ordered(membership.labels())
         here = Experiment(config, rows=rows, labels=labels)
+        membership.settle(here.base, labels)
         engine = Remote(membership, here, expect)
         members = engine.clients()
         if wanted.ordered(membership.labels()) == labels:
-            break
-        membership.members.clear()  # a site that was refused had a label that no other has
+            break  # otherwise a site that was refused had a label that no other has
     held = [here.test] if here.validation is None else [here.test, here.validation]
     return Experiment(
         config,

@@ -24,6 +24,7 @@ from rolora.flower.versions import PROTOCOL, VERSIONS, versions
 from rolora.sites import keys
 from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
+from rolora.sites.policy import Uses
 from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
 from rolora.training.memory import free_bytes
@@ -48,6 +49,7 @@ def examine_site(site: SiteConfig, run: str | None) -> Iterator[Finding]:
     Nothing is left behind, and nothing leaves the site but a signed hello to the SuperLink.
     """
     yield _own_versions()
+    yield from _limits(site)
     try:
         table = tables.read_table(site.data, root=site.root, form=site.form)
         columns = ", ".join(table.column_names)
@@ -101,6 +103,29 @@ def _roles(site: SiteConfig) -> Finding:
         'no run may read a column: say which is what, for example text = "text" and '
         'label = "label" in site.toml',
     )
+
+
+def _limits(site: SiteConfig) -> Iterator[Finding]:
+    """What the site's operator allows, and how much of it runs have used."""
+    try:
+        runs = Uses.read(site).runs
+    except RoloraError as error:
+        yield Finding("runs", False, str(error))
+        return
+    left = len(runs) < site.max_runs
+    detail = f"{len(runs):,} of {site.max_runs:,} answered (max_runs)"
+    yield Finding(
+        "runs", left, detail if left else f"{detail}: a new run is refused until you raise it"
+    )
+    used, most = max(
+        ((use.questions, f"run {run}, the most") for run, use in runs.items()),
+        default=(0, "any run"),
+    )
+    yield Finding(
+        "questions", True, f"{used:,} of {site.max_questions:,} answered in {most} (max_questions)"
+    )
+    sizes = ("max_rounds", "max_steps", "max_batch", "max_rank", "min_train_rows", "min_score_rows")
+    yield Finding("sizes", True, ", ".join(f"{key} {getattr(site, key):,}" for key in sizes))
 
 
 def _try_run(site: SiteConfig, run: str) -> Iterator[Finding]:

@@ -66,6 +66,8 @@ def _passed(site: SiteConfig, asked: str, reply: SiteMessage) -> dict[str, Scala
     head = dict(reply.head)
     if "labels" in head:
         require_labels(site, json.loads(str(head["labels"])))
+    if asked == "train" and site.metrics is not None and "loss" not in site.metrics:
+        head.pop("loss", None)
     if "metrics" in head:
         found = json.loads(str(head["metrics"])).items()
         head["metrics"] = json.dumps({k: float(v) for k, v in found if k in metrics_of(site)})

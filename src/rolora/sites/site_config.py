@@ -66,7 +66,9 @@ class SiteConfig(Section):
         description=f"most labels that may leave, of {LABEL_LENGTH} characters at most",
     )
     metrics: list[str] | None = Field(
-        None, description="metrics of held-out rows that may leave; left out: all of the task"
+        None,
+        description="metrics of held-out rows that may leave, and with loss that of training; left "
+        "out: all of the task, and the training loss",
     )
     min_train_rows: int = Field(10, ge=1, description="fewest rows that a round may train on")
     min_score_rows: int = Field(10, ge=1, description="fewest rows that may be scored")

@@ -84,11 +84,12 @@ class RoundResult:
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss over the clients of the round, weighted by num_examples."""
-        weight = sum(client["num_examples"] for client in self.clients.values())
+        """Mean training loss, weighted by num_examples, of the clients that tell theirs."""
+        told = [client for client in self.clients.values() if "loss" in client]
+        weight = sum(client["num_examples"] for client in told)
         if not weight:
             return None
-        return sum(c["loss"] * c["num_examples"] for c in self.clients.values()) / weight
+        return sum(client["loss"] * client["num_examples"] for client in told) / weight
 
     @property
     def moved(self) -> bool | None:
