@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -174,6 +175,25 @@ def test_rows_that_have_no_keys_in_common_are_refused_before_a_table_is_made_of_
         with pytest.raises(DataError, match="4,000 rows have 4,000 different keys, most of them"):
             read_table("a.jsonl", root=tmp_path)
     assert time.perf_counter() - began < 3
+
+
+def test_a_folder_of_datasets_may_not_have_more_rows_than_its_files_could_hold(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["a good film"], "label": ["good"]}).save_to_disk(folder)
+    assert read_table("saved", root=tmp_path).num_rows == 1
+    (file,) = folder.glob("*.arrow")
+    rows = UNPACKED + 1  # of nulls, which take no bytes
+    batch = pa.record_batch({"text": pa.nulls(rows), "label": pa.nulls(rows)})
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    null = {"dtype": "null", "_type": "Value"}
+    info["features"] = {"text": null, "label": null}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"saved looks like .* it unpacks to more than 268 MB"):
+        read_table("saved", root=tmp_path)
 
 
 # leftovers
