@@ -335,6 +335,8 @@ def test_suspects_without_a_rule_are_met_by_mixing_and_a_trimmed_mean(site: Path
     chosen = load_config(site, ["aggregate.byzantine=1", "aggregate.reducer=krum"])
     assert chosen.aggregate.rules == [("krum", {"byzantine": 1})]
     assert load_config(site).aggregate.rules == [("mean", {})]
+    with pytest.raises(ConfigError, match=r"aggregate\.trusted is missing"):
+        load_config(site, ["aggregate.reducer=fltrust"])
 
 
 def test_nobody_suspected_is_the_run_that_it_was_before_there_was_such_a_key(site: Path) -> None:
