@@ -60,6 +60,27 @@ def test_a_matrix_has_each_method_under_each_attack_and_rule_beside_none(
     assert page.count('role="img"') == 2
 
 
+def test_in_every_cell_of_a_study_the_trusted_client_is_there_and_honest(
+    site: Path, tmp_path: Path
+) -> None:
+    (bad,) = bad_clients([f"client-{number:03d}" for number in range(5)], 1, 0)
+    words = ("--attacks", "sign_flip+factor=100", "--rules", "mean,fltrust", "--methods", "rolora")
+    given = (*words, "--seeds", "0", f"aggregate.trusted={bad}", "train.participation=0.6")
+    found = attack(site, tmp_path / "a", *given)
+    assert [(cell["attack"], cell["rule"]) for cell in found["cells"]] == [
+        (attack, rule) for attack in ("none", words[1]) for rule in ("mean", "fltrust")
+    ]
+    cohorts = set()
+    for folder in tmp_path.glob("a/*/*/rolora-seed0"):
+        notes = load_config(folder / "config.toml")
+        assert notes.aggregate.trusted == bad
+        rounds = load_run(folder).rounds[1:]
+        assert all(bad in line["cohort"] for line in rounds)
+        cohorts.add(str([line["cohort"] for line in rounds]))
+        assert (notes.aggregate.byzantine > 0) == (notes.aggregate.reducer == ["fltrust"])
+    assert len(cohorts) == 1
+
+
 def test_an_attack_study_that_was_stopped_goes_on_and_repeats_nothing(
     site: Path, tmp_path: Path
 ) -> None:

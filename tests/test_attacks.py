@@ -65,12 +65,13 @@ def attacked(
     method: str = "rolora",
     round: int = 1,
     rules: tuple[str, ...] = ("mean",),
+    trusted: str | None = None,
     **options: Any,
 ) -> tuple[dict[str, AdapterState], AdapterState, AdapterState]:
     """What each client sends in this round, the server's adapter after it, and that before it."""
     made = get_method(method)
     told = [(rule, {"byzantine": 2} if rule in ("nnm", "trimmed_mean") else {}) for rule in rules]
-    aggregation = Aggregation(compose(told))
+    aggregation = Aggregation(compose(told), trusted=trusted)
     attack: Attack = ATTACKS.make(name, **options)
     engine = Attacked(Moving(), attack, BAD, aggregation)
     server = ServerState(start(), round=round - 1)
@@ -195,6 +196,25 @@ def test_the_same_clients_are_bad_whatever_the_attack_and_each_seed_has_its_own(
         bad_clients(CLIENTS, 10, 0)
 
 
+def test_who_is_trusted_is_never_bad_and_changes_little_else() -> None:
+    for seed in range(20):
+        plain = bad_clients(CLIENTS, 3, seed)
+        found = bad_clients(CLIENTS, 3, seed, "c2")
+        assert "c2" not in found
+        assert len(found) == 3
+        assert plain - {"c2"} <= found
+    assert bad_clients(CLIENTS, 9, 0, "c2") == set(CLIENTS) - {"c2"}
+    with pytest.raises(ConfigError, match="leaves no honest one"):
+        bad_clients(CLIENTS, 10, 0, "c2")
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_trusted_client_keeps_every_attack_within_the_length_of_its_move(name: str) -> None:
+    _, after, before = attacked(name, rules=("fltrust",), trusted="c1")
+    strayed = (after[B] - before[B] - 1).norm()
+    assert strayed < 0.5 * math.sqrt(before[B].numel())
+
+
 TEXTS, LABELS, CLASSES = ["a film", "a cat", "a dog"], ["x", "y", "z"], ["x", "y", "z"]
 
 
@@ -241,6 +261,14 @@ def test_bad_clients_train_on_spoiled_copies_and_everybody_else_on_the_same_rows
         if client in bad:
             before = [{**row, "label": opposite[row["label"]]} for row in before]
         assert after == before
+
+
+def test_the_rows_of_a_trusted_client_are_not_spoiled_though_all_others_are(site: Path) -> None:
+    clean = Experiment(load_config(site)).rows
+    given = ["attack.name=label_flip", "attack.clients=4", "aggregate.trusted=client-003"]
+    spoiled = Experiment(load_config(site, given)).rows
+    same = {c for c, rows in clean.shards.items() if torch.equal(rows, spoiled.shards[c])}
+    assert same == {"client-003"}
 
 
 @pytest.mark.parametrize(

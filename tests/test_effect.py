@@ -119,6 +119,17 @@ def test_a_move_that_the_other_factor_hides_counts_a_tenth(size: float) -> None:
     assert float(apart(values, origin, HIDDEN)[0, 1]) == pytest.approx(expected, rel=1e-9)
 
 
+def test_what_hidden_moves_count_can_be_left_to_some_whom_the_others_cannot_sway() -> None:
+    start = random_state(make_specs(), 0, torch.float64)
+    honest: Value = moved(start, ROLES["A+B"], 1)
+    loud: list[Value] = [moved(start, ROLES["A+B"], seed, 1e4) for seed in (2, 3, 4)]
+    alone = inner_products([honest], start)[0, 0]
+    swayed = inner_products([honest, *loud], start)[0, 0]
+    kept = inner_products([honest, *loud], start, sized_by=[honest])[0, 0]
+    assert swayed > 1000 * alone
+    assert float(kept) == pytest.approx(float(alone), rel=1e-12)
+
+
 def test_while_lora_b_is_zero_moves_of_lora_a_are_compared_as_they_are() -> None:
     origin = random_state(make_specs(((6, 8, 2),)), 0, torch.float64)
     origin = origin | {B: torch.zeros_like(origin[B])}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -23,7 +24,7 @@ from rolora.config.load import load_config
 from rolora.data.readers import DEEPEST, UNPACKED, UNPACKED_TEXT, nesting, read_json
 from rolora.data.tables import read_table
 from rolora.errors import ConfigError, DataError, RoloraError
-from rolora.files import new_folder, sweep, write_file
+from rolora.files import new_folder, sweep, sweep_beside, write_file
 from rolora.flower.message import MessageError, expand_names
 from rolora.run import runs
 from rolora.training.client_store import ClientStore
@@ -176,6 +177,25 @@ def test_rows_that_have_no_keys_in_common_are_refused_before_a_table_is_made_of_
     assert time.perf_counter() - began < 3
 
 
+def test_a_folder_of_datasets_may_not_have_more_rows_than_its_files_could_hold(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["a good film"], "label": ["good"]}).save_to_disk(folder)
+    assert read_table("saved", root=tmp_path).num_rows == 1
+    (file,) = folder.glob("*.arrow")
+    rows = UNPACKED + 1  # of nulls, which take no bytes
+    batch = pa.record_batch({"text": pa.nulls(rows), "label": pa.nulls(rows)})
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    null = {"dtype": "null", "_type": "Value"}
+    info["features"] = {"text": null, "label": null}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"saved looks like .* it unpacks to more than 268 MB"):
+        read_table("saved", root=tmp_path)
+
+
 # leftovers
 
 
@@ -197,6 +217,59 @@ def test_what_a_killed_run_left_half_written_is_gone_once_it_is_resumed(
     assert not [path for path in run.folder.path.rglob(".*") if path.name != ".lock"]
     list(resumed.rounds())
     assert lines(run.folder.path)[-1]["round"] == 4
+
+
+def test_what_a_killed_process_left_of_a_new_folder_goes_once_there_is_one_of_this_name(
+    site: Path, tmp_path: Path
+) -> None:
+    def leave() -> None:
+        for name in (".part-run-99", ".part-run-99-old"):
+            (tmp_path / name / "checkpoints").mkdir(parents=True)
+            (tmp_path / name / "config.toml").write_text("half")
+
+    (tmp_path / "elsewhere").mkdir()
+    others = [".part-run-2-99", ".part-run-report", ".part-other-99", ".part-run-7", ".part-run-8"]
+    for name in others[:3]:
+        (tmp_path / name).mkdir()
+    (tmp_path / others[3]).write_text("a file that somebody writes")
+    (tmp_path / others[4]).symlink_to(tmp_path / "elsewhere")
+    others += ["elsewhere", "run"]
+    leave()
+    run = runs.start(load_config(site), tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    list(itertools.islice(run.rounds(), 1))
+    leave()
+    runs.resume(run.folder.path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+
+
+MAKES = """
+import sys
+from pathlib import Path
+from rolora.files import new_folder
+with new_folder(Path(sys.argv[1])) as part:
+    (part / "file").touch()
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_new_folder_that_another_process_fills_is_spared_until_that_is_killed(
+    tmp_path: Path,
+) -> None:
+    path, words = tmp_path / "run", [sys.executable, "-c", MAKES, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        part = tmp_path / f".part-run-{other.pid}"
+        for _ in range(2):  # made, and made again
+            with new_folder(path) as own:
+                (own / "file").touch()
+            assert (part / "file").exists()
+        other.kill()
+    assert part.exists()
+    sweep_beside(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_sweep_spares_what_is_being_written_and_follows_no_link(tmp_path: Path) -> None:

@@ -145,6 +145,18 @@ def test_what_travels_and_what_is_kept_are_planned_to_the_byte(
     assert kept <= planned.personal
 
 
+@pytest.mark.parametrize(
+    "rule", [["aggregate.byzantine=2"], ["aggregate.reducer=fltrust", "aggregate.trusted=client-3"]]
+)
+def test_a_run_whose_rule_needs_many_clients_or_a_trusted_one_is_planned_as_any_other(
+    bare: Path, rule: list[str]
+) -> None:
+    overrides = ["train.participation=1.0", "partition.scheme=iid", "partition.clients=8"]
+    plain, planned = (make_plan(load_config(bare, [*overrides, *more])) for more in ([], rule))
+    assert planned.methods[0].up == plain.methods[0].up
+    assert planned.methods[0].down == plain.methods[0].down
+
+
 def test_a_plan_without_the_weights_is_the_plan_with_them(site: Path) -> None:
     config = load_config(site)
     whole = make_plan(config)

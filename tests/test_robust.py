@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from states import LAYERS, make_specs, moved, random_state
+from states import LAYERS, dense, make_specs, moved, random_state
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState
-from rolora.algorithm.effect import inner_products
+from rolora.algorithm.adapter import AdapterState, role_of
+from rolora.algorithm.effect import HIDDEN, inner_products
 from rolora.algorithm.reduce import (
     CLIENT_WEIGHTS,
     Memory,
@@ -31,12 +31,14 @@ from rolora.algorithm.robust import (
     bulyan,
     centered_clip,
     clip_product,
+    fltrust,
     geometric_median,
     krum,
     multi_krum,
     nnm,
 )
 from rolora.algorithm.seeding import generator
+from rolora.algorithm.step import Aggregation
 from rolora.errors import ConfigError
 
 F = 2
@@ -357,6 +359,10 @@ def test_mixing_before_a_server_optimizer_keeps_its_momentum() -> None:
         (lambda: krum(byzantine=-1), "krum: byzantine must be at least 0"),
         (lambda: median(byzantine=-1), "median: byzantine must be at least 0"),
         (lambda: trimmed_mean(byzantine=-1), "trimmed_mean: byzantine must be at least 0"),
+        (lambda: fltrust(byzantine=-1), "fltrust: byzantine must be at least 0"),
+        (lambda: nnm(fltrust()), "nnm mixes updates, so .* leave nnm out"),
+        (lambda: bucketing(clip(fltrust(), norm=1.0)), "bucketing mixes updates"),
+        (lambda: compose([("nnm", {}), ("fltrust", {})]), "nnm mixes updates"),
         (lambda: geometric_median(smoothing=0.0), "smoothing must be positive"),
         (lambda: centered_clip(radius=0.0), "radius must be positive"),
         (lambda: centered_clip(iterations=0), "iterations must be at least 1"),
@@ -367,6 +373,123 @@ def test_mixing_before_a_server_optimizer_keeps_its_momentum() -> None:
 def test_a_setting_out_of_range_is_refused(make: Callable[[], Reducer], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make()
+
+
+# The rule that trusts its first client.
+
+
+def numpy_fltrust(x: np.ndarray, start: np.ndarray) -> np.ndarray:
+    trusted, total, scores = x[0] - start, np.zeros(x.shape[1]), 0.0
+    for one in x[1:]:
+        move = one - start
+        cosine = move @ trusted / (np.linalg.norm(move) * np.linalg.norm(trusted))
+        score = max(float(cosine), 0.0)
+        total += score * np.linalg.norm(trusted) / np.linalg.norm(move) * move
+        scores += score
+    found: np.ndarray = start + total / scores
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_trust_is_the_formula_of_its_paper(seed: int) -> None:
+    x, start = drawn(seed, 9 + seed % 3), drawn(seed + 50, 1)[0]
+    x[1:3] *= 1 + 10 * (seed % 2)
+    found = row(fltrust(byzantine=F), x, start)
+    np.testing.assert_allclose(found, numpy_fltrust(x, start), rtol=0, atol=1e-10)
+
+
+def test_the_order_of_those_who_are_not_trusted_does_not_matter() -> None:
+    x = drawn(30)
+    order = np.array([0, *(1 + np.random.default_rng(0).permutation(10))])
+    one, other = whole(fltrust(), x), whole(fltrust(), x[order])
+    np.testing.assert_allclose(one["value"], other["value"], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(one["weights"][order], other["weights"], rtol=0, atol=1e-12)
+    swapped = row(fltrust(), x[[1, 0, *range(2, 11)]])
+    assert np.abs(swapped - one["value"]).max() > 0.1  # who comes first does
+
+
+@pytest.mark.parametrize("factor", [-3.0, 1e-5, 100.0])
+def test_what_scales_or_shifts_all_scales_or_shifts_what_is_trusted(factor: float) -> None:
+    x, shift = drawn(31), drawn(32, 1)[0]
+    plain = row(fltrust(), x)
+    np.testing.assert_allclose(row(fltrust(), factor * x) / factor, plain, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(row(fltrust(), x + shift, shift), plain + shift, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e-3, 1e6, 1e30])
+def test_how_far_a_client_goes_changes_nothing_beside_a_trusted_one(factor: float) -> None:
+    x = drawn(33)
+    plain = row(fltrust(), x)
+    x[4] *= factor
+    np.testing.assert_allclose(row(fltrust(), x), plain, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [1, 5, 9])
+@pytest.mark.parametrize("length", [1e-6, 1.0, 1e30])
+def test_however_many_send_anything_the_result_goes_no_farther_than_the_trusted_nor_against_it(
+    bad: int, length: float
+) -> None:
+    trusted, sent = drawn(34, 1), length * drawn(35, bad)
+    x = np.concatenate([trusted, sent, 1 + 0.1 * drawn(36, 10 - bad)])
+    found = row(fltrust(byzantine=bad), x)
+    assert np.linalg.norm(found) <= np.linalg.norm(trusted[0]) * (1 + 1e-12)
+    assert found @ trusted[0] >= 0
+
+
+def test_who_goes_the_other_way_has_no_weight_and_the_trusted_one_an_equal_share() -> None:
+    x = np.tile(drawn(37, 1), (5, 1))
+    x[3] *= -100
+    found = whole(fltrust(), x)
+    np.testing.assert_allclose(found["value"], x[0], rtol=0, atol=1e-12)
+    share = (1 - 1 / 5) / 3
+    np.testing.assert_allclose(found["weights"], [1 / 5, share, share, 0, share])
+
+
+@pytest.mark.parametrize("others", [-1.0, 0.0])
+def test_where_nobody_agrees_the_trusted_update_alone_is_the_result(others: float) -> None:
+    x = drawn(38, 4)
+    x[1:] = others * x[0]
+    found = whole(fltrust(), x)
+    assert np.array_equal(found["value"], x[0])
+    assert found["weights"].tolist() == [1, 0, 0, 0]
+
+
+def test_where_the_trusted_client_has_not_moved_nothing_moves() -> None:
+    x, start = drawn(39), drawn(40, 1)[0]
+    x[0] = start
+    assert np.array_equal(row(fltrust(), x, start), start)
+
+
+def test_a_client_that_has_not_moved_neither_votes_nor_spoils_the_sum() -> None:
+    x = drawn(41)
+    x[5] = 0
+    np.testing.assert_allclose(
+        row(fltrust(), x), row(fltrust(), np.delete(x, 5, axis=0)), rtol=0, atol=1e-12
+    )
+
+
+def test_weights_that_clients_ask_for_change_no_trust() -> None:
+    x, first, reducer = drawn(42), {"a": torch.zeros(6, dtype=torch.float64)}, fltrust()
+    memory = reducer.init()
+    for place, one in enumerate(x):
+        memory = reducer.add(memory, {"a": torch.tensor(one)}, first, 1e18 if place == 3 else 1.0)
+    assert np.array_equal(reducer.finish(memory, generator(0))[0]["a"].numpy(), row(fltrust(), x))
+
+
+def test_who_is_trusted_needs_somebody_honest_beside_the_bad_ones() -> None:
+    for bad, least in ((0, 2), (3, 5)):
+        assert fltrust(byzantine=bad).least == least
+        with pytest.raises(ValueError, match=f"fltrust needs {least} updates"):
+            row(fltrust(byzantine=bad), drawn(43, least - 1))
+
+
+def test_a_rule_that_trusts_says_so_through_what_wraps_it_and_needs_somebody_to_trust() -> None:
+    assert compose([("fedavgm", {}), ("clip", {"norm": 1.0}), ("fltrust", {})]).trusting
+    assert not compose([("fedavgm", {}), ("krum", {})]).trusting
+    for reducer in (fltrust(), clip(fltrust(), norm=1.0), fedavgm(fltrust())):
+        assert Aggregation(reducer, trusted="ann").fewest == 2
+        with pytest.raises(ConfigError, match=r"aggregate\.trusted is missing"):
+            Aggregation(reducer)
 
 
 # What follows is about adapters: what a client does to the model, not the size of its factor.
@@ -440,3 +563,43 @@ def test_a_client_that_moves_only_what_the_other_factor_hides_is_cut(name: str) 
     sly[:, 1] += 1e3
     _, weights = reduced(RULES[name](), [{b: sly}, {b: sly}, *honest], start)
     assert max(weights[:2]) < 0.25 / 11
+
+
+@pytest.mark.parametrize("roles", [("B", "head"), ("A", "head")])
+def test_trust_goes_by_angles_and_lengths_of_what_clients_do_to_the_model(
+    roles: tuple[str, ...],
+) -> None:
+    start = random_state(make_specs(), 0, torch.float64)
+    values = [only(moved(start, frozenset(roles), seed), *roles) for seed in range(6)]  # type: ignore[arg-type]
+    found, _ = reduced(fltrust(), list(values), start)
+
+    def seen(value: Value) -> np.ndarray:
+        """What this does to the model: dense products, heads, and a share of factors by hand."""
+        state, parts = start | value, []
+        for layer, product in dense(state).items():
+            other = f"{layer}.lora_{'A' if 'B' in roles else 'B'}.weight"
+            mine = f"{layer}.lora_{'B' if 'B' in roles else 'A'}.weight"
+            size = float(start[other].square().mean() * max(start[other].shape)) ** 0.5
+            own = HIDDEN * start.scaling[layer] * size * (state[mine] - start[mine])
+            parts += [product - dense(start)[layer], own]
+        parts += [t - start[n] for n, t in state.items() if role_of(n) == "head"]
+        return np.concatenate([part.flatten().numpy() for part in parts])
+
+    wanted = numpy_fltrust(np.array([seen(value) for value in values]), np.zeros_like(seen({})))
+    np.testing.assert_allclose(seen(found), wanted, rtol=0, atol=1e-9)
+
+
+def test_a_small_factor_with_a_large_product_is_not_taken_for_a_small_move() -> None:
+    start = random_state(make_specs(LAYERS[:1]), 0, torch.float64)
+    a, b = sorted(only(start, "A", "B"))
+    steep = start[a].clone()
+    steep[0] *= 1e4
+    start = start | {a: steep}
+    gentle = torch.tensor([1e-4, 1.0], dtype=torch.float64)
+    trusted = {b: start[b] + 0.1 * (moved(start, frozenset({"B"}), 1)[b] - start[b]) * gentle}
+    sly = {b: trusted[b] + torch.tensor([0.005, 0.0], dtype=torch.float64)}
+    factor = float((sly[b] - start[b]).norm() / (trusted[b] - start[b]).norm())
+    found, _ = reduced(fltrust(), [trusted, sly], start)
+    size = float(inner_products([found], start) / inner_products([trusted], start)) ** 0.5
+    assert factor < 2
+    assert size == pytest.approx(1, rel=1e-6)

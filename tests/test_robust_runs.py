@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Update
 from rolora.algorithm.method import ServerState
 from rolora.algorithm.reduce import Reducer, mean, trimmed_mean
-from rolora.algorithm.robust import krum, nnm
+from rolora.algorithm.robust import fltrust, krum, nnm
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, RoundReport, step
 from rolora.cli.main import app
@@ -32,6 +32,8 @@ from rolora.run import runs
 
 pytestmark = pytest.mark.usefixtures("quick")
 SUSPECT = ["aggregate.byzantine=1", "train.participation=1.0", "eval.every=9"]
+TRUSTING = ["aggregate.reducer=fltrust", "aggregate.trusted=client-001", "eval.every=9"]
+KEYS = {10: "site-ann", 11: "site-bob", 12: "site-cy"}
 REFUSED = {
     "centralized": "trains on the rows of all clients together, so 'nnm' has nobody to leave out",
     "lora_a2": "averages pieces that not every client sends",
@@ -51,19 +53,26 @@ def spoiled(update: Update, size: float) -> Update:
 
 
 def after_rounds(
-    name: str, reducer: Reducer, bad: float | None, rounds: int = 2
+    name: str,
+    reducer: Reducer,
+    size: float | None,
+    rounds: int = 2,
+    *,
+    bad: int = 2,
+    trusted: str | None = None,
 ) -> tuple[ServerState, list[RoundReport]]:
-    """The server after some rounds of nine clients, of which two send noise of this size."""
+    """The server after some rounds of nine clients, of which the first send noise of this size."""
     method, reports = get_method(name), []
     server = ServerState(start_of(method, make_specs(), 0, scale=0.3))
     for round in range(1, rounds + 1):
         infos = [ClientInfo(f"client-{n}", 5, 2, round) for n in range(9)]
         cohort = assigned_to(method, server, infos)
         updates = updates_from(method, cohort, 10 * round, size=0.02)
-        if bad is not None:
-            updates[:2] = [spoiled(update, bad) for update in updates[:2]]
+        if size is not None:
+            updates[:bad] = [spoiled(update, size) for update in updates[:bad]]
         rng = generator(0, "aggregate", round)
-        server, report = step(method, Aggregation(reducer), server, cohort, updates, rng)
+        aggregation = Aggregation(reducer, trusted=trusted)
+        server, report = step(method, aggregation, server, cohort, updates, rng)
         reports.append(report)
     return server, reports
 
@@ -104,6 +113,33 @@ def test_every_method_runs_with_mixing_and_a_trimmed_mean_or_says_why_not(
     assert all(math.isfinite(value) for value in results[-1].metrics.values())
 
 
+@every_method
+def test_every_method_runs_beside_a_trusted_client_or_says_why_not(
+    name: str, site: Path, tmp_path: Path
+) -> None:
+    overrides = [f"method.name={name}", "train.rounds=2", "train.participation=0.6", *TRUSTING]
+    config = load_config(site, overrides)
+    if name in REFUSED:
+        with pytest.raises(ConfigError, match=REFUSED[name].replace("nnm", "fltrust")):
+            runs.start(config, tmp_path / "run")
+        return
+    results = list(runs.start(config, tmp_path / "run").rounds())
+    assert [(result.round, result.advanced) for result in results] == [(0, 1), (1, 1), (2, 1)]
+    assert all("client-001" in result.cohort for result in results[1:])
+    assert all(len(result.cohort) == 3 for result in results[1:])
+    assert all("client-001" not in result.cut for result in results)
+
+
+@pytest.mark.parametrize("name", sorted({*method_names()} - {"local", "centralized", "lora_a2"}))
+def test_seven_bad_clients_of_nine_take_no_method_off_the_way_of_a_trusted_one(name: str) -> None:
+    clean, _ = after_rounds(name, mean(), None)
+    start = ServerState(start_of(get_method(name), make_specs(), 0, scale=0.3))
+    held, reports = after_rounds(name, fltrust(byzantine=7), 1e4, bad=7, trusted="client-8")
+    # nine that go nine ways: one goes three times as far as their mean
+    assert far(held, clean) < 4 * far(clean, start)
+    assert not any("client-8" in report.cut for report in reports)
+
+
 @pytest.mark.parametrize("rule", ["median", "geometric_median", "centered_clip"])
 @pytest.mark.parametrize("name", ["rolora", "fedit", "flexlora", "ravan"])
 def test_runs_use_each_rule_that_needs_few(
@@ -134,6 +170,75 @@ def test_sites_and_one_process_end_with_the_same_bits_and_cut_the_same(tmp_path:
     assert here[-1].state.server.adapter == there[-1].state.server.adapter
     assert [one.cut for one in here] == [one.cut for one in there]
     assert any(one.cut for one in here)
+
+
+def test_a_trusted_site_and_a_trusted_client_make_the_same_run(tmp_path: Path) -> None:
+    place = calls.make_place(tmp_path)
+    overrides = ("aggregate.reducer=fltrust", "aggregate.trusted=site-bob", "train.rounds=4")
+    config = calls.configuration(place, *overrides)
+    here = list(runs.start(config, tmp_path / "here").rounds())
+    transport = calls.calls(place, tmp_path / "state")
+    there = list(calls.remote(config, tmp_path / "there", transport, KEYS).rounds())
+    assert here[-1].state.server.adapter == there[-1].state.server.adapter
+    assert [one.cohort for one in here] == [one.cohort for one in there]
+    assert all("site-bob" in one.cohort and len(one.cohort) == 2 for one in there[1:])
+    assert [one.cut for one in here] == [one.cut for one in there]
+
+
+def test_a_trusted_site_is_waited_for_though_spare_ones_have_answered(tmp_path: Path) -> None:
+    place = calls.make_place(tmp_path)
+    overrides = ("aggregate.trusted=site-ann", "train.rounds=3", "federation.spare=1")
+    config = calls.configuration(place, "aggregate.reducer=fltrust", *overrides)
+    transport = calls.calls(place, tmp_path / "state")  # the largest answers last
+    results = list(calls.remote(config, tmp_path / "run", transport, KEYS).rounds())[1:]
+    assert all(result.advanced and "site-ann" in result.clients for result in results)
+    assert all(len(result.cohort) == 3 for result in results)
+
+
+def test_a_run_whose_trusted_site_is_not_there_says_so(tmp_path: Path) -> None:
+    place = calls.make_place(tmp_path)
+    overrides = ("aggregate.reducer=fltrust", "aggregate.trusted=site-cy", "train.rounds=3")
+    config = calls.configuration(place, *overrides, "federation.sites=2", "federation.wait=1.5")
+    transport = calls.calls(place, tmp_path / "state")
+    transport.away.add("site-cy")
+    said = r"site site-cy, which is trusted \(aggregate.trusted\), is not connected"
+    with pytest.raises(NoQuorum, match=said):
+        list(calls.remote(config, tmp_path / "run", transport, KEYS).rounds())
+    transport.away.clear()
+    rounds = calls.remote(config, tmp_path / "run", transport, KEYS).rounds()
+    next(rounds), next(rounds)
+    transport.away.add("site-cy")
+    with pytest.raises(NoQuorum, match=said):
+        list(rounds)
+
+
+def test_a_site_is_not_trusted_by_a_name_that_any_site_could_take(tmp_path: Path) -> None:
+    place = calls.make_place(tmp_path)
+    config = calls.configuration(place, "aggregate.trusted=site-cy")
+    transport = calls.calls(place, tmp_path / "state")
+    with pytest.raises(ConfigError, match="any site could take this name") as caught:
+        calls.remote(config, tmp_path / "run", transport)
+    assert "\n" not in str(caught.value)
+    assert not transport.passed
+
+
+def test_a_run_that_is_resumed_trusts_the_same_client_and_ends_the_same(
+    site: Path, tmp_path: Path
+) -> None:
+    config = load_config(site, ["train.rounds=3", *TRUSTING])
+    whole = list(runs.start(config, tmp_path / "whole").rounds())
+    first = runs.start(config, tmp_path / "parts").rounds()
+    for result in first:
+        if result.round == 1:
+            first.close()
+    resumed = runs.resume(tmp_path / "parts")
+    assert resumed.experiment.config.aggregate.trusted == "client-001"
+    rest = list(resumed.rounds())
+    assert rest[-1].state.server.adapter == whole[-1].state.server.adapter
+    file = tmp_path / "parts" / "config.toml"
+    file.write_text(file.read_text().replace('"client-001"', '"client-002"'))
+    with pytest.raises(ConfigError, match=r"the configuration of .* changed"):
+        runs.resume(tmp_path / "parts", rounds=4)
 
 
 def test_a_run_that_is_resumed_draws_the_same_buckets(site: Path, tmp_path: Path) -> None:
@@ -189,6 +294,23 @@ def test_a_run_of_which_too_few_clients_answer_says_how_many_it_needs(
         (["aggregate.byzantine=1", "aggregate.trim=0.2"], "give trim or byzantine, not both"),
         (["aggregate.byzantine=-1"], "aggregate.byzantine: Input should be greater than or equal"),
         (["aggregate.byzantine=1.5"], "aggregate.byzantine: Input should be a valid integer"),
+        (
+            ["aggregate.reducer=fltrust"],
+            r"aggregate\.trusted is missing: .* name a client that you",
+        ),
+        (
+            ["aggregate.trusted=client-01"],
+            "client-01' is no client of this run: did you mean 'client-",
+        ),
+        (["aggregate.trusted="], "aggregate.trusted: String should have at least 1 character"),
+        (
+            ["aggregate.reducer=fltrust", "aggregate.trusted=client-001", "aggregate.byzantine=2"],
+            r"\['fltrust'\] needs 4 updates a round to withstand 2 bad ones .* a cohort has 3",
+        ),
+        (
+            ['aggregate.reducer=["nnm", "fltrust"]', "aggregate.trusted=client-001"],
+            "nnm mixes updates, so the rule behind it could not tell the trusted client's",
+        ),
         (['aggregate.reducer=["krum", "mean"]'], "reducer 'krum' wraps no other"),
         (["aggregate.reducer=nnm"], "reducer 'nnm' wraps another one: add a rule"),
         (['aggregate.reducer=["clip_product", "krum"]'], "clip_product.norm is missing"),
@@ -213,12 +335,15 @@ def test_suspects_without_a_rule_are_met_by_mixing_and_a_trimmed_mean(site: Path
     chosen = load_config(site, ["aggregate.byzantine=1", "aggregate.reducer=krum"])
     assert chosen.aggregate.rules == [("krum", {"byzantine": 1})]
     assert load_config(site).aggregate.rules == [("mean", {})]
+    with pytest.raises(ConfigError, match=r"aggregate\.trusted is missing"):
+        load_config(site, ["aggregate.reducer=fltrust"])
 
 
 def test_nobody_suspected_is_the_run_that_it_was_before_there_was_such_a_key(site: Path) -> None:
     plain, zero = load_config(site), load_config(site, ["aggregate.byzantine=0"])
     assert config_hash(plain) == config_hash(zero)
     assert config_hash(plain) != config_hash(load_config(site, ["aggregate.byzantine=1"]))
+    assert config_hash(plain) != config_hash(load_config(site, ["aggregate.trusted=client-001"]))
 
 
 def test_the_command_line_takes_suspects_and_says_what_they_cost(

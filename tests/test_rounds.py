@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -337,6 +338,37 @@ def test_every_client_is_drawn_equally_often() -> None:
     drawn = "".join("".join(sample_cohort(ids, 0.25, 0, round, 0)) for round in range(1, 1001))
     for client in ids:
         assert abs(drawn.count(client) - 250) < 5 * math.sqrt(1000 * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_the_trusted_client_is_in_every_cohort_which_is_no_larger_for_it(spare: int) -> None:
+    ids = list("abcdefgh")
+    drawn = Counter[str]()
+    for round in range(1, 301):
+        plain = sample_cohort(ids, 0.5, 0, round, 0, spare)
+        cohort = sample_cohort(ids, 0.5, 0, round, 0, spare, trusted="c")
+        assert len(cohort) == len(plain) == 4 + spare
+        assert list(cohort) == sorted(set(cohort))
+        assert set(cohort) <= {*plain, "c"}
+        fewer = sample_cohort(ids, 0.5, 0, round, 0, trusted="c")
+        assert set(fewer) <= set(cohort)
+        drawn.update(cohort)
+    assert drawn["c"] == 300
+    share = 300 * (3 + spare) / 7
+    assert all(abs(drawn[client] - share) < 5 * math.sqrt(75) for client in set(ids) - {"c"})
+
+
+def test_a_trusted_client_that_is_not_there_ends_the_run_with_its_name() -> None:
+    aggregation = Aggregation(mean(), trusted="zoe")
+    with pytest.raises(NoQuorum, match="no usable update of zoe, the trusted client: it is not in"):
+        play(federation(aggregation=aggregation))
+    run = federation(aggregation=Aggregation(mean(), trusted="dee"), participation=0.4)
+    assert all("dee" in result.cohort for result in play(run)[1:])
+
+
+def test_who_pools_all_rows_trusts_nobody_in_particular() -> None:
+    run = federation("centralized", aggregation=Aggregation(mean(), trusted="dee"))
+    assert play(run)[-1].round == 6
 
 
 def test_every_method_sees_the_same_cohorts() -> None:

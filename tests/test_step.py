@@ -27,6 +27,7 @@ from rolora.algorithm.reduce import (
     median,
     trimmed_mean,
 )
+from rolora.algorithm.robust import fltrust
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, RoundReport, step
 from rolora.methods import get_method
@@ -198,6 +199,48 @@ def test_below_the_quorum_only_the_attempt_advances() -> None:
 def test_a_round_without_any_update_never_advances_even_with_a_quorum_of_zero() -> None:
     after, report = take([], aggregation=Aggregation(mean(), quorum=0))
     assert (after.round, after.attempt, report.quorum_met) == (0, 1, False)
+
+
+@pytest.mark.parametrize("how", ["failed", "silent", "faulty", "unknown"])
+def test_without_the_update_of_the_trusted_client_a_round_does_not_advance(how: str) -> None:
+    server = server_state()
+    ann, bob, cy, dee = updates_of(ROLORA, server)
+    replies: dict[str, tuple[list[Update | Failure], str]] = {
+        "failed": ([ann, bob, Failure("cy", "offline"), dee], "offline"),
+        "silent": ([ann, bob, dee], "it did not answer"),
+        "faulty": ([ann, bob, FAULTS["NaN"][0](cy), dee], "not finite"),
+        "unknown": ([ann, bob, cy, dee], "it is not in the cohort"),
+    }
+    sent, reason = replies[how]
+    trusted = "eve" if how == "unknown" else "cy"
+    for reducer in (mean(), fltrust()):
+        aggregation = Aggregation(reducer, trusted=trusted)
+        after, report = take(sent, server, aggregation=aggregation)
+        assert (after.round, after.attempt, report.quorum_met) == (0, 1, False)
+        assert after.adapter is server.adapter
+        assert report.reason.startswith(f"no usable update of {trusted}, the trusted client: ")
+        assert reason in report.reason
+    assert take([ann, bob, cy, dee], aggregation=Aggregation(fltrust(), trusted="cy"))[0].round == 1
+
+
+@pytest.mark.parametrize("client", list(SIZES))
+def test_the_trusted_client_s_update_is_the_first_to_be_reduced_whenever_it_comes(
+    client: str,
+) -> None:
+    seen: list[Value] = []
+
+    def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
+        seen.append(value)
+        return memory or dict(value)
+
+    look = Reducer(dict, add, lambda memory, rng: (memory, {}), trusting=True)
+    server = server_state()
+    updates = updates_of(ROLORA, server)
+    _, report = take(updates, server, aggregation=Aggregation(look, trusted=client))
+    assert report.accepted[0] == client
+    assert sorted(report.accepted) == sorted(SIZES)
+    own = next(update for update in updates if update.client == client)
+    assert all(torch.equal(seen[0][name], own.adapter[name]) for name in seen[0])
 
 
 def test_clients_weigh_by_their_rows_or_all_alike() -> None:

@@ -108,9 +108,10 @@ def left_by(run: Path) -> dict[str, Any]:
 
 
 def left_over(run: Path) -> list[str]:
-    """Files half written or half deleted."""
+    """Files half written or half deleted, and folders that were to become this one."""
     found = [*run.rglob(f"{TEMPORARY}*"), *run.rglob(f"{DOOMED}*")]
-    return [str(path.relative_to(run)) for path in found]
+    found += run.parent.glob(f"{TEMPORARY}{run.name}-*")
+    return [str(path.relative_to(run.parent)) for path in found]
 
 
 @dataclass(frozen=True)

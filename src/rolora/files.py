@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -86,31 +87,53 @@ def make_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``path`` when the block ends well and vanishes otherwise.
 
-    A folder that stands at ``path`` is replaced.
+    A folder that stands at ``path`` is replaced. What killed processes have left of one is deleted.
     """
+    make_folder(path.parent)
     part = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for file in part.rglob("*"):
-            sync(file)
-        sync(part)
-        if path.exists():
-            old = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-old")
-            path.rename(old)
-            try:
-                part.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            part.rename(path)
-    except BaseException:
+    with _opened(path.parent) as above:
+        fcntl.flock(above, fcntl.LOCK_SH)
         shutil.rmtree(part, ignore_errors=True)
-        raise
-    sync(path.parent)
+        part.mkdir()
+        try:
+            yield part
+            for file in part.rglob("*"):
+                sync(file)
+            sync(part)
+            if path.exists():
+                old = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-old")
+                path.rename(old)
+                try:
+                    part.rename(path)
+                except BaseException:
+                    old.rename(path)
+                    raise
+                shutil.rmtree(old)
+            else:
+                part.rename(path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        sync(path.parent)
+    sweep_beside(path)
+
+
+def sweep_beside(path: Path) -> None:
+    """Delete what killed processes have left of new folders that were to become ``path``.
+
+    For a ``path`` that stands: the last that is left of it may be among them. Nothing is deleted
+    while any process fills a new folder beside it. Each holds a lock on the folder above, from
+    before there is anything to delete until it has the name; and a lock ends with its process.
+    """
+    left = re.compile(rf"{re.escape(TEMPORARY + path.name)}-\d+(-old)?")
+    with _opened(path.parent) as above:
+        try:
+            fcntl.flock(above, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody is at work, or a network's file system knows no such lock
+            return
+        for found in path.parent.iterdir():
+            if left.fullmatch(found.name) and found.is_dir() and not found.is_symlink():
+                shutil.rmtree(found, ignore_errors=True)
 
 
 def sweep(folder: Path, seconds: float | None = None) -> None:
@@ -175,8 +198,15 @@ def is_locked(path: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Flush a file's content, or the names in a folder, to the disk."""
+    with _opened(path) as handle:
+        os.fsync(handle)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A descriptor of a file or folder, to read."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        yield handle
     finally:
         os.close(handle)

@@ -20,7 +20,12 @@ from rolora.algorithm.reduce import Value
 HIDDEN = 0.1
 
 
-def inner_products(values: Sequence[Value], origin: Value, hidden: float = HIDDEN) -> Tensor:
+def inner_products(
+    values: Sequence[Value],
+    origin: Value,
+    hidden: float = HIDDEN,
+    sized_by: Sequence[Value] | None = None,
+) -> Tensor:
     """Inner products of what each value changes in the model since ``origin``, (n, n) in float64.
 
     ``values`` have the names of the value that is reduced. ``origin`` has these names too; as an
@@ -34,7 +39,8 @@ def inner_products(values: Sequence[Value], origin: Value, hidden: float = HIDDE
 
     Beside its product, each moved factor counts as it is, times ``hidden``, the layer's scaling and
     the size of the other factor (the root of its mean squared singular value, the median over
-    clients; ``hidden`` is 1 if that is 0). With ``hidden`` = 0 only the products count.
+    ``sized_by``, or over ``values`` without; ``hidden`` is 1 if that is 0). With ``hidden`` = 0
+    only the products count.
     """
     total = torch.zeros(len(values), len(values), dtype=torch.float64)
     if not values:
@@ -48,12 +54,13 @@ def inner_products(values: Sequence[Value], origin: Value, hidden: float = HIDDE
     for layer in sorted({layer_of(name) for name in factors}):
         moved = sorted(name for name in factors if layer_of(name) == layer)
         states = [_layer(layer, whole, value) for value in values]
+        sizing = states if sized_by is None else [_layer(layer, whole, one) for one in sized_by]
         start, scaling = _layer(layer, whole, {}), whole.scaling[layer]
         if f"{layer}.lora_delta.weight" not in values[0]:
             total += scaling**2 * _products(layer, states, start, moved)
         for name in moved if hidden else ():
             moves = _moves(values, origin, name)
-            other = _size_of_others(layer, states, role_of(name))
+            other = _size_of_others(layer, sizing, role_of(name))
             weight = hidden**2 * other if other else 1.0
             total += scaling**2 * weight * (moves @ moves.T)
     return (total + total.T) / 2

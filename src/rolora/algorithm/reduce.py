@@ -30,6 +30,7 @@ class Reducer(NamedTuple):
     """``init()`` -> memory; ``add(memory, value, reference, weight)`` -> memory, once per client in
     the order of the cohort; ``finish(memory, rng)`` -> (reduced value, memory for the next round).
     ``least``: the fewest clients that it can reduce; with fewer a round does not advance.
+    ``trusting``: it takes its first client for a trusted one, by which it judges the others.
 
     ``add`` may change in place what it has put into the memory, but no value or reference. In a run
     ``reference`` is an ``AdapterState``: beside what the value's tensors were before, it has the
@@ -50,6 +51,7 @@ class Reducer(NamedTuple):
     add: Callable[[Memory, Value, Value, float], Memory]
     finish: Callable[[Memory, torch.Generator], tuple[Value, Memory]]
     least: int = 1
+    trusting: bool = False
 
 
 CLIENT_WEIGHTS = "client_weights"
@@ -63,7 +65,7 @@ REDUCERS = Registry(
             "reduce": ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam"),
             "robust": (
                 *("krum", "multi_krum", "bulyan", "geometric_median", "centered_clip"),
-                *("nnm", "bucketing", "clip_product"),
+                *("fltrust", "nnm", "bucketing", "clip_product"),
             ),
         }.items()
         for name in names
@@ -103,7 +105,9 @@ def compose(rules: Sequence[tuple[str, Mapping[str, Any]]]) -> Reducer:
     for name, options in reversed(wrappers):
         wrapped: Reducer = REDUCERS.make(name, reducer, **options)
         # a wrapper of another package may have made a Reducer of three functions alone
-        reducer = wrapped._replace(least=max(wrapped.least, reducer.least))
+        reducer = wrapped._replace(
+            least=max(wrapped.least, reducer.least), trusting=wrapped.trusting or reducer.trusting
+        )
     return reducer
 
 
@@ -267,7 +271,7 @@ def scaling(inner: Reducer, scale_of: Callable[[Value, Value], float]) -> Reduce
         weights = kept.get(CLIENT_WEIGHTS, torch.full_like(scales, 1 / len(scales)))
         return reduced, {**kept, CLIENT_WEIGHTS: weights * scales}
 
-    return Reducer(dict, add, finish, inner.least)
+    return inner._replace(init=dict, add=add, finish=finish)
 
 
 def moved(value: Value, reference: Value, scale: float) -> Value:
@@ -363,4 +367,4 @@ def _remembering(
         inside = {f"inner/{key}": tensor for key, tensor in kept.items() if key not in passed}
         return stepped, {**held, **inside, **passed}
 
-    return Reducer(dict, add, finish, inner.least)
+    return inner._replace(init=dict, add=add, finish=finish)

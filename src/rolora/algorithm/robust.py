@@ -155,10 +155,45 @@ def centered_clip(
         values: Sequence[Value], start: Value, rng: torch.Generator
     ) -> tuple[Value, Tensor]:
         weights = weigh(inner_products(values, start))
-        left = 1 - float(weights.sum())
-        return combined([*values, start], torch.cat([weights, weights.new_tensor([left])])), weights
+        return _from_start(values, start, weights), weights
 
     return holding("centered_clip", 2 * f + 1, combine)
+
+
+def fltrust(*, byzantine: int = 0) -> Reducer:
+    """Moves as long as a trusted client's, by how far they agree with it; n ≥ f + 2.
+
+    FLTrust (Cao et al. 2021, arXiv:2012.13995, Algorithm 2). The first update is that of a client
+    that the server's own party runs: its move g_0 is the paper's server model update. Another move
+    g_i has the trust score TS_i = max(cos(g_i, g_0), 0), and what is reduced is the start +
+    Σ TS_i · ‖g_0‖ / ‖g_i‖ · g_i / Σ TS_i. As in the paper g_0 is no part of these sums. Where they
+    are 0, because nobody agrees, the trusted update alone is the result. Where both factors move,
+    the product of a mean is taken to be the mean of the products.
+
+    In the weights that it reports the others share by their scores, and the trusted client, who is
+    not judged, has an equal share.
+    """
+    f = bad_ones("fltrust", byzantine)
+
+    def combine(
+        values: Sequence[Value], start: Value, rng: torch.Generator
+    ) -> tuple[Value, Tensor]:
+        gram = inner_products(values, start, sized_by=values[:1])  # most may be bad
+        sizes = gram.diagonal().clamp_min(0).sqrt()
+        moved = (sizes > 0) & (sizes[0] > 0)
+        scores = torch.where(moved, gram[0] / (sizes * sizes[0]), 0.0).clamp_min(0)
+        scores[0] = 0.0
+        if not scores.any():
+            alone = _equal_weights([0], len(values))
+            return values[0], alone
+        trust = scores / scores.sum()
+        scaled = torch.where(moved, trust * sizes[0] / sizes, 0.0)
+        equal = 1 / len(values)
+        weights = trust * (1 - equal)
+        weights[0] = equal
+        return _from_start(values, start, scaled), weights
+
+    return holding("fltrust", f + 2, combine)._replace(trusting=True)
 
 
 def nnm(inner: Reducer, *, byzantine: int = 0) -> Reducer:
@@ -239,6 +274,12 @@ def combined(values: Sequence[Value], weights: Tensor) -> Value:
     return found
 
 
+def _from_start(values: Sequence[Value], start: Value, weights: Tensor) -> Value:
+    """start + Σ w_i (value_i − start), with the names and dtypes of the first value."""
+    left = weights.new_tensor([1 - float(weights.sum())])
+    return combined([*values, start], torch.cat([weights, left]))
+
+
 def _equal_weights(chosen: Sequence[int], count: int) -> Tensor:
     """(count,): 1 / len(chosen) for those that were chosen, 0 for the others."""
     weights = torch.zeros(count, dtype=torch.float64)
@@ -276,7 +317,15 @@ def _mixing(
     least: int,
     mixing: Callable[[Sequence[Value], Value, torch.Generator], list[Tensor]],
 ) -> Reducer:
-    """A step before a rule: ``mixing`` gives the weights (n,) of each mixture that it reduces."""
+    """A step before a rule: ``mixing`` gives the weights (n,) of each mixture that it reduces.
+
+    ConfigError for a rule that needs to know which update is whose.
+    """
+    if inner.trusting:
+        raise ConfigError(
+            f"{name} mixes updates, so the rule behind it could not tell the trusted client's: "
+            f"leave {name} out"
+        )
 
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
         if "mixed" not in memory:

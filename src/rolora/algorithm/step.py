@@ -19,6 +19,7 @@ from rolora.algorithm.exactness import AggregationError
 from rolora.algorithm.growth import as_factors
 from rolora.algorithm.method import Method, Project, ServerState
 from rolora.algorithm.reduce import CLIENT_WEIGHTS, Memory, Reducer, Value
+from rolora.errors import ConfigError
 
 MOSTLY = 0.5  # a client that is cut by more than this counts as cut in a round
 
@@ -36,7 +37,9 @@ class Aggregation:
 
     ``exactness``: whether to compute the aggregation error. ``max_share``: the largest share of a
     round's weight that one client may have (see ``capped``); with it, a round's updates are all
-    kept until the last has come.
+    kept until the last has come. ``trusted``: the client that comes first in every round, and
+    without whose update none advances; a reducer that is ``trusting`` judges the others by it.
+    ConfigError if such a reducer has no client to trust.
     """
 
     reducer: Reducer
@@ -44,6 +47,14 @@ class Aggregation:
     quorum: int = 1
     exactness: bool = True
     max_share: float | None = None
+    trusted: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reducer.trusting and self.trusted is None:
+            raise ConfigError(
+                "aggregate.trusted is missing: this reducer judges updates by that of one client, "
+                "so name a client that you run yourself"
+            )
 
     @property
     def fewest(self) -> int:
@@ -71,7 +82,7 @@ class RoundReport:
 
 
 class _BelowQuorum(Exception):
-    """Too few usable updates, or nothing usable came of them: the round does not advance."""
+    """The updates do not do, or nothing usable came of them: the round does not advance."""
 
 
 def step(
@@ -85,12 +96,15 @@ def step(
     """Check the updates of a round, combine the good ones, and return the next server state.
 
     ``cohort``: client -> its assignment; updates are combined in this order, in whatever order they
-    arrive. A faulty update is rejected with a reason and stops nothing; of several from one client
-    the first counts. Below the quorum, or with fewer updates than the reducer needs, the round does
-    not advance: the same state comes back with ``attempt + 1``. So it does if the next state would
-    not be sound (see ``_unsound``). ``rng`` is what the reducer and the method draw from.
+    arrive, but the trusted client's first. A faulty update is rejected with a reason and stops
+    nothing; of several from one client the first counts. Below the quorum, with fewer updates than
+    the reducer needs, or without the trusted client's, the round does not advance: the same state
+    comes back with ``attempt + 1``. So it does if the next state would not be sound (see
+    ``_unsound``). ``rng`` is what the reducer and the method draw from.
     """
-    round = server.round + 1
+    round, trusted = server.round + 1, aggregation.trusted
+    if trusted is not None and trusted in cohort:
+        cohort = {trusted: cohort[trusted], **cohort}
     accepted: list[str] = []
     rejected: dict[str, str] = {}
     kept: list[Memory] = []
@@ -127,6 +141,12 @@ def step(
             value, reference = into(returned), received | into(received)
             memory = reducer.add(memory, value, reference, share)
             total += share
+        if trusted is not None and trusted not in accepted:
+            absent = "it did not answer" if trusted in cohort else "it is not in the cohort"
+            raise _BelowQuorum(
+                f"no usable update of {trusted}, the trusted client: "
+                f"{rejected.get(trusted, absent)}"
+            )
         if len(accepted) < aggregation.fewest:
             raise _BelowQuorum(
                 f"{len(accepted)} usable updates, and a round needs {aggregation.fewest}"

@@ -75,9 +75,12 @@ ATTACKS = Registry(
 )
 
 
-def bad_clients(clients: Collection[str], count: int, seed: int) -> frozenset[str]:
+def bad_clients(
+    clients: Collection[str], count: int, seed: int, trusted: str | None = None
+) -> frozenset[str]:
     """The ids of the bad clients: ``count`` of all, drawn from the seed, whatever the attack.
 
+    The ``trusted`` client is none of them, and does not change who else is drawn before it.
     ConfigError if no honest client is left.
     """
     if count >= len(clients):
@@ -86,4 +89,5 @@ def bad_clients(clients: Collection[str], count: int, seed: int) -> frozenset[st
         )
     ids = sorted(clients)
     order = torch.randperm(len(ids), generator=generator(seed, "bad clients"))
-    return frozenset(ids[place] for place in order[:count].tolist())
+    drawn = [ids[place] for place in order.tolist() if ids[place] != trusted]
+    return frozenset(drawn[:count])

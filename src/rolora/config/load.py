@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
 from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
+from rolora.algorithm.step import Aggregation
 from rolora.attacks.attack import ATTACKS, NO_ATTACK
 from rolora.config.schema import AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
@@ -124,7 +125,9 @@ def config_hash(config: RunConfig) -> str:
             "federation": True,
             "attack": {"name", "clients"} if config.attack.name == NO_ATTACK else set(),
             "aggregate": {
-                key for key in ("options", "byzantine") if not getattr(config.aggregate, key)
+                key
+                for key in ("options", "byzantine", "trusted")
+                if not getattr(config.aggregate, key)
             },
         }
     )
@@ -201,7 +204,7 @@ def _check_reducers(how: AggregateConfig) -> None:
     for name, options in how.rules:
         inner = [mean()] if is_wrapper(name) else []
         check_options(REDUCERS, name, options, f"aggregate.options.{name}", *inner)
-    compose(how.rules)
+    Aggregation(compose(how.rules), trusted=how.trusted)
     if how.byzantine:
         _check_byzantine(how)
 

@@ -233,8 +233,14 @@ class AggregateConfig(Section):
     reducer: str | Annotated[list[str], Field(min_length=1)] = Field(
         "mean",
         description="mean, or a rule that ignores weights: median, trimmed_mean, krum, multi_krum, "
-        "bulyan, geometric_median, centered_clip; or one that an installed package adds; or a "
-        "list: what comes before it (clip, clip_product, nnm, bucketing), then the rule",
+        "bulyan, geometric_median, centered_clip, fltrust; or one that an installed package adds; "
+        "or a list: what comes before it (clip, clip_product, nnm, bucketing), then the rule",
+    )
+    trusted: str | None = Field(
+        None,
+        min_length=1,
+        description="the client, or site, that you run yourself on rows that you trust: it is in "
+        "every cohort, no round advances without it, and fltrust judges the others by it",
     )
     byzantine: int = Field(
         0,

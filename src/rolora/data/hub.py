@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from rolora.data.readers import named_classes, neighbour, usual_types
+from rolora.data.readers import named_classes, neighbour, require_as_large, usual_types
 from rolora.errors import DataError, NotHere, nearest, one_line
 from rolora.files import from_home
 from rolora.network import HUB, is_reachable
@@ -22,13 +22,19 @@ HUB_NAME = re.compile(
 
 
 def read_folder(path: Path, source: str, split: str) -> pa.Table:
-    """One split of what ``save_to_disk`` wrote. DataError, naming ``source``, if it is damaged."""
+    """One split of what ``save_to_disk`` wrote.
+
+    DataError, naming ``source``, if it is damaged, or unpacks to more than ``most_unpacked``.
+    """
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     try:
         saved = datasets.load_from_disk(str(path))
         if not isinstance(saved, datasets.DatasetDict):
-            return _table(saved)
+            saved = {split: saved}
         if split in saved:
-            return _table(saved[split])
+            table = _table(saved[split])
+            require_as_large(table, size)
+            return table
     except Exception as error:  # a damaged folder raises errors of several libraries
         raise DataError(
             f"{source} looks like a folder written by datasets' save_to_disk, but cannot be read: "

@@ -178,6 +178,15 @@ def most_unpacked(size: int, least: int = UNPACKED) -> int:
     return max(least, UNPACKED_TIMES * size)
 
 
+def require_as_large(table: pa.Table, size: int) -> None:
+    """ValueError for a table that is larger than what a file of this size may unpack to.
+
+    A row counts as a byte beside its values: one of nulls has none.
+    """
+    if table.nbytes + table.num_rows > (most := most_unpacked(size)):
+        raise _too_large(most)
+
+
 def most_cells(size: int) -> int:
     """The cells that JSON of this size may have."""
     return max(CELLS, CELLS_PER_BYTE * size)

@@ -46,15 +46,24 @@ class Remote:
     def clients(self) -> Mapping[str, int]:
         """Site name -> number of rows, of the sites that can be reached now.
 
-        Waits until a cohort of them can be a quorum; raises NoQuorum if it cannot after
-        ``federation.wait`` seconds.
+        Waits until a cohort of them can be a quorum, and until the trusted site is one of them;
+        raises NoQuorum if it cannot after ``federation.wait`` seconds.
         """
         config, fewest = self.experiment.config, self.experiment.aggregation.fewest
+        trusted = config.aggregate.trusted
         until = time.monotonic() + config.federation.wait
         while True:
             present = self._present()
-            if present and cohort_size(len(present), config.train.participation) >= fewest:
+            missing = trusted is not None and trusted not in present
+            enough = cohort_size(len(present), config.train.participation) >= fewest
+            if present and enough and not missing:
                 return {name: member.num_examples for name, member in present.items()}
+            if time.monotonic() > until and missing:
+                names = ", ".join(present) or "none"
+                raise NoQuorum(
+                    f"site {trusted}, which is trusted (aggregate.trusted), is not connected; "
+                    f"connected: {names}; finished rounds are saved"
+                )
             if time.monotonic() > until:
                 raise NoQuorum(
                     f"{len(present)} sites are connected, too few for a cohort of {fewest} "
@@ -88,6 +97,7 @@ class Remote:
         self.expect(max((num_bytes(up, _sent(method, one)) for one in job.cohort), default=0))
         wanted, used = max(len(job.cohort) - self.experiment.config.federation.spare, 1), 0
         waiting = [assigned.info.id for assigned in job.cohort]
+        trusted = self.experiment.config.aggregate.trusted  # it is always waited for
         for assigned, reply in self._asked(job.cohort, train):
             waiting.remove(assigned.info.id)
             update = self._update(method, assigned, reply)
@@ -96,7 +106,7 @@ class Remote:
             yield update
             count = assigned.info.num_examples
             used += isinstance(update, Update) and update.num_examples == count
-            if used == wanted:
+            if used >= wanted and trusted not in waiting:
                 break
         for client in waiting:
             yield Failure(client, f"not needed: {wanted} others answered first (federation.spare)")

@@ -244,16 +244,17 @@ def _dry_run(
     All rounds without training, or only some, at least four, where all would move too much.
     """
     config, sizes = run.experiment.config, run.sizes
+    rules, weights = compose(config.aggregate.rules), config.aggregate.weights
     alike = config.train.participation == 1 and isinstance(config.lora.rank, int)
     if alike and not start.only(frozenset({"delta"})):  # what a delta grows by hangs on the cohort
-        sizes = dict(itertools.islice(sizes.items(), ALIKE))
+        sizes = dict(itertools.islice(sizes.items(), max(ALIKE, rules.least)))
     cohort = cohort_size(len(sizes), config.train.participation)
     affordable = DRY_BYTES // (cohort * start.num_bytes())
-    rules, weights = compose(config.aggregate.rules), config.aggregate.weights
+    trusted = next(iter(sizes)) if config.aggregate.trusted else None  # any one: none trains
     federation = Federation(
         method=method,
         engine=Untrained(sizes, config.wire.up),
-        aggregation=Aggregation(rules, weights, exactness=False),
+        aggregation=Aggregation(rules, weights, exactness=False, trusted=trusted),
         ranks=config.lora.ranks,
         seed=config.seed,
         rounds=max(4, min(config.train.rounds, affordable)),

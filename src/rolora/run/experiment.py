@@ -23,7 +23,7 @@ from rolora.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
 from rolora.data.labels import in_order, label_name
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, nearest
 from rolora.files import from_home
 from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
@@ -121,7 +121,9 @@ class Experiment:
 
     def _bad(self, rows: Rows) -> frozenset[str]:
         """The ids of the bad clients."""
-        return bad_clients(rows.shards, self.config.attack.clients, self.config.seed)
+        config = self.config
+        trusted = config.aggregate.trusted
+        return bad_clients(rows.shards, config.attack.clients, config.seed, trusted)
 
     def _classes(self, table: Any) -> list[list[str]]:
         """The classes of each row, where it has any: also of rows that are not learned by class."""
@@ -392,14 +394,20 @@ class Experiment:
     def engine(self) -> Engine:
         """All clients in this process.
 
-        ConfigError, before the model is loaded, for ranks, steps or a quorum that do not fit the
-        clients.
+        ConfigError, before the model is loaded, for ranks, steps, a quorum or a trusted client that
+        do not fit the clients.
         """
         if self.clients is None:
             raise ValueError("training needs a folder for the clients' state")
         self.config.lora.ranks(self.rows.shards)
         sizes = {client: len(rows) for client, rows in self.rows.shards.items()}
         require_turns(self.method, self.config.train, sizes)
+        trusted = self.config.aggregate.trusted
+        if trusted is not None and trusted not in sizes:
+            raise ConfigError(
+                f"aggregate.trusted = {trusted!r} is no client of this run: "
+                f"{nearest(trusted, sizes)}"
+            )
         if (quorum := self.config.aggregate.quorum) > self.cohort:
             raise ConfigError(
                 f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
@@ -440,7 +448,13 @@ class Experiment:
         """How updates are combined."""
         given = self.config.aggregate
         reducer = compose(given.rules)
-        return Aggregation(reducer, given.weights, given.quorum, max_share=given.max_share)
+        return Aggregation(
+            reducer,
+            given.weights,
+            given.quorum,
+            max_share=given.max_share,
+            trusted=given.trusted,
+        )
 
     @cached_property
     def federation(self) -> Federation:

@@ -23,7 +23,7 @@ from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.ledger import Held, Ledger
 from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import DOOMED, append_line, locked, make_folder, new_folder, sweep, write_file
+from rolora.files import DOOMED, append_line, locked, new_folder, sweep, sweep_beside, write_file
 from rolora.training.rounds import Best, RoundResult, RunState
 
 KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained from
@@ -96,7 +96,6 @@ class RunFolder:
     def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
         """A new run folder. ConfigError if ``path`` exists: nothing is overwritten."""
         require_new(path)
-        make_folder(path.parent)
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)
             (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
@@ -148,6 +147,7 @@ class RunFolder:
         RoloraError if there are checkpoints but none can be read. For who holds the lock.
         """
         sweep(self.path)
+        sweep_beside(self.path)
         if not self._checkpoints():
             write_file(self.rounds, "")
             return start, []

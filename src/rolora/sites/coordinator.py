@@ -52,6 +52,11 @@ def _prepare(
     """
     _refuse(wanted)
     config = wanted.config
+    if (trusted := config.aggregate.trusted) is not None and registered() is None:
+        raise ConfigError(
+            f"aggregate.trusted = {trusted!r}, but sites have no keys here, so that any site could "
+            "take this name: use a folder that rolora federation keys has made"
+        )
     if config.server_seed is None:
         config = config.model_copy(update={"server_seed": secrets.randbits(63)})
     if config.model.dtype == "auto":  # the fastest dtype differs from site to site

@@ -146,16 +146,20 @@ def sample_cohort(
     round: int,
     attempt: int,
     spare: int = 0,
+    *,
+    trusted: str | None = None,
 ) -> tuple[str, ...]:
     """The ids, in order, of a random share ``participation`` of the clients and ``spare`` more.
 
-    Drawn without replacement; the number of spare clients does not change who else is drawn.
+    Drawn without replacement; the number of spare clients does not change who else is drawn. The
+    ``trusted`` client is always one of them.
     """
     rng = generator(seed, "cohort", round, attempt)
     size = cohort_size(len(clients), participation) + spare
-    chosen = torch.randperm(len(clients), generator=rng)[:size]
     ids = sorted(clients)
-    return tuple(ids[i] for i in chosen.sort().values.tolist())
+    drawn = [ids[i] for i in torch.randperm(len(ids), generator=rng).tolist()]
+    drawn.sort(key=lambda client: client != trusted)  # the others stay in the order of the draw
+    return tuple(sorted(drawn[:size]))
 
 
 def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
@@ -232,7 +236,18 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     round, attempt = server.round + 1, server.attempt
     clients = run.engine.clients()
     secret = run.seed if run.server_seed is None else run.server_seed
-    ids = sample_cohort(list(clients), run.participation, secret, round, attempt, run.spare)
+    aggregation = run.aggregation
+    if not method.federated:
+        aggregation = replace(aggregation, quorum=1, trusted=None)
+    ids = sample_cohort(
+        list(clients),
+        run.participation,
+        secret,
+        round,
+        attempt,
+        run.spare,
+        trusted=run.aggregation.trusted,
+    )
     # largest shard first, then by id: clients with as many steps then share a bank, and their
     # updates come in the order of use
     order = sorted(ids, key=lambda id: (-clients[id], id))
@@ -246,7 +261,6 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     arrived: list[Arrival] = []
     replies = record_arrivals(run.engine.run(method, job), arrived, lone=len(cohort) == 1)
     rng = generator(secret, "aggregate", round, attempt)
-    aggregation = run.aggregation if method.federated else replace(run.aggregation, quorum=1)
     after, report = step(method, aggregation, server, cohort, replies, rng)
     ledger, bytes_up, bytes_down = state.ledger, 0, 0
     if method.federated:
