@@ -109,7 +109,7 @@ def attacked(
 
 
 def finite(server: ServerState) -> bool:
-    tensors = [*server.adapter.values(), *server.memory.values(), *server.growth.values()]
+    tensors = [*server.adapter.values(), *server.memory.values(), *server.patches.values()]
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 

@@ -24,8 +24,8 @@ from rolora.algorithm.adapter import (
     layer_of,
     role_of,
 )
-from rolora.algorithm.growth import grown
 from rolora.algorithm.method import Method, ServerState, freeze_head
+from rolora.algorithm.patches import applied
 from rolora.algorithm.reduce import clip, mean
 from rolora.algorithm.seeding import derived_seed
 from rolora.algorithm.step import Aggregation
@@ -218,9 +218,9 @@ def test_a_client_is_sent_every_tensor_that_it_does_not_hold_bit_for_bit_and_no_
             client, view = assigned.info, assigned.received
             has: Mapping[str, Tensor] = holds.get(client.id, {})
             lacks = {n for n in view if n not in has or not torch.equal(has[n], view[n])}
-            made = grown(has, job.server.growth)
+            made = applied(has, job.server.patches)
             factors = {n for n in lacks & made.keys() if torch.equal(made[n], view[n])}
-            growth, layers = job.server.growth, set(map(layer_of, factors))
+            growth, layers = job.server.patches, set(map(layer_of, factors))
             added = [tensor for name, tensor in growth.items() if layer_of(name) in layers]
             least += view.select((lacks - factors).__contains__).num_bytes()
             least += sum(tensor.nbytes for tensor in added)

@@ -58,6 +58,8 @@ def bits(run: Run, last: RoundResult) -> dict[str, str]:
         ("method.name=lora_a2", "method.keep=0.3", RANKS, FEW),
         ("method.name=lora_a2", "wire.up=int8", FEW),
         ("aggregate.max_share=0.4", FEW),
+        ("method.turn=1.0", "method.b_rounds=2", "wire.up=int8"),
+        ("method.turn=0.5", FEW),
     ],
     ids=" ".join,
 )

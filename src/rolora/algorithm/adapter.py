@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rolora.algorithm.low_rank import LowRank, equal, one_term
 
-Role = Literal["A", "B", "core", "delta", "head"]
+Role = Literal["A", "B", "core", "delta", "turn", "head"]
 Roles = frozenset[Role]
 
 _SUFFIX: dict[str, Role] = {
@@ -29,6 +29,8 @@ _SUFFIX: dict[str, Role] = {
     ".lora_delta.weight": "delta",
     ".lora_grown_A.weight": "delta",
     ".lora_grown_B.weight": "delta",
+    ".lora_turn_A.weight": "turn",
+    ".lora_turn_B.weight": "turn",
 }
 
 
@@ -38,8 +40,9 @@ def role_of(name: str) -> Role:
 
     ``"A"``: lora_A (rank, in). ``"B"``: lora_B (out, rank). ``"core"``: matrices (heads, r, r)
     between lora_B and lora_A and their gains (heads,), where rank = heads · r. ``"delta"``: a
-    change of the base weight (out, in) beside the factors, or what it grew by in a round (see
-    ``rolora.algorithm.growth``). ``"head"``: everything else.
+    change of the base weight (out, in) beside the factors, or what it grew by in a round.
+    ``"turn"``: how a factor was turned (see ``rolora.algorithm.patches``); it travels, and is no
+    part of an adapter. ``"head"``: everything else.
     """
     return next((role for suffix, role in _SUFFIX.items() if name.endswith(suffix)), "head")
 

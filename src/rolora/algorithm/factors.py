@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.nn.functional import pad
 
 from rolora.algorithm.adapter import AdapterState, Specs, layer_of, pieces, role_of
 from rolora.algorithm.method import BOTH, Reduce, ServerState, lora_init
+from rolora.algorithm.patches import turn_of, turned
 from rolora.algorithm.reduce import Value
 from rolora.errors import ConfigError
 
@@ -117,6 +120,29 @@ def orthonormal_rows(specs: Specs, rng: torch.Generator) -> AdapterState:
     adapter = lora_init(specs, rng)
     downs = adapter.only(frozenset({"A"}))
     return adapter | {n: orthonormal(n, len(t), t.shape[1], rng) for n, t in downs.items()}
+
+
+def turn(server: ServerState, still: Literal["A", "B"], length: float) -> ServerState:
+    """The same products from pairs whose factor ``still`` is orthogonal: the rows of lora_A, or the
+    columns of lora_B, have this length.
+
+    With the polar decomposition of the factor, lora_A = M Q with Qᵀ's columns orthogonal and M
+    (rank, rank) symmetric, lora_B · lora_A = (lora_B · M) · Q; for lora_B the other way round. A
+    layer whose factor is zero stays as it is. Of a rank above the layer's width, Q's columns are
+    orthogonal instead. The other factor's turn M is in the state's patches.
+    """
+    new: dict[str, Tensor] = {}
+    turns: dict[str, Tensor] = {}
+    for layer in server.adapter.layers():
+        name = f"{layer}.lora_{still}.weight"
+        other = f"{layer}.lora_{'B' if still == 'A' else 'A'}.weight"
+        factor = server.adapter[name]
+        if factor.any():
+            u, s, vt = torch.linalg.svd(pieces(name, factor).double(), full_matrices=False)
+            by = turns[turn_of(other)] = ((u * s) @ u.mT / length).to(factor.dtype)
+            new[name] = pieces(name, length * (u @ vt)).to(factor.dtype).contiguous()
+            new[other] = turned(other, server.adapter[other], by)
+    return replace(server, adapter=server.adapter | new, patches={**server.patches, **turns})
 
 
 def first_core(specs: Specs, layer: str, heads: int, rng: torch.Generator) -> Tensor:

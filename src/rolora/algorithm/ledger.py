@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update, role_of
-from rolora.algorithm.growth import in_factors
 from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.patches import patched
 
 
 class Held(NamedTuple):
@@ -117,8 +117,8 @@ def lacking(
 ) -> AdapterState:
     """The tensors of ``view``, the adapter that a client should have, that it does not hold.
 
-    ``has``: the ledger's entry for this client, None if it never took part. A delta that the client
-    holds as of the round before is replaced by what the last round added, where that is smaller.
+    ``has``: the ledger's entry for this client, None if it never took part. For a client that
+    holds the adapter of the round before, a tensor that has a patch is replaced by it.
     """
 
     def lacks(name: str) -> bool:
@@ -130,4 +130,4 @@ def lacking(
 
     lacked = view.select(lacks)
     previous = has is not None and has.round == server.round - 1
-    return in_factors(lacked, server.growth) if previous else lacked
+    return patched(lacked, server.patches) if previous else lacked

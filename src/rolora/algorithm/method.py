@@ -41,15 +41,15 @@ class ServerState:
     """Everything that the server carries from round to round; ``memory`` is the reducer's.
 
     ``round`` counts finished rounds, so the round being run is ``round + 1``; ``attempt`` counts
-    its attempts that found no quorum. ``growth`` is what the last round added to the deltas, as
-    factors where these are smaller (see ``rolora.algorithm.growth``).
+    its attempts that found no quorum. ``patches``: from what the last round's changes can be made
+    (see ``rolora.algorithm.patches``).
     """
 
     adapter: AdapterState
     memory: Memory = field(default_factory=dict)
     round: int = 0
     attempt: int = 0
-    growth: Mapping[str, Tensor] = field(default_factory=dict)
+    patches: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def kaiming(shape: Sequence[int], rng: torch.Generator) -> Tensor:

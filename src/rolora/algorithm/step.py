@@ -16,8 +16,8 @@ import torch
 
 from rolora.algorithm.adapter import LARGEST, AdapterState, Assignment, Failure, Update, too_large
 from rolora.algorithm.exactness import AggregationError
-from rolora.algorithm.growth import as_factors
 from rolora.algorithm.method import Method, Project, ServerState
+from rolora.algorithm.patches import as_factors
 from rolora.algorithm.reduce import CLIENT_WEIGHTS, Memory, Reducer, Value
 from rolora.errors import ConfigError
 
@@ -163,13 +163,18 @@ def step(
         return reduced
 
     try:
-        after = method.aggregate(server, reduce, rng)
+        after = method.aggregate(replace(server, patches={}), reduce, rng)
         if not kept:
             raise RuntimeError(f"method {method.name!r} did not call reduce")
         rank = sum(cohort[client].info.rank for client in accepted)
         adapter, growth = as_factors(server.adapter, after.adapter, rank, rng)
         after = replace(
-            after, adapter=adapter, memory=kept[0], round=round, attempt=0, growth=growth
+            after,
+            adapter=adapter,
+            memory=kept[0],
+            round=round,
+            attempt=0,
+            patches={**after.patches, **growth},
         )
         if fault := _unsound(after):
             raise _BelowQuorum(fault)
@@ -203,7 +208,7 @@ def _unsound(after: ServerState) -> str:
     Every state passes here before it is committed: all that it holds is finite, and no value of the
     adapter is beyond ``LARGEST_KEPT``.
     """
-    for what, tensors in (("memory", after.memory), ("growth", after.growth)):
+    for what, tensors in (("memory", after.memory), ("patches", after.patches)):
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 return f"the server's {what} {name} would not be finite"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update
 from rolora.algorithm.codec import body_bytes, decode, encode, num_bytes
-from rolora.algorithm.growth import layout, rank_of
 from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method
+from rolora.algorithm.patches import layout, rank_of
 from rolora.errors import NoQuorum
 from rolora.flower.membership import Member, Membership, Unusable, attempt
 from rolora.flower.message import (

@@ -4,6 +4,13 @@ Odd rounds train and average lora_B with lora_A frozen, even rounds the other wa
 clients share the frozen factor, so the mean of the products is the product of the means: every
 average is exact, half of the adapter travels, and both factors are learned. arXiv:2502.01755.
 
+With gradient G of the product, a step on lora_B moves the product by −lr · G AᵀA, one on lora_A by
+−lr · BBᵀ G. One rate cannot fit both as the sizes of the factors drift apart, so a run swings from
+round to round. With ``turn`` the server writes the same product with an orthogonal frozen factor
+before each round: both kinds of steps are then projections of G times the same number (Riemannian
+preconditioning, Zhang & Pilanci, arXiv:2402.02347, which for SGD this is). The frozen factor is
+shared, so averages stay exact, and a turn is rank · rank numbers per layer on the way down.
+
 The first round of two clients, one layer of rank 1, and clients that only pretend to train:
 
 >>> import torch
@@ -35,11 +42,15 @@ True
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from rolora.algorithm.adapter import Roles
+import torch
+
+from rolora.algorithm.adapter import AdapterState, Roles, Specs
 from rolora.algorithm.factors import orthonormal_rows
-from rolora.algorithm.method import Method, lora_init
+from rolora.algorithm.factors import turn as turned
+from rolora.algorithm.method import Method, Reduce, ServerState, lora_init, merge_shared
 from rolora.errors import ConfigError
 
 
@@ -49,6 +60,7 @@ def method(
     b_rounds: int = 1,
     alternate: int | None = None,
     orthogonal_a: bool = False,
+    turn: float | None = None,
 ) -> Method:
     """How the factors alternate; the defaults are the paper's algorithm.
 
@@ -56,6 +68,8 @@ def method(
     ``b_rounds``: rounds of lora_B per round of lora_A (the paper's unbalanced schedules).
     ``alternate``: rounds that alternate; later rounds train lora_B, as FFA-LoRA. None: all rounds.
     ``orthogonal_a``: start from a lora_A with orthonormal rows instead of Kaiming uniform.
+    ``turn``: the length of the rows of lora_A, or columns of lora_B, that the server makes
+    orthogonal before each round in which they are frozen. None: it makes none.
     """
     if first not in ("A", "B"):
         raise ConfigError(f"rolora: first must be 'A' or 'B', not {first!r}")
@@ -64,6 +78,9 @@ def method(
     if alternate is not None and alternate < 1:
         raise ConfigError(f"rolora: alternate must be at least 1, not {alternate}; see ffa_lora")
 
+    if turn is not None and not turn > 0:
+        raise ConfigError(f"rolora: turn must be positive, not {turn}")
+
     def moving(round: int) -> Roles:
         # by the server's round number, so clients that missed rounds cannot get out of phase
         turn = (round - 1) % (b_rounds + 1)
@@ -71,9 +88,24 @@ def method(
         over = alternate is not None and round > alternate
         return frozenset({"A" if takes_a and not over else "B", "head"})
 
+    def ready(server: ServerState) -> ServerState:
+        """The state whose next round finds an orthogonal frozen factor."""
+        if turn is None or (server.round and moving(server.round) == moving(server.round + 1)):
+            return server
+        return turned(server, "A" if "B" in moving(server.round + 1) else "B", turn)
+
+    def init(specs: Specs, rng: torch.Generator) -> AdapterState:
+        first_pair = orthonormal_rows(specs, rng) if orthogonal_a else lora_init(specs, rng)
+        return ready(ServerState(first_pair)).adapter
+
+    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        return ready(replace(merge_shared(server, reduce, rng), round=server.round + 1))
+
     return Method(
         name="rolora",
-        init=orthonormal_rows if orthogonal_a else lora_init,
+        init=init,
         trainable=lambda round, step: moving(round),
         shared=moving,
+        aggregate=aggregate,
+        resets_factors=turn is not None,
     )

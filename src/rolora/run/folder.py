@@ -210,7 +210,7 @@ def contents(state: RunState) -> dict[str, Tensor]:
     parts: dict[str, Mapping[str, Tensor]] = {
         "adapter": state.server.adapter,
         "memory": memory,
-        "growth": state.server.growth,
+        "patches": state.server.patches,
     }
     if state.best is not None:
         parts["best"] = state.best.adapter
@@ -232,7 +232,7 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
     payload = (folder / "state.safetensors").read_bytes()
     if not isinstance(manifest, dict) or manifest.pop("sha256", "") != _digest(manifest, payload):
         raise ValueError("its sha256 does not match")
-    kinds = ("adapter", "memory", "growth", "best")
+    kinds = ("adapter", "memory", "patches", "best")
     parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for name, tensor in load(payload).items():
         part, _, rest = name.partition("/")
@@ -243,7 +243,7 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
         memory=parts["memory"],
         round=manifest["round"],
         attempt=manifest["attempt"],
-        growth=parts["growth"],
+        patches=parts["patches"],
     )
     best = manifest["best"]
     if best is not None:

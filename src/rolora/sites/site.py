@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from rolora.algorithm import growth
+from rolora.algorithm import patches
 from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failure
 from rolora.algorithm.codec import WireError, decode
 from rolora.algorithm.method import ServerState
@@ -269,7 +269,7 @@ def _received(run: SiteRun, name: str, request: SiteMessage, round: int) -> Adap
     start = ServerState(method.init(specs, generator(run.experiment.config.seed, "init")))
     # only for the names and shapes of what a client of this rank is sent
     like = method.download(start, ClientInfo(name, 0, request.integer("rank"), 1))
-    travels = growth.layout(like, request.integer("growth"))
+    travels = patches.layout(like, request.integer("growth"))
     names = expand_names(request.text("names"), travels)
     try:
         came = decode("fp32", request.body, {name: travels[name] for name in names})
@@ -278,9 +278,9 @@ def _received(run: SiteRun, name: str, request: SiteMessage, round: int) -> Adap
     store = replace(run.engine.store, kind="received")
     before = store.read(name, before=round + 1)
     own = replace(store, kind="sent").read(name, before=round)
-    # a delta that was sent for an evaluation has grown already
+    # what was sent for an evaluation has its patch already
     for held, old in ((before, before), (before | own, before), (before, {}), (before | own, {})):
-        view = {**held, **growth.grown(old, came)}
+        view = {**held, **patches.applied(old, came)}
         if view.keys() == like.keys() and digest(view) == request.text("view"):
             store.write(name, round, view)
             return AdapterState(view, specs.scaling)

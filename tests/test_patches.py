@@ -9,9 +9,9 @@ import torch
 from states import assign, dense, effect, make_specs, relative, same, updates_from
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo
-from rolora.algorithm.growth import grown, layout, rank_of
 from rolora.algorithm.ledger import Arrival, Ledger, after_round, lacking
 from rolora.algorithm.method import Method, ServerState
+from rolora.algorithm.patches import applied, layout, rank_of
 from rolora.algorithm.reduce import mean, median
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
@@ -59,7 +59,7 @@ def test_what_a_client_adds_to_its_delta_gives_the_bits_of_the_server(
     name: str, clients: int
 ) -> None:
     for _, held, came, view, _ in play(get_method(name), clients)[1:]:
-        assert same({**held, **grown(held, came)}, view)
+        assert same({**held, **applied(held, came)}, view)
         sizes = {key: tensor.shape for key, tensor in layout(view, rank_of(came)).items()}
         assert {key: sizes[key] for key in came} == {key: t.shape for key, t in came.items()}
 
@@ -94,14 +94,14 @@ def test_a_delta_formed_from_factors_is_the_one_that_was_meant_to_float_toleranc
     for (*_, after), wanted in zip(
         play(replace(method, aggregate=plainly), 5, rounds=6), meant, strict=True
     ):
-        assert after.growth
+        assert after.patches
         assert relative(dense(after.adapter), wanted) < 3e-7
 
 
 def test_changes_of_no_low_rank_are_sent_as_they_are() -> None:
     seen = play(get_method("flora"), 3, aggregation=Aggregation(median()))
     assert [numbers for numbers, *_ in seen[1:]] == [BOTH + DENSE + HEAD] * 2
-    assert all(not after.growth for *_, after in seen)
+    assert all(not after.patches for *_, after in seen)
 
 
 def test_the_sum_of_factors_has_the_same_bits_in_whatever_order_it_is_taken() -> None:
@@ -112,5 +112,5 @@ def test_the_sum_of_factors_has_the_same_bits_in_whatever_order_it_is_taken() ->
         for name, tensor in came.items()
         if "grown" in name
     }
-    again = {**held, **grown(held, {**came, **turned})}
+    again = {**held, **applied(held, {**came, **turned})}
     assert same(effect(AdapterState(again, view.scaling)), effect(view))

@@ -1,11 +1,16 @@
-"""What a round adds to a delta, as two factors, where these are fewer numbers than the matrix.
+"""Patches: numbers from which a client makes a tensor itself, where these are fewer than its own.
 
-The mean of the products of N clients of rank r has at most rank N · r. So what it adds to a delta
-(out, in) can travel as N · r · (out + in) numbers, as FLoRA and FedEx-LoRA send it, to a client
-that holds the delta of the round before. Server and client both add the factors to the old delta,
-in arithmetic that rounds only once, so they end with the same bits on any machine.
+A client that holds the adapter of the round before can be sent a patch in place of a tensor:
 
-Tensors: lora_grown_B (out, N · r) and lora_grown_A (N · r, in) of a layer.
+- *What a delta grew by.* The mean of the products of N clients of rank r has at most rank N · r. So
+  what it adds to a delta (out, in) can travel as N · r · (out + in) numbers, as FLoRA and
+  FedEx-LoRA send it: lora_grown_B (out, N · r) and lora_grown_A (N · r, in).
+- *How a factor was turned.* A server that writes the same product with another pair of factors
+  changes the one that nobody trained, too: to T · lora_A or lora_B · T, where T (r, r) is
+  lora_turn_A or lora_turn_B.
+
+Server and client apply a patch in the same way, in arithmetic that rounds each number once, or in
+one written order, so they end with the same bits on any machine.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, layer_of, role_of
+from rolora.algorithm.adapter import AdapterState, layer_of, pieces, role_of
 
 Tensors = Mapping[str, Tensor]
 # What factors may miss of a change, as a share of it. FedEx-LoRA's is a small difference of float32
@@ -42,7 +47,7 @@ def as_factors(
         probes = torch.randn(change.shape[1], rank, generator=rng, dtype=torch.float64)
         rough = torch.linalg.qr(change @ probes).Q
         basis = torch.linalg.qr(change @ torch.linalg.qr(change.mT @ rough).Q).Q
-        up, down = _names(name)
+        up, down = _patches(name)
         growth[up] = _on_grid(basis, wanted.dtype)
         growth[down] = _on_grid(basis.mT @ change, wanted.dtype)
         formed[name] = _added(before[name], growth[up], growth[down])
@@ -51,46 +56,74 @@ def as_factors(
     return after | formed if formed else after, growth
 
 
-def in_factors(tensors: AdapterState, growth: Tensors) -> AdapterState:
-    """These tensors, with the factors in place of each delta that has some."""
+def turned(name: str, factor: Tensor, turn: Tensor) -> Tensor:
+    """T · lora_A or lora_B · T of a symmetric turn T (r, r), in the dtype of the factor.
+
+    Products of float32 numbers are exact in float64, and are summed in order of the rank.
+    """
+    rows, total = pieces(name, factor).double(), 0.0
+    for k, row in enumerate(rows):
+        total = total + turn[:, k, None].double() * row
+    return pieces(name, torch.as_tensor(total)).to(factor.dtype).contiguous()
+
+
+def patched(tensors: AdapterState, patches: Tensors) -> AdapterState:
+    """These tensors, with the patch in place of each that has one."""
     replaced: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        names = _names(name) if role_of(name) == "delta" else ()
-        replaced |= {n: growth[n] for n in names} if set(names) & growth.keys() else {name: tensor}
+        own = {patch: patches[patch] for patch in _patches(name) if patch in patches}
+        replaced |= own or {name: tensor}
     return AdapterState(replaced, tensors.scaling)
 
 
 def rank_of(tensors: Tensors) -> int:
-    """The rank of the factors among these tensors; 0 without any."""
+    """The rank of what deltas grew by among these tensors; 0 without any."""
     ranks = (len(t) for name, t in tensors.items() if name.endswith(".lora_grown_A.weight"))
     return next(ranks, 0)
 
 
 def layout(like: Tensors, rank: int) -> dict[str, Tensor]:
-    """Tensors of the names and shapes in which ``like`` travels with factors of this rank."""
+    """Tensors of the names and shapes that ``like`` may travel as, if deltas grew by this rank."""
     found = dict(like)
     for name, tensor in like.items():
         if role_of(name) == "delta" and rank and _smaller(tensor, rank):
-            up, down = _names(name)
+            up, down = _patches(name)
             del found[name]
             found[up] = tensor.new_empty(tensor.shape[0], rank)
             found[down] = tensor.new_empty(rank, tensor.shape[1])
+        elif role_of(name) in ("A", "B"):
+            rank_here = len(pieces(name, tensor))
+            found[turn_of(name)] = tensor.new_empty(rank_here, rank_here)
     return found
 
 
-def grown(held: Tensors, came: Tensors) -> dict[str, Tensor]:
-    """What came, with factors added to the deltas that are ``held``; without a delta, left out."""
-    found = {name: tensor for name, tensor in came.items() if ".lora_grown_" not in name}
-    for name, delta in held.items():
-        if role_of(name) == "delta" and set(_names(name)) <= came.keys():
-            up, down = _names(name)
-            found[name] = _added(delta, came[up], came[down])
+def applied(held: Tensors, came: Tensors) -> dict[str, Tensor]:
+    """What came, with each patch applied to the tensor that is ``held``; without one, left out."""
+    found = {name: tensor for name, tensor in came.items() if not name.endswith(_SUFFIXES)}
+    for name, tensor in held.items():
+        parts = [came[patch] for patch in _patches(name) if patch in came]
+        if parts:
+            found[name] = (
+                _added(tensor, *parts) if role_of(name) == "delta" else turned(name, tensor, *parts)
+            )
     return found
 
 
-def _names(delta: str) -> tuple[str, str]:
-    layer = layer_of(delta)
-    return f"{layer}.lora_grown_B.weight", f"{layer}.lora_grown_A.weight"
+_SUFFIXES = tuple(f".lora_{kind}_{factor}.weight" for kind in ("grown", "turn") for factor in "AB")
+
+
+def turn_of(name: str) -> str:
+    """The name of the turn (rank, rank) of the factor with this name."""
+    return name.replace(".lora_", ".lora_turn_")
+
+
+def _patches(name: str) -> tuple[str, ...]:
+    """The names of the tensors that may travel in place of this one."""
+    role = role_of(name)
+    if role == "delta":
+        layer = layer_of(name)
+        return f"{layer}.lora_grown_B.weight", f"{layer}.lora_grown_A.weight"
+    return (turn_of(name),) if role in ("A", "B") else ()
 
 
 def _smaller(delta: Tensor, rank: int) -> bool:
