@@ -128,7 +128,7 @@ def test_a_step_of_sgd_beside_an_orthogonal_factor_is_the_preconditioned_step_of
     def stepped(state: AdapterState, rate: float, peft: bool) -> Tensor:
         """The product after a step on the factor that is not still."""
         pair = {f: state[names[f]].clone().requires_grad_(f != still) for f in "AB"}
-        ((pair["B"] @ pair["A"]) * product).sum().backward()
+        ((pair["B"] @ pair["A"]) * product).sum().backward()  # type: ignore[no-untyped-call]
         if peft:
             _RiemannianPreconditioner([(pair["A"], pair["B"])], reg=0.0).step()
         after = {f: p.detach() - rate * (0 if p.grad is None else p.grad) for f, p in pair.items()}
