@@ -31,7 +31,8 @@ from rolora.model.peft import Kind, LoraSettings
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
 from rolora.tasks.registry import Task
-from rolora.training.local import LocalSettings, Work, train_group
+from rolora.training.local import Work, train_group
+from rolora.training.settings import LocalSettings
 
 LABELS = ("no", "yes")
 LLAMA_1B = {

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from rolora.algorithm.adapter import role_of
 from rolora.data.examples import collate
-from rolora.training.local import LocalSettings, batches
+from rolora.training.local import batches
+from rolora.training.settings import LocalSettings
 
 LANGUAGE = ("llama", "gpt2")
 Make = Callable[..., Bench]

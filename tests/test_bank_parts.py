@@ -18,7 +18,8 @@ from rolora.algorithm.method import Method, ServerState
 from rolora.data.examples import collate
 from rolora.methods import get_method
 from rolora.model.bank import PREFIX, Bank, linear_shape
-from rolora.training.local import LocalSettings, Trained, Work
+from rolora.training.local import Trained, Work
+from rolora.training.settings import LocalSettings
 
 RANKS = dict(zip(SHARDS, (4, 1, 3, 2), strict=True))
 EPOCHS = LocalSettings(steps=None, epochs=1, batch_size=4)

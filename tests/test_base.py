@@ -21,7 +21,7 @@ from rolora.errors import ConfigError
 from rolora.model import checkpoint
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings
-from rolora.training.local import LocalSettings
+from rolora.training.settings import LocalSettings
 
 
 def config_of(base: Base) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rolora.data.examples import collate
 from rolora.model.bank import Noise, row_keys
-from rolora.training.local import LocalSettings, Work, evaluate
+from rolora.training.local import Work, evaluate
+from rolora.training.settings import LocalSettings
 
 SEEDS = [11, 22, 2**63 - 1, 0]
 

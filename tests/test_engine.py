@@ -24,7 +24,8 @@ from rolora.methods import get_method, method_names
 from rolora.methods.centralized import POOL
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess, Job
-from rolora.training.local import LocalSettings, Trained, Work, evaluate
+from rolora.training.local import Trained, Work, evaluate
+from rolora.training.settings import LocalSettings
 
 SETTINGS = LocalSettings(steps=None, epochs=1, batch_size=4)
 IDS = list(SHARDS)

@@ -36,8 +36,8 @@ from rolora.tasks.classification import classification
 from rolora.tasks.registry import Task
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess, Job
-from rolora.training.local import LocalSettings
 from rolora.training.rounds import Federation, RoundResult, RunState, federate
+from rolora.training.settings import LocalSettings
 
 CLIENTS, ROWS = 2, 2  # of each client, in one step
 TEXTS = [4 * f"{SENTENCES[number % len(SENTENCES)]} " for number in range(CLIENTS * ROWS)]

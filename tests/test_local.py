@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Roles, role_of
 from rolora.data.examples import Batch, Examples, collate
-from rolora.training.local import LocalSettings, NonFiniteLoss, Work, batches, evaluate
+from rolora.training.local import NonFiniteLoss, Work, batches, evaluate
+from rolora.training.settings import LocalSettings
 
 NOTHING = AdapterState({}, {})
 

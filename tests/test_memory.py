@@ -19,8 +19,9 @@ from rolora.config.load import load_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.run import runs
 from rolora.training import engine, memory
-from rolora.training.local import LocalSettings, Trained, Work, train_group
+from rolora.training.local import Trained, Work, train_group
 from rolora.training.memory import BankPlan, activation_bytes, plan_bank
+from rolora.training.settings import LocalSettings
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -30,8 +30,8 @@ from rolora.methods import METHODS, get_method, method_names
 from rolora.plan.method_table import describe_methods
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess, Job
-from rolora.training.local import LocalSettings
 from rolora.training.rounds import Federation, RoundResult, RunState, federate
+from rolora.training.settings import LocalSettings
 
 SIZES = {"ann": 10, "bob": 7, "cy": 3, "dee": 5}
 MEAN = Aggregation(mean())

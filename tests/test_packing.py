@@ -18,7 +18,8 @@ from rolora.data.examples import Batch
 from rolora.model.base import Base
 from rolora.model.packing import collect, pack, spread
 from rolora.model.stack import take_over
-from rolora.training.local import LocalSettings, evaluate
+from rolora.training.local import evaluate
+from rolora.training.settings import LocalSettings
 
 MODELS = ("bert", "roberta", "distilbert", "llama", "gpt2")
 SETTINGS = LocalSettings(steps=None, epochs=2, batch_size=4)

@@ -16,8 +16,8 @@ from rolora.errors import ConfigError
 from rolora.model.base import Base
 from rolora.run import runs
 from rolora.training import precision
-from rolora.training.local import LocalSettings
 from rolora.training.precision import lowered
+from rolora.training.settings import LocalSettings
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -19,7 +19,8 @@ from tiny_site import make_site
 from rolora.config.load import load_config
 from rolora.model.prefix import Prefix, below_adapters, kept_below, with_prefix
 from rolora.run import runs
-from rolora.training.local import LocalSettings, evaluate
+from rolora.training.local import evaluate
+from rolora.training.settings import LocalSettings
 
 pytestmark = pytest.mark.usefixtures("quick")
 

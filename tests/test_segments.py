@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from rolora.algorithm.adapter import Roles
 from rolora.model import segments
 from rolora.model.segments import add_low_rank, segment_linear
-from rolora.training.local import LocalSettings
+from rolora.training.settings import LocalSettings
 
 SIZES = (3, 1, 5)
 

@@ -21,7 +21,8 @@ from rolora.model.peft import LoraSettings
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
 from rolora.tasks.registry import Task
-from rolora.training.local import LocalSettings, Trained, Work, train_group
+from rolora.training.local import Trained, Work, train_group
+from rolora.training.settings import LocalSettings
 
 ROWS = 32
 LABELS = ("bad", "good", "odd")

@@ -20,7 +20,8 @@ from benchmarks.party import Answer, serve
 from rolora.config.load import make_config
 from rolora.run.experiment import Experiment
 from rolora.training.engine import InProcess
-from rolora.training.local import LocalSettings, Work, train_group
+from rolora.training.local import Work, train_group
+from rolora.training.settings import LocalSettings
 
 if __name__ == "__main__":
     folder, way = Path(sys.argv[1]), sys.argv[2]

@@ -342,10 +342,18 @@ class TrainConfig(Section):
         None, ge=1, description="passes over the client's rows per round, instead of local_steps"
     )
     batch_size: int = Field(8, ge=1, description="rows per client and step")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="starts afresh each round")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what clients train with")
+    keep_moments: bool = Field(
+        False,
+        description="clients keep their optimizer's state from round to round, and update it for "
+        "the factor that is not trained, too; otherwise it starts afresh each round",
+    )
     lr: float = Field(5e-3, gt=0, description="the learning rate")
     b_lr_ratio: float = Field(
         1.0, gt=0, description="lora_B's learning rate is lr times this (LoRA+)"
+    )
+    head_lr_ratio: float = Field(
+        1.0, gt=0, description="the task head's learning rate is lr times this"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="of the learning rate over rounds"

@@ -101,9 +101,12 @@ class Bank:
         return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
     def keep(self, clients: int) -> None:
-        """Drop all but the first ``clients``: those that have taken their last step leave."""
+        """Drop all but the first ``clients``: those that have taken their last step leave.
+
+        The others stay where they are in memory.
+        """
         self.leaves = {
-            name: leaf[:clients].detach().clone().requires_grad_(leaf.requires_grad)
+            name: leaf.detach()[:clients].requires_grad_(leaf.requires_grad)
             for name, leaf in self.leaves.items()
         }
 

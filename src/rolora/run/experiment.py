@@ -36,10 +36,11 @@ from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.attacked import Attacked
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
-from rolora.training.local import LocalSettings, evaluate, first_gradient
+from rolora.training.local import evaluate, first_gradient
 from rolora.training.memory import BankPlan, phases, plan_bank
 from rolora.training.precision import is_wide, lowered
 from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
+from rolora.training.settings import LocalSettings
 
 
 class Parts(TypedDict, total=False):
@@ -194,6 +195,11 @@ class Experiment:
             )
         if self.attack is not None:
             self._refuse_attack(method, self.attack)
+        if config.train.keep_moments and method.resets_factors:
+            raise ConfigError(
+                f"{method.name} makes new factors each round, so what an optimizer knew of the old "
+                "ones means nothing: set train.keep_moments to false"
+            )
         require_turns(method, config.train, {})  # of each client once its rows are known
         return freeze_head(method) if config.model.head == "freeze" else method
 
@@ -372,7 +378,7 @@ class Experiment:
             self.task,
             self.examples,
             adapter,
-            phases(self.method, train.rounds),
+            phases(self.method, train.rounds, train.keep_moments),
             train.batch_size,
             self.cohort,
             train.bank,
@@ -622,6 +628,8 @@ def local_settings(train: TrainConfig) -> LocalSettings:
         momentum=train.momentum,
         max_grad_norm=train.max_grad_norm,
         b_lr_ratio=train.b_lr_ratio,
+        head_lr_ratio=train.head_lr_ratio,
+        keep_moments=train.keep_moments,
     )
 
 

@@ -227,7 +227,7 @@ def _train(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     round = request.integer("round")
     if round < 1:
         raise MessageError("'round' is 0, expected at least 1")
-    for kind in ("round", "residual"):
+    for kind in ("round", "residual", "moments"):
         replace(store, kind=kind).forget(name, after=request.integer("last"))
     received = _received(run, name, request, round)
     if received is None:

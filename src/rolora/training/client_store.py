@@ -25,8 +25,8 @@ class ClientStore:
 
     A client's state for round t is the newest file of an earlier round, so a retried or resumed
     round starts from the same state as the first attempt. ``kind`` is the prefix of the file names:
-    "round" for personal adapters, "residual" for what an upload rounded away; sites also keep what
-    they "received" and "sent".
+    "round" for personal adapters, "residual" for what an upload rounded away, "moments" for an
+    optimiser's state; sites also keep what they "received" and "sent".
     """
 
     folder: Path

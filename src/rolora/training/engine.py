@@ -32,7 +32,8 @@ from rolora.errors import RoloraError
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
 from rolora.training.client_store import ClientStore
-from rolora.training.local import LocalSettings, Trained, Work, evaluate, train_group
+from rolora.training.local import Trained, Work, evaluate, train_group
+from rolora.training.settings import LocalSettings
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ class InProcess:
     evaluation: Callable[[AdapterState], Evaluation] = lambda adapter: Evaluation()
     up: Format | None = "fp32"
 
+    @property
+    def _moments(self) -> ClientStore:
+        """Where clients keep the state of their optimisers."""
+        return replace(self.store, kind="moments")
+
     def clients(self) -> Mapping[str, int]:
         """Every client, always."""
         return {client: len(rows) for client, rows in self.shards.items()}
@@ -139,7 +145,8 @@ class InProcess:
         taken = [self.shards[client] for client in info.members or [info.id]]
         steps = sum(self.settings.num_steps(len(rows)) for rows in taken)
         kept = self.store.read(info.id, before=info.round)
-        return Work(info.id, torch.cat(held), assigned.received | kept, steps)
+        moments = self._moments.read(info.id, info.round) if self.settings.keep_moments else {}
+        return Work(info.id, torch.cat(held), assigned.received | kept, steps, moments)
 
     def train(self, method: Method, job: Job, work: Sequence[Work]) -> list[Trained]:
         """Train one group through the bank."""
@@ -158,6 +165,8 @@ class InProcess:
     def finish(self, method: Method, assigned: Assignment, trained: Trained) -> Update | Failure:
         """Keep what is personal, send what is shared."""
         info, received = assigned.info, assigned.received
+        if self.settings.keep_moments:
+            self._moments.write(info.id, info.round, trained.moments)
         if personal := method.personal(info.round):
             self.store.write(info.id, info.round, trained.adapter.only(personal))
         counts = {"steps": float(trained.steps), "moved": float(trained.moved)}

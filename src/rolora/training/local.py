@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,9 +14,11 @@ from rolora.algorithm.method import Method, lora_init
 from rolora.algorithm.seeding import derived_seed, generator
 from rolora.data.examples import Batch, Examples, collate
 from rolora.errors import RoloraError
-from rolora.model.bank import Bank, row_keys
+from rolora.model.bank import row_keys
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
+from rolora.training.optimizer import LocalOptimizer
+from rolora.training.settings import LocalSettings
 
 _LESS = "lower train.lr, set train.max_grad_norm, or use model.dtype = 'fp32'"
 
@@ -28,50 +28,32 @@ class NonFiniteLoss(RoloraError):
 
 
 @dataclass(frozen=True)
-class LocalSettings:
-    """How a client trains in a round: ``steps`` optimiser steps, or ``epochs`` over its shard.
-
-    The optimiser starts afresh each round. ``max_grad_norm`` clips each client's gradient. lora_B
-    learns at lr × ``b_lr_ratio`` (LoRA+, Hayou et al. 2024), everything else at lr.
-    """
-
-    steps: int | None = 5
-    epochs: int | None = None
-    batch_size: int = 8
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    max_grad_norm: float | None = None
-    b_lr_ratio: float = 1.0
-
-    def num_steps(self, num_examples: int) -> int:
-        """Optimiser steps in a round for a client with this many rows."""
-        if self.epochs is not None:
-            return self.epochs * math.ceil(num_examples / self.batch_size)
-        return self.steps or 0
-
-
-@dataclass(frozen=True)
 class Work:
-    """One client's part of a round: its rows (int64 indices), where it starts, how many steps."""
+    """One client's part of a round: its rows (int64 indices), where it starts, how many steps.
+
+    ``moments``: the state of its optimiser, as ``Trained`` has it.
+    """
 
     client: str
     rows: Tensor
     start: AdapterState
     steps: int
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Trained:
     """A client after its last step; ``loss`` is the mean over its steps.
 
-    ``moved`` counts the tensors that are not, to the bit, what the client started from.
+    ``moved`` counts the tensors that are not, to the bit, what the client started from. ``moments``
+    is the state of its optimiser if that is kept: KEY/TENSOR -> value.
     """
 
     adapter: AdapterState
     loss: float
     steps: int
     moved: int
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def batches(work: Work, batch_size: int, seed: int, round: int) -> Iterator[Tensor]:
@@ -106,7 +88,7 @@ def train_group(
     prepared = _batches(base, examples, active, settings.batch_size, seed, round)
     seeds = [derived_seed(seed, "dropout", round, w.client) for w in active]
     bank.load([w.start for w in active], base.device)
-    optimizer = _optimizer(bank, settings, lr)
+    optimizer = LocalOptimizer(bank, settings, lr, [w.moments for w in active])
     total = torch.zeros(len(active), dtype=torch.float64)
 
     def finish(first: int) -> None:
@@ -120,7 +102,8 @@ def train_group(
                     f"{diverged} of client {active[place].client!r} is not finite, or beyond "
                     f"{LARGEST:g}, at the end of round {round}: {_LESS}"
                 )
-            trained[order[place]] = Trained(ended, loss, steps, len(moved))
+            moments = optimizer.moments(place, start) if settings.keep_moments else {}
+            trained[order[place]] = Trained(ended, loss, steps, len(moved), moments)
 
     try:
         sizes, batch = next(prepared)
@@ -128,8 +111,10 @@ def train_group(
             staying = len(sizes)
             if staying < bank.clients:
                 finish(staying)
-                optimizer = _shrink(bank, optimizer, staying, settings, lr)
-            bank.train(method.trainable(round, step))
+                bank.keep(staying)
+                optimizer.keep(staying)
+            roles = method.trainable(round, step)
+            bank.train(roles | method.roles if settings.keep_moments else roles)
             keys = row_keys(seeds[:staying], step, sizes)
             losses = _losses(base, task, batch, sizes, keys)
             total_loss = losses.sum()
@@ -140,8 +125,10 @@ def train_group(
                 for name, leaf in bank.leaves.items():
                     leaf.grad = None if leaf.grad is None else gradient(name, leaf.grad)
             if settings.max_grad_norm is not None:
-                _clip_gradients(bank, settings.max_grad_norm)
-            optimizer.step()
+                for moves in (True, False):
+                    part = [x for n, x in bank.leaves.items() if (role_of(n) in roles) == moves]
+                    _clip_gradients(part, settings.max_grad_norm)
+            optimizer.step(roles)
             sizes, batch = next(prepared, (sizes, batch))  # while a GPU is still at this one
             _refuse_nonfinite(losses, active, round, step)
             total[:staying] += losses.detach().double().cpu()
@@ -185,40 +172,10 @@ def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: 
         )
 
 
-def _optimizer(bank: Bank, settings: LocalSettings, lr: float) -> torch.optim.Optimizer:
-    # grouped by role: in a fused step either all leaves have a momentum already, or none has
-    roles: dict[str, list[Tensor]] = {}
-    for name, leaf in bank.leaves.items():
-        roles.setdefault(role_of(name), []).append(leaf)
-    ratios = {"B": settings.b_lr_ratio}
-    groups: list[dict[str, Any]] = [
-        {"params": leaves, "lr": lr * ratios.get(role, 1.0)} for role, leaves in roles.items()
-    ]
-    decay = settings.weight_decay
-    if settings.optimizer == "sgd":
-        momentum = settings.momentum
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
-
-
-def _shrink(
-    bank: Bank, optimizer: torch.optim.Optimizer, staying: int, settings: LocalSettings, lr: float
-) -> torch.optim.Optimizer:
-    """The optimiser for the clients that stay, with their state."""
-    old = dict(bank.leaves)
-    bank.keep(staying)
-    smaller = _optimizer(bank, settings, lr)
-    for name, leaf in old.items():
-        smaller.state[bank.leaves[name]] = {
-            key: value[:staying].clone() if value.shape == leaf.shape else value
-            for key, value in optimizer.state.get(leaf, {}).items()
-            if value is not None
-        }
-    return smaller
-
-
-def _clip_gradients(bank: Bank, max_norm: float) -> None:
-    gradients = [leaf.grad for leaf in bank.leaves.values() if leaf.grad is not None]
+def _clip_gradients(leaves: Iterable[Tensor], max_norm: float) -> None:
+    gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+    if not gradients:
+        return
     square = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0)
     scale = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
