@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from tiny import tiny_bert, tiny_llama
 from tiny_clients import EVERYTHING, Bench, classifier, language_model
 from torch import Tensor, nn
 
-from rolora.algorithm.adapter import AdapterState, Roles, role_of
+from rolora.algorithm.adapter import AdapterState, Role, Roles, role_of
+from rolora.algorithm.method import Method
 from rolora.data.examples import Batch, Examples, collate
-from rolora.training.local import NonFiniteLoss, Work, batches, evaluate
+from rolora.methods import get_method
+from rolora.training.local import NonFiniteLoss, Trained, Work, batches, evaluate
 from rolora.training.settings import LocalSettings
 
 NOTHING = AdapterState({}, {})
@@ -265,37 +268,105 @@ def test_b_learns_at_lr_times_the_ratio_as_under_an_optimizer_of_its_own(
         assert len({w.steps for w in work}) == 3  # so clients leave the bank at different steps
         alike = one.train(work, replace(settings, b_lr_ratio=1.0), lr=1e-3)
         for w, ours, plain in zip(work, one.train(work, settings, lr=1e-3), alike, strict=True):
-            theirs = by_two_optimizers(one, w, settings, lr=1e-3)
+            theirs = by_plain_optimizers(one, w, settings, 1e-3, {"B": ratio})
             assert relative(ours.adapter, theirs) <= 1e-9
             assert relative(ours.adapter, plain.adapter) > 1e-4
 
 
-def by_two_optimizers(one: Bench, work: Work, settings: LocalSettings, lr: float) -> AdapterState:
-    """One client, its lora_B under one torch optimiser and all else under another."""
-    base, stream = one.base, batches(work, settings.batch_size, seed=7, round=1)
+def by_plain_optimizers(
+    one: Bench,
+    work: Work,
+    settings: LocalSettings,
+    lr: float,
+    ratios: Mapping[str, float],
+    rounds: Mapping[int, Roles] = MappingProxyType({1: EVERYTHING}),
+) -> AdapterState:
+    """One client, over these rounds, in which these roles move, with a torch optimiser per role
+    that is never reset."""
+    base = one.base
     with base.holding(work.start):
-        leaves = {name: leaf.requires_grad_() for name, leaf in base.bank.leaves.items()}
-        each = [
-            ([leaf for name, leaf in leaves.items() if role_of(name) == "B"], settings.b_lr_ratio),
-            ([leaf for name, leaf in leaves.items() if role_of(name) != "B"], 1.0),
-        ]
+        roles: dict[Role, list[Tensor]] = {}
+        for name, leaf in base.bank.leaves.items():
+            roles.setdefault(role_of(name), []).append(leaf.requires_grad_())
         decay = settings.weight_decay
-        both: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(part, lr=lr * times, weight_decay=decay)
+        optimizers: dict[Role, torch.optim.Optimizer] = {
+            role: torch.optim.AdamW(leaves, lr=lr, weight_decay=decay)
             if settings.optimizer == "adamw"
-            else torch.optim.SGD(part, lr * times, settings.momentum, weight_decay=decay)
-            for part, times in each
-        ]
-        for _ in range(work.steps):
-            batch = collate(one.examples, next(stream), base.tokenizer.pad_token_id)
-            with base.running(batch) as given:
-                losses, count = one.task.loss(base.model, given)
-            for optimizer in both:
-                optimizer.zero_grad()
-            (losses.sum() / count.sum()).backward()  # type: ignore[no-untyped-call]
-            for optimizer in both:
-                optimizer.step()
+            else torch.optim.SGD(leaves, lr, settings.momentum, weight_decay=decay)
+            for role, leaves in roles.items()
+        }
+        for round, moving in rounds.items():
+            stream = batches(work, settings.batch_size, seed=7, round=round)
+            for role, optimizer in optimizers.items():
+                optimizer.param_groups[0]["lr"] = lr * ratios.get(role, 1) * (role in moving)
+            for _ in range(work.steps):
+                batch = collate(one.examples, next(stream), base.tokenizer.pad_token_id)
+                with base.running(batch) as given:
+                    losses, count = one.task.loss(base.model, given)
+                for optimizer in optimizers.values():
+                    optimizer.zero_grad()
+                (losses.sum() / count.sum()).backward()  # type: ignore[no-untyped-call]
+                for optimizer in optimizers.values():
+                    optimizer.step()
         return base.bank.take(0)
+
+
+def over_rounds(
+    one: Bench, work: Sequence[Work], settings: LocalSettings, method: Method, rounds: int
+) -> list[Trained]:
+    """These clients' training over rounds, each going on from where it was."""
+    found: list[Trained] = []
+    for round in range(1, rounds + 1):
+        if found:
+            work = [
+                replace(w, start=t.adapter, moments=t.moments)
+                for w, t in zip(work, found, strict=True)
+            ]
+        found = one.train(work, settings, lr=1e-3, round=round, method=method)
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_kept_moments_make_rounds_one_training_in_which_the_idle_factor_stands_still(
+    bench: Bench, optimizer: Any
+) -> None:
+    settings = LocalSettings(
+        steps=3, batch_size=4, optimizer=optimizer, momentum=0.9, head_lr_ratio=2.0
+    )
+    kept, method = replace(settings, keep_moments=True), get_method("rolora")
+    (work,) = bench.work(settings)[:1]
+    (ours,) = over_rounds(bench, [work], kept, method, 4)
+    rounds = {round: method.trained(round) for round in range(1, 5)}
+    theirs = by_plain_optimizers(bench, work, settings, 1e-3, {"head": 2.0}, rounds)
+    assert relative(ours.adapter, theirs) <= 1e-9
+    (fresh,) = over_rounds(bench, [work], settings, method, 4)
+    assert relative(ours.adapter, fresh.adapter) > 1e-3
+
+
+def test_clients_of_one_bank_may_have_taken_different_numbers_of_steps_before(
+    bench: Bench,
+) -> None:
+    settings = LocalSettings(steps=None, epochs=1, batch_size=4, keep_moments=True)
+    method, work = get_method("fedit"), bench.work(settings)
+    assert len({w.steps for w in work}) == 3
+    together = over_rounds(bench, work, settings, method, 3)
+    for each, w in zip(together, work, strict=True):
+        (alone,) = over_rounds(bench, [w], settings, method, 3)
+        assert relative(each.adapter, alone.adapter) <= 1e-9
+        steps = {int(v) for path, v in each.moments.items() if path.startswith("step/")}
+        assert steps == {3 * w.steps}
+
+
+def test_a_factor_beside_a_zero_one_keeps_no_moments(bench: Bench) -> None:
+    settings = LocalSettings(steps=2, batch_size=4, keep_moments=True)
+    (work,) = bench.work(settings)[:1]
+    zeros = {n: torch.zeros_like(t) for n, t in work.start.items() if role_of(n) == "B"}
+    work = replace(work, start=work.start | zeros)
+    (first,) = over_rounds(bench, [work], settings, get_method("rolora"), 1)
+    assert {role_of(path) for path in first.moments} == {"B", "head"}
+    (second,) = over_rounds(bench, [work], settings, get_method("rolora"), 2)
+    assert {role_of(path) for path in second.moments} == {"A", "B", "head"}
+    assert max(first.moments["step/" + name] for name in zeros) == 2
 
 
 def test_a_ratio_for_b_leaves_cores_and_heads_at_the_learning_rate(bench: Bench) -> None:

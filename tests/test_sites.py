@@ -60,6 +60,7 @@ def bits(run: Run, last: RoundResult) -> dict[str, str]:
         ("aggregate.max_share=0.4", FEW),
         ("method.turn=1.0", "method.b_rounds=2", "wire.up=int8"),
         ("method.turn=0.5", FEW),
+        ("train.keep_moments=true", "train.head_lr_ratio=2", "train.participation=0.6"),
     ],
     ids=" ".join,
 )
