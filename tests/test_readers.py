@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -144,3 +146,8 @@ def test_a_chat_s_tool_calls_reach_its_template_as_their_file_has_them(tmp_path:
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     found = read_chats(read_table("a.jsonl", root=tmp_path), "messages", None, "a.jsonl")
     assert [list(chat.turns) for chat in found] == chats
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz"])
+def test_a_compressed_file_of_nothing_is_empty(name: str) -> None:
+    assert read(name, gzip.compress(b"")) == f"{name} is empty"
