@@ -55,7 +55,7 @@ class Guarded:
     functions: tuple[str, ...] = ()
 
 
-SITES = ("hostile_sites", "hostile_coordinator", "site_faults", "sites")
+SITES = ("hostile_sites", "hostile_coordinator", "joining", "site_faults", "sites")
 FILES = ("corpus", "hostile_files", "hostile_models")
 GUARDED: Mapping[str, Guarded] = {
     "algorithm/step.py": Guarded(("step", "hostile_updates", "robust")),
