@@ -368,7 +368,7 @@ def smoothed(game: Played) -> None:
                 )
                 spot = (client, row, at) if role_of(name) == "A" else (client, at, row)
                 wanted[spot] = value
-        assert near({"": gradient(name, both)}, {"": wanted})
+        assert near({"": gradient(name, both, {})}, {"": wanted})
 
 
 def core_averaged(game: Played) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,8 @@ def test_a_method_s_gradient_is_given_every_client_s_own_and_what_it_returns_is_
     settings = LocalSettings(steps=1, batch_size=4, optimizer="sgd")
     seen: dict[str, Tensor] = {}
 
-    def doubled(name: str, gradients: Tensor) -> Tensor:
+    def doubled(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
+        assert {leaf.shape for leaf in leaves.values()} >= {gradients.shape}
         seen[name] = gradients.clone()
         return 2 * gradients
 

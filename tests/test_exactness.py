@@ -7,7 +7,7 @@ must fail on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -231,12 +231,12 @@ def mirrored(turn: Tensor) -> Tensor:
     return turn @ torch.diag(torch.tensor([-1.0] + [1.0] * (len(turn) - 1), dtype=turn.dtype))
 
 
-def across_rank(name: str, gradients: Tensor) -> Tensor:
+def across_rank(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
     """LA-LoRA's filter along the wrong side."""
     own = get_method("la_lora").gradient
     assert own is not None
     other = name.replace("lora_A", "lora_#").replace("lora_B", "lora_A").replace("lora_#", "lora_B")
-    return own(other, gradients)
+    return own(other, gradients, leaves)
 
 
 RIGHT = {name: get_method(name) for name in method_names()}
@@ -379,7 +379,7 @@ MUTANTS: dict[str, tuple[str, Method]] = {
     "la_lora filters across the rank": ("la_lora", replace(RIGHT["la_lora"], gradient=across_rank)),
     "la_lora does not filter": (
         "la_lora",
-        replace(RIGHT["la_lora"], gradient=lambda name, gradients: gradients),
+        replace(RIGHT["la_lora"], gradient=lambda name, gradients, leaves: gradients),
     ),
     "fed_sb weighs clients alike": ("fed_sb", unweighted(RIGHT["fed_sb"])),
     "fed_sb transposes the core": (

@@ -172,3 +172,27 @@ def test_a_client_is_sent_the_average_and_rank_times_rank_numbers_and_makes_the_
 def test_server_optimizers_keep_no_memory_of_factors_that_are_turned() -> None:
     assert get_method("rolora").supports_server_optimizer
     assert not get_method("rolora", turn=1.0).supports_server_optimizer
+
+
+def test_scaled_gradients_are_those_of_peft_s_riemannian_optimizer_for_each_client() -> None:
+    """Both factors at once, which is what PEFT's knows; each client by its own factors."""
+    states = [random_state(make_specs(((6, 5, 3),)), seed, torch.float64) for seed in (1, 2)]
+    gradients = [random_state(make_specs(((6, 5, 3),)), seed, torch.float64) for seed in (3, 4)]
+    leaves = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    (layer,) = states[0].layers()
+    pair = [f"{layer}.lora_{factor}.weight" for factor in "AB"]
+    hook = get_method("fedit", scaled=True).gradient
+    assert hook is not None
+    ours = {
+        n: hook(n, torch.stack([gradient[n] for gradient in gradients]), leaves) for n in leaves
+    }
+    for client, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
+        theirs = [state[name].clone().requires_grad_() for name in pair]
+        for parameter, name in zip(theirs, pair, strict=True):
+            parameter.grad = gradient[name].clone()
+        _RiemannianPreconditioner([(theirs[0], theirs[1])], reg=1e-2).step()
+        for parameter, name in zip(theirs, pair, strict=True):
+            assert parameter.grad is not None
+            assert float((ours[name][client] - parameter.grad).norm()) <= 1e-12
+        for name in state.only(frozenset({"head"})):
+            assert torch.equal(ours[name][client], gradient[name])

@@ -145,6 +145,24 @@ def turn(server: ServerState, still: Literal["A", "B"], length: float) -> Server
     return replace(server, adapter=server.adapter | new, patches={**server.patches, **turns})
 
 
+DAMPING = 1e-2  # as PEFT's create_riemannian_optimizer
+
+
+def scaled(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
+    """A factor's gradient, preconditioned by the other factor as it is: (BᵀB + δ)⁻¹ g for lora_A,
+    g (AAᵀ + δ)⁻¹ for lora_B (ScaledGD: Tong et al. 2021; for LoRA: Zhang & Pilanci,
+    arXiv:2402.02347), with δ = ``DAMPING``; other gradients as they are.
+
+    ``gradients`` (clients, *shape) of the tensor ``name``; ``leaves`` as ``Method.gradient`` says.
+    """
+    if role_of(name) not in ("A", "B"):
+        return gradients
+    other = f"{layer_of(name)}.lora_{'B' if role_of(name) == 'A' else 'A'}.weight"
+    partner = pieces(other, leaves[other].detach())  # (clients, rank, width)
+    gram = partner @ partner.mT + DAMPING * torch.eye(partner.shape[1]).to(partner)
+    return pieces(name, torch.linalg.solve(gram, pieces(name, gradients))).contiguous()
+
+
 def first_core(specs: Specs, layer: str, heads: int, rng: torch.Generator) -> Tensor:
     """The core (heads, r, r) of a layer between orthonormal factors of rank heads · r; float32.
 

@@ -109,7 +109,8 @@ class Method:
       ``num_examples`` counts the rows of all clients of the run.
     - ``download(server, client)``: the adapter that a client should have before it trains.
     - ``trainable(round, local step)``: the roles that get gradients.
-    - ``gradient(name, gradients (clients, *shape))``: replaces what the optimiser gets.
+    - ``gradient(name, gradients (clients, *shape), leaves)``: replaces what the optimiser gets;
+      ``leaves`` maps every tensor's name to its values (clients, *shape).
     - ``penalty(adapter)``: a scalar added to a client's loss.
     - ``upload(received, trained, client)``: what leaves the client, in the same shapes.
     - ``shared(round)``: the roles that travel up; other trained roles are personal.
@@ -132,7 +133,7 @@ class Method:
     init: Callable[[Specs, torch.Generator], AdapterState] = lora_init
     cohort: Callable[[tuple[ClientInfo, ...], int], tuple[ClientInfo, ...]] = each_for_itself
     download: Callable[[ServerState, ClientInfo], AdapterState] = whole_adapter
-    gradient: Callable[[str, Tensor], Tensor] | None = None
+    gradient: Callable[[str, Tensor, Mapping[str, Tensor]], Tensor] | None = None
     penalty: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     upload: Callable[[AdapterState, AdapterState, ClientInfo], AdapterState] = as_trained
     aggregate: Callable[[ServerState, Reduce, torch.Generator], ServerState] = merge_shared

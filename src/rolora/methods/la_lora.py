@@ -11,6 +11,8 @@ on the plain one. arXiv:2602.19926.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from rolora.algorithm.method import B_ALONE, BOTH, Method
 _KERNEL = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
 
-def _smoothed(name: str, gradients: Tensor) -> Tensor:
+def _smoothed(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
     """Filtered along the width of the layer; (clients, rank, in) or (clients, out, rank)."""
     if role_of(name) == "head":
         return gradients

@@ -47,9 +47,8 @@ from typing import Literal
 
 import torch
 
+from rolora.algorithm import factors
 from rolora.algorithm.adapter import AdapterState, Roles, Specs
-from rolora.algorithm.factors import orthonormal_rows
-from rolora.algorithm.factors import turn as turned
 from rolora.algorithm.method import Method, Reduce, ServerState, lora_init, merge_shared
 from rolora.errors import ConfigError
 
@@ -61,6 +60,7 @@ def method(
     alternate: int | None = None,
     orthogonal_a: bool = False,
     turn: float | None = None,
+    scaled: bool = False,
 ) -> Method:
     """How the factors alternate; the defaults are the paper's algorithm.
 
@@ -70,6 +70,7 @@ def method(
     ``orthogonal_a``: start from a lora_A with orthonormal rows instead of Kaiming uniform.
     ``turn``: the length of the rows of lora_A, or columns of lora_B, that the server makes
     orthogonal before each round in which they are frozen. None: it makes none.
+    ``scaled``: precondition each factor's gradient by the other factor, instead of turning it.
     """
     if first not in ("A", "B"):
         raise ConfigError(f"rolora: first must be 'A' or 'B', not {first!r}")
@@ -92,10 +93,10 @@ def method(
         """The state whose next round finds an orthogonal frozen factor."""
         if turn is None or (server.round and moving(server.round) == moving(server.round + 1)):
             return server
-        return turned(server, "A" if "B" in moving(server.round + 1) else "B", turn)
+        return factors.turn(server, "A" if "B" in moving(server.round + 1) else "B", turn)
 
     def init(specs: Specs, rng: torch.Generator) -> AdapterState:
-        first_pair = orthonormal_rows(specs, rng) if orthogonal_a else lora_init(specs, rng)
+        first_pair = factors.orthonormal_rows(specs, rng) if orthogonal_a else lora_init(specs, rng)
         return ready(ServerState(first_pair)).adapter
 
     def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
@@ -107,5 +108,6 @@ def method(
         trainable=lambda round, step: moving(round),
         shared=moving,
         aggregate=aggregate,
+        gradient=factors.scaled if scaled else None,
         resets_factors=turn is not None,
     )

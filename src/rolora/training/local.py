@@ -123,7 +123,8 @@ def train_group(
             total_loss.backward()  # type: ignore[no-untyped-call]
             if gradient is not None:
                 for name, leaf in bank.leaves.items():
-                    leaf.grad = None if leaf.grad is None else gradient(name, leaf.grad)
+                    if leaf.grad is not None:
+                        leaf.grad = gradient(name, leaf.grad, bank.leaves)
             if settings.max_grad_norm is not None:
                 for moves in (True, False):
                     part = [x for n, x in bank.leaves.items() if (role_of(n) in roles) == moves]
