@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from test_report_conclusions import write
 from rolora.report.narrative import conclusions, format_difference
 from rolora.results.paired import CONFIDENCE, difference, differences, interval
 from rolora.results.ranking import AXES, Place, rank_methods, rankings
-from rolora.results.runs import Point, RunRecord, load_run, trained_rows
+from rolora.results.runs import Point, RunRecord, load_run, summarise, trained_rows
 from rolora.training.local import Work, batches
 
 MEGABYTE = 1_000_000
@@ -266,3 +267,23 @@ def test_differences_are_from_the_first_method_whoever_leads(tmp_path: Path) -> 
         {"fedit": 0.3, "local": 0.1}
     )
     assert conclusions(runs)[0].differences == found
+
+
+@pytest.mark.parametrize(
+    ("turns", "last"), [(("B", "A"), 0.6), (("A", "B", "B"), 0.6), (("A+B",), 0.8)]
+)
+def test_a_method_that_trains_factors_in_turn_is_scored_by_the_mean_over_them(
+    turns: tuple[str, ...], last: float, tmp_path: Path
+) -> None:
+    (run,) = loaded(tmp_path, rolora={0: [0.1, 0.5, 0.7, 0.4, 0.8]})
+    lines = tuple(
+        {**line, "factors": turns[(line["round"] - 1) % len(turns)].split("+")}
+        for line in run.rounds
+    )
+    run = replace(run, rounds=lines)
+    assert [point.value for point in run.curve("accuracy")] == [0.1, 0.5, 0.7, 0.4, 0.8]
+    assert run.last("accuracy") == pytest.approx(last)
+    assert summarise([run])[0].final_mean == pytest.approx(last)
+    ranking = rank_methods([run], "accuracy", "rounds")
+    assert ranking is not None
+    assert ranking.places[0].mean == pytest.approx(last)

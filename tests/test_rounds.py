@@ -521,7 +521,7 @@ def test_stopping_and_the_best_round_go_by_validation_and_never_by_the_test(
     test_scores: range,
 ) -> None:
     test = scores(dict(enumerate(test_scores)))
-    run = federation(eval_every=1, patience=2, evaluate=measured(test, scores(VALIDATION)))
+    run = federation("fedit", eval_every=1, patience=2, evaluate=measured(test, scores(VALIDATION)))
     results = play(run)
     assert [result.round for result in results] == [0, 1, 2, 3, 4, 5]  # 4 and 5 are no better
     best = results[-1].state.best
@@ -532,7 +532,8 @@ def test_stopping_and_the_best_round_go_by_validation_and_never_by_the_test(
 
 
 def test_without_patience_every_round_runs_and_the_best_is_kept_all_the_same() -> None:
-    results = play(federation(eval_every=1, evaluate=measured(validation=scores(VALIDATION))))
+    run = federation("fedit", eval_every=1, evaluate=measured(validation=scores(VALIDATION)))
+    results = play(run)
     bests = [result.state.best.round if result.state.best else None for result in results]
     assert bests == [None, 1, 1, 3, 3, 3, 6]  # the start, however good, is no round
 
@@ -541,6 +542,7 @@ def test_of_a_metric_where_lower_is_better_the_lowest_is_best() -> None:
     values = {0: 0.1, 1: 0.9, 2: 0.4, 3: 0.6, 4: 0.5, 5: 0.1, 6: 0.1}
     validation = scores(values, "loss")
     run = federation(
+        "fedit",
         eval_every=1,
         patience=2,
         metric="loss",
@@ -551,6 +553,17 @@ def test_of_a_metric_where_lower_is_better_the_lowest_is_best() -> None:
     assert results[-1].round == 4
     assert results[-1].state.best is not None
     assert results[-1].state.best.round == 2
+
+
+def test_the_best_round_of_an_alternating_method_goes_by_the_mean_over_its_phases() -> None:
+    swinging = {0: 0.0, 1: 0.3, 2: 0.8, 3: 0.5, 4: 0.9, 5: 0.4, 6: 0.92}
+    run = federation(eval_every=1, evaluate=measured(validation=scores(swinging)))
+    results = play(run)
+    bests = [best for result in results if (best := result.state.best)]
+    # B 0.3; A 0.8 and B 0.3; B 0.5 and A 0.8; A 0.9 and B 0.5; then 0.4 and 0.9; 0.92 and 0.4
+    wanted = [(1, 0.3), (2, 0.55), (3, 0.65), (4, 0.7), (4, 0.7), (4, 0.7)]
+    assert [(best.round, round(best.value, 9)) for best in bests] == wanted
+    assert results[3].state.phases == {"B+head": 0.5, "A+head": 0.8}
 
 
 def test_patience_counts_evaluations_and_not_rounds() -> None:

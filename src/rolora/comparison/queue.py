@@ -140,7 +140,7 @@ def _choose(comparison: Comparison, path: Path) -> Tuning:
     metric = comparison.config.eval.metric or sorted_out(runs).metric
     scores: dict[str, dict[Setting, list[float | None]]] = {}
     for one, run in zip(planned, runs, strict=True):
-        score = None if run.diverged else run.curve(metric)[-1].value
+        score = None if run.diverged else run.last(metric)
         scores.setdefault(one.method, {}).setdefault(one.setting, []).append(score)
     return Tuning(
         metric=metric,

@@ -1,8 +1,8 @@
 """The grid of settings that are tried for a method, and the choice of the best.
 
-The score of a setting is the mean over the tuning seeds of the metric on validation rows at the end
-of the run; among equal scores the first in the order of the grid wins. ``tuning.json`` records all
-scores and is written before any final run starts.
+The score of a setting is the mean over the tuning seeds of a run's last score on validation rows
+(``RunRecord.scores``); among equal scores the first in the order of the grid wins. ``tuning.json``
+records all scores and is written before any final run starts.
 """
 
 from __future__ import annotations

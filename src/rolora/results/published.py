@@ -46,7 +46,7 @@ class Published(BaseModel):
 class BesidePublished:
     """Our result and the published one of a method, in the published unit; None where missing.
 
-    Ours is the mean over seeds at the last evaluated round, with the sample standard deviation.
+    Ours is the mean over seeds of the last score, with the sample standard deviation.
     """
 
     method: str
@@ -84,7 +84,7 @@ def beside_published(published: Published, runs: Sequence[RunRecord]) -> list[Be
         unique = list(names.values()).count(names[method]) == 1
         key = names[method] if unique else method
         matched.add(key)
-        last = [curve[-1].value for run in own if (curve := run.curve(published.metric))]
+        last = [curve[-1].value for run in own if (curve := run.scores(published.metric))]
         mean, sd = mean_sd(last) if len(last) == len(own) else (None, None)
         ours, spread = (None if x is None else x * published.scale for x in (mean, sd))
         rows.append(BesidePublished(method, ours, spread, published.results.get(key)))

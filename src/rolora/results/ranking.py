@@ -74,12 +74,12 @@ def rankings(runs: Sequence[RunRecord], metric: str) -> list[Ranking]:
 def rank_methods(runs: Sequence[RunRecord], metric: str, axis: Axis) -> Ranking | None:
     """The ranking at an equal budget on one axis; None if nothing was spent on it.
 
-    Between two evaluated rounds the metric is interpolated linearly.
+    Runs are ranked by ``RunRecord.scores``, interpolated linearly between two evaluated rounds.
     """
     groups = by_method(runs)
     silent = {m for m, own in groups.items() if not any(run.curve(metric)[-1].up for run in own)}
     curves: Curves = {
-        method: [(run.seed, run.curve(metric)) for run in own]
+        method: [(run.seed, run.scores(metric)) for run in own]
         for method, own in groups.items()
         if axis != "megabytes" or method not in silent
     }

@@ -89,18 +89,34 @@ class RunRecord:
         if (patience := how.get("patience")) is None or not held:
             return False
         metric = how.get("metric", next(iter(held[0]["validation"])))
-        gains = [gain(metric, line["validation"][metric]) for line in held]
+        found = ((_phase(line), line["validation"][metric]) for line in held)
+        gains = [gain(metric, value) for value in over_phases(found)]
         return bool(len(gains) - 1 - gains.index(max(gains)) >= patience)
 
     def last(self, metric: str) -> float | None:
-        """The metric at the last evaluated round; None before the first."""
-        curve = self.curve(metric)
-        return curve[-1].value if curve else None
+        """The last score; None before the first evaluation."""
+        scores = self.scores(metric)
+        return scores[-1].value if scores else None
 
     @property
     def label(self) -> str:
         """The last two parts of the path: short, and distinct in practice."""
         return "/".join(self.path.parts[-2:])
+
+    def scores(self, metric: str) -> list[Point]:
+        """The curve with every value a mean over phases, which all comparisons go by.
+
+        A phase is a set of factors that is trained in a round. Of each phase the latest evaluation
+        counts, so that no method is judged by the one that its run happens to end on. Of a method
+        with one phase this is the curve.
+        """
+        phases = {line["round"]: _phase(line) for line in self.rounds}
+        first: list[Point] = []
+        later: list[Point] = []
+        for point in self.curve(metric):
+            (later if point.round else first).append(point)
+        means = over_phases((phases[int(point.round)], point.value) for point in later)
+        return first + [p._replace(value=mean) for p, mean in zip(later, means, strict=True)]
 
     def curve(self, metric: str) -> list[Point]:
         """A point for each evaluated round."""
@@ -113,6 +129,21 @@ class RunRecord:
             for line, u, d, n in zip(self.rounds, up, down, rows, strict=True)
             if metric in line["metrics"]
         ]
+
+
+def over_phases(values: Iterable[tuple[str, float]]) -> list[float]:
+    """After each (phase, value), the mean of the latest values of all phases so far."""
+    latest: dict[str, float] = {}
+    means = []
+    for phase, value in values:
+        latest[phase] = value
+        means.append(statistics.fmean(latest.values()))
+    return means
+
+
+def _phase(line: Mapping[str, Any]) -> str:
+    """What was trained in the round of this line."""
+    return "+".join(line.get("factors", ()))
 
 
 @dataclass(frozen=True)
@@ -167,7 +198,7 @@ def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | N
 class Summary:
     """One method; every number is a mean over its runs.
 
-    ``final_mean`` is the metric at the last evaluated round, ``best_mean`` at the best round,
+    ``final_mean`` is the last score (see ``RunRecord.scores``), ``best_mean`` the best one,
     ``final_sd`` the sample standard deviation (None for a single run). Megabytes are 10⁶ bytes over
     the whole run and all clients; ``trained_rows`` is ``Point.rows`` at the end;
     ``aggregation_error`` is the mean over rounds (None if unknown).
@@ -337,7 +368,7 @@ def summarise(runs: Sequence[RunRecord]) -> list[Summary]:
 
 
 def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
-    curves = [run.curve(metric) for run in runs]
+    curves = [run.scores(metric) for run in runs]
     values = [[point.value for point in curve] for curve in curves]
     final, sd = mean_sd([each[-1] for each in values])
     best = [max(each, key=lambda value: gain(metric, value)) for each in values]

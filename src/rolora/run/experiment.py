@@ -557,6 +557,7 @@ class Experiment:
         wanted, plan = config.train.bank, str(self.bank_plan)
         short = isinstance(wanted, int) and self.bank < min(wanted, self.cohort)
         found.append(f"train.bank = {wanted} does not fit in memory; {plan}" if short else plan)
+        found.append(self._one_phase())
         if self.method.personal_roles:
             kept = "+".join(sorted(self.method.personal_roles))
             found.append(
@@ -564,6 +565,19 @@ class Experiment:
                 "means over clients, and adapter/ holds only the server's part"
             )
         return [note for note in found if note]
+
+    def _one_phase(self) -> str:
+        """A note if evaluations only ever come after training the same of several factors."""
+        rounds, every = self.config.train.rounds, self.config.eval.every
+        phases = {round: self.method.trained(round) for round in range(1, rounds + 1)}
+        seen = {phases[r] for r in phases if r % every == 0 or r == rounds}
+        if len(seen) > 1 or len(set(phases.values())) == 1:
+            return ""
+        trained = "+".join(sorted(seen.pop() - {"head"}))
+        return (
+            f"every evaluation comes after a round that trains {trained}: with another eval.every, "
+            "such as an odd one, scores are means over evaluations of both kinds"
+        )
 
     def _without_text(self) -> int:
         """How many training rows are blank in every text column; 0 for a task without any."""

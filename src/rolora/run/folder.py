@@ -125,6 +125,7 @@ class RunFolder:
             "scaling": state.server.adapter.scaling,
             "ledger": {"changed": state.ledger.changed, "held": state.ledger.held},
             "stale": state.stale,
+            "phases": state.phases,
             "best": state.best and {"round": state.best.round, "value": state.best.value},
             "line": values if result.advanced else None,
             "reason": result.reason,
@@ -250,7 +251,8 @@ def _read_checkpoint(folder: Path) -> tuple[RunState, dict[str, Any] | None]:
         best = Best(best["round"], best["value"], AdapterState(parts["best"], scaling))
     held = {client: Held(*held) for client, held in manifest["ledger"]["held"].items()}
     ledger = Ledger(manifest["ledger"]["changed"], held)
-    return RunState(server, ledger, best, manifest["stale"]), manifest["line"]
+    state = RunState(server, ledger, best, manifest["stale"], manifest["phases"])
+    return state, manifest["line"]
 
 
 def _remove(folder: Path) -> None:

@@ -33,7 +33,7 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Best:
-    """The best validated round so far: its number, its value, its adapter."""
+    """The best validated round so far: its number, its score, its adapter."""
 
     round: int
     value: float
@@ -44,13 +44,15 @@ class Best:
 class RunState:
     """What a run carries from round to round: the content of a checkpoint.
 
-    ``ledger``: which tensors each client holds; ``stale``: evaluations since the best one.
+    ``ledger``: which tensors each client holds; ``stale``: evaluations since the best one;
+    ``phases``: the latest validation after training these factors, whose mean is a round's score.
     """
 
     server: ServerState
     ledger: Ledger = field(default_factory=Ledger)
     best: Best | None = None
     stale: int = 0
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class Federation:
     the server's). ``seed`` is sent to the clients, whose batches and dropout follow from it;
     cohorts and the server's random draws follow from ``server_seed``, which is not sent (None: from
     ``seed``). ``evaluate`` measures an adapter on the server's rows; ``metric``
-    is the validation metric that early stopping and the best round go by. ``patience`` counts
-    evaluations without improvement. ``spare`` clients are drawn beyond the cohort, for an engine
+    is the validation metric that early stopping and the best round go by, as a mean over the phases
+    of a method that trains different factors in turn. ``patience`` counts evaluations without
+    improvement. ``spare`` clients are drawn beyond the cohort, for an engine
     that uses the first ones to answer.
     """
 
@@ -334,7 +337,11 @@ def _all_clients(run: Federation, server: ServerState) -> Iterator[Assignment]:
 
 
 def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
-    value = validation[run.metric]
+    """By the mean over phases, as ``RunRecord.scores``: a phase that is validated on its good side
+    alone would always win."""
+    phase = "+".join(sorted(run.method.trained(state.server.round)))
+    state = replace(state, phases={**state.phases, phase: validation[run.metric]})
+    value = sum(state.phases.values()) / len(state.phases)
     sign = 1 if run.higher_is_better else -1
     if state.best is None or sign * value > sign * state.best.value:
         return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
