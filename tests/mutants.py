@@ -452,6 +452,14 @@ def judge(file: str, known: Watch) -> list[tuple[Mutant, str | None]]:
     return found
 
 
+def write_down(file: str, tests: Sequence[str | None]) -> None:
+    """The file's row in ``docs/reliability/mutants.json``, from who noticed each mutant."""
+    columns = ["file", "validations", "tests that notice one", "survived"]
+    noticed = {test for test in tests if test}
+    row = [f"src/rolora/{file}", len(tests), len(noticed), tests.count(None)]
+    record("mutants", "make test-mutants", columns, [row])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Take out each validation; a test must fail.")
     parser.add_argument("names", nargs="*", help="only files whose path contains one of these")
@@ -468,22 +476,14 @@ def main() -> int:
     began = time.monotonic()
     known = baseline(files)
     print(f"{len(known.seconds)} tests as it is: {time.monotonic() - began:.0f} s", flush=True)
-    found = {file: judge(file, known) for file in files}
+    found = {}
+    for file in files:
+        found[file] = judge(file, known)
+        if chosen.record:  # at once: all files take an hour
+            write_down(file, [test for _, test in found[file]])
     survivors = [mutant for each in found.values() for mutant, test in each if test is None]
     print(f"{sum(map(len, found.values()))} mutants, {len(survivors)} survived")
     print(*survivors, sep="\n")
-    if chosen.record:
-        columns = ["file", "validations", "tests that notice one", "survived"]
-        rows = [
-            [
-                f"src/rolora/{file}",
-                len(each),
-                len({test for _, test in each if test}),
-                sum(test is None for _, test in each),
-            ]
-            for file, each in found.items()
-        ]
-        record("mutants", "make test-mutants", columns, rows)
     return int(bool(survivors))
 
 
