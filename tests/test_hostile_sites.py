@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -387,3 +388,29 @@ def test_records_that_are_anything_fail_alone_in_flower_s_strategy() -> None:
     )
     good = RecordDict({"m": MetricRecord({"n": 1, "loss": 0.5}), "a": ArrayRecord({})})
     assert comparable([Odd(), good], "n") == [good]
+
+
+# a message by itself
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (lambda: SiteMessage({"x": 3}).text("x"), "'x' is 3, expected a string"),
+        (lambda: SiteMessage({}).text("x"), "'x' is None, expected a string"),
+        (lambda: SiteMessage({"x": "3"}).number("x"), "'x' is '3', expected a number"),
+        (lambda: SiteMessage({"x": True}).number("x"), "'x' is True, expected a number"),
+        (lambda: SiteMessage({"x": -1}).integer("x"), "'x' is -1, expected an integer of at least"),
+        (lambda: SiteMessage({"x": 1.0}).integer("x"), "'x' is 1.0, expected an integer of at lea"),
+        (lambda: read_json("[9007199254740993]", 99), "JSON with a whole number beyond 2^53"),
+        (lambda: read_json("[-9007199254740993]", 99), "JSON with a whole number beyond 2^53"),
+        (lambda: read_json("[" + 5000 * "9" + "]", 9999), "it is not valid JSON"),
+        (lambda: read_metrics("[]", {"loss"}), "'metrics' is not a table of this task's metrics"),
+        (lambda: read_metrics('{"x": 1}', {"loss"}), "'metrics' is not a table of this task's"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_as_what_it_is(
+    read: Callable[[], object], said: str
+) -> None:
+    with pytest.raises(MessageError, match=re.escape(said)):
+        read()

@@ -146,7 +146,7 @@ def read_json(text: str | bytes, most: int) -> Any:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > 17 or abs(int(digits)) > LARGEST:
+    if abs(int(digits)) > LARGEST:
         _refuse("a whole number beyond 2^53")
     return int(digits)
 
