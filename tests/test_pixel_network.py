@@ -25,6 +25,7 @@ from rolora.errors import DataError
 from rolora.methods import method_names
 from rolora.model.base import Base
 from rolora.model.pixel_network import PixelNetworkConfig, write_pixel_network
+from rolora.plan.needs import make_plan
 from rolora.report.narrative import cautions
 from rolora.results.runs import load_run
 from rolora.run import runs
@@ -231,3 +232,9 @@ def test_a_finished_run_is_measured_on_other_rows(place: Path, tmp_path: Path) -
     last = [result.metrics for result in run.rounds()][-1]
     again = evaluate_adapter(tmp_path / "run", str(place / "test.csv"))
     assert again == pytest.approx(last, rel=1e-6)
+
+
+def test_its_run_can_be_planned(place: Path) -> None:
+    (planned,) = make_plan(Experiment(configuration(place))).methods
+    assert [plan.factors for plan in planned.rounds] == ["B", "A"]
+    assert all(plan.peak for plan in planned.rounds)

@@ -36,6 +36,7 @@ from rolora.plan.meta_model import outline
 from rolora.plan.needs import Plan
 from rolora.run import runs
 from rolora.run.experiment import Experiment
+from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import Job, group_size
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -143,6 +144,24 @@ def test_what_travels_and_what_is_kept_are_planned_to_the_byte(
     kept = payload(run.folder.path, "clients/*/*.safetensors")
     assert (kept > 0) == (planned.personal > 0)
     assert kept <= planned.personal
+
+
+@pytest.mark.parametrize("changes", [["method.turn=1.0"], ["train.keep_moments=true"]])
+def test_turns_that_travel_and_moments_that_are_kept_are_planned_to_the_byte(
+    site: Path, tmp_path: Path, changes: list[str]
+) -> None:
+    config = load_config(site, ["train.rounds=7", "train.participation=1.0", *changes])
+    (planned,) = make_plan(config).methods
+    assert [plan.factors for plan in planned.rounds] == ["B", "A"]
+    run = runs.start(config, tmp_path / "run")
+    results = list(run.rounds())
+    assert planned.up == sum(result.bytes_up for result in results)
+    assert planned.down == sum(result.bytes_down for result in results)
+    steps = 4 * len(run.experiment.start.server.adapter)  # a count of steps for each tensor
+    clients = len(run.experiment.rows.shards)
+    kept = payload(run.folder.path, "clients/*/*.safetensors")
+    counted = 0 if changes[0].startswith("method") else clients * KEPT_STATES * steps
+    assert kept == planned.personal + counted
 
 
 @pytest.mark.parametrize(

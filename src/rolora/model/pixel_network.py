@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -60,9 +61,10 @@ class ZeroLinear(nn.Linear):
     """A linear layer without bias that computes no product for as long as its weight is zero."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.any():  # an adapter may have been merged into it
-            return super().forward(x)
-        return x.new_zeros(*x.shape[:-1], self.out_features)
+        # an adapter may have been merged into it; a plan's weight has a shape and no values
+        if isinstance(self.weight, FakeTensor) or not self.weight.any():
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        return super().forward(x)
 
 
 class Hidden(nn.Module):

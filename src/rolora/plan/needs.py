@@ -21,7 +21,7 @@ from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
-from rolora.config.schema import MethodConfig
+from rolora.config.schema import MethodConfig, TrainConfig
 from rolora.plan.dry_run import Untrained
 from rolora.plan.estimate import Estimate, estimate_run
 from rolora.run.experiment import Experiment, require_turns
@@ -200,7 +200,7 @@ def _bank(run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
         return 1
     free = free_bytes(device) if device != "cuda" or torch.cuda.is_available() else 1 << 62
     size = bank_size(device, run.tokens, 0, free, run.cohort, train.bank)
-    costs = [run.cost(start, roles, size) for roles in trained]
+    costs = [run.cost(start, _given_gradients(run, roles), size) for roles in trained]
     kept = max((cost.activations // size for cost in costs if cost), default=0)
     return group_size(run.cohort, bank_size(device, run.tokens, kept, free, run.cohort, train.bank))
 
@@ -212,13 +212,13 @@ def _round_plan(
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
     train = run.experiment.config.train
-    states = {"adamw": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
-    gradients = bank * 4 * trained
-    optimizer = states * gradients
+    gradients = bank * start.only(_given_gradients(run, roles)).num_bytes()
+    optimizer = _states(train) * gradients
     permanent = run.weights + bank * start.num_bytes()
     # the state is allocated after the first backward pass, when its activations are gone
     during = optimizer if run.steps != 1 or not run.experiment.method.federated else 0
-    costs = [cost for one in kind if (cost := run.cost(start, one, bank)) is not None]
+    given = [_given_gradients(run, one) for one in kind]
+    costs = [cost for one in given if (cost := run.cost(start, one, bank)) is not None]
     flops = None
     if costs:  # of a batch that is one of the longest
         tokens = int(run.batch(bank).lengths.sum())
@@ -234,6 +234,17 @@ def _round_plan(
         optimizer=optimizer,
         peak=max(peaks, default=None),
     )
+
+
+def _given_gradients(run: Estimate, trained: Roles) -> Roles:
+    """The roles that get gradients in a step that trains these: all, where moments are kept."""
+    kept = run.experiment.config.train.keep_moments
+    return trained | run.experiment.method.roles if kept else trained
+
+
+def _states(train: TrainConfig) -> int:
+    """How many numbers an optimiser remembers of each one that it trains."""
+    return {"adamw": 2, "sgd": 1 if train.momentum else 0}[train.optimizer]
 
 
 def _dry_run(
@@ -280,8 +291,12 @@ def _checkpoints(run: Estimate, state: RunState) -> int:
 
 
 def _personal(run: Estimate, method: Method, start: AdapterState) -> int:
-    """Bytes that clients keep on disk: personal tensors and the residuals of encoded uploads."""
+    """Bytes that clients keep on disk: personal tensors, the residuals of encoded uploads, and the
+    state of optimisers."""
+    train = run.experiment.config.train
     personal = start.only(method.personal_roles).num_bytes()
     if run.experiment.config.wire.up != "fp32" and method.federated:
         personal += start.only(method.shared(1) | method.shared(2)).num_bytes()
+    if train.keep_moments:
+        personal += _states(train) * start.only(method.roles).num_bytes()
     return len(run.sizes) * KEPT_STATES * personal

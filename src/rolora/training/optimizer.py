@@ -63,6 +63,7 @@ class LocalOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rates[group["role"]] if group["role"] in trained else 0.0
         self._optimizer.step()
+        self._optimizer.zero_grad()  # gradients would stay in memory during the next pass
 
     def keep(self, clients: int) -> None:
         """Drop all but the first clients."""
