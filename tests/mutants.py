@@ -86,7 +86,8 @@ GUARDED: Mapping[str, Guarded] = {
     "flower/records.py": Guarded(("flower_strategy",)),
     "model/base.py": Guarded(("hostile_models", "base"), ("load_base",)),
     "model/checkpoint.py": Guarded(
-        ("hostile_models", "base"), ("read_config", "_kernel", "load_tokenizer")
+        ("hostile_models", "base", "tables_of_tokens"),
+        ("read_config", "_kernel", "load_tokenizer"),
     ),
     "model/peft.py": Guarded(
         ("peft_round_trip",),
