@@ -204,3 +204,21 @@ def test_a_program_ends_with_the_block_that_runs_it(tmp_path: Path) -> None:
     with running("a site", command, tmp_path / "log", os.environ) as program:
         assert program.fault() is None
     assert program.process.returncode == -signal.SIGTERM
+
+
+def test_a_folder_that_is_no_federation_s_is_refused_with_the_command_that_makes_one(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=r"federation.toml is missing; make one with rolora fed"):
+        FederationFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["port = 1", "host = 'h'", "host = 1\nport = 1", "host = 'h'\nport = '1'"]
+)
+def test_a_federation_s_folder_without_a_host_and_a_port_is_damaged(
+    text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "federation.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"federation.toml is damaged: it needs host and port"):
+        FederationFolder.open(tmp_path)

@@ -297,3 +297,19 @@ def test_of_more_than_ten_attempts_the_newest_is_restored(folder: RunFolder) -> 
         folder.commit(result(3, attempt, advanced=False))
     restored, _ = folder.restore(state(0))
     assert restored.server.attempt == 12
+
+
+def test_a_file_in_the_place_of_a_run_s_folder_is_named_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(ConfigError, match="run is a file: name a new folder with --out"):
+        RunFolder.create(tmp_path / "run", "", {})
+    assert (tmp_path / "run").read_text() == "notes"
+
+
+@pytest.mark.parametrize("missing", ["config.toml", "rounds.jsonl", "partition.json"])
+def test_a_folder_that_is_no_run_s_is_refused_by_what_it_lacks(
+    folder: RunFolder, missing: str
+) -> None:
+    (folder.path / missing).unlink()
+    with pytest.raises(ConfigError, match=f"is not a run folder: {missing} is missing"):
+        RunFolder.open(folder.path)
