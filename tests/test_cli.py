@@ -121,7 +121,7 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
         ("method.alternate=0", "alternate must be at least 1, not 0"),
         ("method.alternate=-4", "alternate must be at least 1, not -4"),
         ("method.b_round=2", "unknown key 'method.b_round': did you mean 'b_rounds'?"),
-        ("method.name=fedit method.b_rounds=2", "method 'fedit' has no options"),
+        ("method.name=flora method.b_rounds=2", "method 'flora' has no options"),
         ("method.name=ravan method.heads=3", "heads = 3 does not divide lora.rank = 2"),
         ("method.name=ravan method.heads=0", "heads = 0 does not divide lora.rank = 2"),
         ("method.name=hetlora method.gamma=0", "gamma must be in (0, 1], not 0.0"),
