@@ -73,7 +73,7 @@ def test_an_override_reaches_any_key_and_takes_toml_values_or_bare_words() -> No
         ({}, ["method.name=rolara"], "unknown method 'rolara': did you mean 'rolora'?"),
         ({}, ["method.fist=B"], "unknown key 'method.fist': did you mean 'first'?"),
         ({}, ["method.first=C"], "method.first: Input should be 'A' or 'B'"),
-        ({}, ["method.name=fedit", "method.first=B"], "method 'fedit' has no options"),
+        ({}, ["method.name=flora", "method.first=B"], "method 'flora' has no options"),
         ({}, ["train.local_steps=1", "train.local_epochs=1"], "not both"),
         ({}, ["partition.scheme=by_field"], "partition.field"),
         ({}, ["eval.patience=2"], "data.validation"),

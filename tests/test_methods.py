@@ -508,7 +508,7 @@ def test_an_unknown_method_names_the_nearest_or_all(name: str, said: str) -> Non
     [
         ("rolora", "frist", r"method 'rolora' has no option 'frist': did you mean 'first'\?"),
         ("rolora", "zzz", "no option 'zzz': known: alternate, b_rounds, first, orthogonal_a"),
-        ("fedit", "first", "method 'fedit' has no option 'first': it has no options"),
+        ("flora", "first", "method 'flora' has no option 'first': it has no options"),
     ],
 )
 def test_an_unknown_option_names_the_known_ones(name: str, option: str, said: str) -> None:
