@@ -77,7 +77,7 @@ LIES: dict[str, tuple[str, Lie]] = {
 
 # and what does not pass the SuperLink's gate, so that only its announcement arrives
 TOO_LARGE = (
-    "Reply message objects are unavailable",
+    "no answer before the deadline",
     lambda reply: replace(reply, body=bytes(50_000_000)),
 )
 
