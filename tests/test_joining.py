@@ -23,6 +23,7 @@ from rolora.model.base import Base
 from rolora.run.experiment import Experiment
 from rolora.run.runs import Run
 from rolora.sites.site import Site
+from rolora.training.rounds import RoundResult
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -64,6 +65,16 @@ def started(place: Path, folder: Path, transport: Calls, *more: str) -> Run:
     return remote(configuration(place, *SETTINGS, *more), folder / "run", transport)
 
 
+def joined_late(place: Path, folder: Path, transport: Calls) -> tuple[Run, Iterator[RoundResult]]:
+    """A run, and its rounds after the evaluation at its start, after which site-cy appears."""
+    late = without_cy(transport)
+    run = started(place, folder, transport)
+    rounds = run.rounds()
+    next(rounds)
+    transport.sites[LATE] = late
+    return run, rounds
+
+
 def asked(transport: Calls) -> list[str]:
     """What site-cy was asked, in order."""
     return [str(question.head["ask"]) for name, question, _ in transport.passed if name == ALL[2]]
@@ -86,11 +97,7 @@ def test_a_silent_site_that_appears_is_asked_once_and_no_round_waits_for_it(
     place: Path, tmp_path: Path
 ) -> None:
     transport = Held(calls(place, tmp_path).sites)
-    late = without_cy(transport)
-    run = started(place, tmp_path, transport)
-    rounds = run.rounds()
-    next(rounds)
-    transport.sites[LATE] = late
+    _, rounds = joined_late(place, tmp_path, transport)
     assert [result.cohort for result in rounds] == [BOTH] * 6
     assert len(transport.kept) == 1
     assert asked(transport) == []
@@ -118,11 +125,7 @@ def test_a_site_that_takes_long_to_load_its_model_holds_up_no_round(
     place: Path, tmp_path: Path
 ) -> None:
     transport = Loading(calls(place, tmp_path).sites)
-    late = without_cy(transport)
-    run = started(place, tmp_path, transport)
-    rounds = run.rounds()
-    next(rounds)
-    transport.sites[LATE] = late
+    run, rounds = joined_late(place, tmp_path, transport)
     assert [next(rounds).cohort for _ in range(3)] == [BOTH] * 3
     (talk,) = talks(run)
     assert not talk.done()

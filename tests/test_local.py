@@ -333,7 +333,7 @@ def test_kept_moments_make_rounds_one_training_in_which_the_idle_factor_stands_s
     settings = LocalSettings(
         steps=3, batch_size=4, optimizer=optimizer, momentum=0.9, head_lr_ratio=2.0
     )
-    kept, method = replace(settings, keep_moments=True), get_method("rolora")
+    kept, method = replace(settings, kept=EVERYTHING), get_method("rolora")
     (work,) = bench.work(settings)[:1]
     (ours,) = over_rounds(bench, [work], kept, method, 4)
     rounds = {round: method.trained(round) for round in range(1, 5)}
@@ -346,7 +346,7 @@ def test_kept_moments_make_rounds_one_training_in_which_the_idle_factor_stands_s
 def test_clients_of_one_bank_may_have_taken_different_numbers_of_steps_before(
     bench: Bench,
 ) -> None:
-    settings = LocalSettings(steps=None, epochs=1, batch_size=4, keep_moments=True)
+    settings = LocalSettings(steps=None, epochs=1, batch_size=4, kept=EVERYTHING)
     method, work = get_method("fedit"), bench.work(settings)
     assert len({w.steps for w in work}) == 3
     together = over_rounds(bench, work, settings, method, 3)
@@ -358,7 +358,7 @@ def test_clients_of_one_bank_may_have_taken_different_numbers_of_steps_before(
 
 
 def test_a_factor_beside_a_zero_one_keeps_no_moments(bench: Bench) -> None:
-    settings = LocalSettings(steps=2, batch_size=4, keep_moments=True)
+    settings = LocalSettings(steps=2, batch_size=4, kept=EVERYTHING)
     (work,) = bench.work(settings)[:1]
     zeros = {n: torch.zeros_like(t) for n, t in work.start.items() if role_of(n) == "B"}
     work = replace(work, start=work.start | zeros)

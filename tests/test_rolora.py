@@ -17,6 +17,7 @@ from rolora.config.load import load_config, make_config
 from rolora.errors import ConfigError
 from rolora.methods import get_method
 from rolora.run import runs
+from rolora.run.experiment import Experiment
 from rolora.training.memory import phases
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -152,3 +153,22 @@ def test_a_schedule_that_cannot_be_is_refused_in_one_line(key: str, value: str, 
         make_config(LEAST, [f"method.{key}={value}"])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ([], set()),
+        (["train.keep_moments=true"], {"A", "B", "head"}),
+        (["train.keep_moments=true", "train.rounds=1"], {"B", "head"}),
+        (
+            ["train.keep_moments=true", "method.b_rounds=150", "train.rounds=200"],
+            {"A", "B", "head"},
+        ),
+        (["train.keep_moments=true", "method.name=ffa_lora"], {"B", "head"}),
+    ],
+)
+def test_moments_are_kept_of_what_some_round_of_the_run_trains(
+    changes: list[str], kept: set[str]
+) -> None:
+    assert Experiment(make_config(LEAST, changes)).settings.kept == kept

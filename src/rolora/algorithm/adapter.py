@@ -52,6 +52,11 @@ def layer_of(name: str) -> str:
     return name.rsplit(".lora_", 1)[0]
 
 
+def partner_of(name: str) -> str:
+    """The name of the layer's other factor: of lora_B for lora_A, and of lora_A for lora_B."""
+    return f"{layer_of(name)}.lora_{'B' if role_of(name) == 'A' else 'A'}.weight"
+
+
 def pieces(name: str, factor: Tensor) -> Tensor:
     """The rank-one pieces of a factor (..., rank, width): rows of lora_A, columns of lora_B.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rolora.algorithm.adapter import AdapterState, Specs, layer_of, pieces, role_of
+from rolora.algorithm.adapter import AdapterState, Specs, layer_of, partner_of, pieces, role_of
 from rolora.algorithm.method import BOTH, Reduce, ServerState, lora_init
 from rolora.algorithm.patches import turn_of, turned
 from rolora.algorithm.reduce import Value
@@ -126,7 +126,7 @@ def turn(server: ServerState, still: Literal["A", "B"], length: float) -> Server
     """The same products from pairs whose factor ``still`` is orthogonal: the rows of lora_A, or the
     columns of lora_B, have this length.
 
-    With the polar decomposition of the factor, lora_A = M Q with Qᵀ's columns orthogonal and M
+    With the polar decomposition of the factor, lora_A = M · Q with orthogonal rows in Q and M
     (rank, rank) symmetric, lora_B · lora_A = (lora_B · M) · Q; for lora_B the other way round. A
     layer whose factor is zero stays as it is. Of a rank above the layer's width, Q's columns are
     orthogonal instead. The other factor's turn M is in the state's patches.
@@ -135,7 +135,7 @@ def turn(server: ServerState, still: Literal["A", "B"], length: float) -> Server
     turns: dict[str, Tensor] = {}
     for layer in server.adapter.layers():
         name = f"{layer}.lora_{still}.weight"
-        other = f"{layer}.lora_{'B' if still == 'A' else 'A'}.weight"
+        other = partner_of(name)
         factor = server.adapter[name]
         if factor.any():
             u, s, vt = torch.linalg.svd(pieces(name, factor).double(), full_matrices=False)
@@ -157,7 +157,7 @@ def scaled(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> Tensor
     """
     if role_of(name) not in ("A", "B"):
         return gradients
-    other = f"{layer_of(name)}.lora_{'B' if role_of(name) == 'A' else 'A'}.weight"
+    other = partner_of(name)
     partner = pieces(other, leaves[other].detach())  # (clients, rank, width)
     gram = partner @ partner.mT + DAMPING * torch.eye(partner.shape[1]).to(partner)
     return pieces(name, torch.linalg.solve(gram, pieces(name, gradients))).contiguous()

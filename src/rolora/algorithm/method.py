@@ -148,11 +148,6 @@ class Method:
         """Roles trained in this round; methods that alternate within a round do so every step."""
         return self.trainable(round, 0) | self.trainable(round, 1)
 
-    @property
-    def roles(self) -> Roles:
-        """Roles that are trained in some round of the first hundred."""
-        return frozenset().union(*(self.trained(round) for round in range(1, 101)))
-
     def personal(self, round: int) -> Roles:
         """Roles trained in this round that never leave the client."""
         return self.trained(round) - self.shared(round)

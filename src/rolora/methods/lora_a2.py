@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, layer_of, pieces, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, partner_of, pieces
 from rolora.algorithm.method import Method
 from rolora.errors import ConfigError
 from rolora.methods import rolora
@@ -27,7 +27,7 @@ def method(*, keep: float = 0.5) -> Method:
     def upload(received: AdapterState, trained: AdapterState, client: ClientInfo) -> AdapterState:
         scores, moving = {}, trained.only(turns.shared(client.round) - {"head"})
         for name, tensor in moving.items():
-            other = f"{layer_of(name)}.lora_{'B' if role_of(name) == 'A' else 'A'}.weight"
+            other = partner_of(name)
             step = pieces(name, tensor - received[name]).norm(dim=1)
             scores[name] = step * pieces(other, trained[other]).norm(dim=1)
         every = torch.cat([*scores.values()]).sort(descending=True).values

@@ -200,7 +200,7 @@ def _bank(run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
         return 1
     free = free_bytes(device) if device != "cuda" or torch.cuda.is_available() else 1 << 62
     size = bank_size(device, run.tokens, 0, free, run.cohort, train.bank)
-    costs = [run.cost(start, _given_gradients(run, roles), size) for roles in trained]
+    costs = [run.cost(start, roles | run.experiment.settings.kept, size) for roles in trained]
     kept = max((cost.activations // size for cost in costs if cost), default=0)
     return group_size(run.cohort, bank_size(device, run.tokens, kept, free, run.cohort, train.bank))
 
@@ -212,13 +212,13 @@ def _round_plan(
     roles: Roles = frozenset().union(*kind)
     trained = sum(tensor.numel() for tensor in start.only(roles).values())
     train = run.experiment.config.train
-    gradients = bank * start.only(_given_gradients(run, roles)).num_bytes()
+    gradients = bank * start.only(roles | run.experiment.settings.kept).num_bytes()
     optimizer = _states(train) * gradients
     permanent = run.weights + bank * start.num_bytes()
     # the state is allocated after the first backward pass, when its activations are gone
     during = optimizer if run.steps != 1 or not run.experiment.method.federated else 0
-    given = [_given_gradients(run, one) for one in kind]
-    costs = [cost for one in given if (cost := run.cost(start, one, bank)) is not None]
+    kept = run.experiment.settings.kept
+    costs = [cost for one in kind if (cost := run.cost(start, one | kept, bank)) is not None]
     flops = None
     if costs:  # of a batch that is one of the longest
         tokens = int(run.batch(bank).lengths.sum())
@@ -234,12 +234,6 @@ def _round_plan(
         optimizer=optimizer,
         peak=max(peaks, default=None),
     )
-
-
-def _given_gradients(run: Estimate, trained: Roles) -> Roles:
-    """The roles that get gradients in a step that trains these: all, where moments are kept."""
-    kept = run.experiment.config.train.keep_moments
-    return trained | run.experiment.method.roles if kept else trained
 
 
 def _states(train: TrainConfig) -> int:
@@ -297,6 +291,5 @@ def _personal(run: Estimate, method: Method, start: AdapterState) -> int:
     personal = start.only(method.personal_roles).num_bytes()
     if run.experiment.config.wire.up != "fp32" and method.federated:
         personal += start.only(method.shared(1) | method.shared(2)).num_bytes()
-    if train.keep_moments:
-        personal += _states(train) * start.only(method.roles).num_bytes()
+    personal += _states(train) * start.only(run.experiment.settings.kept).num_bytes()
     return len(run.sizes) * KEPT_STATES * personal

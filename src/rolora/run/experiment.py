@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.adapter import AdapterState, Role
 from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
 from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
 from rolora.algorithm.seeding import generator
@@ -217,6 +217,14 @@ class Experiment:
             )
 
     @cached_property
+    def settings(self) -> LocalSettings:
+        """How clients train; they keep their optimisers' state of all that some round trains."""
+        train = self.config.train
+        rounds = range(1, train.rounds + 1) if train.keep_moments else ()
+        kept = frozenset[Role]().union(*(self.method.trained(round) for round in rounds))
+        return replace(local_settings(train), kept=kept)
+
+    @cached_property
     def base(self) -> Base:
         """The base model, with a bank of adapters; its dtype suits this machine."""
         return self._loaded[0]
@@ -378,7 +386,7 @@ class Experiment:
             self.task,
             self.examples,
             adapter,
-            phases(self.method, train.rounds, train.keep_moments),
+            phases(self.method, train.rounds, self.settings.kept),
             train.batch_size,
             self.cohort,
             train.bank,
@@ -433,7 +441,7 @@ class Experiment:
             self.task,
             self.examples,
             self.shards,
-            local_settings(self.config.train),
+            self.settings,
             ClientStore(self.clients),
             bank_size=self.bank,
             held_out=self.held_out,
@@ -643,7 +651,6 @@ def local_settings(train: TrainConfig) -> LocalSettings:
         max_grad_norm=train.max_grad_norm,
         b_lr_ratio=train.b_lr_ratio,
         head_lr_ratio=train.head_lr_ratio,
-        keep_moments=train.keep_moments,
     )
 
 

@@ -48,7 +48,7 @@ from rolora.flower.message import (
 )
 from rolora.flower.versions import PROTOCOL, versions
 from rolora.model.base import layout, tokenizer_digest
-from rolora.run.experiment import Experiment, local_settings, require_turns
+from rolora.run.experiment import Experiment, require_turns
 from rolora.run.shards import Rows, hold_out
 from rolora.sites.gate import leave
 from rolora.sites.policy import (
@@ -164,7 +164,7 @@ class Site:
                 parts.task,
                 parts.examples,
                 parts.shards,
-                local_settings(parts.config.train),
+                parts.settings,
                 ClientStore(folder),
                 bank_size=1,
                 held_out=parts.held_out,

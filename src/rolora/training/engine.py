@@ -145,7 +145,7 @@ class InProcess:
         taken = [self.shards[client] for client in info.members or [info.id]]
         steps = sum(self.settings.num_steps(len(rows)) for rows in taken)
         kept = self.store.read(info.id, before=info.round)
-        moments = self._moments.read(info.id, info.round) if self.settings.keep_moments else {}
+        moments = self._moments.read(info.id, info.round) if self.settings.kept else {}
         return Work(info.id, torch.cat(held), assigned.received | kept, steps, moments)
 
     def train(self, method: Method, job: Job, work: Sequence[Work]) -> list[Trained]:
@@ -165,7 +165,7 @@ class InProcess:
     def finish(self, method: Method, assigned: Assignment, trained: Trained) -> Update | Failure:
         """Keep what is personal, send what is shared."""
         info, received = assigned.info, assigned.received
-        if self.settings.keep_moments:
+        if self.settings.kept:
             self._moments.write(info.id, info.round, trained.moments)
         if personal := method.personal(info.round):
             self.store.write(info.id, info.round, trained.adapter.only(personal))

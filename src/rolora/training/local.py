@@ -102,7 +102,7 @@ def train_group(
                     f"{diverged} of client {active[place].client!r} is not finite, or beyond "
                     f"{LARGEST:g}, at the end of round {round}: {_LESS}"
                 )
-            moments = optimizer.moments(place, start) if settings.keep_moments else {}
+            moments = optimizer.moments(place, start) if settings.kept else {}
             trained[order[place]] = Trained(ended, loss, steps, len(moved), moments)
 
     try:
@@ -114,7 +114,7 @@ def train_group(
                 bank.keep(staying)
                 optimizer.keep(staying)
             roles = method.trainable(round, step)
-            bank.train(roles | method.roles if settings.keep_moments else roles)
+            bank.train(roles | settings.kept)
             keys = row_keys(seeds[:staying], step, sizes)
             losses = _losses(base, task, batch, sizes, keys)
             total_loss = losses.sum()

@@ -41,15 +41,15 @@ class BankPlan:
         return f"{self.clients} clients at once: {self.tokens:,} tokens a step, which keep {kept}"
 
 
-def phases(method: Method, rounds: int, at_once: bool = False) -> dict[str, Roles]:
+def phases(method: Method, rounds: int, kept: Roles = frozenset()) -> dict[str, Roles]:
     """The sets of roles that get gradients at a time over these rounds, by name.
 
-    ``at_once``: all that is ever trained gets them in every step.
+    ``kept``: roles that get them in every step.
     """
     found = {}
     for round in range(1, rounds + 1):
         for step in (0, 1):  # methods that alternate within a round do so every step
-            roles = method.roles if at_once else method.trainable(round, step)
+            roles = method.trainable(round, step) | kept
             found["+".join(sorted(roles - {"head"})) or "the head"] = roles
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, Roles, layer_of, role_of
+from rolora.algorithm.adapter import AdapterState, Roles, partner_of, role_of
 from rolora.model.bank import Bank
 from rolora.training.settings import LocalSettings
 
@@ -80,16 +80,10 @@ class LocalOptimizer:
         """
         found: dict[str, Tensor] = {}
         for name, parts in self._parts.items():
-            if _unreached(name, start):
+            partner = start.get(partner_of(name)) if role_of(name) in ("A", "B") else None
+            if partner is not None and not partner.any():
                 continue
             for key, value in self._optimizer.state.get(parts[client], {}).items():
                 inside: Any = value[tuple(map(slice, start[name].shape))] if value.dim() else value
                 found[f"{key}/{name}"] = inside.detach().to("cpu", copy=True).contiguous()
         return found
-
-
-def _unreached(name: str, start: AdapterState) -> bool:
-    """Whether this is a factor whose partner is zero."""
-    partner = {"A": "B", "B": "A"}.get(role_of(name))
-    other = start.get(f"{layer_of(name)}.lora_{partner}.weight")
-    return other is not None and not other.any()

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from rolora.algorithm.adapter import Roles
+
 
 @dataclass(frozen=True)
 class LocalSettings:
     """How a client trains in a round: ``steps`` optimiser steps, or ``epochs`` over its shard.
 
-    The optimiser starts afresh each round; with ``keep_moments`` it goes on from its state of the
-    client's last round, and tensors that are not trained in this one have theirs updated by their
-    gradients. ``max_grad_norm`` clips each client's gradient. lora_B learns at lr × ``b_lr_ratio``
+    The optimiser starts afresh each round; for the roles in ``kept`` it goes on from its state
+    of the client's last round, and where they are not trained in this one, their gradients update
+    it. ``max_grad_norm`` clips each client's gradient. lora_B learns at lr × ``b_lr_ratio``
     (LoRA+, Hayou et al. 2024), the task head at lr × ``head_lr_ratio``, everything else at lr.
     """
 
@@ -26,7 +28,7 @@ class LocalSettings:
     max_grad_norm: float | None = None
     b_lr_ratio: float = 1.0
     head_lr_ratio: float = 1.0
-    keep_moments: bool = False
+    kept: Roles = frozenset()
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps in a round for a client with this many rows."""
