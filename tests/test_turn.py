@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ from rolora.algorithm.adapter import AdapterState, ClientInfo, pieces, role_of
 from rolora.algorithm.factors import turn
 from rolora.algorithm.ledger import Arrival, Ledger, after_round, lacking
 from rolora.algorithm.method import Method, ServerState
-from rolora.algorithm.patches import applied
+from rolora.algorithm.patches import applied, turned
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation, step
@@ -196,3 +197,26 @@ def test_scaled_gradients_are_those_of_peft_s_riemannian_optimizer_for_each_clie
             assert float((ours[name][client] - parameter.grad).norm()) <= 1e-12
         for name in state.only(frozenset({"head"})):
             assert torch.equal(ours[name][client], gradient[name])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_turn_is_applied_in_one_order_whose_bits_no_machine_changes(
+    factor: str, threads: int
+) -> None:
+    """The oracle is NumPy, product by product, in float64, in which a matrix product would show."""
+    rng, rank, width = generator(0, "turn"), 16, 40_000  # wide enough for several threads
+    tensor = torch.randn(rank, width, generator=rng, dtype=torch.float64)
+    by = torch.randn(rank, rank, generator=rng, dtype=torch.float64)
+    by = by + by.mT
+    wanted = np.zeros((rank, width))
+    for k in range(rank):
+        wanted = wanted + by.numpy()[:, k, None] * tensor.numpy()[k]
+    name = f"layer.lora_{factor}.weight"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = turned(name, pieces(name, tensor), by)
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(pieces(name, found).numpy(), wanted)

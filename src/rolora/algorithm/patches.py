@@ -63,7 +63,7 @@ def turned(name: str, factor: Tensor, turn: Tensor) -> Tensor:
     """
     rows, total = pieces(name, factor).double(), 0.0
     for k, row in enumerate(rows):
-        total = total + turn[:, k, None].double() * row
+        total = total + turn[:, k, None] * row
     return pieces(name, torch.as_tensor(total)).to(factor.dtype).contiguous()
 
 
