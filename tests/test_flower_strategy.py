@@ -427,6 +427,7 @@ def test_a_second_start_begins_anew() -> None:
     [
         ({"loss": math.nan}, 1),
         ({"loss": [1.0, 2.0]}, 1),
+        ({"loss": 10**400}, 1),
         ({"more": 1.0}, 1),
         ({}, 0),
     ],
