@@ -1,4 +1,4 @@
-"""Claims about FedAvgM and FedAdam, against plain torch and the papers' own lines."""
+"""Claims about FedAvgM, FedAdam and FedExP, against plain torch and the papers' own lines."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from rolora.algorithm.reduce import (
     compose,
     fedadam,
     fedavgm,
+    fedexp,
     mean,
     median,
 )
@@ -113,6 +114,27 @@ def test_fedadam_is_the_paper_s_algorithm_2_for_each_tensor_that_was_sent(
             v[name] = beta2 * v[name] + (1 - beta2) * delta**2
             x[name] = x[name] + lr * m[name] / (v[name] ** 0.5 + tau)
         assert relative(after.adapter, x) <= 1e-12
+
+
+@pytest.mark.parametrize("method", ["rolora", "fedit"])
+@pytest.mark.parametrize("epsilon", [1e-3, 30.0])
+def test_fedexp_is_equation_6_of_the_paper_over_all_tensors_that_were_sent(
+    method: str, epsilon: float
+) -> None:
+    lengths = []
+    for before, after in pairwise(play(fedexp(mean(), epsilon=epsilon), 5, method)):
+        delta, sent = pseudo_gradients(before, method), updates_of(before, method)
+        flat = torch.cat([tensor.flatten() for tensor in delta.values()])
+        square = sum(
+            SIZES[one.client] / sum(SIZES.values())
+            * torch.cat([(one.adapter[n] - before.adapter[n]).flatten() for n in delta]).norm() ** 2
+            for one in sent
+        )  # fmt: skip
+        lengths.append(max(1.0, float(square / (2 * (flat.norm() ** 2 + epsilon)))))
+        x = {n: before.adapter[n] + lengths[-1] * move for n, move in delta.items()}
+        assert relative(after.adapter, dict(before.adapter) | x) <= 1e-12
+        assert not after.memory
+    assert (max(lengths) > 1) == (epsilon < 1), "both branches are seen"
 
 
 @each_optimizer
@@ -276,6 +298,9 @@ def test_the_configured_optimizer_has_the_configured_settings_and_the_papers_def
     more = (*both, "aggregate.server_beta2=0.7", "aggregate.server_tau=0.01")
     adam = by("aggregate.optimizer=fedadam", *more, "aggregate.reducer=median")
     assert same(adam, ends(fedadam(median(), lr=0.2, beta1=0.3, beta2=0.7, tau=0.01)))
+    assert same(by("aggregate.optimizer=fedexp"), ends(fedexp(mean())))
+    smaller = "aggregate.options.fedexp={epsilon=0.01}"
+    assert same(by("aggregate.optimizer=fedexp", smaller), ends(fedexp(mean(), epsilon=0.01)))
     clipped = by("aggregate.optimizer=fedavgm", "aggregate.clip_norm=0.05")
     assert same(clipped, ends(fedavgm(clip(mean(), norm=0.05))))
 
@@ -328,7 +353,10 @@ def test_compare_refuses_before_the_first_run_what_it_would_refuse_at_a_later_on
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("optimizer=fedyogi", "aggregate.optimizer: Input should be 'none', 'fedavgm' or"),
+        (
+            "optimizer=fedyogi",
+            "aggregate.optimizer: Input should be 'none', 'fedavgm', 'fedadam' or",
+        ),
         ("server_lr=0", "aggregate.server_lr: Input should be greater than 0"),
         ("server_momentum=1", "aggregate.server_momentum: Input should be less than 1"),
         ("server_beta2=1", "aggregate.server_beta2: Input should be less than 1"),
@@ -343,8 +371,24 @@ def test_a_setting_out_of_range_is_named_in_one_line(override: str, said: str) -
 
 
 @pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["aggregate.reducer=median"], "by the sizes of all updates, also of those that 'median'"),
+        (["aggregate.byzantine=1"], "by the sizes of all updates, also of those that 'trimmed_"),
+        (["aggregate.server_lr=0.1"], "fedexp finds its own learning rate: remove server_lr"),
+    ],
+)
+def test_fedexp_is_refused_beside_a_rule_that_it_would_undo_and_beside_another_rate(
+    overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configured("aggregate.optimizer=fedexp", *overrides)
+
+
+@pytest.mark.parametrize(
     "make",
     [
+        lambda: fedexp(mean(), epsilon=0.0),
         lambda: fedavgm(mean(), lr=0.0),
         lambda: fedavgm(mean(), momentum=1.0),
         lambda: fedadam(mean(), lr=-1.0),

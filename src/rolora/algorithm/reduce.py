@@ -62,7 +62,7 @@ REDUCERS = Registry(
     own={
         name: f"rolora.algorithm.{module}:{name}"
         for module, names in {
-            "reduce": ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam"),
+            "reduce": ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam", "fedexp"),
             "robust": (
                 *("krum", "multi_krum", "bulyan", "geometric_median", "centered_clip"),
                 *("fltrust", "nnm", "bucketing", "clip_product"),
@@ -71,7 +71,7 @@ REDUCERS = Registry(
         for name in names
     },
 )
-SERVER_OPTIMIZERS = ("fedavgm", "fedadam")
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedexp")
 
 
 def is_wrapper(name: str) -> bool:
@@ -247,8 +247,7 @@ def clip(inner: Reducer, *, norm: float) -> Reducer:
         raise ConfigError(f"clip: norm must be positive, not {norm}")
 
     def scale_of(value: Value, reference: Value) -> float:
-        moves = (tensor.double() - reference[name].double() for name, tensor in value.items())
-        size = sum(float(move.square().sum()) for move in moves) ** 0.5
+        size = _square(value, reference) ** 0.5
         return norm / size if size > norm else 1.0
 
     return scaling(inner, scale_of)
@@ -328,6 +327,43 @@ def fedadam(
         return lr * m / (v.sqrt() + tau), m, v
 
     return _remembering(inner, {"momentum": 0.0, "square": tau**2}, rule)
+
+
+def fedexp(inner: Reducer, *, epsilon: float = 1e-3) -> Reducer:
+    """A longer step where clients' moves point apart (FedExP: Jhunjhunwala et al., ICLR 2023).
+
+    With Δᵢ a client's move, pᵢ its share of the weights and Δ the reduced value minus the
+    reference, the new value is the reference + max(1, Σ pᵢ ‖Δᵢ‖² / (2 (‖Δ‖² + ``epsilon``))) · Δ,
+    with norms over all tensors together, in float64. It grows with the largest move, so no rule
+    that cuts some can protect it. arXiv:2301.09604, equation 6.
+    """
+    if not epsilon > 0:
+        raise ConfigError(f"fedexp: epsilon must be positive, not {epsilon}")
+
+    def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
+        if "reference" not in memory:
+            start = memory or inner.init()
+            memory = {"reference": reference, "square": 0.0, "weight": 0.0, "inner": start}
+        return {
+            **memory,
+            "square": memory["square"] + weight * _square(value, reference),
+            "weight": memory["weight"] + weight,
+            "inner": inner.add(memory["inner"], value, reference, weight),
+        }
+
+    def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
+        reduced, kept = inner.finish(memory["inner"], rng)
+        reference, mean_square = memory["reference"], memory["square"] / memory["weight"]
+        length = mean_square / (2 * (_square(reduced, reference) + epsilon))
+        return (moved(reduced, reference, length) if length > 1 else reduced), kept
+
+    return inner._replace(init=dict, add=add, finish=finish)
+
+
+def _square(value: Value, reference: Value) -> float:
+    """‖value − reference‖² over all tensors of the value together, in float64."""
+    moves = (tensor.double() - reference[name].double() for name, tensor in value.items())
+    return sum(float(move.square().sum()) for move in moves)
 
 
 def _remembering(

@@ -267,11 +267,14 @@ class AggregateConfig(Section):
     clip_norm: float | None = Field(
         None, gt=0, description="clip each client's update to this norm"
     )
-    optimizer: Literal["none", "fedavgm", "fedadam"] = Field(
+    optimizer: Literal["none", "fedavgm", "fedadam", "fedexp"] = Field(
         "none", description="server optimizer, applied to the aggregated update"
     )
     server_lr: float | None = Field(
-        None, gt=0, description="its learning rate; left out: 1 for fedavgm, 0.01 for fedadam"
+        None,
+        gt=0,
+        description="its learning rate (fedexp finds its own); left out: 1 for fedavgm, 0.01 for "
+        "fedadam",
     )
     server_momentum: float = Field(
         0.9, ge=0, lt=1, description="momentum of fedavgm, beta_1 of fedadam"
@@ -290,6 +293,12 @@ class AggregateConfig(Section):
         if isinstance(values, dict) and values.get("byzantine") and "reducer" not in values:
             return {**values, "reducer": ["nnm", "trimmed_mean"]}
         return values
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.optimizer == "fedexp" and self.server_lr is not None:
+            raise ConfigError("[aggregate]: fedexp finds its own learning rate: remove server_lr")
+        return self
 
     @property
     def rules(self) -> list[tuple[str, dict[str, Any]]]:
