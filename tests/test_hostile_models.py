@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import io
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import rolora
@@ -18,6 +21,17 @@ from rolora.config.load import load_config
 from rolora.errors import ConfigError
 from rolora.model.checkpoint import in_order_of_checkpoint, read_config
 from rolora.run import runs
+
+
+class Opens:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, (self.code,)
+
 
 KERNELS = [
     {"attn_implementation": "kernels-community/flash-attn"},
@@ -73,6 +87,25 @@ def test_a_model_s_own_code_never_runs(
             runs.start(load_config(config, ["train.cache="]), tmp_path / "run")
         assert "\n" not in str(caught.value)
     in_order_of_checkpoint("model", ["a", "b"], root=config.parent, offline=True)
+    assert not canary.exists()
+
+
+def test_weights_that_are_no_safetensors_are_refused_and_not_unpickled(
+    site: Path, tmp_path: Path, canary: Path
+) -> None:
+    shutil.copytree(site.parent, tmp_path / "hostile")
+    model = tmp_path / "hostile" / "model"
+    weights = load_file(model / "model.safetensors")
+    torch.save(weights, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    config = load_config(tmp_path / "hostile" / site.name)
+    for hostile in (False, True):  # transformers itself would read the first
+        if hostile:
+            code = f"open({str(canary)!r}, 'w').close()"
+            (model / "pytorch_model.bin").write_bytes(pickle.dumps(Opens(code)))
+        with pytest.raises(ConfigError, match="safetensors") as caught:
+            runs.start(config, tmp_path / "run")
+        assert "\n" not in str(caught.value)
     assert not canary.exists()
 
 
