@@ -263,7 +263,7 @@ def test_a_new_folder_that_another_process_fills_is_spared_until_that_is_killed(
         other.stdout.readline()
         part = tmp_path / f".part-run-{other.pid}"
         for _ in range(2):  # made, and made again
-            with new_folder(path) as own:
+            with new_folder(path, replace=True) as own:
                 (own / "file").touch()
             assert (part / "file").exists()
         other.kill()

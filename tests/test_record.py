@@ -239,10 +239,25 @@ def test_a_folder_that_cannot_be_replaced_stays(
         return real(source, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(OSError, match="Input/output"), new_folder(path) as part:
+    with pytest.raises(OSError, match="Input/output"), new_folder(path, replace=True) as part:
         (part / "file").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
     assert (path / "file").read_text() == "old"
+
+
+def test_of_two_runs_that_start_in_the_same_new_folder_the_first_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(path: Path) -> None:
+        """Finds nothing there; then another process makes its folder."""
+        monkeypatch.undo()
+        RunFolder.create(path, "first", {})
+
+    monkeypatch.setattr("rolora.run.folder.require_new", late)
+    with pytest.raises(ConfigError, match="another process has just made it"):
+        RunFolder.create(tmp_path / "run", "second", {})
+    assert (tmp_path / "run" / "config.toml").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_line_that_cannot_be_written_whole_leaves_the_file_as_it_was(

@@ -7,6 +7,7 @@ into place; then the folder that holds the name is flushed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -84,10 +85,11 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes ``path`` when the block ends well and vanishes otherwise.
 
-    A folder that stands at ``path`` is replaced. What killed processes have left of one is deleted.
+    A folder that stands at ``path`` by then is replaced, or else a ConfigError. What killed
+    processes have left of one is deleted.
     """
     make_folder(path.parent)
     part = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
@@ -100,7 +102,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in part.rglob("*"):
                 sync(file)
             sync(part)
-            if path.exists():
+            if replace and path.exists():
                 old = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}-old")
                 path.rename(old)
                 try:
@@ -110,12 +112,23 @@ def new_folder(path: Path) -> Iterator[Path]:
                     raise
                 shutil.rmtree(old)
             else:
-                part.rename(path)
+                _rename_to_new(part, path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
         sync(path.parent)
     sweep_beside(path)
+
+
+def _rename_to_new(part: Path, path: Path) -> None:
+    try:
+        part.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ConfigError(
+                f"{path} exists and is not overwritten: another process has just made it"
+            ) from error
+        raise
 
 
 def sweep_beside(path: Path) -> None:

@@ -25,7 +25,7 @@ def fetch(name: str, to: Path, given: Path | None = None) -> Path:
     if given is not None and not given.is_dir():
         raise ConfigError(f"the folder {given} does not exist")
     to.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as part:
+    with new_folder(folder, replace=True) as part:
         if given is None:
             source.make(download(source.package, to / "download", source.instead), part)
         elif not source.own(given, part):

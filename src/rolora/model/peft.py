@@ -289,7 +289,7 @@ def save_adapter(
     plain = to_peft(adapter)
     if plain is not adapter:
         config = _with_ranks(config, plain)
-    with new_folder(folder) as part:
+    with new_folder(folder, replace=True) as part:
         config.save_pretrained(str(part))
         tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
         # not save_file, whose error for a full disk is no OSError

@@ -133,7 +133,7 @@ class RunFolder:
         manifest["sha256"] = _digest(manifest, payload)
         retry = f"-attempt-{state.server.attempt:03d}" if state.server.attempt else ""
         name = f"round-{state.server.round:06d}{retry}"
-        with new_folder(self.path / "checkpoints" / name) as part:
+        with new_folder(self.path / "checkpoints" / name, replace=True) as part:
             (part / "state.safetensors").write_bytes(payload)
             (part / "manifest.json").write_text(json.dumps(manifest))
         if result.advanced:

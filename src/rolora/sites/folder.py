@@ -122,7 +122,7 @@ class FederationFolder:
         public, site = self.path / "public" / f"{name}.pub", self.path / "sites" / name
         if public.exists():  # which is written last: a site's folder alone was never given away
             raise ConfigError(f"site {name!r} has a key already: {public}")
-        with new_folder(site) as part:
+        with new_folder(site, replace=True) as part:
             keys.make_site(part, name)
             shutil.copy(self.path / "ca.crt", part / "ca.crt")
             text = SITE.format(name=name, host=self.host, port=self.port)
