@@ -99,7 +99,7 @@ GUARDED: Mapping[str, Guarded] = {
     "sites/gate.py": Guarded(("hostile_coordinator",)),
     "sites/policy.py": Guarded(("hostile_coordinator",)),
     "sites/site.py": Guarded(SITES),
-    "sites/site_config.py": Guarded((*SITES, "federation_folder")),
+    "sites/site_config.py": Guarded(("federation_folder", "hostile_network")),
     "training/client_store.py": Guarded(("hostile_files", "site_faults")),
 }
 # Validations that are no statement of their own: the text, and what it is without them
