@@ -10,7 +10,8 @@ from the ``.published.json`` next to the experiment's configuration.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,9 +20,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pages import put, save_picture
+from scipy.stats import ttest_rel
 
 from rolora.files import write_file
 from rolora.report.figures import DASHES, MARKERS, PALETTE, STYLE
+from rolora.results.paired import interval
 from rolora.results.published import read_published
 
 HERE = Path(__file__).parent
@@ -30,6 +33,7 @@ EXPERIMENTS = HERE.parent / "experiments"
 AXES = {"rounds": "equal rounds", "megabytes": "equal bytes up"}
 LATE = 4  # evaluations, two after each of RoLoRA's phases
 CHANCE = 0.20  # accuracy below which a classifier of ten digits has learned next to nothing
+EQUAL = 0.02  # methods this close to each other are called equal
 BROKEN = 0.10  # a method this far behind the other is set in bold, like one that diverged
 
 Record = Mapping[str, Any]
@@ -260,11 +264,214 @@ def spent(records: Records) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """A question that was written down before its runs: two methods' scores, seed by seed."""
+
+    study: str
+    question: str
+    ours: Sequence[float]
+    theirs: Sequence[float]
+
+    @property
+    def each(self) -> list[float]:
+        """The differences."""
+        return [a - b for a, b in zip(self.ours, self.theirs, strict=True)]
+
+    @property
+    def p(self) -> float:
+        """Of the paired t-test, two-sided."""
+        return float(ttest_rel(self.ours, self.theirs).pvalue)
+
+    @property
+    def equal(self) -> bool:
+        """Whether two one-sided tests at 5 % say that the mean is within ``EQUAL``."""
+        low, high = ttest_rel(self.ours, self.theirs).confidence_interval(0.90)
+        return bool(low > -EQUAL and high < EQUAL)
+
+
+def at(cell: Record, method: str, axis: str) -> tuple[list[float], list[float]]:
+    """The scores of the study's first method and of this one at an equal budget, by seed."""
+    (budget,) = (one for one in cell["pairs"][method] if one["equal"] == axis)
+    values = {place["method"]: place["values"] for place in budget["places"]}
+    return values[cell["reference"]], values[method]
+
+
+def strongest(cell: Record, methods: Iterable[str]) -> str:
+    """The method with the highest mean score at the bytes of the study's first method."""
+    return max(methods, key=lambda method: fmean(at(cell, method, "megabytes")[1]))
+
+
+def others(cell: Record) -> list[str]:
+    """The methods that are no form of RoLoRA."""
+    return [method for method in cell["pairs"] if not method.startswith("rolora")]
+
+
+def contrasts(records: Records) -> Iterator[Contrast]:
+    """The registered questions of E1, E3 and of kept moments, for the cells that have been run."""
+    for study, key, name in (
+        ("e1", "partition.clients", "{} clients"),
+        ("e3", "train.schedule", "{} rate"),
+    ):
+        for cell in records[study]["cells"]:
+            where = f"{study.upper()}, {name.format(cell['cell'][key])}"
+            yield Contrast(where, "the turn − RoLoRA", *at(cell, "rolora", "megabytes"))
+            best = strongest(cell, others(cell))
+            question = f"the turn − `{label(best)}`, equal bytes"
+            yield Contrast(where, question, *at(cell, best, "megabytes"))
+    kept, plain = (by_kept(records["kept"])[way] for way in (True, False))
+    ours, before = (at(cell, "fedit", "rounds")[0] for cell in (kept, plain))
+    yield Contrast("TREC", "kept moments − fresh ones, RoLoRA", ours, before)
+    for cell, way in ((plain, "fresh"), (kept, "kept")):
+        best = strongest(cell, others(cell))
+        question = f"RoLoRA with kept moments − `{best}` with {way} ones, equal bytes"
+        yield Contrast("TREC", question, ours, at(cell, best, "megabytes")[1])
+
+
+def by_kept(record: Record) -> dict[bool, Record]:
+    """The cells with and without kept moments."""
+    return {cell["cell"]["train.keep_moments"]: cell for cell in record["cells"]}
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979): the k-th smallest of n times n − k + 1, never falling."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def answers(records: Records) -> list[str]:
+    """Each registered question, with its difference, Holm's p over all of them, and the answer."""
+    asked = list(contrasts(records))
+    rows = []
+    for one, p in zip(asked, holm([one.p for one in asked]), strict=True):
+        found = {"mean": fmean(one.each), "interval": interval(one.ours, one.theirs)}
+        said = ["ahead" if found["mean"] > 0 else "behind"] if p < 0.05 else []
+        said += [f"equal within {100 * EQUAL:.0f} points"] if one.equal else []
+        answer = ", but ".join(said) or "cannot tell"
+        rows.append([one.study, one.question, signed(found), f"{p:.2g}", answer])
+    return table(["setting", "question", "difference", "p (Holm)", "answer"], rows)
+
+
+def in_columns(record: Record, key: str, values: Sequence[Any]) -> list[str]:
+    """Scores of each method, a column for each value of ``key``; then differences and rates."""
+    cells = {cell["cell"][key]: cell for cell in record["cells"]}
+    first = next(iter(cells.values()))["reference"]
+    methods = [row["method"] for row in next(iter(cells.values()))["methods"]]
+    results, apart, rates = [], [], []
+    for method in sorted(methods, key=lambda m: m != first):
+        rows = [{row["method"]: row for row in cells[v]["methods"]}.get(method) for v in values]
+        shown = [percent(r["final_mean"], r["final_sd"]) if r else "diverged" for r in rows]
+        results.append([f"`{label(method)}`", *shown])
+        rates.append([f"`{label(method)}`", *(rate(cells[v], method) for v in values)])
+        if method != first:
+            found = (signed(at_equal(cells[v], method, axis)) for axis in AXES for v in values)
+            apart.append([f"`{label(method)}`", *found])
+    heads = [f"{key.partition('.')[2]} {v}" for v in values]
+    both = [f"{head}, {axis}" for axis in AXES.values() for head in heads]
+    return [
+        *table(["accuracy, %", *heads], results),
+        "",
+        *table([f"minus `{label(first)}`", *both], apart),
+        "",
+        *table(["rate", *heads], rates),
+        "",
+        setting(record),
+    ]
+
+
+def rate(cell: Record, method: str) -> str:
+    """The rate that this cell's tuning chose for a method; '*' marks the end of the grid."""
+    plain = label(method)
+    for one in (cell.get("tuning") or {"methods": ()})["methods"]:
+        if one["method"] == plain:
+            best = ", ".join(one["best"].values())
+            return best + ("*" if one["at_edge"] else "")
+    return ""
+
+
+def inexact(records: Records) -> list[str]:
+    """What FedAvg of LoRA loses by averaging: FedEx-LoRA minus it, by number of clients."""
+    rows = []
+    for cell in sorted(records["e1"]["cells"], key=lambda one: one["cell"]["partition.clients"]):
+        exact, mixed = (at(cell, method, "rounds")[1] for method in ("fedex_lora", "fedit"))
+        mean = fmean(exact) - fmean(mixed)
+        found = signed({"mean": mean, "interval": interval(exact, mixed)})
+        error = cell["errors"]["fedit"]
+        clients = str(cell["cell"]["partition.clients"])
+        rows.append([clients, found, f"{fmean(error):.2g}"])
+    head = ["clients", "`fedex_lora` − `fedit`, equal rounds", "relative error of `fedit`'s mean"]
+    return table(head, rows)
+
+
+def transferred(records: Records) -> list[str]:
+    """Fifty clients at the rates of five: scores, and what the wrong rate costs."""
+    (cell,) = records["e1-transfer"]["cells"]
+    own = cells_of(records["e1"], "partition.clients")["50"]
+    rows = []
+    for row in cell["methods"]:
+        method = row["method"]
+        tuned = {one["method"]: one for one in own["methods"]}[method]
+        rows.append(
+            [
+                f"`{label(method)}`",
+                percent(row["final_mean"], row["final_sd"]),
+                percent(tuned["final_mean"], tuned["final_sd"]),
+                signed({"mean": row["final_mean"] - tuned["final_mean"], "interval": None}),
+            ]
+        )
+    return table(["fifty clients", "rate of five", "rate of fifty", "difference"], rows)
+
+
+def swings(record: Record, key: str) -> list[str]:
+    """Mean and lowest of the last four evaluations of all seeds, for each cell."""
+    cells = {str(cell["cell"][key]): cell for cell in record["cells"]}
+    methods = list(next(iter(cells.values()))["curves"])
+    rows = [
+        [f"`{label(m)}`", *(lately(cell["curves"][m].values()) for cell in cells.values())]
+        for m in sorted(methods, key=lambda m: not m.startswith("rolora"))
+        if all(m in cell["curves"] for cell in cells.values())
+    ]
+    return table([f"mean (lowest) of the last {LATE}", *cells], rows)
+
+
+def heterogeneous(records: Records) -> list[str]:
+    """E3: scores, differences and swings, for each schedule."""
+    record = records["e3"]
+    schedules = [cell["cell"]["train.schedule"] for cell in record["cells"]]
+    columns = in_columns(record, "train.schedule", schedules)
+    return [*columns, "", *swings(record, "train.schedule")]
+
+
+def moments(records: Records) -> list[str]:
+    """Each method with fresh and with kept moments, and its swing."""
+    record = records["kept"]
+    cells = by_kept(record)
+    rows = []
+    for method in record["methods"]:
+        for kept, cell in sorted(cells.items()):
+            row = {one["method"]: one for one in cell["methods"]}[method]
+            way = "kept" if kept else "fresh"
+            late = lately(cell["curves"][method].values())
+            score = percent(row["final_mean"], row["final_sd"])
+            up = f"{row['megabytes_up']:.1f}"
+            rows.append([f"`{method}`", way, rate(cell, method), score, late, up])
+    head = ["method", "moments", "rate, head's ratio", "accuracy, %"]
+    head += [f"mean (lowest) of the last {LATE}", "MB up"]
+    return [*table(head, rows), "", setting(record)]
+
+
 # table -> the studies that it needs, and how it is made from them
 TABLES: Mapping[str, Table] = {
     "spent": ((), spent),
-    "mnist": (("mnist",), lambda records: compared(records["mnist"])),
-    "mnist-decay": (("mnist-decay",), lambda records: compared(records["mnist-decay"])),
+    "answers": (("e1", "e3", "kept"), answers),
+    "e1": (("e1",), lambda records: in_columns(records["e1"], "partition.clients", [5, 20, 50])),
+    "e1-inexact": (("e1",), inexact),
+    "e1-transfer": (("e1", "e1-transfer"), transferred),
+    "e3": (("e3",), heterogeneous),
+    "kept": (("kept",), moments),
     "mnist-epochs": (("mnist-epochs",), lambda records: broken_map(records["mnist-epochs"])),
     "mnist-rank": (("mnist-rank",), lambda records: broken_map(records["mnist-rank"])),
     "mnist-clients": (("mnist-clients",), lambda records: broken_map(records["mnist-clients"])),

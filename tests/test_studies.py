@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,51 @@ def test_a_table_has_each_method_s_rate_result_and_distance_at_equal_rounds_and_
         "`experiments/none.toml`, seeds 0, 1; rates from 0.1, 0.5, chosen on validation "
         "rows of seed 100; 0.3 core-hours (a processor)."
     )
+
+
+def test_a_registered_question_is_answered_by_holm_s_p_and_by_what_is_equal() -> None:
+    results = script("docs/make_results.py")
+    assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    noise = [0.001, -0.001, 0.002, -0.002, 0.0]
+
+    def cell(key: str, value: Any, **values: Sequence[float]) -> dict[str, Any]:
+        """Scores of each seed; the reference's are the first."""
+        first, *others = values
+        pairs = {
+            other: [
+                {
+                    "equal": axis,
+                    "places": [{"method": m, "values": values[m]} for m in (first, other)],
+                }
+                for axis in ("rounds", "megabytes")
+            ]
+            for other in others
+        }
+        return {"cell": {key: value}, "reference": first, "pairs": pairs}
+
+    def near(value: float, sign: int = 1) -> list[float]:
+        return [value + sign * one for one in noise]
+
+    turn = {"rolora (turn=1.0)": near(0.9)}
+    scores = {"rolora": near(0.8, -1), "fedit": near(0.905, -1), "ffa_lora": near(0.5, -1)}
+    clients = cell("partition.clients", 5, **turn, **scores)
+    rates = cell("train.schedule", "cosine", **turn, rolora=near(0.9, -1), fedit=near(0.95, -1))
+    kept = [
+        cell("train.keep_moments", way, rolora=near(score, sign), fedit=[0.7, 0.9, 0.8, 0.7, 0.9])
+        for way, score, sign in ((True, 0.84, 1), (False, 0.825, -1))
+    ]
+    cells = {"e1": [clients], "e3": [rates], "kept": kept}
+    lines = results.answers({name: {"cells": found} for name, found in cells.items()})
+    asked = [line.strip("| ").split(" | ") for line in lines[2:]]
+    assert [(one[0], one[1], one[-1]) for one in asked] == [
+        ("E1, 5 clients", "the turn − RoLoRA", "ahead"),
+        ("E1, 5 clients", "the turn − `fedit`, equal bytes", "equal within 2 points"),
+        ("E3, cosine rate", "the turn − RoLoRA", "equal within 2 points"),
+        ("E3, cosine rate", "the turn − `fedit`, equal bytes", "behind"),
+        ("TREC", "kept moments − fresh ones, RoLoRA", "ahead, but equal within 2 points"),
+        ("TREC", "RoLoRA with kept moments − `fedit` with fresh ones, equal bytes", "cannot tell"),
+        ("TREC", "RoLoRA with kept moments − `fedit` with kept ones, equal bytes", "cannot tell"),
+    ]
 
 
 def test_a_map_is_bold_where_a_method_is_ten_points_behind_at_chance_or_diverged() -> None:
