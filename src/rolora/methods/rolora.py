@@ -84,8 +84,8 @@ def method(
 
     def moving(round: int) -> Roles:
         # by the server's round number, so clients that missed rounds cannot get out of phase
-        turn = (round - 1) % (b_rounds + 1)
-        takes_a = turn == (b_rounds if first == "B" else 0)
+        place = (round - 1) % (b_rounds + 1)
+        takes_a = place == (b_rounds if first == "B" else 0)
         over = alternate is not None and round > alternate
         return frozenset({"A" if takes_a and not over else "B", "head"})
 
