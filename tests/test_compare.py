@@ -229,6 +229,19 @@ def test_runs_go_with_the_bank_and_dtype_of_the_first(site: Path, tmp_path: Path
     assert next(queue).run.experiment.bank == 1
 
 
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_the_base_model_and_the_rows_as_tokens_are_made_once_for_all_runs(
+    site: Path, tmp_path: Path, dtype: str
+) -> None:
+    config = load_config(site, [*SMALL, f"model.dtype={dtype}"])
+    used = []
+    for run in compare(config, ["rolora", "fedit"], [0, 1], tmp_path / "all"):
+        used.append((run.experiment.base, run.experiment.examples, run.experiment.test))
+        list(run.rounds())
+    assert len(used) == 4
+    assert all(a is b for one in used for a, b in zip(one, used[0], strict=True))
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [

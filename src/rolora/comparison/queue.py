@@ -118,7 +118,7 @@ def queue_all(
             outlook.refuse_spent(done)
             before = rounds_done([planned])
             run = _begin(planned, every, loaded)
-            loaded = _Loaded.by(run.experiment)
+            loaded = _Loaded.by(run.experiment, planned.config)
             yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
                 raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
@@ -188,11 +188,14 @@ class _Loaded:
     rows: Parts
 
     @classmethod
-    def by(cls, run: Experiment) -> _Loaded:
-        """What this run has loaded. The rows as tokens are the same however they are split."""
+    def by(cls, run: Experiment, planned: RunConfig) -> _Loaded:
+        """What this run has loaded, by its planned settings: its own have dtype and bank pinned.
+
+        The rows as tokens are the same however they are split.
+        """
         base: Parts = {"base": run.base}
         rows: Parts = {"encoded": run.encoded, "test": run.test}
-        return cls(_base_key(run.config), base, _rows_key(run.config), rows)
+        return cls(_base_key(planned), base, _rows_key(planned), rows)
 
     def parts(self, config: RunConfig) -> Parts:
         """What a run of this configuration can use."""
