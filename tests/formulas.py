@@ -24,6 +24,7 @@ from rolora.algorithm.step import Aggregation, RoundReport, step
 
 MEAN = Aggregation(mean())
 HEAD: Roles = frozenset({"head"})
+ALL: Roles = frozenset({"A", "B", "head"})
 Matrices = Mapping[str, Tensor]
 
 
@@ -215,9 +216,19 @@ def nothing_sent(game: Played) -> None:
 
 
 def shares_a(game: Played) -> None:
-    assert all({role_of(n) for n in u.adapter} == {"A"} for u in game.updates)
-    is_mean(game, frozenset({"A"}))
-    stays(game, frozenset({"B", "head"}))
+    shares(game, frozenset({"A"}))
+
+
+def shares_b(game: Played) -> None:
+    shares(game, frozenset({"B"}))
+
+
+def shares(game: Played, roles: Roles) -> None:
+    """What clients send, and all that the server averages, are their tensors of these roles."""
+    sends_what_it_trained(game)
+    assert all({role_of(name) for name in u.adapter} == roles for u in game.updates)
+    is_mean(game, roles)
+    stays(game, ALL - roles)
     assert game.report.aggregation_error is None
 
 

@@ -76,6 +76,7 @@ def test_the_bytes_that_travel_are_those_of_the_papers_where_they_state_them() -
     assert per_round("fedsvd") == ([factor_b] * 2, [both] * 2)
     assert per_round("fedex_lora") == ([both] * 2, [both + whole] * 2)
     assert per_round("fedsa_lora") == ([factor_a] * 2, [factor_a] * 2)
+    assert per_round("fed_alora") == ([factor_b] * 2, [factor_b] * 2)
     assert per_round("fed_sb") == ([rank**2] * 2, [rank**2] * 2)
     assert per_round("ravan") == ([rank**2 // 2 + 2] * 2, [rank**2 // 2 + 2] * 2)
     assert per_round("local") == per_round("centralized") == ([0, 0], [0, 0])

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import CHECKS, Case, dense_error, named, play
+from formulas import ALL, CHECKS, Case, dense_error, named, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, role_of
+from rolora.algorithm.adapter import AdapterState, ClientInfo, role_of
 from rolora.algorithm.method import Method, Reduce, ServerState
 from rolora.methods import get_method, method_names
 
@@ -240,7 +240,6 @@ def across_rank(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> T
 
 
 RIGHT = {name: get_method(name) for name in method_names()}
-ALL: Roles = frozenset({"A", "B", "head"})
 MUTANTS: dict[str, tuple[str, Method]] = {
     "rolora weighs clients alike": ("rolora", unweighted(RIGHT["rolora"])),
     "rolora moves half way": (
@@ -269,6 +268,12 @@ MUTANTS: dict[str, tuple[str, Method]] = {
         replace(RIGHT["fedsa_lora"], shared=lambda round: frozenset({"A", "B"})),
     ),
     "fedsa_lora weighs clients alike": ("fedsa_lora", unweighted(RIGHT["fedsa_lora"])),
+    "fed_alora sends lora_A instead": ("fed_alora", RIGHT["fedsa_lora"]),
+    "fed_alora averages the head": (
+        "fed_alora",
+        replace(RIGHT["fed_alora"], shared=lambda round: frozenset({"B", "head"})),
+    ),
+    "fed_alora weighs clients alike": ("fed_alora", unweighted(RIGHT["fed_alora"])),
     "flexlora weighs clients alike": ("flexlora", unweighted(RIGHT["flexlora"])),
     "flexlora forgets √S": ("flexlora", singular_values_to("", RIGHT["flexlora"])),
     "flexlora gives all of S to lora_B": ("flexlora", singular_values_to("B", RIGHT["flexlora"])),

@@ -284,16 +284,21 @@ def test_the_best_validated_round_is_exported_and_patience_ends_the_run(
     assert all(torch.equal(exported[name], best.adapter[name]) for name in exported)
 
 
-@pytest.mark.parametrize("method", ["local", "fedsa_lora"])
-def test_personal_adapters_are_validated_and_not_the_servers_which_stays_as_it_is(
+@pytest.mark.parametrize("method", ["local", "fedsa_lora", "fed_alora"])
+def test_personal_adapters_are_validated_and_not_the_server_s_part(
     method: str, site: Path, tmp_path: Path
 ) -> None:
     changes = ["data.validation=0.2", "eval.every=1", "train.rounds=2", f"method.name={method}"]
     run = runs.start(load_config(site, changes), tmp_path / "run")
-    first, *later = [result.validation for result in run.rounds()]
+    results = list(run.rounds())
+    first, *later = [result.validation for result in results]
     assert len({found["loss"] for found in (first, *later)}) == 3
     server = run.experiment.federation.evaluate(run.experiment.start.server.adapter)
     assert server.validation == first
+    last = run.experiment.federation.evaluate(results[-1].state.server.adapter)
+    # fed_alora's lora_B beside the first lora_A is a product that no client has
+    assert (last.validation == first) == (method != "fed_alora")
+    assert last.validation != later[-1]
     assert any("in clients/ of the run's folder" in note for note in run.notes)
     with pytest.raises(ConfigError, match=f"holds only the server's part of {method}"):
         evaluate_adapter(tmp_path / "run", str(site.parent / "test.csv"))
