@@ -234,8 +234,29 @@ def shares(game: Played, roles: Roles) -> None:
 
 def best_factors(game: Played) -> None:
     sends_what_it_trained(game)
-    product = game.mean_product()
     is_mean(game, HEAD)
+    hands_out_best_factors(game, game.mean_product())
+
+
+def best_factors_of_pieces(game: Played) -> None:
+    sends_what_it_trained(game)
+    is_mean(game, HEAD)
+    product = {}
+    for layer, matrix in game.mean_product().items():
+        product[layer] = torch.zeros_like(matrix)
+        downs, ups = ([u.adapter[named(layer, f)] for u in game.updates] for f in "AB")
+        for h in range(len(game.before[named(layer, "A")])):  # of one rank after the other
+            having = [i for i, down in enumerate(downs) if len(down) > h]
+            total = sum(game.infos[i].num_examples for i in having)
+            for i in having:
+                piece = ups[i][:, h, None] @ downs[i][None, h]
+                share = game.infos[i].num_examples / total
+                product[layer] += share * game.before.scaling[layer] * piece
+    hands_out_best_factors(game, product)
+
+
+def hands_out_best_factors(game: Played, product: Matrices) -> None:
+    """Each client receives √S U and √S Vᵀ of the first directions of these products."""
     for info in game.infos:
         view = game.method.download(ServerState(game.after, round=info.round), info)
         for layer, matrix in product.items():

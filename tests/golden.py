@@ -117,6 +117,7 @@ def _cases() -> dict[str, Case]:
         "fedit-half": ("method.name=fedit", "train.participation=0.5"),
         "hetlora-ranks": ("method.name=hetlora", "method.gamma=0.5", ranks),
         "flexlora-ranks": ("method.name=flexlora", ranks),
+        "raflora-ranks": ("method.name=raflora", ranks),
         "flora-ranks": ("method.name=flora", ranks),
         "lora_a2-ranks": ("method.name=lora_a2", ranks),
         "local-client-test": ("method.name=local", held_out),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -102,16 +103,22 @@ def test_the_methods_that_say_they_are_exact_are_those_whose_error_is_rounding()
 # each method broken: the check must notice
 
 
-def unweighted(method: Method) -> Method:
-    """The mean of the clients, whatever their rows."""
+def reducing(method: Method, change: Callable[[Reduce, Any, Any], Any]) -> Method:
+    """Another way to combine: ``change(reduce, project, weight)``."""
 
     def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
-        def flat(project: Any = None, weight: Any = None) -> Any:
-            return reduce(project, lambda update: 1.0)
+        @wraps(reduce)
+        def changed(project: Any = None, weight: Any = None) -> Any:
+            return change(reduce, project, weight)
 
-        return method.aggregate(server, flat, rng)
+        return method.aggregate(server, changed, rng)  # type: ignore[arg-type]
 
     return replace(method, aggregate=aggregate)
+
+
+def unweighted(method: Method) -> Method:
+    """The mean of the clients, whatever their rows."""
+    return reducing(method, lambda reduce, project, weight: reduce(project, lambda update: 1.0))
 
 
 def then(method: Method, change: Callable[[AdapterState, AdapterState], Any]) -> Method:
@@ -183,33 +190,23 @@ def transposed_residual(method: Method) -> Method:
 
 def by_rows_of_data(method: Method) -> Method:
     """Weights that are num_examples, where the method has its own."""
-
-    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
-        def plain(project: Any = None, weight: Any = None) -> Any:
-            return reduce(project)
-
-        return method.aggregate(server, plain, rng)
-
-    return replace(method, aggregate=aggregate)
+    return reducing(method, lambda reduce, project, weight: reduce(project))
 
 
 def padded_in_front(method: Method) -> Method:
-    def aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
-        def flipped(project: Any = None, weight: Any = None) -> Any:
-            def front(view: AdapterState) -> Any:
-                found = dict(project(view))
-                for name, tensor in view.items():
-                    axis = {"A": 0, "B": 1}.get(role_of(name))
-                    if axis is not None:
-                        shift = found[name].shape[axis] - tensor.shape[axis]
-                        found[name] = found[name].roll(shift, axis)
-                return found
+    def flipped(reduce: Reduce, project: Any, weight: Any) -> Any:
+        def front(view: AdapterState) -> Any:
+            found = dict(project(view))
+            for name, tensor in view.items():
+                axis = {"A": 0, "B": 1}.get(role_of(name))
+                if axis is not None:
+                    shift = found[name].shape[axis] - tensor.shape[axis]
+                    found[name] = found[name].roll(shift, axis)
+            return found
 
-            return reduce(front, weight)
+        return reduce(front, weight)
 
-        return method.aggregate(server, flipped, rng)
-
-    return replace(method, aggregate=aggregate)
+    return reducing(method, flipped)
 
 
 def turning(method: Method, how: Callable[[Tensor], Tensor], both: bool = True) -> Method:
@@ -295,6 +292,15 @@ MUTANTS: dict[str, tuple[str, Method]] = {
                     **each(server.adapter, "B", lambda _, b: b[:, -client.rank :]),
                 }
             ),
+        ),
+    ),
+    "raflora divides by all clients": ("raflora", RIGHT["flexlora"]),
+    "raflora weighs clients alike": ("raflora", unweighted(RIGHT["raflora"])),
+    "raflora forgets the scaling": (
+        "raflora",
+        then(
+            RIGHT["raflora"],
+            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
         ),
     ),
     "flora does not start again": (

@@ -220,6 +220,7 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             for name, method in {
                 "lora_a2": ["method.name=lora_a2"],
                 "hetlora": ["method.name=hetlora", "lora.rank=[2, 1]"],
+                "raflora": ["method.name=raflora", "lora.rank=[2, 1]"],
             }.items()
             for rule in ("median", "trimmed_mean")
         ),
@@ -269,6 +270,7 @@ def test_nothing_is_remembered_of_what_rounding_took_from_factors_that_are_made_
     "overrides",
     [
         ["method.name=hetlora"],  # all of one rank, so all send every piece
+        ["method.name=raflora"],
         ["method.name=flexlora", "lora.rank=[2, 1]"],  # products, which every client has whole
         ["method.name=rolora"],
     ],

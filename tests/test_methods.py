@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from itertools import permutations
 from pathlib import Path
 
@@ -328,6 +329,7 @@ def test_a_round_reduces_once_and_leaves_the_state_it_was_given_as_it_was(method
     calls = []
 
     def counted(state: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
+        @wraps(reduce)
         def once(*args: object, **named: object) -> object:
             calls.append(1)
             return reduce(*args, **named)  # type: ignore[arg-type]
@@ -422,6 +424,41 @@ def test_fedmomentum_keeps_what_flexlora_drops_unless_its_energy_is_too_low() ->
     flexlora = play(get_method("flexlora"))
     assert relative(play(get_method("fedmomentum", energy=0.99)), flexlora) == 0
     assert relative(play(get_method("fedmomentum")), flexlora) > 0.01
+
+
+def test_raflora_with_one_rank_is_flexlora_to_the_bit() -> None:
+    one, other = (get_method(name) for name in ("raflora", "flexlora"))
+    server = server_at(one, 2, torch.float32)
+    updates = updates_at(one, server)
+    assert same(after(one, server, updates).adapter, after(other, server, updates).adapter)
+
+
+@pytest.mark.parametrize(("name", "left"), [("raflora", 1.0), ("flexlora", 0.1)])
+def test_what_one_client_in_ten_has_the_rank_for_is_kept_by_raflora_alone(
+    name: str, left: float
+) -> None:
+    method, specs = get_method(name), make_specs(((4, 6, 2),), {})
+    (layer,) = specs.scaling
+    eye = torch.eye(6, dtype=torch.float64)
+    orthogonal = {f"{layer}.lora_A.weight": eye[:2], f"{layer}.lora_B.weight": eye[:4, :2].clone()}
+    server = ServerState(start_of(method, specs, 0, torch.float64) | orthogonal)
+    infos = [ClientInfo(f"client-{n}", 5, 2 if n == 0 else 1, 1) for n in range(10)]
+    cohort = assign(method, server, infos)
+    updates = updates_from(method, cohort, size=0.0)
+    ended = step(method, MEAN, server, cohort, updates, generator(0))[0].adapter
+    found = torch.linalg.svdvals(dense(ended)[layer]) / specs.scaling[layer]
+    torch.testing.assert_close(found[:2], torch.tensor([1.0, left]).double())
+
+
+def test_a_piece_whose_only_client_fails_counts_as_zero_in_raflora() -> None:
+    method = get_method("raflora")
+    server = server_at(method, 2)
+    cohort = assign(method, server, [ClientInfo("ann", 5, 2, 2), ClientInfo("bob", 5, 1, 2)])
+    _, bob = updates_from(method, cohort)
+    ended, report = step(method, MEAN, server, cohort, [bob], generator(0))
+    assert report.accepted == ("bob",)
+    sent_alone = cohort["bob"].received | bob.adapter
+    assert relative(dense(ended.adapter), dense(sent_alone)) <= 1e-14
 
 
 @pytest.mark.parametrize("round", [1, 2])

@@ -84,6 +84,14 @@ def awake(new: AdapterState, before: AdapterState) -> AdapterState:
     return new | woken if woken else new
 
 
+def refactored(before: AdapterState, matrices: Value) -> AdapterState:
+    """``before`` with the best factors of these matrices, and the other tensors among them.
+
+    No direction is zero in both factors: see ``awake``.
+    """
+    return awake(before | factors(matrices, before), before)
+
+
 def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Tensor]:
     """A layer's two factors by name, padded with zeros to this rank."""
     return {

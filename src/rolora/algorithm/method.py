@@ -31,6 +31,10 @@ class Reduce(Protocol):
     weight; by default the run's setting (num_examples or uniform).
     """
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks of the round's clients, the smallest first."""
+
     def __call__(
         self, project: Project | None = None, weight: Callable[[Update], float] | None = None
     ) -> Value: ...
@@ -121,6 +125,8 @@ class Method:
     - ``exact``: the server's product is the mean of the clients' products.
     - ``needs_gradient``: ``init`` needs ``specs.gradient``.
     - ``heterogeneous_ranks``: clients may have different LoRA ranks.
+    - ``whole_products``: clients of different ranks are reduced as whole products; otherwise as
+      pieces, which a client of a smaller rank lacks, and only their mean can be taken.
     - ``resets_factors``: the server makes new factors each round, so no state about them is kept.
     - ``sum_only``: the server needs only a weighted sum of what clients send (secure aggregation).
     - ``sparse_upload``: rank-one pieces that did not change do not travel; a secure sum would need
@@ -140,6 +146,7 @@ class Method:
     exact: bool = True
     needs_gradient: bool = False
     heterogeneous_ranks: bool = False
+    whole_products: bool = False
     resets_factors: bool = False
     sum_only: bool = True
     sparse_upload: bool = False

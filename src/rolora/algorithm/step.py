@@ -81,6 +81,19 @@ class RoundReport:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class _Reduce:
+    """What a method calls: ``rolora.algorithm.method.Reduce``."""
+
+    ranks: tuple[int, ...]
+    combine: Callable[[Project | None, Callable[[Update], float] | None], Value]
+
+    def __call__(
+        self, project: Project | None = None, weight: Callable[[Update], float] | None = None
+    ) -> Value:
+        return self.combine(project, weight)
+
+
 class _BelowQuorum(Exception):
     """The updates do not do, or nothing usable came of them: the round does not advance."""
 
@@ -125,9 +138,7 @@ def step(
                 share = weight(replace(update, adapter=sent))
             yield update, share
 
-    def reduce(
-        project: Project | None = None, weight: Callable[[Update], float] | None = None
-    ) -> Value:
+    def combine(project: Project | None, weight: Callable[[Update], float] | None) -> Value:
         if kept:
             raise RuntimeError(f"method {method.name!r} called reduce twice in one round")
         into = project or (lambda view: view.only(method.shared(round)))
@@ -162,6 +173,8 @@ def step(
         kept.append(memory)
         return reduced
 
+    ranks = tuple(sorted({assigned.info.rank for assigned in cohort.values()}))
+    reduce = _Reduce(ranks, combine)
     try:
         after = method.aggregate(replace(server, patches={}), reduce, rng)
         if not kept:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import layer_of, role_of
-from rolora.algorithm.factors import awake, factors, init_with_delta, more_delta, products_and_head
+from rolora.algorithm.factors import init_with_delta, more_delta, products_and_head, refactored
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
 
@@ -44,8 +44,7 @@ def method(*, energy: float = 0.9999) -> Method:
             for name, matrix in mean.items()
             if role_of(name) == "delta"
         }
-        new = awake(adapter | factors(mean, adapter), adapter)
-        return replace(server, adapter=new | more_delta(server, rest))
+        return replace(server, adapter=refactored(adapter, mean) | more_delta(server, rest))
 
     return Method(
         name="fedmomentum",

@@ -13,14 +13,12 @@ from dataclasses import replace
 
 import torch
 
-from rolora.algorithm.factors import awake, factors, products_and_head, truncated
+from rolora.algorithm.factors import products_and_head, refactored, truncated
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
-    mean = reduce(project=products_and_head)
-    new = server.adapter | factors(mean, server.adapter)
-    return replace(server, adapter=awake(new, server.adapter))
+    return replace(server, adapter=refactored(server.adapter, reduce(project=products_and_head)))
 
 
 def method() -> Method:
@@ -32,6 +30,7 @@ def method() -> Method:
         aggregate=_aggregate,
         exact=False,
         heterogeneous_ranks=True,
+        whole_products=True,
         resets_factors=True,
         sum_only=False,
     )

@@ -39,6 +39,7 @@ def method() -> Method:
         download=lambda server, client: truncated(server.adapter, client.rank),
         aggregate=_aggregate,
         heterogeneous_ranks=True,
+        whole_products=True,
         resets_factors=True,
         sum_only=False,
     )

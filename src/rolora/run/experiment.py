@@ -182,7 +182,7 @@ class Experiment:
         names = [name for name, _ in config.aggregate.rules]
         rule = next((name for name in names if name in ("nnm", "bucketing")), names[-1])
         uneven = not isinstance(config.lora.rank, int)
-        if rule != "mean" and (method.sparse_upload or (uneven and not method.resets_factors)):
+        if rule != "mean" and (method.sparse_upload or (uneven and not method.whole_products)):
             raise ConfigError(
                 f"{method.name} averages pieces that not every client sends, and {rule!r} would "
                 "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
