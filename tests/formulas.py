@@ -52,6 +52,7 @@ class Played:
     trained: tuple[AdapterState, ...]
     updates: tuple[Update, ...]
     weights: tuple[float, ...]
+    seed: int
     report: RoundReport
 
     @property
@@ -111,6 +112,7 @@ def play(method: Method, case: Case) -> Played:
         trained=tuple(ended),
         updates=tuple(updates),
         weights=tuple(weight / sum(scale) for weight in scale),
+        seed=case.seed,
         report=report,
     )
 
@@ -252,6 +254,23 @@ def best_factors_of_pieces(game: Played) -> None:
                 piece = ups[i][:, h, None] @ downs[i][None, h]
                 share = game.infos[i].num_examples / total
                 product[layer] += share * game.before.scaling[layer] * piece
+    hands_out_best_factors(game, product)
+
+
+def best_factors_of_sketches(game: Played) -> None:
+    sends_what_it_trained(game)
+    is_mean(game, HEAD)
+    rng, product = generator(game.seed, "aggregate"), {}
+    for layer, scaling in game.before.scaling.items():
+        downs, ups = ([one[named(layer, f)] for one in game.returned] for f in "AB")
+        (rank, width), out = game.before[named(layer, "A")].shape, len(ups[0])
+        columns = min(rank + 4, width, out)
+        probes = torch.randn(width, columns, generator=rng, dtype=torch.float64)
+        both = list(zip(game.weights, ups, downs, strict=True))
+        first = sum(p * scaling * (up @ (down @ probes)) for p, up, down in both)
+        basis = torch.linalg.svd(torch.as_tensor(first), full_matrices=False).U
+        second = sum(p * scaling * (down.mT @ (up.mT @ basis)) for p, up, down in both)
+        product[layer] = basis @ torch.as_tensor(second).mT
     hands_out_best_factors(game, product)
 
 

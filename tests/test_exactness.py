@@ -294,6 +294,15 @@ MUTANTS: dict[str, tuple[str, Method]] = {
             ),
         ),
     ),
+    "fedask sketches no more than the rank": ("fedask", get_method("fedask", oversampling=0)),
+    "fedask weighs clients alike": ("fedask", unweighted(RIGHT["fedask"])),
+    "fedask forgets the scaling": (
+        "fedask",
+        then(
+            RIGHT["fedask"],
+            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
+        ),
+    ),
     "raflora divides by all clients": ("raflora", RIGHT["flexlora"]),
     "raflora weighs clients alike": ("raflora", unweighted(RIGHT["raflora"])),
     "raflora forgets the scaling": (

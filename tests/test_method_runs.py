@@ -231,6 +231,10 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
             "ridge must be at least 0, not -1",
         ),
         (["method.name=fedrot_lora", "method.softness=2"], r"softness must be in \[0, 1\], not 2"),
+        (
+            ["method.name=fedask", "method.oversampling=-1"],
+            "oversampling must be at least 0, not -1",
+        ),
         (["method.name=fedmomentum", "method.energy=0"], r"energy must be in \(0, 1\], not 0"),
     ],
 )

@@ -426,6 +426,30 @@ def test_fedmomentum_keeps_what_flexlora_drops_unless_its_energy_is_too_low() ->
     assert relative(play(get_method("fedmomentum")), flexlora) > 0.01
 
 
+def test_fedask_finds_flexlora_s_product_where_the_sketch_holds_the_mean_product() -> None:
+    specs = make_specs(((12, 10, 2),))
+    start = start_of(get_method("fedit"), specs, 1, torch.float64)
+
+    def play(method: Method) -> tuple[dict[str, torch.Tensor], float]:
+        server = ServerState(start)
+        cohort = cohort_at(method, server)  # of four clients, so the mean product has rank 8
+        ended, report = step(
+            method, MEAN, server, cohort, updates_from(method, cohort, size=0.3), generator(0)
+        )
+        assert report.aggregation_error is not None
+        return dense(ended.adapter), report.aggregation_error
+
+    wanted, least = play(get_method("flexlora"))
+    for oversampling in (6, 7, 40):
+        found, error = play(get_method("fedask", oversampling=oversampling))
+        assert relative(found, wanted) <= 1e-12
+        assert error == pytest.approx(least, rel=1e-9)
+    for oversampling in (0, 2):
+        found, error = play(get_method("fedask", oversampling=oversampling))
+        assert relative(found, wanted) > 1e-3
+        assert error > 1.0001 * least
+
+
 def test_raflora_with_one_rank_is_flexlora_to_the_bit() -> None:
     one, other = (get_method(name) for name in ("raflora", "flexlora"))
     server = server_at(one, 2, torch.float32)
@@ -481,7 +505,9 @@ def test_no_direction_of_a_layer_dies_in_a_round_that_leaves_it_empty(
         assert alive.all(), layer
 
 
-@pytest.mark.parametrize("name", ["flexlora", "fedmomentum", "fedsvd", "flora", "hetlora"])
+@pytest.mark.parametrize(
+    "name", ["fedask", "flexlora", "fedmomentum", "fedsvd", "flora", "hetlora", "raflora"]
+)
 def test_a_layer_that_stood_still_in_a_round_trains_in_the_next(
     bench32: Bench, tmp_path: Path, name: str
 ) -> None:
