@@ -10,7 +10,7 @@
 # make reliability   both, and their figures into docs/reliability.md
 # make test-mutants   each validation is taken out in turn, and a test must fail
 # make fuzz TARGET=rows SECONDS=600   gives a reader (tests/fuzz) as many inputs as fit
-# make results   the studies of docs/results.md, hours; it can be stopped and goes on
+# make results   the studies of docs/results.md, hours; it can be stopped and goes on; STUDY=e1 for one
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
 VENV ?= .venv
@@ -100,7 +100,7 @@ check: install
 
 results: install
 	$(BIN)/rolora fetch mnist trec minilm snippets
-	OMP_NUM_THREADS=1 $(BIN)/python experiments/run_studies.py
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/run_studies.py $(STUDY)
 	$(BIN)/python docs/make_results.py
 
 # the other programs get an environment of their own: Flower's versions do not go with ours

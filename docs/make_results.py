@@ -266,40 +266,50 @@ def spent(records: Records) -> list[str]:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A question that was written down before its runs: two methods' scores, seed by seed."""
+    """A question that was written down before its runs: two methods' scores, by seed."""
 
     study: str
     question: str
-    ours: Sequence[float]
-    theirs: Sequence[float]
+    ours: Mapping[int, float]
+    theirs: Mapping[int, float]
 
     @property
-    def each(self) -> list[float]:
-        """The differences."""
-        return [a - b for a, b in zip(self.ours, self.theirs, strict=True)]
+    def paired(self) -> tuple[list[float], list[float]]:
+        """The scores of the seeds on which neither diverged."""
+        seeds = sorted(self.ours.keys() & self.theirs.keys())
+        return [self.ours[seed] for seed in seeds], [self.theirs[seed] for seed in seeds]
+
+    @property
+    def difference(self) -> Mapping[str, Any]:
+        """Its mean and interval, as in a record."""
+        mean = fmean(self.paired[0]) - fmean(self.paired[1])
+        return {"mean": mean, "interval": interval(*self.paired)}
 
     @property
     def p(self) -> float:
         """Of the paired t-test, two-sided."""
-        return float(ttest_rel(self.ours, self.theirs).pvalue)
+        return float(ttest_rel(*self.paired).pvalue)
 
     @property
     def equal(self) -> bool:
         """Whether two one-sided tests at 5 % say that the mean is within ``EQUAL``."""
-        low, high = ttest_rel(self.ours, self.theirs).confidence_interval(0.90)
+        low, high = ttest_rel(*self.paired).confidence_interval(0.90)
         return bool(low > -EQUAL and high < EQUAL)
 
 
-def at(cell: Record, method: str, axis: str) -> tuple[list[float], list[float]]:
+def at(cell: Record, method: str, axis: str) -> tuple[dict[int, float], dict[int, float]]:
     """The scores of the study's first method and of this one at an equal budget, by seed."""
     (budget,) = (one for one in cell["pairs"][method] if one["equal"] == axis)
-    values = {place["method"]: place["values"] for place in budget["places"]}
-    return values[cell["reference"]], values[method]
+    scores = {
+        place["method"]: dict(zip(place["seeds"], place["values"], strict=True))
+        for place in budget["places"]
+    }
+    return scores[cell["reference"]], scores[method]
 
 
 def strongest(cell: Record, methods: Iterable[str]) -> str:
     """The method with the highest mean score at the bytes of the study's first method."""
-    return max(methods, key=lambda method: fmean(at(cell, method, "megabytes")[1]))
+    return max(methods, key=lambda method: fmean(at(cell, method, "megabytes")[1].values()))
 
 
 def others(cell: Record) -> list[str]:
@@ -347,7 +357,7 @@ def answers(records: Records) -> list[str]:
     asked = list(contrasts(records))
     rows = []
     for one, p in zip(asked, holm([one.p for one in asked]), strict=True):
-        found = {"mean": fmean(one.each), "interval": interval(one.ours, one.theirs)}
+        found = one.difference
         said = ["ahead" if found["mean"] > 0 else "behind"] if p < 0.05 else []
         said += [f"equal within {100 * EQUAL:.0f} points"] if one.equal else []
         answer = ", but ".join(said) or "cannot tell"
@@ -355,16 +365,16 @@ def answers(records: Records) -> list[str]:
     return table(["setting", "question", "difference", "p (Holm)", "answer"], rows)
 
 
-def in_columns(record: Record, key: str, values: Sequence[Any]) -> list[str]:
+def in_columns(record: Record, key: str) -> list[str]:
     """Scores of each method, a column for each value of ``key``; then differences and rates."""
     cells = {cell["cell"][key]: cell for cell in record["cells"]}
+    values = sorted(cells)
     first = next(iter(cells.values()))["reference"]
     methods = [row["method"] for row in next(iter(cells.values()))["methods"]]
     results, apart, rates = [], [], []
     for method in sorted(methods, key=lambda m: m != first):
         rows = [{row["method"]: row for row in cells[v]["methods"]}.get(method) for v in values]
-        shown = [percent(r["final_mean"], r["final_sd"]) if r else "diverged" for r in rows]
-        results.append([f"`{label(method)}`", *shown])
+        results.append([f"`{label(method)}`", *(scored(row, record) for row in rows)])
         rates.append([f"`{label(method)}`", *(rate(cells[v], method) for v in values)])
         if method != first:
             found = (signed(at_equal(cells[v], method, axis)) for axis in AXES for v in values)
@@ -382,6 +392,15 @@ def in_columns(record: Record, key: str, values: Sequence[Any]) -> list[str]:
     ]
 
 
+def scored(row: Mapping[str, Any] | None, record: Record) -> str:
+    """A method's score in a cell, and how many of its runs diverged."""
+    if row is None:
+        return "diverged"
+    lost = len(record["seeds"]) - row["runs"]
+    score = percent(row["final_mean"], row["final_sd"])
+    return f"{score}, {lost} of {len(record['seeds'])} diverged" if lost else score
+
+
 def rate(cell: Record, method: str) -> str:
     """The rate that this cell's tuning chose for a method; '*' marks the end of the grid."""
     plain = label(method)
@@ -397,12 +416,11 @@ def inexact(records: Records) -> list[str]:
     rows = []
     for cell in sorted(records["e1"]["cells"], key=lambda one: one["cell"]["partition.clients"]):
         exact, mixed = (at(cell, method, "rounds")[1] for method in ("fedex_lora", "fedit"))
-        mean = fmean(exact) - fmean(mixed)
-        found = signed({"mean": mean, "interval": interval(exact, mixed)})
-        error = cell["errors"]["fedit"]
-        clients = str(cell["cell"]["partition.clients"])
-        rows.append([clients, found, f"{fmean(error):.2g}"])
-    head = ["clients", "`fedex_lora` − `fedit`, equal rounds", "relative error of `fedit`'s mean"]
+        found = signed(Contrast("E1", "", exact, mixed).difference)
+        error = f"{fmean(cell['errors']['fedit']):.2g}"
+        both = (f"{rate(cell, 'fedex_lora')}, {rate(cell, 'fedit')}", found, error)
+        rows.append([str(cell["cell"]["partition.clients"]), *both])
+    head = ["clients", "rates", "`fedex_lora` − `fedit`", "relative error of `fedit`'s mean"]
     return table(head, rows)
 
 
@@ -439,10 +457,8 @@ def swings(record: Record, key: str) -> list[str]:
 
 def heterogeneous(records: Records) -> list[str]:
     """E3: scores, differences and swings, for each schedule."""
-    record = records["e3"]
-    schedules = [cell["cell"]["train.schedule"] for cell in record["cells"]]
-    columns = in_columns(record, "train.schedule", schedules)
-    return [*columns, "", *swings(record, "train.schedule")]
+    columns = in_columns(records["e3"], "train.schedule")
+    return [*columns, "", *swings(records["e3"], "train.schedule")]
 
 
 def moments(records: Records) -> list[str]:
@@ -467,7 +483,7 @@ def moments(records: Records) -> list[str]:
 TABLES: Mapping[str, Table] = {
     "spent": ((), spent),
     "answers": (("e1", "e3", "kept"), answers),
-    "e1": (("e1",), lambda records: in_columns(records["e1"], "partition.clients", [5, 20, 50])),
+    "e1": (("e1",), lambda records: in_columns(records["e1"], "partition.clients")),
     "e1-inexact": (("e1",), inexact),
     "e1-transfer": (("e1", "e1-transfer"), transferred),
     "e3": (("e3",), heterogeneous),
@@ -524,5 +540,5 @@ def page(text: str, records: Records) -> str:
 if __name__ == "__main__":
     found = read_records()
     write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
-    for study in {"mnist", "trec"} & found.keys():
+    for study in {"e3", "trec"} & found.keys():
         save_picture(draw(found[study]), HERE / f"results-{study}.png")

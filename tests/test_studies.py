@@ -112,7 +112,10 @@ def test_a_registered_question_is_answered_by_holm_s_p_and_by_what_is_equal() ->
             other: [
                 {
                     "equal": axis,
-                    "places": [{"method": m, "values": values[m]} for m in (first, other)],
+                    "places": [
+                        {"method": m, "values": values[m], "seeds": range(len(values[m]))}
+                        for m in (first, other)
+                    ],
                 }
                 for axis in ("rounds", "megabytes")
             ]
@@ -124,7 +127,8 @@ def test_a_registered_question_is_answered_by_holm_s_p_and_by_what_is_equal() ->
         return [value + sign * one for one in noise]
 
     turn = {"rolora (turn=1.0)": near(0.9)}
-    scores = {"rolora": near(0.8, -1), "fedit": near(0.905, -1), "ffa_lora": near(0.5, -1)}
+    three = near(0.905, -1)[:3]  # the others diverged
+    scores = {"rolora": near(0.8, -1), "fedit": three, "ffa_lora": near(0.5, -1)}
     clients = cell("partition.clients", 5, **turn, **scores)
     rates = cell("train.schedule", "cosine", **turn, rolora=near(0.9, -1), fedit=near(0.95, -1))
     kept = [
@@ -176,7 +180,7 @@ def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
 
 
 def test_an_unknown_study_is_refused_in_one_line(made: Any) -> None:
-    with pytest.raises(SystemExit, match="unknown study 'trek'; known: mnist, "):
+    with pytest.raises(SystemExit, match="unknown study 'trek'; known: e1, "):
         made.main(["trek"])
 
 
