@@ -147,7 +147,8 @@ def setting(record: Record) -> str:
     tuning = record["cells"][0].get("tuning")
     text = f"`experiments/{record['config']}`, seeds {seeds}"
     if tuning:
-        grid = ", ".join(t["values"]["train.lr"] for t in tuning["methods"][0]["trials"])
+        tried = (trial["values"]["train.lr"] for trial in tuning["methods"][0]["trials"])
+        grid = ", ".join(dict.fromkeys(tried))
         over = ", ".join(map(str, tuning["seeds"]))
         text += f"; rates from {grid}, chosen on validation rows of seed {over}"
     if record["rates_of"]:
@@ -256,7 +257,7 @@ def spent(records: Records) -> list[str]:
         for record in records.values()
         for cell in record["cells"]
         for method, rounds in cell.get("errors", {}).items()
-        if method != "fedit"
+        if method.startswith(("rolora", "ffa_lora"))
     ]
     return [
         f"The {len(records)} studies took {hours:.1f} core-hours of training. The largest "
@@ -406,8 +407,7 @@ def rate(cell: Record, method: str) -> str:
     plain = label(method)
     for one in (cell.get("tuning") or {"methods": ()})["methods"]:
         if one["method"] == plain:
-            best = ", ".join(one["best"].values())
-            return best + ("*" if one["at_edge"] else "")
+            return ", ".join(v + "*" * (k in one["at_edge"]) for k, v in one["best"].items())
     return ""
 
 
