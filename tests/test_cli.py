@@ -248,11 +248,11 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
 
     real, calls = files.new_folder, []
 
-    def full(path: Path) -> object:
+    def full(path: Path, *, replace: bool = False) -> object:
         calls.append(path)
         if path.name == "round-000002":
             raise OSError(28, "No space left on device", str(path))
-        return real(path)
+        return real(path, replace=replace)
 
     with monkeypatch.context() as patched:
         patched.setattr(folder, "new_folder", full)
