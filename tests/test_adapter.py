@@ -15,7 +15,7 @@ from rolora.algorithm.low_rank import LowRank
 from rolora.algorithm.seeding import generator
 
 QUERY = "base_model.model.layer.0.query"
-reproducible = settings(max_examples=50, deadline=None, derandomize=True)
+reproducible = settings(max_examples=50, derandomize=True)
 seeds = st.integers(0, 2**31)
 
 

@@ -181,9 +181,7 @@ JSON = st.recursive(
 ANYTHING = st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode())
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     st.sampled_from(["rolora.json", "adapter_model.safetensors", "adapter_config.json"]), ANYTHING
 )
@@ -199,7 +197,7 @@ def test_an_adapter_folder_with_any_bytes_in_it_is_one_error_or_is_read(
         _refused(error)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["config.toml", "rounds.jsonl", "partition.json"]), ANYTHING)
 def test_a_run_folder_with_any_bytes_in_it_is_one_error_or_is_read(
     ground: Path, laid: Callable[[dict[str, Any]], None], name: str, content: bytes

@@ -51,14 +51,14 @@ def test_every_method_has_a_row_and_a_check() -> None:
 
 
 @pytest.mark.parametrize("name", method_names())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(data=st.data())
 def test_a_round_is_what_the_method_s_formula_says(name: str, data: st.DataObject) -> None:
     CHECKS[name](play(get_method(name), data.draw(cases(name))))
 
 
 @pytest.mark.parametrize("name", method_names())
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(data=st.data())
 def test_the_aggregation_error_is_that_of_the_matrices_multiplied_out(
     name: str, data: st.DataObject

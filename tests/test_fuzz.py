@@ -41,7 +41,6 @@ def test_arbitrary_and_changed_bytes_are_refused_or_read(name: str) -> None:
         max_examples=FEWER.get(name, 400),
         derandomize=True,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     @given(st.binary(max_size=300) | numbers | numbers | numbers)

@@ -275,7 +275,7 @@ def test_the_share_is_of_the_updates_that_are_used_and_the_error_is_of_the_same_
         assert report.aggregation_error
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(
     weights=st.lists(st.integers(1, 2**53 - 1) | st.integers(1, 20), min_size=1, max_size=9),
     most=st.floats(0.01, 1),

@@ -77,7 +77,7 @@ def test_a_seed_fixes_the_split_and_another_seed_changes_it(scheme: str) -> None
     min_examples=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dirichlet_keeps_every_row_and_the_minimum_whatever_the_data(
     labels: list[int], clients: int, alpha: float, min_examples: int, seed: int
 ) -> None:

@@ -67,7 +67,7 @@ def grids(draw: st.DrawFn) -> tuple[list[str], list[list[str]]]:
 
 
 @given(grids(), FORMS, st.sampled_from(["\n", "\r\n"]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_csv_s_values_come_back_as_written(
     grid: tuple[list[str], list[list[str]]], form: TextForm, ending: str, quoted: bool
 ) -> None:
@@ -85,7 +85,7 @@ def test_a_csv_s_values_come_back_as_written(
 
 @given(st.binary(max_size=60) | TRICKY.map(str.encode), st.sampled_from(["a.csv", "a.tsv"]))
 @example(b'"\n"\r', "a.csv")  # a column whose name is a line break, and no rows
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_are_a_csv_s_rows_or_refused(content: bytes, name: str) -> None:
     """The oracle is Python's own reader, where it is strict."""
     found = read(name, content)
@@ -98,7 +98,7 @@ def test_any_bytes_are_a_csv_s_rows_or_refused(content: bytes, name: str) -> Non
 
 
 @given(ROWS, st.sampled_from(["lines", "array", "data"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_json_rows_come_back_as_written(written: list[dict[str, Any]], form: str) -> None:
     """A row that lacks a column has None in it: a table has the same columns in every row."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
@@ -125,7 +125,7 @@ def same(a: object, b: object) -> bool:
 
 
 @given(BROKEN | st.binary(max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_are_rows_of_json_or_refused(content: bytes) -> None:
     found = read("a.jsonl", content)
     assert isinstance(found, str) or all(isinstance(row, dict) for row in found)

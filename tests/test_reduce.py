@@ -25,7 +25,7 @@ from rolora.algorithm.reduce import (
 from rolora.algorithm.seeding import generator
 from rolora.errors import ConfigError
 
-reproducible = settings(max_examples=40, deadline=None, derandomize=True)
+reproducible = settings(max_examples=40, derandomize=True)
 REDUCERS: dict[str, Callable[[], Reducer]] = {
     "mean": mean,
     "median": median,

@@ -318,7 +318,7 @@ def rounds(draw: st.DrawFn) -> tuple[ServerState, dict[str, int], float]:
     return ServerState(start, round=number), clients, draw(st.sampled_from([1e-3, 0.1, 3.0]))
 
 
-reproducible = settings(max_examples=40, deadline=None, derandomize=True)
+reproducible = settings(max_examples=40, derandomize=True)
 
 
 def play(

@@ -64,7 +64,7 @@ def test_no_element_is_off_by_more_than_half_the_step_of_its_block(
         assert float(error.max()) <= step / 2 * (1 + 1e-5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.floats(-(2.0**126), 2.0**126, width=32, allow_subnormal=True), min_size=1, max_size=140
