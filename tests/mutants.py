@@ -61,7 +61,7 @@ GUARDED: Mapping[str, Guarded] = {
     "algorithm/step.py": Guarded(("step", "hostile_updates", "robust")),
     "algorithm/codec.py": Guarded(("wire",)),
     "config/load.py": Guarded(
-        ("config", "robust", "robust_runs", "attacks", "server_optimizers"),
+        ("config", "robust", "robust_runs", "attacks"),
         ("make_config", "_check_reducers", "_check_byzantine", "check_options"),
     ),
     "data/readers.py": Guarded(

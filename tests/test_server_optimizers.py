@@ -122,7 +122,7 @@ def test_fedexp_is_equation_6_of_the_paper_over_all_tensors_that_were_sent(
     method: str, epsilon: float
 ) -> None:
     lengths = []
-    for before, after in pairwise(play(fedexp(mean(), epsilon=epsilon), 5, method)):
+    for before, after in pairwise(play(fedexp(epsilon=epsilon), 5, method)):
         delta, sent = pseudo_gradients(before, method), updates_of(before, method)
         flat = torch.cat([tensor.flatten() for tensor in delta.values()])
         square = sum(
@@ -298,9 +298,6 @@ def test_the_configured_optimizer_has_the_configured_settings_and_the_papers_def
     more = (*both, "aggregate.server_beta2=0.7", "aggregate.server_tau=0.01")
     adam = by("aggregate.optimizer=fedadam", *more, "aggregate.reducer=median")
     assert same(adam, ends(fedadam(median(), lr=0.2, beta1=0.3, beta2=0.7, tau=0.01)))
-    assert same(by("aggregate.optimizer=fedexp"), ends(fedexp(mean())))
-    smaller = "aggregate.options.fedexp={epsilon=0.01}"
-    assert same(by("aggregate.optimizer=fedexp", smaller), ends(fedexp(mean(), epsilon=0.01)))
     clipped = by("aggregate.optimizer=fedavgm", "aggregate.clip_norm=0.05")
     assert same(clipped, ends(fedavgm(clip(mean(), norm=0.05))))
 
@@ -353,10 +350,7 @@ def test_compare_refuses_before_the_first_run_what_it_would_refuse_at_a_later_on
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        (
-            "optimizer=fedyogi",
-            "aggregate.optimizer: Input should be 'none', 'fedavgm', 'fedadam' or",
-        ),
+        ("optimizer=fedyogi", "aggregate.optimizer: Input should be 'none', 'fedavgm' or"),
         ("server_lr=0", "aggregate.server_lr: Input should be greater than 0"),
         ("server_momentum=1", "aggregate.server_momentum: Input should be less than 1"),
         ("server_beta2=1", "aggregate.server_beta2: Input should be less than 1"),
@@ -370,25 +364,29 @@ def test_a_setting_out_of_range_is_named_in_one_line(override: str, said: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["aggregate.reducer=median"], "by the sizes of all updates, also of those that 'median'"),
-        (["aggregate.byzantine=1"], "by the sizes of all updates, also of those that 'trimmed_"),
-        (["aggregate.server_lr=0.1"], "fedexp finds its own learning rate: remove server_lr"),
-    ],
-)
-def test_fedexp_is_refused_beside_a_rule_that_it_would_undo_and_beside_another_rate(
-    overrides: list[str], said: str
-) -> None:
-    with pytest.raises(ConfigError, match=said):
-        configured("aggregate.optimizer=fedexp", *overrides)
+def test_fedexp_steps_by_moves_as_clipping_leaves_them_and_by_no_rule_that_cuts_some() -> None:
+    def ends(*overrides: str) -> AdapterState:
+        return play(compose(configured(*overrides).aggregate.rules), 4)[-1].adapter
+
+    least = "aggregate.options.fedexp={epsilon=1e-9}"
+    clipped = ends("aggregate.reducer=fedexp", "aggregate.clip_norm=0.05", least)
+    assert same(clipped, play(clip(fedexp(epsilon=1e-9), norm=0.05), 4)[-1].adapter)
+    assert not same(clipped, ends("aggregate.clip_norm=0.05")), "steps are longer"
+    assert not same(ends("aggregate.reducer=fedexp"), ends("aggregate.reducer=fedexp", least))
+    for rules, said in (
+        ('["fedexp", "median"]', "'fedexp' wraps no other"),
+        ("fedexp", "withstands no client"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            configured(f"aggregate.reducer={rules}", "aggregate.byzantine=1")
+    with pytest.raises(ConfigError, match="flora does not support the server optimizer 'fedexp'"):
+        _ = Experiment(configured("method.name=flora", "aggregate.reducer=fedexp")).method
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: fedexp(mean(), epsilon=0.0),
+        lambda: fedexp(epsilon=0.0),
         lambda: fedavgm(mean(), lr=0.0),
         lambda: fedavgm(mean(), momentum=1.0),
         lambda: fedadam(mean(), lr=-1.0),

@@ -329,35 +329,30 @@ def fedadam(
     return _remembering(inner, {"momentum": 0.0, "square": tau**2}, rule)
 
 
-def fedexp(inner: Reducer, *, epsilon: float = 1e-3) -> Reducer:
-    """A longer step where clients' moves point apart (FedExP: Jhunjhunwala et al., ICLR 2023).
+def fedexp(*, epsilon: float = 1e-3) -> Reducer:
+    """The mean, with a longer step where moves point apart (FedExP: Jhunjhunwala et al. 2023).
 
-    With Δᵢ a client's move, pᵢ its share of the weights and Δ the reduced value minus the
-    reference, the new value is the reference + max(1, Σ pᵢ ‖Δᵢ‖² / (2 (‖Δ‖² + ``epsilon``))) · Δ,
-    with norms over all tensors together, in float64. It grows with the largest move, so no rule
-    that cuts some can protect it. arXiv:2301.09604, equation 6.
+    With Δᵢ a client's move, pᵢ its share of the weights and Δ their weighted mean, the value is the
+    reference + max(1, Σ pᵢ ‖Δᵢ‖² / (2 (‖Δ‖² + ``epsilon``))) · Δ, with norms over all tensors
+    together, in float64. It is a rule and no wrapper: it steps by the sizes of all moves that it
+    is given, so a rule that cuts some of them could not protect it. arXiv:2301.09604, equation 6.
     """
     if not epsilon > 0:
         raise ConfigError(f"fedexp: epsilon must be positive, not {epsilon}")
+    inner = mean()
 
     def add(memory: Memory, value: Value, reference: Value, weight: float) -> Memory:
-        if "reference" not in memory:
-            start = memory or inner.init()
-            memory = {"reference": reference, "square": 0.0, "weight": 0.0, "inner": start}
-        return {
-            **memory,
-            "square": memory["square"] + weight * _square(value, reference),
-            "weight": memory["weight"] + weight,
-            "inner": inner.add(memory["inner"], value, reference, weight),
-        }
+        square = memory.get("square", 0.0) + weight * _square(value, reference)
+        added = inner.add(memory.get("inner", {}), value, reference, weight)
+        return {"reference": reference, "square": square, "inner": added}
 
     def finish(memory: Memory, rng: torch.Generator) -> tuple[Value, Memory]:
-        reduced, kept = inner.finish(memory["inner"], rng)
-        reference, mean_square = memory["reference"], memory["square"] / memory["weight"]
-        length = mean_square / (2 * (_square(reduced, reference) + epsilon))
-        return (moved(reduced, reference, length) if length > 1 else reduced), kept
+        reference, total = memory["reference"], memory["inner"]["weight"]
+        reduced, _ = inner.finish(memory["inner"], rng)
+        length = memory["square"] / total / (2 * (_square(reduced, reference) + epsilon))
+        return moved(reduced, reference, length) if length > 1 else reduced, {}
 
-    return inner._replace(init=dict, add=add, finish=finish)
+    return Reducer(dict, add, finish)
 
 
 def _square(value: Value, reference: Value) -> float:

@@ -205,12 +205,6 @@ def _check_reducers(how: AggregateConfig) -> None:
         inner = [mean()] if is_wrapper(name) else []
         check_options(REDUCERS, name, options, f"aggregate.options.{name}", *inner)
     Aggregation(compose(how.rules), trusted=how.trusted)
-    names = [name for name, _ in how.rules]
-    if "fedexp" in names and names[-1] != "mean":
-        raise ConfigError(
-            f"fedexp steps by the sizes of all updates, also of those that {names[-1]!r} leaves "
-            "out: use the reducer 'mean', or the optimizer fedavgm or fedadam"
-        )
     if how.byzantine:
         _check_byzantine(how)
 

@@ -232,9 +232,9 @@ class AggregateConfig(Section):
 
     reducer: str | Annotated[list[str], Field(min_length=1)] = Field(
         "mean",
-        description="mean, or a rule that ignores weights: median, trimmed_mean, krum, multi_krum, "
-        "bulyan, geometric_median, centered_clip, fltrust; or one that an installed package adds; "
-        "or a list: what comes before it (clip, clip_product, nnm, bucketing), then the rule",
+        description="mean; fedexp, a mean whose step finds its length; or a rule that ignores "
+        "weights: median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, centered_clip, "
+        "fltrust; or one that an installed package adds; or a list: what comes before it (clip, clip_product, nnm, bucketing), then the rule",
     )
     trusted: str | None = Field(
         None,
@@ -267,14 +267,11 @@ class AggregateConfig(Section):
     clip_norm: float | None = Field(
         None, gt=0, description="clip each client's update to this norm"
     )
-    optimizer: Literal["none", "fedavgm", "fedadam", "fedexp"] = Field(
+    optimizer: Literal["none", "fedavgm", "fedadam"] = Field(
         "none", description="server optimizer, applied to the aggregated update"
     )
     server_lr: float | None = Field(
-        None,
-        gt=0,
-        description="its learning rate (fedexp finds its own); left out: 1 for fedavgm, 0.01 for "
-        "fedadam",
+        None, gt=0, description="its learning rate; left out: 1 for fedavgm, 0.01 for fedadam"
     )
     server_momentum: float = Field(
         0.9, ge=0, lt=1, description="momentum of fedavgm, beta_1 of fedadam"
@@ -293,12 +290,6 @@ class AggregateConfig(Section):
         if isinstance(values, dict) and values.get("byzantine") and "reducer" not in values:
             return {**values, "reducer": ["nnm", "trimmed_mean"]}
         return values
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        if self.optimizer == "fedexp" and self.server_lr is not None:
-            raise ConfigError("[aggregate]: fedexp finds its own learning rate: remove server_lr")
-        return self
 
     @property
     def rules(self) -> list[tuple[str, dict[str, Any]]]:
