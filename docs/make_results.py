@@ -239,8 +239,9 @@ def changed(study: str, key: str, usual: str) -> Table:
 
 
 def cells_of(record: Record, key: str) -> dict[str, Record]:
-    """A study's cells by the value of the key in which they differ."""
-    return {str(cell["cell"][key]): cell for cell in record["cells"]}
+    """A study's cells by the value of the key in which they differ, in its order."""
+    cells = sorted(record["cells"], key=lambda cell: cell["cell"][key])
+    return {str(cell["cell"][key]): cell for cell in cells}
 
 
 def fifty(records: Records) -> list[str]:
@@ -308,6 +309,13 @@ def at(cell: Record, method: str, axis: str) -> tuple[dict[int, float], dict[int
     return scores[cell["reference"]], scores[method]
 
 
+def final(cell: Record, method: str) -> dict[int, float]:
+    """The scores of a method at the end of its runs, by seed."""
+    if method == cell["reference"]:
+        return at(cell, next(iter(cell["pairs"])), "rounds")[0]
+    return at(cell, method, "rounds")[1]
+
+
 def strongest(cell: Record, methods: Iterable[str]) -> str:
     """The method with the highest mean score at the bytes of the study's first method."""
     return max(methods, key=lambda method: fmean(at(cell, method, "megabytes")[1].values()))
@@ -324,24 +332,19 @@ def contrasts(records: Records) -> Iterator[Contrast]:
         ("e1", "partition.clients", "{} clients"),
         ("e3", "train.schedule", "{} rate"),
     ):
-        for cell in records[study]["cells"]:
-            where = f"{study.upper()}, {name.format(cell['cell'][key])}"
+        for value, cell in cells_of(records[study], key).items():
+            where = f"{study.upper()}, {name.format(value)}"
             yield Contrast(where, "the turn − RoLoRA", *at(cell, "rolora", "megabytes"))
             best = strongest(cell, others(cell))
             question = f"the turn − `{label(best)}`, equal bytes"
             yield Contrast(where, question, *at(cell, best, "megabytes"))
-    kept, plain = (by_kept(records["kept"])[way] for way in (True, False))
-    ours, before = (at(cell, "fedit", "rounds")[0] for cell in (kept, plain))
-    yield Contrast("TREC", "kept moments − fresh ones, RoLoRA", ours, before)
+    plain, kept = cells_of(records["kept"], "train.keep_moments").values()
+    ours = final(kept, "rolora")
+    yield Contrast("TREC", "kept moments − fresh ones, RoLoRA", ours, final(plain, "rolora"))
     for cell, way in ((plain, "fresh"), (kept, "kept")):
         best = strongest(cell, others(cell))
         question = f"RoLoRA with kept moments − `{best}` with {way} ones, equal bytes"
         yield Contrast("TREC", question, ours, at(cell, best, "megabytes")[1])
-
-
-def by_kept(record: Record) -> dict[bool, Record]:
-    """The cells with and without kept moments."""
-    return {cell["cell"]["train.keep_moments"]: cell for cell in record["cells"]}
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -368,19 +371,17 @@ def answers(records: Records) -> list[str]:
 
 def in_columns(record: Record, key: str) -> list[str]:
     """Scores of each method, a column for each value of ``key``; then differences and rates."""
-    cells = {cell["cell"][key]: cell for cell in record["cells"]}
-    values = sorted(cells)
-    first = next(iter(cells.values()))["reference"]
-    methods = [row["method"] for row in next(iter(cells.values()))["methods"]]
-    results, apart, rates = [], [], []
-    for method in sorted(methods, key=lambda m: m != first):
-        rows = [{row["method"]: row for row in cells[v]["methods"]}.get(method) for v in values]
-        results.append([f"`{label(method)}`", *(scored(row, record) for row in rows)])
-        rates.append([f"`{label(method)}`", *(rate(cells[v], method) for v in values)])
+    cells = cells_of(record, key)
+    every = list(cells.values())
+    first, results, apart, rates = every[0]["reference"], [], [], []
+    for method in sorted((row["method"] for row in every[0]["methods"]), key=lambda m: m != first):
+        name = f"`{label(method)}`"
+        results.append([name, *(scored(cell, method, record) for cell in every)])
+        rates.append([name, *(rate(cell, method) for cell in every)])
         if method != first:
-            found = (signed(at_equal(cells[v], method, axis)) for axis in AXES for v in values)
-            apart.append([f"`{label(method)}`", *found])
-    heads = [f"{key.partition('.')[2]} {v}" for v in values]
+            found = (signed(at_equal(cell, method, axis)) for axis in AXES for cell in every)
+            apart.append([name, *found])
+    heads = [f"{key.partition('.')[2]} {value}" for value in cells]
     both = [f"{head}, {axis}" for axis in AXES.values() for head in heads]
     return [
         *table(["accuracy, %", *heads], results),
@@ -393,8 +394,9 @@ def in_columns(record: Record, key: str) -> list[str]:
     ]
 
 
-def scored(row: Mapping[str, Any] | None, record: Record) -> str:
+def scored(cell: Record, method: str, record: Record) -> str:
     """A method's score in a cell, and how many of its runs diverged."""
+    row = next((row for row in cell["methods"] if row["method"] == method), None)
     if row is None:
         return "diverged"
     lost = len(record["seeds"]) - row["runs"]
@@ -413,12 +415,14 @@ def rate(cell: Record, method: str) -> str:
 
 def inexact(records: Records) -> list[str]:
     """What FedAvg of LoRA loses by averaging: FedEx-LoRA minus it, by number of clients."""
-    cells = {cell["cell"]["partition.clients"]: cell for cell in records["e1"]["cells"]}
-    places = [(str(clients), cells[clients], cells[clients]) for clients in sorted(cells)]
+    cells = cells_of(records["e1"], "partition.clients")
     (moved,) = records["e1-transfer"]["cells"]
     rows = []
-    for clients, cell, tuned in [*places, ("50, at the rates of 5", moved, cells[5])]:
-        exact, mixed = (at(cell, method, "rounds")[1] for method in ("fedex_lora", "fedit"))
+    for clients, cell, tuned in [
+        *((clients, cell, cell) for clients, cell in cells.items()),
+        ("50, at the rates of 5", moved, cells["5"]),
+    ]:
+        exact, mixed = (final(cell, method) for method in ("fedex_lora", "fedit"))
         found = signed(Contrast("E1", "", exact, mixed).difference)
         error = f"{fmean(cell['errors']['fedit']):.2g}"
         rates = f"{rate(tuned, 'fedex_lora')}, {rate(tuned, 'fedit')}"
@@ -429,32 +433,24 @@ def inexact(records: Records) -> list[str]:
 
 def transferred(records: Records) -> list[str]:
     """Fifty clients at the rates of five: scores, and what the wrong rate costs."""
-    (cell,) = records["e1-transfer"]["cells"]
+    record = records["e1-transfer"]
+    (cell,) = record["cells"]
     own = cells_of(records["e1"], "partition.clients")["50"]
     rows = []
-    for row in cell["methods"]:
-        method = row["method"]
-        tuned = {one["method"]: one for one in own["methods"]}[method]
-        rows.append(
-            [
-                f"`{label(method)}`",
-                percent(row["final_mean"], row["final_sd"]),
-                percent(tuned["final_mean"], tuned["final_sd"]),
-                signed({"mean": row["final_mean"] - tuned["final_mean"], "interval": None}),
-            ]
-        )
+    for method in (row["method"] for row in cell["methods"]):
+        apart = Contrast("E1", "", final(cell, method), final(own, method)).difference
+        scores = (scored(one, method, record) for one in (cell, own))
+        rows.append([f"`{label(method)}`", *scores, signed(apart)])
     return table(["fifty clients", "rate of five", "rate of fifty", "difference"], rows)
 
 
 def swings(record: Record, key: str) -> list[str]:
     """Mean and lowest of the last four evaluations of all seeds, for each cell."""
-    cells = {str(cell["cell"][key]): cell for cell in record["cells"]}
-    methods = list(next(iter(cells.values()))["curves"])
-    rows = [
-        [f"`{label(m)}`", *(lately(cell["curves"][m].values()) for cell in cells.values())]
-        for m in sorted(methods, key=lambda m: not m.startswith("rolora"))
-        if all(m in cell["curves"] for cell in cells.values())
-    ]
+    cells = cells_of(record, key)
+    rows = []
+    for method in next(iter(cells.values()))["curves"]:
+        runs = (cell["curves"].get(method, {}).values() for cell in cells.values())
+        rows.append([f"`{label(method)}`", *(lately(own) if own else "diverged" for own in runs)])
     return table([f"mean (lowest) of the last {LATE}", *cells], rows)
 
 
@@ -467,16 +463,14 @@ def heterogeneous(records: Records) -> list[str]:
 def moments(records: Records) -> list[str]:
     """Each method with fresh and with kept moments, and its swing."""
     record = records["kept"]
-    cells = by_kept(record)
     rows = []
     for method in record["methods"]:
-        for kept, cell in sorted(cells.items()):
-            row = {one["method"]: one for one in cell["methods"]}[method]
-            way = "kept" if kept else "fresh"
-            late = lately(cell["curves"][method].values())
-            score = percent(row["final_mean"], row["final_sd"])
-            up = f"{row['megabytes_up']:.1f}"
-            rows.append([f"`{method}`", way, rate(cell, method), score, late, up])
+        for way, cell in cells_of(record, "train.keep_moments").items():
+            row = next(row for row in cell["methods"] if row["method"] == method)
+            late, up = lately(cell["curves"][method].values()), f"{row['megabytes_up']:.1f}"
+            score = scored(cell, method, record)
+            moments = {"True": "kept", "False": "fresh"}[way]
+            rows.append([f"`{method}`", moments, rate(cell, method), score, late, up])
     head = ["method", "moments", "rate, head's ratio", "accuracy, %"]
     head += [f"mean (lowest) of the last {LATE}", "MB up"]
     return [*table(head, rows), "", setting(record)]

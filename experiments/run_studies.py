@@ -1,4 +1,4 @@
-"""Runs the studies behind docs/results.md and writes a record of each.
+"""Runs the studies behind docs/results.md and writes a record of each, cell by cell.
 
     python experiments/run_studies.py               # all of studies.toml, one after another
     python experiments/run_studies.py trec rank     # these
@@ -76,22 +76,24 @@ def tuned(name: str) -> dict[str, list[str]]:
 
 
 def run(study: Study, console: Console) -> None:
-    """Run what is missing on disk, then write the record."""
+    """Run what is missing on disk; after each cell, write the record of those that have ended."""
     only = {} if study.rates_of is None else tuned(study.rates_of)
-    cells = [run_cell(study, cell, only, console) for cell in study.each()]
-    record = {
-        "study": study.name,
-        "config": study.config,
-        "overrides": list(study.overrides),
-        "methods": list(study.methods),
-        "seeds": list(study.seeds),
-        "rates_of": study.rates_of,
-        "alone": only,
-        "core_hours": round(sum(cell["core_seconds"] for cell in cells) / 3600, 2),
-        "cells": cells,
-    }
-    RECORDS.mkdir(exist_ok=True)
-    write_file(RECORDS / f"{study.name}.json", text_of(record))
+    cells = []
+    for cell in study.each():
+        cells.append(run_cell(study, cell, only, console))
+        record = {
+            "study": study.name,
+            "config": study.config,
+            "overrides": list(study.overrides),
+            "methods": list(study.methods),
+            "seeds": list(study.seeds),
+            "rates_of": study.rates_of,
+            "alone": only,
+            "core_hours": round(sum(cell["core_seconds"] for cell in cells) / 3600, 2),
+            "cells": cells,
+        }
+        RECORDS.mkdir(exist_ok=True)
+        write_file(RECORDS / f"{study.name}.json", text_of(record))
 
 
 def text_of(record: Mapping[str, Any]) -> str:

@@ -234,7 +234,8 @@ class AggregateConfig(Section):
         "mean",
         description="mean; fedexp, a mean whose step finds its length; or a rule that ignores "
         "weights: median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, centered_clip, "
-        "fltrust; or one that an installed package adds; or a list: what comes before it (clip, clip_product, nnm, bucketing), then the rule",
+        "fltrust; or one that an installed package adds; or a list: what comes before it (clip, "
+        "clip_product, nnm, bucketing), then the rule",
     )
     trusted: str | None = Field(
         None,
