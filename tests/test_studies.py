@@ -179,6 +179,24 @@ def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
     assert (made.RECORDS / "again.json").read_text() == before
 
 
+def test_a_study_that_is_stopped_has_the_record_of_the_cells_that_have_ended(
+    made: Any, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(one: Any, cell: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        if cell == {"train.local_steps": 3}:
+            raise KeyboardInterrupt
+        return real(one, cell, *rest)
+
+    real = made.run_cell
+    monkeypatch.setattr(made, "run_cell", stopped)
+    one = study(made, site, "half", cells={"train.local_steps": [1, 2, 3]})
+    with pytest.raises(KeyboardInterrupt):
+        made.run(one, Console(quiet=True))
+    record = json.loads((made.RECORDS / "half.json").read_text())
+    assert [cell["cell"] for cell in record["cells"]] == [{"train.local_steps": n} for n in (1, 2)]
+    assert record["core_hours"] >= 0
+
+
 def test_an_unknown_study_is_refused_in_one_line(made: Any) -> None:
     with pytest.raises(SystemExit, match="unknown study 'trek'; known: e1, "):
         made.main(["trek"])
