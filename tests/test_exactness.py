@@ -150,6 +150,15 @@ def each(
     }
 
 
+def scaled_again(method: Method) -> Method:
+    """The server's factors of a product that it did not divide by the scaling."""
+
+    def change(before: AdapterState, after: AdapterState) -> dict[str, Tensor]:
+        return each(after, "B", lambda layer, b: b * after.scaling[layer])
+
+    return then(method, change)
+
+
 def growth(before: AdapterState, after: AdapterState, times: Callable[[str], float]) -> Any:
     """The new delta with what was added to it multiplied."""
     return {
@@ -274,13 +283,7 @@ MUTANTS: dict[str, tuple[str, Method]] = {
     "flexlora weighs clients alike": ("flexlora", unweighted(RIGHT["flexlora"])),
     "flexlora forgets √S": ("flexlora", singular_values_to("", RIGHT["flexlora"])),
     "flexlora gives all of S to lora_B": ("flexlora", singular_values_to("B", RIGHT["flexlora"])),
-    "flexlora forgets the scaling": (
-        "flexlora",
-        then(
-            RIGHT["flexlora"],
-            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
-        ),
-    ),
+    "flexlora forgets the scaling": ("flexlora", scaled_again(RIGHT["flexlora"])),
     "flexlora hands out the last directions": (
         "flexlora",
         replace(
@@ -296,22 +299,10 @@ MUTANTS: dict[str, tuple[str, Method]] = {
     ),
     "fedask sketches no more than the rank": ("fedask", get_method("fedask", oversampling=0)),
     "fedask weighs clients alike": ("fedask", unweighted(RIGHT["fedask"])),
-    "fedask forgets the scaling": (
-        "fedask",
-        then(
-            RIGHT["fedask"],
-            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
-        ),
-    ),
+    "fedask forgets the scaling": ("fedask", scaled_again(RIGHT["fedask"])),
     "raflora divides by all clients": ("raflora", RIGHT["flexlora"]),
     "raflora weighs clients alike": ("raflora", unweighted(RIGHT["raflora"])),
-    "raflora forgets the scaling": (
-        "raflora",
-        then(
-            RIGHT["raflora"],
-            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
-        ),
-    ),
+    "raflora forgets the scaling": ("raflora", scaled_again(RIGHT["raflora"])),
     "flora does not start again": (
         "flora",
         then(RIGHT["flora"], lambda before, after: before.only(frozenset({"A", "B"}))),
@@ -424,13 +415,7 @@ MUTANTS: dict[str, tuple[str, Method]] = {
         then(RIGHT["fedmomentum"], lambda before, after: growth(before, after, lambda layer: 0.0)),
     ),
     "fedmomentum keeps every bit of energy": ("fedmomentum", get_method("fedmomentum", energy=1.0)),
-    "fedmomentum forgets the scaling": (
-        "fedmomentum",
-        then(
-            RIGHT["fedmomentum"],
-            lambda before, after: each(after, "B", lambda layer, b: b * after.scaling[layer]),
-        ),
-    ),
+    "fedmomentum forgets the scaling": ("fedmomentum", scaled_again(RIGHT["fedmomentum"])),
 }
 
 

@@ -182,7 +182,7 @@ def test_what_is_on_disk_is_not_run_again_and_the_record_is_the_same(
 def test_a_study_that_is_stopped_has_the_record_of_the_cells_that_have_ended(
     made: Any, site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(one: Any, cell: dict[str, Any], *rest: Any) -> dict[str, Any]:
+    def stopped(one: Any, cell: dict[str, Any], *rest: Any) -> Any:
         if cell == {"train.local_steps": 3}:
             raise KeyboardInterrupt
         return real(one, cell, *rest)
@@ -194,7 +194,6 @@ def test_a_study_that_is_stopped_has_the_record_of_the_cells_that_have_ended(
         made.run(one, Console(quiet=True))
     record = json.loads((made.RECORDS / "half.json").read_text())
     assert [cell["cell"] for cell in record["cells"]] == [{"train.local_steps": n} for n in (1, 2)]
-    assert record["core_hours"] >= 0
 
 
 def test_an_unknown_study_is_refused_in_one_line(made: Any) -> None:
