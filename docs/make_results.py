@@ -32,6 +32,7 @@ PAGE = HERE / "results.md"
 EXPERIMENTS = HERE.parent / "experiments"
 AXES = {"rounds": "equal rounds", "megabytes": "equal bytes up"}
 LATE = 4  # evaluations, two after each of RoLoRA's phases
+LATELY = f"last {LATE}: mean, swing (largest)"
 CHANCE = 0.20  # accuracy below which a classifier of ten digits has learned next to nothing
 EQUAL = 0.02  # methods this close to each other are called equal
 BROKEN = 0.10  # a method this far behind the other is set in bold, like one that diverged
@@ -77,7 +78,7 @@ def compared(record: Record) -> list[str]:
     first = cell["reference"]
     results, rates = published(record), chosen(record)
     apart = [f"minus `{first}`, {name}" for name in AXES.values()]
-    late = f"mean (lowest) of the last {LATE}"
+    late = LATELY
     head = ["method", "rate", "accuracy, %", late, *apart, "MB up"]
     rows = []
     often = all(len(run) > LATE for seeds in cell["curves"].values() for run in seeds.values())
@@ -94,9 +95,14 @@ def compared(record: Record) -> list[str]:
 
 
 def lately(runs: Iterable[Sequence[Sequence[float]]]) -> str:
-    """The metric at the last few evaluations of every run: a single one may be a lucky moment."""
-    values = [point[2] for run in runs for point in run[-LATE:]]
-    return f"{percent(fmean(values))} ({percent(min(values))})"
+    """The mean over a run's last few evaluations, and how far the lowest of them is below it.
+
+    Both are means over the runs; the largest swing of a run is in parentheses.
+    """
+    late = [[value for _, _, value in run[-LATE:]] for run in runs]
+    swings = [fmean(values) - min(values) for values in late]
+    mean = fmean(fmean(values) for values in late)
+    return f"{percent(mean)}, {percent(fmean(swings))} ({percent(max(swings))})"
 
 
 def tried(record: Record) -> list[str]:
@@ -445,13 +451,13 @@ def transferred(records: Records) -> list[str]:
 
 
 def swings(record: Record, key: str) -> list[str]:
-    """Mean and lowest of the last four evaluations of all seeds, for each cell."""
+    """The mean of the last evaluations and the swing below it, for each cell."""
     cells = cells_of(record, key)
     rows = []
     for method in next(iter(cells.values()))["curves"]:
         runs = (cell["curves"].get(method, {}).values() for cell in cells.values())
         rows.append([f"`{label(method)}`", *(lately(own) if own else "diverged" for own in runs)])
-    return table([f"mean (lowest) of the last {LATE}", *cells], rows)
+    return table([LATELY, *cells], rows)
 
 
 def heterogeneous(records: Records) -> list[str]:
@@ -472,7 +478,7 @@ def moments(records: Records) -> list[str]:
             moments = {"True": "kept", "False": "fresh"}[way]
             rows.append([f"`{method}`", moments, rate(cell, method), score, late, up])
     head = ["method", "moments", "rate, head's ratio", "accuracy, %"]
-    head += [f"mean (lowest) of the last {LATE}", "MB up"]
+    head += [LATELY, "MB up"]
     return [*table(head, rows), "", setting(record)]
 
 

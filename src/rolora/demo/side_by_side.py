@@ -27,6 +27,7 @@ task = "classification"
 rank = 4
 alpha = 8
 target_modules = ["query", "value"]
+layers = "top:2"
 [data]
 train = "trec/train.csv"
 test = "trec/test.csv"
@@ -42,6 +43,7 @@ rounds = 30
 local_steps = 3
 batch_size = 4
 lr = 2e-2
+keep_moments = true
 [eval]
 every = 5
 """
