@@ -42,7 +42,7 @@ alpha = 0.5
 rounds = 30
 local_steps = 3
 batch_size = 4
-lr = 2e-2
+lr = 4e-2
 keep_moments = true
 [eval]
 every = 5
