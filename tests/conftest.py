@@ -18,6 +18,7 @@ WIDE = {
     "test_attack_runs",
     "test_bank_parts",
     "test_base",
+    "test_card",
     "test_catalogue",
     "test_chat_runs",
     "test_chats",

@@ -45,6 +45,7 @@ FENCES: dict[str, set[str]] = {
     "torch": {"*"},
     "transformers": {"model", "tasks", "plan"},
     "peft": {"model"},
+    "huggingface_hub": {"model"},
     "datasets": {"data"},
     "pyarrow": {"data"},
     "safetensors": {"algorithm", "model", "training", "run"},
