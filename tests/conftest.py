@@ -33,6 +33,7 @@ WIDE = {
     "test_engine",
     "test_evaluation",
     "test_experiments",
+    "test_export",
     "test_extension",
     "test_federation_folder",
     "test_fetch",

@@ -24,6 +24,7 @@ from rolora.model.checkpoint import (
     Quantised,
     generic_names,
     in_order_of_outputs,
+    load_model,
     load_tokenizer,
     locate,
     one_line_errors,
@@ -219,14 +220,7 @@ def load_base(
     with one_line_errors(source), quiet():
         stored = read_config(place)
         tokenizer = load_tokenizer(place)
-        model, info = auto.from_pretrained(
-            **place,
-            **more,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=None if "gguf_file" in place else True,
-            output_loading_info=True,
-        )
+        model, info = load_model(auto, place, dtype=dtype, **more)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     outputs = set() if kind == "causal_lm" else _outputs(model)
     note = ""
