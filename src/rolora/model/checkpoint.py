@@ -237,9 +237,6 @@ def load_model(auto: Any, place: dict[str, Any], **more: Any) -> tuple[Any, dict
         use_safetensors=None if packed else True,
         output_loading_info=True,
     )
-    if packed:  # nothing of the packing is left, and with this note of it no model is saved
-        model.hf_quantizer = None
-        model.config.__dict__.pop("quantization_config", None)
     return model, info
 
 
