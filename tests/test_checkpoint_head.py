@@ -159,7 +159,7 @@ def test_an_adapter_s_head_starts_a_run_only_where_its_outputs_mean_the_same(
     config: Any = copy.deepcopy(base.model.config)
     config.id2label = dict(enumerate(names))
     other = start | {name: tensor + 1 for name, tensor in start.items()}
-    save_adapter(tmp_path / "adapter", other, base.peft_config, config, base.tokenizer, {})
+    save_adapter(tmp_path / "adapter", other, base.peft_config, config, base.tokenizer, {}, "")
     warm = first.config.model_copy(
         update={"lora": first.config.lora.model_copy(update={"init_from": "adapter"})}
     )

@@ -39,7 +39,7 @@ def make(kind: str, folder: Path, **lora: Any) -> Bench:
 def save(bench: Bench, adapter: AdapterState, folder: Path) -> Path:
     base = bench.base
     save_adapter(
-        folder, adapter, base.peft_config, base.model.config, base.tokenizer, {"task": "any"}
+        folder, adapter, base.peft_config, base.model.config, base.tokenizer, {"task": "any"}, ""
     )
     return folder
 

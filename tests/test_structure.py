@@ -45,6 +45,8 @@ FENCES: dict[str, set[str]] = {
     "torch": {"*"},
     "transformers": {"model", "tasks", "plan"},
     "peft": {"model"},
+    "huggingface_hub": {"model"},
+    "gguf": {"model"},
     "datasets": {"data"},
     "pyarrow": {"data"},
     "safetensors": {"algorithm", "model", "training", "run"},
@@ -65,8 +67,8 @@ FENCES: dict[str, set[str]] = {
     "jinja2": {"report"},
 }
 TORCH_ALONE = ("algorithm", "methods", "theory", "attacks")
-# transformers imports gguf when it reads such a file; click is typer's, and its version matters
-INDIRECT = {"gguf", "click"}
+# click is typer's, and its version matters
+INDIRECT = {"click"}
 
 FORBIDDEN = {"util", "utils", "helper", "helpers", "manager", "common", "misc", "stuff", "core"}
 

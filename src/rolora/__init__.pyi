@@ -25,6 +25,7 @@ from .model.bank import Bank as Bank
 from .model.bank import attach as attach
 from .report.page import write_report as write_report
 from .run.evaluation import evaluate_adapter as evaluate_adapter
+from .run.export import export as export
 from .run.prediction import predict as predict
 from .run.runs import resume as resume
 from .run.runs import start as start

@@ -42,12 +42,17 @@ def write_file(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     ``mode``: who may read and write it, from the start, less the process's umask.
     """
     data = content.encode() if isinstance(content, str) else content
+    with new_file(path) as part, open(part, "wb", opener=partial(os.open, mode=mode)) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which replaces ``path`` when the block ends well, or else vanishes."""
     part = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     try:
-        with open(part, "wb", opener=partial(os.open, mode=mode)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
+        sync(part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)

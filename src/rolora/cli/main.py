@@ -12,7 +12,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,7 +24,7 @@ from rolora.cli.options import ConfigPath, Json, Overrides, names
 from rolora.cli.printing import Interrupted, err_console, out_console, resuming, show, working
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
-from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError, printable
+from rolora.errors import EXIT_CODES, ConfigError, ModelNotHere, NotHere, RoloraError, printable
 
 if TYPE_CHECKING:
     from rolora.run.runs import Run
@@ -203,6 +203,32 @@ def predict(
     else:
         write_file(out, written(found))
         out_console.print(f"wrote {len(found)} predictions to {out}")
+
+
+@app.command()
+def export(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    merged: Annotated[
+        Path | None, typer.Option(help="a new folder for the base with the adapter in its weights")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="a file for the adapter alone, for llama.cpp's --lora")
+    ] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the merged weights")] = "fp32",
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+) -> None:
+    """Write a finished run's adapter merged into its base, or as a GGUF file."""
+    from rolora.run import export
+
+    if merged is None and gguf is None:
+        raise ConfigError("name what to write: --merged FOLDER, --gguf FILE, or both")
+    with working("loading the base and writing"):
+        export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
+    for out in (merged, gguf):
+        if out is not None:
+            out_console.print(printable(f"wrote {out}"))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import metadata_load
 from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
@@ -23,6 +24,7 @@ from rolora.model.checkpoint import (
     Quantised,
     generic_names,
     in_order_of_outputs,
+    load_model,
     load_tokenizer,
     locate,
     one_line_errors,
@@ -45,6 +47,9 @@ _NO_EFFECT = {
     *("output_attentions", "output_hidden_states", "task_specific_params"),
     *("attn_implementation", "experts_implementation"),
 }
+
+
+LARGEST_CARD = 1_000_000  # bytes
 
 
 def _computation(config: Any) -> str:
@@ -86,6 +91,17 @@ class Base:
     def specs(self) -> Specs:
         """What an adapter of this model looks like."""
         return self.bank.specs
+
+    @property
+    def licence(self) -> str | None:
+        """What the card in the base's folder states; None without a card, or one that says so."""
+        file = Path(str(self.model.name_or_path)) / "README.md"
+        if not file.is_file() or file.stat().st_size > LARGEST_CARD:
+            return None
+        with contextlib.suppress(Exception):  # anybody may have written it; it decides nothing
+            found = (metadata_load(file) or {}).get("license")
+            return found if isinstance(found, str) else None
+        return None
 
     @cached_property
     def digest(self) -> str:
@@ -204,14 +220,7 @@ def load_base(
     with one_line_errors(source), quiet():
         stored = read_config(place)
         tokenizer = load_tokenizer(place)
-        model, info = auto.from_pretrained(
-            **place,
-            **more,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=None if "gguf_file" in place else True,
-            output_loading_info=True,
-        )
+        model, info = load_model(auto, place, dtype=dtype, **more)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     outputs = set() if kind == "causal_lm" else _outputs(model)
     note = ""

@@ -221,6 +221,25 @@ def quantisation(
     return {"quantization_config": how, "device_map": {"": device}}
 
 
+def load_model(auto: Any, place: dict[str, Any], **more: Any) -> tuple[Any, dict[str, Any]]:
+    """The model at this place, and what transformers says of loading it. No remote code runs.
+
+    A GGUF file is unpacked into plain weights. Left packed, which is the default where the package
+    kernels is installed, it could not be trained around, and would compute with code from the hub.
+    """
+    packed = "gguf_file" in place
+    if packed and (config := getattr(transformers, "GgufConfig", None)):
+        more["quantization_config"] = config(dequantize=True)
+    model, info = auto.from_pretrained(
+        **place,
+        **more,
+        trust_remote_code=False,
+        use_safetensors=None if packed else True,
+        output_loading_info=True,
+    )
+    return model, info
+
+
 def load_tokenizer(place: dict[str, Any]) -> Any:
     """The tokenizer, with a padding token. It raises whatever transformers does.
 

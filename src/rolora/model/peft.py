@@ -278,13 +278,14 @@ def save_adapter(
     model_config: Any,
     tokenizer: Any,
     notes: Mapping[str, Any],
+    card: str,
 ) -> None:
     """Write a PEFT adapter folder, whole or not at all.
 
     Cores and deltas go into the factors, so ranks may differ from layer to layer. Beside PEFT's two
-    files the folder holds the tokenizer, ``rolora.json`` (``notes``) and ``model_config.json``: the
-    base's configuration with the run's labels. Called config.json, it would make loaders take the
-    folder for a whole model.
+    files the folder holds the tokenizer, ``README.md`` (``card``), ``rolora.json`` (``notes``) and
+    ``model_config.json``: the base's configuration with the run's labels. Called config.json, it
+    would make loaders take the folder for a whole model.
     """
     plain = to_peft(adapter)
     if plain is not adapter:
@@ -297,6 +298,7 @@ def save_adapter(
         model_config.to_json_file(part / MODEL_CONFIG)
         _save_tokenizer(tokenizer, part)
         (part / "rolora.json").write_text(json.dumps(dict(notes), indent=2) + "\n")
+        (part / "README.md").write_text(card, encoding="utf-8")
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rolora.errors import printable
 from rolora.results.paired import CONFIDENCE, MIN_SEEDS, Difference, difference, differences
 from rolora.results.ranking import Axis, Place, Ranking, rankings
 from rolora.results.runs import (
@@ -64,6 +66,11 @@ def format_difference(difference: Difference) -> str:
 def format_megabytes(value: float) -> str:
     """'3.20', or two significant digits below 0.1."""
     return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def format_cell(text: str) -> str:
+    """A name of the user's, of any characters, within one cell of a Markdown table."""
+    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", printable(text))
 
 
 def format_rounds(rounds: float) -> str:

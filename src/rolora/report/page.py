@@ -94,7 +94,7 @@ def templates() -> jinja2.Environment:
     """The templates of pages, with the filters that write numbers."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=jinja2.select_autoescape(("html.j2",), default=False),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -103,7 +103,7 @@ def templates() -> jinja2.Environment:
         function.__name__: function
         for function in (
             *(narrative.format_metric, narrative.format_difference),
-            *(narrative.format_megabytes, narrative.format_spent),
+            *(narrative.format_megabytes, narrative.format_spent, narrative.format_cell),
         )
     }
     return environment

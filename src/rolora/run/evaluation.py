@@ -54,8 +54,7 @@ def load_trained(
 
     See :func:`evaluate_adapter`.
     """
-    folder = Path(path)
-    folder = folder / "adapter" if (folder / "config.toml").is_file() else folder
+    folder = adapter_folder(path)
     notes = _notes(folder)
     trained = _trained(folder, notes, model, overrides)
     config = trained.config
@@ -72,6 +71,12 @@ def load_trained(
     base = _load_base(folder, notes, trained)
     experiment = Experiment(config, labels=trained.labels, base=base)
     return experiment, read_adapter(folder, base.specs, any_rank=True), read
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that is at ``path``, or in the run folder there."""
+    folder = Path(path)
+    return folder / "adapter" if (folder / "config.toml").is_file() else folder
 
 
 def _load_base(folder: Path, notes: Mapping[str, Any], trained: Experiment) -> Base:

@@ -27,7 +27,9 @@ from rolora.errors import ConfigError, ModelNotHere, NotHere
 from rolora.files import write_file
 from rolora.model.base import tokenizer_digest
 from rolora.model.peft import WEIGHTS, save_adapter
+from rolora.report.card import Source, card
 from rolora.report.page import write_report
+from rolora.results.runs import load_run
 from rolora.run.experiment import Experiment, dated
 from rolora.run.folder import RunFolder, require_new
 from rolora.tasks.spans import masks
@@ -81,17 +83,27 @@ class Run:
     def _finish(self, state: RunState) -> None:
         """Write the adapter of the best validated round (of the last, without validation)."""
         adapter = state.best.adapter if state.best else state.server.adapter
-        base = self.experiment.base
+        round = state.best.round if state.best else state.server.round
+        base, method = self.experiment.base, self.experiment.method
         config = pinned(self.experiment.config, _chosen(self.experiment))
         notes = {
             "rolora": version("rolora"),
-            "round": state.best.round if state.best else state.server.round,
+            "round": round,
             "root": relative_root(config, self.folder.adapter),
             "base": base.digest,
             "tokenizer": tokenizer_digest(base),
             "labels": list(self.experiment.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
+        source = Source(
+            base.peft_config.base_model_name_or_path,
+            base.digest,
+            base.licence,
+            list(base.specs.scaling),
+            self.experiment.labels,
+            self.experiment.kind.head == "causal_lm",
+            sorted(method.personal_roles),
+        )
         save_adapter(
             self.folder.adapter,
             adapter,
@@ -99,6 +111,7 @@ class Run:
             base.model.config,
             base.tokenizer,
             notes,
+            card(load_run(self.folder.path), round, source),
         )
         write_report([self.folder.path], self.folder.report)
 

@@ -1,0 +1,173 @@
+"""Claims about adapters in other forms: merged into their base, and as GGUF for llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import peft
+import pytest
+import torch
+import transformers
+from test_cli import rolora
+from tiny import tiny_bert, tiny_llama
+from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+from rolora.config.load import make_config
+from rolora.errors import ConfigError
+from rolora.model.export import interleaved
+from rolora.run import runs
+from rolora.run.export import export
+
+pytestmark = pytest.mark.usefixtures("quick")
+TEXTS = [f"{word} {'and ' * (row % 4)}dog" for row, word in enumerate(["cat", "bird", "fish"] * 8)]
+
+
+def trained(
+    place: Path, kind: str, method: str = "rolora", base: str = "model", **lora: Any
+) -> Path:
+    """The folder of a finished run of a tiny model."""
+    rows = [{"text": text, "label": text[0], "answer": text[::-1]} for text in TEXTS]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tiny_llama if kind == "causal_lm" else tiny_bert)(place / "model")
+    columns = (
+        {"text": "text"} if kind != "causal_lm" else {"prompt": "text", "completion": "answer"}
+    )
+    values = {
+        "model": {"path": base, "task": kind, "dtype": "fp32"},
+        "lora": {"rank": 4, "alpha": 8, "target_modules": "all-linear", **lora},
+        "data": {"train": "rows.jsonl", "label": "label", "max_length": 32, **columns},
+        "partition": {"clients": 3},
+        "method": {"name": method},
+        "train": {"rounds": 3, "local_steps": 4, "lr": 5e-2},
+    }
+    for _ in runs.start(make_config(values, root=place), place / "run").rounds():
+        pass
+    return place / "run"
+
+
+def logits(model: Any, folder: Path) -> torch.Tensor:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in TEXTS[:4]]
+    with torch.no_grad():
+        return torch.cat([model.eval()(input_ids=row).logits.flatten() for row in rows])
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal_lm"])
+@pytest.mark.parametrize("method", ["rolora", "flora"])
+def test_a_merged_model_computes_what_the_adapter_does(
+    tmp_path: Path, kind: str, method: str
+) -> None:
+    run = trained(tmp_path, kind, method)
+    export(run, merged=tmp_path / "merged")
+    if kind == "causal_lm":
+        plain, adapted = transformers.AutoModelForCausalLM, peft.AutoPeftModelForCausalLM
+        labels = {}
+    else:
+        plain = transformers.AutoModelForSequenceClassification
+        adapted = peft.AutoPeftModelForSequenceClassification
+        labels = {"num_labels": 3}
+    merged = plain.from_pretrained(tmp_path / "merged")
+    wanted = logits(adapted.from_pretrained(run / "adapter", **labels), run / "adapter")
+    assert torch.allclose(logits(merged, tmp_path / "merged"), wanted, atol=1e-5)
+    base = plain.from_pretrained(tmp_path / "model", **labels)
+    assert not torch.allclose(logits(base, tmp_path / "merged"), wanted, atol=1e-2)
+    if labels:
+        assert merged.config.id2label == {0: "b", 1: "c", 2: "f"}
+
+
+def test_merged_weights_have_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    run = trained(tmp_path, "causal_lm")
+    export(run, merged=tmp_path / "merged", dtype="bf16")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {tensor.dtype for tensor in merged.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_llama_cpp_adds_from_a_gguf_file_what_peft_adds(tmp_path: Path, rslora: bool) -> None:
+    run = trained(tmp_path, "causal_lm", rslora=rslora)
+    export(run, gguf=tmp_path / "adapter.gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+
+    model: Any = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter")
+    # what transformers does to the weights of such a file when it reads them
+    order = LlamaTensorProcessor({"num_attention_heads": 4, "num_key_value_heads": 2})
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    layers = [name for name, part in model.named_modules() if hasattr(part, "lora_A")]
+    assert len(stored) == 2 * len(layers) == 2 * 2 * 7
+    for path in layers:
+        name = names.get_name(path.removeprefix("base_model.model."))
+        down, up = (stored[f"{name}.weight.lora_{letter}"] for letter in "ab")
+        product = fields["adapter.lora.alpha"] / len(down) * up @ down
+        found = order.process(product.numpy(), f"{name}.weight").weights
+        wanted = model.get_submodule(path).get_delta_weight("default").detach()
+        assert torch.allclose(torch.tensor(found), wanted, atol=1e-6), path
+
+
+def test_a_classifier_s_adapter_is_not_written_as_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = trained(tmp_path, "classification"), tmp_path / "adapter.gguf"
+    code, _, err = rolora(monkeypatch, capsys, "export", run, "--gguf", file)
+    assert (code, file.exists()) == (2, False)
+    assert "an adapter of a 'bert' cannot be written as GGUF" in err
+    code, _, err = rolora(monkeypatch, capsys, "export", run)
+    assert code == 2
+    assert "name what to write" in err
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="exists and is not overwritten"):
+        export(run, merged=tmp_path / "there")
+
+
+def as_gguf(folder: Path, file: Path) -> None:
+    """A tiny Llama and its byte-level tokenizer, written as llama.cpp's converter would."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config, state = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    special = set(tokenizer.all_special_tokens)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if (own := heads.get(layer.rpartition(".")[2])) is not None:
+            tensor = interleaved(tensor, own)
+        writer.add_tensor(f"{names.get_name(layer)}.weight", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_an_adapter_of_a_gguf_base_is_merged_into_what_that_holds(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    as_gguf(tmp_path / "model", tmp_path / "base.gguf")
+    run = trained(tmp_path, "causal_lm", base="base.gguf")
+    export(run, merged=tmp_path / "merged")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    wanted = logits(peft.PeftModel.from_pretrained(plain, run / "adapter"), run / "adapter")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged, tmp_path / "merged"), wanted, atol=1e-5)
