@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rolora.data.examples import Batch
 from rolora.model.base import Base
-from rolora.model.packing import collect, pack, spread
+from rolora.model.packing import collect, pack, packed_attention, spread
 from rolora.model.stack import take_over
 from rolora.training.local import evaluate
 from rolora.training.settings import LocalSettings
@@ -102,6 +102,33 @@ def test_a_model_that_is_not_packed_still_trains(tmp_path: Path) -> None:
     base.stack.window = 1
     bench = make("bert", tmp_path / "other")
     assert bench.train(bench.work(SETTINGS)[:1], SETTINGS)[0].loss > 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [5, 5, 5], [40, 2, 17, 1]])
+def test_attention_in_bfloat16_has_the_values_and_gradients_of_float32_rounded(
+    lengths: list[int] | None, causal: bool
+) -> None:
+    module = torch.nn.Identity()
+    module.is_causal = causal  # type: ignore[assignment]
+    packing = None if lengths is None else pack(torch.tensor(lengths))
+    rng = torch.Generator().manual_seed(0)
+    shape = (3, 1, 4, sum(lengths or [9]), 8)
+    parts, upstream = torch.randn(shape, generator=rng), torch.randn(shape[1:], generator=rng)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.bfloat16().to(dtype).requires_grad_() for x in parts)
+        out, _ = packed_attention(module, q, k, v, None, packing)
+        out.backward(upstream.transpose(1, 2).bfloat16().to(dtype))  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            alone, _ = packed_attention(module, q, k, v, None, packing)
+        return [out, alone, *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    (out, alone, *gradients), exact = run(torch.bfloat16), run(torch.float32)
+    assert all(x.dtype == torch.bfloat16 for x in (out, alone, *gradients))
+    for found, expected in zip((out, *gradients), (exact[0], *exact[2:]), strict=True):
+        assert torch.equal(found, expected.bfloat16())
+    assert torch.allclose(alone.float(), exact[1], rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 4], [40, 2, 17, 33, 1], [5, 5, 5], [1]])

@@ -123,6 +123,27 @@ class Place(torch.autograd.Function):
         return upstream[0].index_select(0, places), None, None
 
 
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention, with its sums in float32 where that is faster.
+
+    On a CPU its backward pass takes up to eight times as long in bfloat16, whatever the lengths;
+    a pass without one is no slower (benchmarks/benches/bfloat16.py).
+    """
+    given = query.dtype
+    if (
+        given == torch.bfloat16
+        and query.device.type == "cpu"
+        and any(x.requires_grad for x in (query, key, value))
+    ):
+        query, key, value = query.float(), key.float(), value.float()
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+    out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    return out.to(given), None
+
+
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -137,11 +158,11 @@ def packed_attention(
     query (1, heads, tokens, head_dim), key and value alike; the result (1, tokens, heads, ...).
     """
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return _attention(module, query, key, value, mask=attention_mask, **kwargs)
     if packing.dense:
         shape = (packing.rows, packing.width)
         views = (x.view(x.shape[1], *shape, -1).transpose(0, 1) for x in (query, key, value))
-        out, _ = sdpa_attention_forward(module, *views, None, **kwargs)
+        out, _ = _attention(module, *views, mask=None, **kwargs)
         return out.flatten(0, 1).unsqueeze(0), None
     sizes = [group.rows * group.width for group in packing.groups]
     tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
@@ -151,6 +172,6 @@ def packed_attention(
         shaped = [x.unflatten(0, (group.rows, group.width)).transpose(1, 2) for x in parts]
         causal = getattr(module, "is_causal", True)  # then no real token sees the padding behind it
         mask = None if causal else group.real
-        out, _ = sdpa_attention_forward(module, *shaped, mask, **kwargs)
+        out, _ = _attention(module, *shaped, mask=mask, **kwargs)
         outputs.append(out.flatten(0, 1))
     return collect(torch.cat(outputs), packing).unsqueeze(0), None
