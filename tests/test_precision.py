@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+import transformers
 from tiny_clients import Bench, classifier
 from tiny_site import make_site
 
 from rolora.config.load import load_config
 from rolora.errors import ConfigError
-from rolora.model.base import Base
-from rolora.run import runs
+from rolora.model.base import Base, load_base
+from rolora.run import experiment, runs
+from rolora.run.evaluation import evaluate_adapter
 from rolora.training import precision
-from rolora.training.precision import lowered
+from rolora.training.precision import lower
 from rolora.training.settings import LocalSettings
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -27,39 +32,123 @@ def bench(tmp_path: Path) -> Bench:
     return classifier(tiny.tiny_bert(tmp_path / "model"), torch.float32)
 
 
-def choose(bench: Bench, speed: float) -> tuple[Base, str]:
-    other = classifier(Path(str(bench.base.model.config._name_or_path)), torch.float32).base  # type: ignore[union-attr]
-    return lowered(
-        bench.base, bench.task, bench.examples, bench.start(), lambda: other, lambda: speed
+def choose(bench: Bench, speed: float, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said, where a step in bfloat16 takes 1 second and one in float32 ``speed``."""
+
+    def timed(step: Callable[[], float]) -> tuple[float, float]:
+        return (1.0 if bench.base.dtype == torch.bfloat16 else speed), step()
+
+    monkeypatch.setattr(precision, "timed", timed)
+    monkeypatch.setattr(precision, "SECONDS", 0.0)
+    return lower(bench.base, bench.task, bench.examples, bench.start(), 4, 3)
+
+
+def test_bfloat16_is_taken_where_a_training_step_is_shorter_and_its_loss_agrees(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = choose(bench, 1.2, monkeypatch)
+    assert bench.base.dtype == torch.bfloat16
+    assert re.fullmatch(
+        r"the base runs in bfloat16: a step in bfloat16 is 1.20 times as fast here, with a loss of "
+        r"\d\.\d{4} for \d\.\d{4}",
+        said,
     )
 
 
-def test_bfloat16_is_taken_where_it_is_faster_and_its_loss_agrees(bench: Bench) -> None:
-    base, said = choose(bench, 1.7)
-    assert base.dtype == torch.bfloat16
-    assert "bfloat16, 1.70 times as fast here: loss" in said
-
-
-def test_float32_stays_where_bfloat16_gains_too_little(bench: Bench) -> None:
-    base, said = choose(bench, 1.1)
-    assert base.dtype == torch.float32
-    assert said == "the base runs in float32: bfloat16 is 1.10 times as fast here"
+@pytest.mark.parametrize("speed", [0.7, 1.0, 1.04])
+def test_float32_stays_to_the_bit_where_steps_are_no_shorter(
+    speed: float, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: tensor.clone() for name, tensor in bench.base.model.state_dict().items()}
+    said = choose(bench, speed, monkeypatch)
+    assert f"runs in float32: a step in bfloat16 is {speed:.2f} times as fast here" in said
+    for name, tensor in bench.base.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_float32_comes_back_where_the_losses_differ(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "AGREEMENT", 0.0)
-    base, said = choose(bench, 1.7)
-    assert base.dtype == torch.float32
-    assert "in bfloat16 the loss differs" in said
+    said = choose(bench, 1.7, monkeypatch)
+    assert bench.base.dtype == torch.float32
+    assert said.startswith("the base runs in float32")
+    assert said.endswith(", too far from it")
 
 
-def test_adapters_stay_float32_on_a_bfloat16_base_and_learn_nearly_the_same(bench: Bench) -> None:
+def test_what_is_timed_are_steps_of_a_bank_of_clients_forward_and_backward(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def timed(step: Callable[[], float]) -> tuple[float, float]:
+        with torch.profiler.profile() as profile:
+            loss = step()
+        names = {event.key for event in profile.key_averages()}
+        assert {"aten::cross_entropy_loss", "NllLossBackward0"} & names
+        seen.append((bench.base.dtype, "AddLowRankBackward" in names))
+        return 1.0, loss
+
+    monkeypatch.setattr(precision, "timed", timed)
+    monkeypatch.setattr(precision, "SECONDS", 0.0)
+    lower(bench.base, bench.task, bench.examples, bench.start(), 4, 3)
+    assert seen == [(torch.float32, True), (torch.bfloat16, True)]
+
+
+@pytest.mark.parametrize("speed", [0.8, 1.5])
+def test_a_run_whose_dtype_was_measured_loads_its_base_once_resumes_and_evaluates_in_it(
+    speed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[torch.dtype] = []
+    bases: list[Base] = []
+
+    def timed(step: Callable[[], float]) -> tuple[float, float]:
+        short = bases[-1].dtype == torch.bfloat16
+        return (1.0 if short else speed), step()
+
+    def load(*given: Any, **named: Any) -> Base:
+        loads.append(named["dtype"])
+        bases.append(load_base(*given, **named))
+        return bases[-1]
+
+    monkeypatch.setattr(experiment, "load_base", load)
+    monkeypatch.setattr(precision, "timed", timed)
+    monkeypatch.setattr(precision, "SECONDS", 0.0)
+    monkeypatch.setattr(precision, "WIDE", 1)
+    chosen = torch.bfloat16 if speed > 1 else torch.float32
+    config = load_config(make_site(tmp_path), ["model.dtype=auto"])
+    names = dict(enumerate(["bad", "cat", "good"]))  # so that the run starts from its head
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "model", id2label=names
+    )
+    model.save_pretrained(tmp_path / "model")
+    whole = runs.start(config, tmp_path / "whole")
+    assert loads == [torch.float32]
+    assert whole.experiment.base.dtype == chosen
+    assert any("a step in bfloat16 is" in note for note in whole.notes)
+    end = list(whole.rounds())[-1].state.server.adapter
+    stopped = runs.start(config, tmp_path / "stopped").rounds()
+    for _ in range(3):
+        next(stopped)
+    stopped.close()
+    monkeypatch.setattr(precision, "timed", None)
+    resumed = runs.resume(tmp_path / "stopped")
+    assert loads[-1] == resumed.experiment.base.dtype == chosen
+    again = list(resumed.rounds())[-1].state.server.adapter
+    assert all(torch.equal(again[name], end[name]) for name in end)
+    scores = evaluate_adapter(tmp_path / "whole", str(tmp_path / "test.csv"))
+    assert loads[-1] == chosen
+    assert scores["loss"] > 0
+
+
+def test_adapters_stay_float32_on_a_bfloat16_base_and_learn_nearly_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = LocalSettings(steps=3, batch_size=8)
     work = bench.work(settings)
     before = bench.train(work, settings)
-    assert choose(bench, 9.0)[0].dtype == torch.bfloat16
+    choose(bench, 9.0, monkeypatch)
+    assert bench.base.dtype == torch.bfloat16
     after = bench.train(work, settings)
     for one, other in zip(before, after, strict=True):
         assert all(tensor.dtype == torch.float32 for tensor in other.adapter.values())

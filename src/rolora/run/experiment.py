@@ -38,9 +38,11 @@ from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
 from rolora.training.local import evaluate, first_gradient
 from rolora.training.memory import BankPlan, phases, plan_bank
-from rolora.training.precision import is_wide, lowered
+from rolora.training.precision import is_wide, lower
 from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
 from rolora.training.settings import LocalSettings
+
+MEASURED = 256  # training rows of which dtype "auto" may time steps
 
 
 class Parts(TypedDict, total=False):
@@ -265,11 +267,11 @@ class Experiment:
         base, config = self.load_base(), self.config
         if config.model.dtype != "auto" or config.device != "cpu" or not is_wide(base):
             return base, ""
-        table, source = self._held(config.eval.rows)
-        task = self.task_on(base)
-        few = task.encode_test(table.slice(0, 16), source)
+        table, source = self.rows.train.slice(0, MEASURED), config.data.train
+        task, size = self.task_on(base), config.train.batch_size
         adapter = lora_init(base.specs, generator(config.seed, "init"))
-        return lowered(base, task, few, adapter, self.load_base)
+        note = lower(base, task, task.encode(table, source), adapter, size, self.cohort)
+        return base, note
 
     @cached_property
     def task(self) -> Task:

@@ -1,21 +1,29 @@
-"""float32 or bfloat16 for the frozen base: which is faster here, and does the loss agree."""
+"""float32 or bfloat16 for the frozen base on a CPU: the one in which training steps are shorter."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import fmean, median
 
 import torch
+from torch import Tensor, nn
 
-from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.data.examples import Examples
+from rolora.methods import get_method
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
-from rolora.training.local import evaluate
+from rolora.training.local import Work, train_group
+from rolora.training.memory import plan_bank
+from rolora.training.settings import LocalSettings
 
-WORTH = 1.2  # least speed-up for which bfloat16 is used
+TIE = 1.05  # up to this speed-up float32 stays
 WIDE = 256  # hidden size from which products, not calls, take most of the time
 AGREEMENT = 0.01  # largest relative difference of the loss
+SECONDS = 2.0  # for measuring; one step of each kind at least
+EVERYTHING: Roles = frozenset({"A", "B", "head"})
 
 
 def is_wide(base: Base) -> bool:
@@ -23,43 +31,57 @@ def is_wide(base: Base) -> bool:
     return int(base.model.config.hidden_size) >= WIDE  # type: ignore[union-attr, arg-type]
 
 
-def bf16_speed(rows: int = 128, width: int = 1024) -> float:
-    """Speed-up of bfloat16 over float32 for a (rows, width) × (width, 4 · width) product here."""
+def lower(
+    base: Base, task: Task, examples: Examples, adapter: AdapterState, batch_size: int, clients: int
+) -> str:
+    """Cast the base to bfloat16 if steps are shorter so, with the same loss; one line on it.
 
-    def seconds(dtype: torch.dtype) -> float:
-        x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
-        best = float("inf")
-        for _ in range(5):
-            started = time.perf_counter()
-            torch.nn.functional.linear(x, weight)
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    with torch.inference_mode():
-        return seconds(torch.float32) / seconds(torch.bfloat16)
-
-
-def lowered(
-    base: Base,
-    task: Task,
-    examples: Examples,
-    adapter: AdapterState,
-    again: Callable[[], Base],
-    speed: Callable[[], float] = bf16_speed,
-) -> tuple[Base, str]:
-    """The base in bfloat16 if that is faster on this CPU and its loss agrees; a note for the user.
-
-    ``examples``: some rows of an ``encode_test``. If the loss does not agree, the base is loaded
-    anew by ``again()``, since rounding cannot be undone. Adapters stay float32 in any case.
+    A step is that of a bank of the size that a run takes for ``clients`` of these rows, forward and
+    backward, in turns in both dtypes. Adapters stay float32 in any case. The base is then as if
+    loaded in bfloat16; buffers, such as rotary frequencies, stay.
     """
-    gain = speed()
-    if gain < WORTH:
-        return base, f"the base runs in float32: bfloat16 is {gain:.2f} times as fast here"
-    before = evaluate(base, task, examples, adapter)["loss"]
-    for parameter in base.model.parameters():  # buffers, such as rotary frequencies, stay
-        parameter.data = parameter.data.to(torch.bfloat16)
-    after = evaluate(base, task, examples, adapter)["loss"]
-    seen = f"loss {after:.4f} for {before:.4f} in float32 on {len(examples)} rows"
-    if abs(after - before) <= AGREEMENT * abs(before):
-        return base, f"the base runs in bfloat16, {gain:.2f} times as fast here: {seen}"
-    return again(), f"the base runs in float32: in bfloat16 the loss differs ({seen})"
+    if getattr(base.model, "_keep_in_fp32_modules_strict", None):
+        return "the base runs in float32, of which this model needs some"
+    plan = plan_bank(base, task, examples, adapter, {"": EVERYTHING}, batch_size, clients)
+    shards = torch.split(torch.arange(len(examples)), batch_size)[: plan.clients]
+    work = [Work(str(i), rows, adapter, steps=1) for i, rows in enumerate(shards)]
+    method, settings = get_method("fedit"), LocalSettings(steps=1, batch_size=batch_size)
+
+    def step() -> float:
+        trained = train_group(base, task, examples, work, method, settings, lr=0.0, seed=0, round=1)
+        return fmean(one.loss for one in trained)
+
+    full = {p: p.data for p in base.model.parameters() if p.is_floating_point()}
+    low = {p: data.to(torch.bfloat16) for p, data in full.items()}
+    gains, ending = list[float](), time.perf_counter() + SECONDS
+    while not gains or time.perf_counter() < ending:
+        _hold(full)
+        long, before = timed(step)
+        _hold(low)
+        short, after = timed(step)
+        gains.append(long / short)
+    gain = median(gains[1:] or gains)  # the first steps find nothing in the caches
+    faster, agrees = gain > TIE, abs(after - before) <= AGREEMENT * abs(before)
+    if faster and agrees:
+        head = {name: x.bfloat16().float() for name, x in base.specs.head.items()}
+        base.bank.specs = replace(base.specs, head=head)
+        base.model.config.dtype = torch.bfloat16
+    else:
+        _hold(full)
+    return (
+        f"the base runs in {'bfloat16' if faster and agrees else 'float32'}: a step in bfloat16 is "
+        f"{gain:.2f} times as fast here, with a loss of {after:.4f} for {before:.4f}"
+        + ("" if agrees else ", too far from it")
+    )
+
+
+def timed(step: Callable[[], float]) -> tuple[float, float]:
+    """The seconds of a step, and its loss."""
+    started = time.perf_counter()
+    loss = step()
+    return time.perf_counter() - started, loss
+
+
+def _hold(weights: Mapping[nn.Parameter, Tensor]) -> None:
+    for parameter, data in weights.items():
+        parameter.data = data
