@@ -58,11 +58,13 @@ def configuration(
     max_length: int,
     clients: int,
     layers: str = "all",
+    dtype: str = "fp32",
     **settings: Any,
 ) -> RunConfig:
     """RoLoRA on the questions, as every bench runs it: rank 4 on query and value, AdamW, no decay.
 
-    ``layers`` carry adapters. ``settings`` are keys of ``[train]``, or whole tables.
+    ``layers`` carry adapters; the base is in ``dtype``. ``settings`` are keys of ``[train]``, or
+    whole tables.
     """
     tables: dict[str, Any] = {
         key: settings.pop(key) for key in ("eval", "method") if key in settings
@@ -70,7 +72,7 @@ def configuration(
     return make_config(
         {
             "name": "bench",
-            "model": {"path": str(model), "task": "classification", "dtype": "fp32"},
+            "model": {"path": str(model), "task": "classification", "dtype": dtype},
             "lora": {**LORA, "layers": layers},
             "data": {"train": str(train), "test": str(test), "max_length": max_length},
             "partition": {"scheme": "iid", "clients": clients},

@@ -143,6 +143,13 @@ def client_step(record: Record) -> str:
     return _table(head, rows)
 
 
+def dtypes(record: Record) -> str:
+    """Time per client step, and how many times as fast as in float32."""
+    rows = [[n, *_times(p), *_against(record, "float32", n)] for n, p in record["parties"].items()]
+    head = ["base in", "ms a client step", "CPU ms", "speed (wall)", "95 %", "(CPU)", "n"]
+    return _table(head, rows)
+
+
 def saving(record: Record) -> str:
     """How many times as fast the second party is as the first, and the share of the ideal."""
     (slow, fast), ideal = record["parties"], record["setting"]["ideal"]
@@ -217,6 +224,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "whole-job": whole_job,
     "levers": whole_job,
     "client-step": client_step,
+    "bfloat16": dtypes,
     "padding": saving,
     "prefix-cache": saving,
     "across-sites-seconds": site_seconds,

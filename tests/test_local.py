@@ -20,6 +20,7 @@ from rolora.algorithm.adapter import AdapterState, Role, Roles, role_of
 from rolora.algorithm.method import Method
 from rolora.data.examples import Batch, Examples, collate
 from rolora.methods import get_method
+from rolora.training import local
 from rolora.training.local import NonFiniteLoss, Trained, Work, batches, evaluate
 from rolora.training.settings import LocalSettings
 
@@ -97,10 +98,12 @@ def test_the_loss_reported_is_the_mean_over_the_steps(bench: Bench, writer: Benc
         assert len(set(losses)) == 4
 
 
+@pytest.mark.parametrize("settled", [1, 2, 100])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_blamed_on_client_round_and_step(
-    bench: Bench, bad: float
+def test_a_loss_that_is_not_finite_is_blamed_on_client_round_and_step_whenever_it_is_looked_at(
+    bench: Bench, bad: float, settled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(local, "SETTLED", settled)
     settings = LocalSettings(steps=4, batch_size=4)
     work = bench.work(settings)
     order = torch.cat(list(islice(batches(work[2], 4, seed=7, round=5), 3)))
@@ -109,6 +112,8 @@ def test_a_loss_that_is_not_finite_is_blamed_on_client_round_and_step(
     def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         each, count = bench.task.loss(model, batch)
         like = torch.tensor(tokens_of(bench, poisoned))
+        if batch.inputs["input_ids"].shape[1] < len(like):
+            return each, count
         hit = (batch.inputs["input_ids"][:, : len(like)] == like).all(1)
         hit &= batch.lengths == len(like)
         return torch.where(hit, bad, each), count

@@ -1,8 +1,9 @@
 """Local training of one group of clients, an A and a B round, and nothing around it.
 
 Timed: cutting batches, forward, backward, AdamW. WAY is "packed" (as in a run), "padded" (the rows
-padded to the longest, as without packing), or "cached" (the layers below the adapters read from
-disk; they were computed before the clock started).
+padded to the longest, as without packing), "cached" (the layers below the adapters read from
+disk; they were computed before the clock started), or "lowest" (attention in the base's dtype where
+rolora computes it in float32).
 
     python -m benchmarks.peers.rolora_step JOB_FOLDER WAY
 """
@@ -15,9 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.party import Answer, serve
 from rolora.config.load import make_config
+from rolora.model import packing
 from rolora.run.experiment import Experiment
 from rolora.training.engine import InProcess
 from rolora.training.local import Work, train_group
@@ -36,6 +39,10 @@ if __name__ == "__main__":
     engine = experiment.federation.engine
     assert isinstance(engine, InProcess)
     examples = engine.examples
+    if way == "lowest":
+        packing._attention = lambda *given, mask, **named: sdpa_attention_forward(
+            *given, mask, **named
+        )
     base = replace(experiment.base, stack=None) if way == "padded" else experiment.base
     steps, size = int(config.train.local_steps or 0), config.train.batch_size
     start = experiment.start.server.adapter

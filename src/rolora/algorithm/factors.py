@@ -167,8 +167,11 @@ def scaled(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> Tensor
         return gradients
     other = partner_of(name)
     partner = pieces(other, leaves[other].detach())  # (clients, rank, width)
-    gram = partner @ partner.mT + DAMPING * torch.eye(partner.shape[1]).to(partner)
-    return pieces(name, torch.linalg.solve(gram, pieces(name, gradients))).contiguous()
+    gram = partner @ partner.mT
+    gram.diagonal(dim1=1, dim2=2).add_(DAMPING)
+    # positive definite; torch's own check of that would have the host wait for a GPU
+    solved = torch.linalg.solve_ex(gram, pieces(name, gradients)).result
+    return pieces(name, solved).contiguous()
 
 
 def first_core(specs: Specs, layer: str, heads: int, rng: torch.Generator) -> Tensor:

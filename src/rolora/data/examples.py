@@ -53,7 +53,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: ``inputs`` as the model takes them; ``lengths`` (rows,) int64;
+    """Right-padded rows: ``inputs`` as the model takes them; ``lengths`` (rows,) int64, on the CPU;
     ``targets``: those of the examples or, where tokens are predicted, the places of those among
     rows × length, int64; ``prefix`` its real tokens' (tokens, hidden), row after row, or None."""
 
@@ -63,10 +63,16 @@ class Batch:
     prefix: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on this device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        prefix = None if self.prefix is None else self.prefix.to(device)
-        return Batch(inputs, self.lengths.to(device), self.targets.to(device), prefix)
+        """The same batch on this device; what is cut by them needs the lengths on the CPU."""
+        inputs = {name: moved(tensor, device) for name, tensor in self.inputs.items()}
+        prefix = None if self.prefix is None else moved(self.prefix, device)
+        return Batch(inputs, self.lengths, moved(self.targets, device), prefix)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on this device. The copy to a GPU is queued: the host does not wait for what
+    the GPU has to do before."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def flatten(rows: list[list[int]], dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ def _smoothed(name: str, gradients: Tensor, leaves: Mapping[str, Tensor]) -> Ten
         return gradients
     rows = pieces(name, gradients)
     flat = torch.nn.functional.pad(rows.flatten(0, 1)[:, None], (2, 2), mode="replicate")
-    kernel = _KERNEL.to(flat)[None, None]
+    kernel = _KERNEL.to(flat, non_blocking=True)[None, None]  # else the host waits for a GPU
     filtered = torch.nn.functional.conv1d(flat, kernel).view_as(rows)
     return pieces(name, filtered).contiguous()
 

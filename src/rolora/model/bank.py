@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rolora.algorithm.adapter import AdapterState, Roles, Specs, TensorSpec, role_of, through_core
+from rolora.data.examples import moved
 from rolora.errors import ConfigError
 from rolora.model.segments import add_low_rank, segment_linear
 
@@ -204,7 +205,7 @@ class HeadNorm(nn.Module):
 
 def _each(leaf: Tensor, sizes: Sequence[int], like: Tensor) -> Tensor:
     """A (K, width) leaf with each client's vector once for each of its rows, shaped as ``like``."""
-    each = torch.tensor(sizes, device=leaf.device)
+    each = moved(torch.tensor(sizes), leaf.device)
     return leaf.repeat_interleave(each, dim=0, output_size=sum(sizes)).view(like.shape)
 
 

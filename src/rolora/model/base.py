@@ -16,7 +16,7 @@ from huggingface_hub import metadata_load
 from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Specs, tensor_hash
-from rolora.data.examples import Batch, Examples
+from rolora.data.examples import Batch, Examples, moved
 from rolora.errors import ConfigError, DataError
 from rolora.model.bank import Bank, Noise, attach
 from rolora.model.checkpoint import (
@@ -165,7 +165,7 @@ class Base:
         """
         bank, lengths = self.bank, batch.lengths
         bank.rows, bank.tokens = tuple(sizes), ()
-        bank.noise = None if keys is None else Noise(keys.to(self.device))
+        bank.noise = None if keys is None else Noise(moved(keys, self.device))
         if self.stack is None:
             yield batch
             return

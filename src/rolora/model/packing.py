@@ -6,12 +6,14 @@ are. Attention alone sees where rows begin and end: it pads rows of like length 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rolora.data.examples import moved
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class Packing:
     def dense(self) -> bool:
         """Whether all rows have the same length, so that packing moves nothing."""
         return len(self.row) == self.rows * self.width
+
+    def to(self, device: torch.device) -> Packing:
+        """The same packing on this device."""
+        names = ("row", "position", "places", "spot", "source", "padding")
+        there: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        there["groups"] = tuple(replace(g, real=moved(g.real, device)) for g in self.groups)
+        return replace(self, **there)
 
 
 def pack(lengths: Tensor) -> Packing:

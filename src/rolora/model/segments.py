@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rolora.data.examples import moved
+
 Sizes = Sequence[int]
 
 
@@ -169,4 +171,4 @@ def grouped(left: Tensor, right: Tensor) -> bool:
 
 
 def _ends(sizes: Sizes, device: torch.device) -> Tensor:
-    return torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
+    return moved(torch.tensor(sizes), device).cumsum(0).to(torch.int32)

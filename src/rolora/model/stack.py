@@ -41,6 +41,7 @@ class Stack:
     """
 
     def __init__(self, layers: nn.ModuleList, lowest: int, window: int | None) -> None:
+        self.layers = layers
         self.depth = len(layers)
         self.lowest = lowest
         self.window = window
@@ -67,7 +68,8 @@ class Stack:
         if not self.fits(lengths):
             yield None
             return
-        self._packing, self._prefix = pack(lengths), prefix
+        device = next(self.layers.parameters()).device
+        self._packing, self._prefix = pack(lengths).to(device), prefix
         self._first = 0 if prefix is None else self.lowest
         try:
             yield self._packing

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rolora.data import tables
-from rolora.data.examples import Batch, Examples, flatten, offsets_of
+from rolora.data.examples import Batch, Examples, flatten, moved, offsets_of
 from rolora.errors import DataError, nearest, one_line
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
@@ -240,7 +240,7 @@ def logits(model: Any, batch: Batch) -> Tensor:
     if hasattr(model, "score"):
         hidden = model.base_model(**batch.inputs).last_hidden_state
         rows = torch.arange(len(batch.lengths), device=hidden.device)
-        result: Tensor = model.score(hidden[rows, batch.lengths - 1])
+        result: Tensor = model.score(hidden[rows, moved(batch.lengths - 1, hidden.device)])
     else:
         result = model(**batch.inputs).logits
     return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result

@@ -12,7 +12,7 @@ from rolora.algorithm.adapter import LARGEST, AdapterState, layer_of, role_of, t
 from rolora.algorithm.factors import zero_deltas
 from rolora.algorithm.method import Method, lora_init
 from rolora.algorithm.seeding import derived_seed, generator
-from rolora.data.examples import Batch, Examples, collate
+from rolora.data.examples import Batch, Examples, collate, moved
 from rolora.errors import RoloraError
 from rolora.model.bank import row_keys
 from rolora.model.base import Base
@@ -20,6 +20,7 @@ from rolora.tasks.registry import Task
 from rolora.training.optimizer import LocalOptimizer
 from rolora.training.settings import LocalSettings
 
+SETTLED = 100  # steps until losses are looked at, if no client leaves before
 _LESS = "lower train.lr, set train.max_grad_norm, or use model.dtype = 'fp32'"
 
 
@@ -90,6 +91,20 @@ def train_group(
     bank.load([w.start for w in active], base.device)
     optimizer = LocalOptimizer(bank, settings, lr, [w.moments for w in active])
     total = torch.zeros(len(active), dtype=torch.float64)
+    told: list[Tensor] = []  # each client's loss per step, where the model computes
+
+    def settle(steps: int) -> None:
+        """Look at what the clients still here lost in their last steps, of so many taken.
+
+        Until then the host waits for no result of a GPU.
+        """
+        if not told:
+            return
+        losses = torch.stack(told).cpu()
+        _refuse_nonfinite(losses, active, round, steps - len(told))
+        for each in losses.double():
+            total[: len(each)] += each
+        told.clear()
 
     def finish(first: int) -> None:
         """Take the clients from this place on out of the bank."""
@@ -109,6 +124,8 @@ def train_group(
         sizes, batch = next(prepared)
         for step in range(active[0].steps):
             staying = len(sizes)
+            if staying < bank.clients or step % SETTLED == 0:
+                settle(step)
             if staying < bank.clients:
                 finish(staying)
                 bank.keep(staying)
@@ -131,8 +148,8 @@ def train_group(
                     _clip_gradients(part, settings.max_grad_norm)
             optimizer.step(roles)
             sizes, batch = next(prepared, (sizes, batch))  # while a GPU is still at this one
-            _refuse_nonfinite(losses, active, round, step)
-            total[:staying] += losses.detach().double().cpu()
+            told.append(losses.detach())
+        settle(active[0].steps)
         finish(0)
     finally:
         bank.unload()
@@ -156,20 +173,20 @@ def _batches(
 
 def _losses(base: Base, task: Task, batch: Batch, sizes: Sequence[int], keys: Tensor) -> Tensor:
     """Each client's mean loss over its rows, (K,); ``keys`` seed the dropout of every row."""
-    clients = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(base.device)
+    clients = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    clients = moved(clients, base.device)
     with base.running(batch, sizes, keys) as given:
         each, count = task.loss(base.model, given)
     summed = each.new_zeros(len(sizes)).index_add(0, clients, each)
     return summed / count.new_zeros(len(sizes)).index_add(0, clients, count)
 
 
-def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, step: int) -> None:
-    finite = torch.isfinite(losses)
-    if not finite.all():
-        client = active[int((~finite).nonzero()[0])].client
+def _refuse_nonfinite(losses: Tensor, active: Sequence[Work], round: int, first: int) -> None:
+    """``losses`` (steps, clients), of which ``first`` were before; the first bad one is named."""
+    for step, place in (~losses.isfinite()).nonzero().tolist():
         raise NonFiniteLoss(
-            f"the loss of client {client!r} is not finite in round {round}, local step {step + 1}: "
-            f"{_LESS}"
+            f"the loss of client {active[place].client!r} is not finite in round {round}, local "
+            f"step {first + step + 1}: {_LESS}"
         )
 
 

@@ -1,0 +1,183 @@
+"""A card that is not there: tensors that say they are on CUDA, with values, on a machine without.
+
+Inside ``card()`` everything that is made on or moved to "cuda" is such a tensor. An operation on
+tensors of both devices fails, as on a GPU, and what the host would have to wait for is counted:
+values that it reads, sizes that depend on values, copies that are not queued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+aten = torch.ops.aten
+# torch's own code knows such a device: it has no kernels, so that none is missed here
+STAND_IN = torch.device("meta")
+CARD = torch.device("cuda", 0)
+READS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.nonzero.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten.bincount.default,
+    aten._linalg_check_errors.default,
+}
+COPIES = {aten._to_copy.default, aten.copy_.default}
+
+
+class MixedDevices(Exception):
+    """One operation was given tensors of both devices."""
+
+
+class OnCard(Tensor):
+    """A tensor of the card; its values are in ``inner``, on the CPU."""
+
+    inner: Tensor  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnCard:
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=STAND_IN,
+        )
+        made.inner = inner
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """What is asked for, not what stands in for it."""
+        return CARD
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        """As on a GPU."""
+        return True
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Only ever reached outside ``card()``."""
+        return Waits().run(func, args, kwargs or {})
+
+
+class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs operations where their tensors are; ``seen``: what the host waited for, and where."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        there = [x for x in given if isinstance(x, OnCard)]
+        here = [x for x in given if not isinstance(x, OnCard)]
+        wanted = kwargs.get("device")
+        to_card = bool(there) if wanted is None else torch.device(wanted) == STAND_IN
+        if func in COPIES:
+            to_card = isinstance(args[0], OnCard) if func is aten.copy_.default else to_card
+            source = args[1] if func is aten.copy_.default else args[0]
+            queued = kwargs.get("non_blocking", False) or (len(args) > 2 and args[2])
+            if isinstance(source, OnCard) != to_card and not (queued and to_card):
+                self._wait("a copy to the card" if to_card else "a copy from the card")
+        elif there and func is aten.index.Tensor and isinstance(args[0], OnCard) and here:
+            self._wait("indices that are copied to the card")
+        elif there and any(x.dim() for x in here):
+            raise MixedDevices(f"{func} of tensors on both devices, {_where()}")
+        told = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None
+        if there and not told and (func in READS or _masked(func, args)):
+            self._wait(str(func))
+        if wanted is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        wrapped = {id(x.inner): x for x in there}
+        args, kwargs = tree_map_only(OnCard, lambda x: x.inner, (args, kwargs))
+        found = func(*args, **kwargs)
+        if not to_card or func is aten._local_scalar_dense.default:
+            return found
+        return tree_map_only(
+            Tensor, lambda x: wrapped[id(x)] if id(x) in wrapped else OnCard(x), found
+        )
+
+    def _wait(self, what: str) -> None:
+        self.seen.append(f"{what}, {_where()}")
+
+
+def _masked(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is an index by which of a mask's elements are true."""
+    if func not in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+        return False
+    return any(x is not None and x.dtype == torch.bool for x in args[1])
+
+
+def _where() -> str:
+    """The innermost place in rolora, or in the tests, that led here."""
+    for frame in reversed(traceback.extract_stack()):
+        if "/rolora/" in frame.filename:
+            return f"{frame.filename.rpartition('/rolora/')[2]}:{frame.lineno} {frame.line}"
+    return "outside rolora"
+
+
+class _Named(TorchFunctionMode):
+    """Has torch see the stand-in where "cuda" is named."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        if func is Tensor.backward:  # which may name it in turn
+            with self:
+                return _engine_run_backward(
+                    args,
+                    tuple(map(torch.ones_like, args)),
+                    False,
+                    False,
+                    (),
+                    allow_unreachable=True,
+                    accumulate_grad=True,
+                )
+        args = tuple(_stood_in(x) for x in args)
+        kwargs = {name: _stood_in(x) for name, x in (kwargs or {}).items()}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == STAND_IN:
+            del kwargs["device"]  # torch would make no values for it
+            return func(*args, **kwargs).to(STAND_IN)
+        return func(*args, **kwargs)
+
+
+def _stood_in(value: Any) -> Any:
+    named = isinstance(value, str) and value in ("cuda", "cuda:0")
+    if named or (isinstance(value, torch.device) and value.type == "cuda"):
+        return STAND_IN
+    return value
+
+
+@contextlib.contextmanager
+def card() -> Iterator[Waits]:
+    """A card while this lasts; what the host waited for is in the result's ``seen``."""
+    waits = Waits()
+    # tensors like these cannot be made in inference mode
+    with mock.patch.object(torch, "inference_mode", torch.no_grad), waits, _Named():
+        yield waits
