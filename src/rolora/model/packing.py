@@ -137,8 +137,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA attention, with its sums in float32 where that is faster.
 
-    On a CPU its backward pass takes up to eight times as long in bfloat16, whatever the lengths;
-    a pass without one is no slower (benchmarks/benches/bfloat16.py).
+    On a CPU its backward pass takes several times as long in bfloat16, whatever the lengths;
+    a pass without one does not (benchmarks/benches/bfloat16.py).
     """
     given = query.dtype
     if (
