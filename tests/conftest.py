@@ -75,6 +75,7 @@ WIDE = {
     "test_tasks",
     "test_theory",
     "test_wiretap",
+    "test_workers",
 }
 
 

@@ -5,7 +5,6 @@ make test-faults
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import os
 import random
@@ -23,7 +22,6 @@ from injection import FAULTS, in_child
 from records import Record
 from rich.progress import track
 
-ROOT = Path(__file__).parent.parent
 MANY = tuple(FAULTS)
 COLUMNS = ["what was under way", "trained with", *MANY, "killed twice", "not as promised"]
 
@@ -273,15 +271,3 @@ def test_a_site_whose_unanswered_question_is_damaged_goes_on(
     assert site.serve(link) == 0, site.said()
     assert link.answer(str(site_trials.PARTS[part])) == site.expected(site_trials.PARTS[part])
     assert not (link.folder / "state" / "question.bin").exists()
-
-
-def test_nothing_trains_in_a_worker_process() -> None:
-    """One that runs out of memory would have to be noticed; there is none."""
-    for file in (ROOT / "src").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                continue
-            names = [alias.name for alias in node.names]
-            names.append(str(getattr(node, "module", "")))
-            found = {name.partition(".")[0] for name in names}
-            assert not found & {"multiprocessing", "ProcessPoolExecutor", "joblib"}, file

@@ -118,7 +118,7 @@ def config_hash(config: RunConfig) -> str:
     """
     values = config.model_dump_json(
         exclude={
-            "train": {"rounds", "bank", "cache"},
+            "train": {"rounds", "bank", "workers", "cache"},
             "model": {"dtype", "path"},
             "data": {"train", "test", "validation"},
             "lora": {"init_from"},

@@ -364,6 +364,12 @@ class TrainConfig(Section):
     momentum: float = Field(0.0, ge=0, lt=1, description="for sgd")
     max_grad_norm: float | None = Field(None, gt=0, description="clip each client's gradient")
     bank: Literal["auto"] | AtLeastOne = Field("auto", description="clients trained in one pass")
+    workers: Literal["auto"] | AtLeastOne = Field(
+        1,
+        description="processes that train a round's groups of clients at the same time, each with "
+        "one thread, or as many as OMP_NUM_THREADS says; auto: as many as the cores and the free "
+        "memory allow, on CUDA one for each visible card",
+    )
     recompute: bool = Field(
         False, description="recompute layers in the backward pass: less memory, more time"
     )
@@ -379,6 +385,11 @@ class TrainConfig(Section):
     def _is_consistent(self) -> Self:
         if self.local_steps is not None and self.local_epochs is not None:
             raise ConfigError("[train]: give local_steps or local_epochs, not both")
+        if self.engine == "debug" and self.workers not in (1, "auto"):
+            raise ConfigError(
+                "train.engine = 'debug' trains one client at a time in one process: remove it, or "
+                "train.workers"
+            )
         return self
 
     def rate(self, round: int) -> float:
@@ -532,6 +543,10 @@ class RunConfig(Section):
             )
         if self.attack.name != NO_ATTACK and self.federation.on is not None:
             raise ConfigError("[attack] is for runs on one machine: remove it, or federation.on")
+        if self.train.workers != 1 and self.federation.on is not None:
+            raise ConfigError(
+                "train.workers is for runs on one machine: remove it, or federation.on"
+            )
         if self.eval.rows == "validation" and self.data.validation is None:
             raise ConfigError("eval.rows = 'validation' needs data.validation")
         if self.eval.patience is not None and self.data.validation is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,14 +34,16 @@ from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
 from rolora.model.peft import LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
 from rolora.run.shards import Rows, load_rows, rewritten, spoiled
+from rolora.run.workers import Crew, Part, Pool
 from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.attacked import Attacked
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
 from rolora.training.local import evaluate, first_gradient
-from rolora.training.memory import BankPlan, phases, plan_bank
+from rolora.training.memory import SHARE, BankPlan, free_bytes, phases, plan_bank, worker_bytes
 from rolora.training.precision import is_wide, lower
+from rolora.training.processes import usable_cores
 from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
 from rolora.training.settings import LocalSettings
 
@@ -53,7 +58,10 @@ class Parts(TypedDict, total=False):
     base: Base | None
     encoded: tuple[Examples, str]
     test: Examples
+    validation: Examples
+    asked: Examples
     engine: Engine
+    executor: Executor | None
     partition: Mapping[str, Any]
     data: str
     run: str
@@ -305,7 +313,7 @@ class Experiment:
     @cached_property
     def validation(self) -> Examples | None:
         """The validation rows as tokens, if there are any beside those of ``test``."""
-        if self.rows.validation is None or self.config.eval.rows == "validation":
+        if self.config.data.validation is None or self.config.eval.rows == "validation":
             return None
         return self.task.encode_test(*self._held("validation"))
 
@@ -438,7 +446,7 @@ class Experiment:
                 f"has {self.cohort} (train.participation of {len(self.rows.shards)} clients)"
             )
         kind = Debug if self.config.train.engine == "debug" else InProcess
-        engine = kind(
+        here = kind(
             self.base,
             self.task,
             self.examples,
@@ -450,9 +458,79 @@ class Experiment:
             evaluation=partial(self.evaluate, answers=0),
             up=self.config.wire.up,
         )
+        engine: Engine = here if self.crew is None else Pool(here, self.crew)
         if self.attack is None:
             return engine
         return Attacked(engine, self.attack, self._bad(self.rows), self.aggregation)
+
+    @cached_property
+    def executor(self) -> Executor | None:
+        """What runs the worker processes; None: the run starts its own."""
+        return None
+
+    @cached_property
+    def workers(self) -> int:
+        """How many groups of clients train at a time, each in a process; 1: in this process, unless
+        an executor is given."""
+        train, device = self.config.train, self.config.device
+        if train.engine == "debug" or (train.workers == 1 and self.executor is None):
+            return 1
+        groups = math.ceil(self.cohort / self.bank) if self.method.federated else 1
+        if train.workers != "auto":
+            return min(train.workers, groups)
+        if self.executor is not None:
+            return groups
+        if device != "cpu":
+            return min(groups, torch.cuda.device_count() if device == "cuda" else 1)
+        each = worker_bytes(self.base, self.bank_plan, self.start.server.adapter)
+        fitting = int(SHARE * free_bytes(device)) // each
+        return max(1, min(groups, usable_cores(), fitting))
+
+    @cached_property
+    def crew(self) -> Crew | None:
+        """The processes that train and evaluate; None: this process does."""
+        if self.clients is None or (self.executor is None and self.workers == 1):
+            return None
+        config = self.config
+        changes: dict[str, Any] = {
+            "train": config.train.model_copy(update={"workers": 1}),
+            "model": config.model.model_copy(update={"dtype": self.dtype}),
+            "server_seed": None,
+        }
+        rows = {
+            "examples": self.examples,
+            "test": self.test,
+            "validation": self.validation,
+            "asked": self.asked,
+        }
+        return Crew(
+            Part(
+                Experiment,
+                config.model_copy(update=changes),
+                tuple(self.labels),
+                self.base.digest,
+            ),
+            {name: given for name, given in rows.items() if given is not None},
+            self.clients.parent,
+            self.workers,
+            self.executor,
+        )
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Processes that work for this run end with the block."""
+        try:
+            yield
+        finally:
+            if self.crew is not None:
+                self.crew.close()
+
+    @property
+    def dtype(self) -> str:
+        """``model.dtype``, as "auto" is resolved on this machine."""
+        if (wanted := self.config.model.dtype) != "auto":
+            return wanted
+        return "bf16" if self.base.dtype == torch.bfloat16 else "fp32"
 
     @cached_property
     def spare(self) -> int:
@@ -513,7 +591,7 @@ class Experiment:
         """
         metrics = self.score(self.test, adapter, answers)
         if self.asked is not None:
-            found = evaluate(self.base, self.task, self.asked, adapter)
+            found = self._measured(self.asked, adapter)
             metrics = {**metrics, "attack_success": found["accuracy"]}
         if self.config.eval.rows == "validation":
             return Evaluation(metrics, metrics)
@@ -525,13 +603,18 @@ class Experiment:
     ) -> Metrics:
         """The task's metrics of an adapter; with ``answers`` (left out: ``eval.generate``) also
         those of the answers generated for so many rows."""
-        metrics = evaluate(self.base, self.task, examples, adapter)
+        metrics = self._measured(examples, adapter)
         how = self.config.eval
         count = how.generate if answers is None else answers
         if count and self.kind.answers:
             with self.base.holding(adapter):
                 metrics |= answer_metrics(self.base, examples, count, how.answer)
         return metrics
+
+    def _measured(self, examples: Examples, adapter: AdapterState) -> dict[str, float]:
+        if self.crew is None:
+            return evaluate(self.base, self.task, examples, adapter)
+        return self.task.score(self.crew.outputs(examples, adapter), examples)
 
     def prepare(self) -> None:
         """Make all parts that a run needs. Refusals that take no model come first."""

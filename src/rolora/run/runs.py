@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shlex
 import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,7 @@ class Run:
         """
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
-        with self.folder.locked():
+        with self.folder.locked(), self.experiment.at_work():
             if self.folder.newest != self.checkpoint:
                 raise ConfigError(
                     f"{self.folder.path} has gone on since this run was opened: resume it anew"
@@ -116,7 +119,7 @@ class Run:
         write_report([self.folder.path], self.folder.report)
 
 
-Build = Callable[[RunConfig, Path], Experiment]
+Build = Callable[..., Experiment]  # from a configuration and the folder of clients' state
 
 
 def new_path(config: RunConfig, out: str | Path | None) -> Path:
@@ -126,15 +129,26 @@ def new_path(config: RunConfig, out: str | Path | None) -> Path:
     return path
 
 
-def start(config: RunConfig, out: str | Path | None = None, build: Build = Experiment) -> Run:
+def start(
+    config: RunConfig,
+    out: str | Path | None = None,
+    build: Build = Experiment,
+    *,
+    executor: Executor | None = None,
+) -> Run:
     """A new run in folder ``out`` (``runs/NAME`` if left out), which must not exist yet.
 
     ``build`` makes the experiment from the configuration and the folder of clients' state.
-    Everything is loaded and checked first, so a faulty configuration leaves no folder behind.
+    ``executor`` runs the worker processes, for example on a cluster: see docs/scale.md. Everything
+    is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
     path, config = new_path(config, out), dated(config)
-    experiment = build(config, path / "clients")
+    experiment = _on(executor, build)(config, path / "clients")
     experiment.prepare()
+    several = experiment.crew is not None and config.device == "cpu"
+    if several and "OMP_NUM_THREADS" not in os.environ:  # each process has a core
+        torch.set_num_threads(1)
+        vars(experiment).pop("start")  # a gradient has the bits of so many threads
     drawn = {"server_seed": experiment.config.server_seed}
     text = dump_config(config.model_copy(update=drawn), provenance(experiment), path)
     folder = RunFolder.create(path, text, experiment.partition)
@@ -148,6 +162,7 @@ def resume(
     *,
     overrides: Sequence[str] = (),
     root: str | Path | None = None,
+    executor: Executor | None = None,
 ) -> Run:
     """A run as of its last intact checkpoint; ``rounds`` raises the number of rounds.
 
@@ -163,7 +178,7 @@ def resume(
             config = load_config(folder.config, [*overrides, f"train.rounds={rounds}"], config.root)
         torch.set_num_threads(origin["threads"])
         try:
-            experiment = build(pinned(config, origin), folder.clients)
+            experiment = _on(executor, build)(pinned(config, origin), folder.clients)
             experiment.prepare()
         except (NotHere, ModelNotHere) as error:
             error.add_note(
@@ -190,6 +205,10 @@ def resume(
         if now[key] != origin[key]:
             notes.append(f"the {what} changed since the run started, so the last bits may differ")
     return Run(experiment, folder, state, (*experiment.notes, *notes), checkpoint)
+
+
+def _on(executor: Executor | None, build: Build) -> Build:
+    return build if executor is None else partial(build, executor=executor)
 
 
 def stored(
@@ -256,10 +275,7 @@ _ALIKE = {"versions": "set of library versions", "cpu": "processor", "prefix": "
 
 def _chosen(experiment: Experiment) -> dict[str, Any]:
     """What "auto" resolves to on this machine."""
-    dtype = experiment.config.model.dtype
-    if dtype == "auto":
-        dtype = "bf16" if experiment.base.dtype == torch.bfloat16 else "fp32"
-    return {"bank": experiment.bank, "dtype": dtype}
+    return {"bank": experiment.bank, "dtype": experiment.dtype}
 
 
 def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:

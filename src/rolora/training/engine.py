@@ -123,20 +123,42 @@ class InProcess:
 
         A group that does not fit in memory is halved, and so are all groups after it.
         """
-        first = 0
-        while first < len(job.cohort):
-            left, most = len(job.cohort) - first, self.base.bank.most or self.bank_size
-            size = group_size(left, min(self.bank_size, most))
-            cohort = job.cohort[first : first + size]
+        left = job.cohort
+        while left:
+            cohort = self.groups(left)[0]
             work = [self.prepare(assigned) for assigned in cohort]
             try:
                 group = self.train(method, job, work)
             except RuntimeError as error:
-                self.base.bank.most = _half(len(cohort), error)
+                if not starved(error):
+                    raise
+                self.halve(len(cohort))
                 continue
             for assigned, trained in zip(cohort, group, strict=True):
                 yield self.finish(method, assigned, trained)
-            first += size
+            left = left[len(cohort) :]
+
+    def groups(self, cohort: Sequence[Assignment]) -> list[Sequence[Assignment]]:
+        """The cohort in groups of about equal size, each of which fits in memory."""
+        most = min(self.bank_size, self.base.bank.most or self.bank_size)
+        found: list[Sequence[Assignment]] = []
+        while cohort:
+            size = group_size(len(cohort), most)
+            found.append(cohort[:size])
+            cohort = cohort[size:]
+        return found
+
+    def halve(self, clients: int) -> None:
+        """From now on train half as many clients at once. RoloraError if it was one."""
+        if clients == 1:
+            raise RoloraError(
+                "one client's step does not fit in memory: lower train.batch_size or "
+                "data.max_length, or set train.recompute = true"
+            )
+        self.base.bank.most = clients // 2
+        _log.warning(
+            "%d clients at once do not fit in memory: continuing with %d", clients, clients // 2
+        )
 
     def prepare(self, assigned: Assignment) -> Work:
         """The client's rows, and what it received overlaid with what it kept for itself."""
@@ -185,12 +207,16 @@ class InProcess:
     def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
         """Each client's metrics; on the server's rows only if adapters are personal."""
         for assigned in clients:
-            client, done = assigned.info.id, assigned.info.round
-            adapter = assigned.received | self.store.read(client, before=done + 1)
+            client, adapter = assigned.info.id, self.held_by(assigned)
             rows = self.held_out(client)
             held_out = {} if rows is None else evaluate(self.base, self.task, rows, adapter)
             server = self.evaluation(adapter) if method.personal_roles else Evaluation()
             yield ClientMetrics(client, held_out, server)
+
+    def held_by(self, assigned: Assignment) -> AdapterState:
+        """The client's adapter after the round in its ``info``."""
+        kept = self.store.read(assigned.info.id, before=assigned.info.round + 1)
+        return assigned.received | kept
 
 
 def group_size(clients: int, most: int) -> int:
@@ -220,20 +246,9 @@ def encoded(
     return payload, AdapterState(arrived, assigned.received.scaling)
 
 
-def _half(clients: int, error: RuntimeError) -> int:
-    """Half as many clients, if the error is that memory ran out; otherwise it is raised again."""
-    starved = isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
-    if not starved:
-        raise error
-    if clients == 1:
-        raise RoloraError(
-            "one client's step does not fit in memory: lower train.batch_size or data.max_length, "
-            "or set train.recompute = true"
-        ) from error
-    _log.warning(
-        "%d clients at once do not fit in memory: continuing with %d", clients, clients // 2
-    )
-    return clients // 2
+def starved(error: RuntimeError) -> bool:
+    """Whether the error is that memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
 
 
 class Debug(InProcess):

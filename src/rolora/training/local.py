@@ -244,12 +244,29 @@ def evaluate(
 def outputs(base: Base, task: Task, examples: Examples, batch_size: int = 64) -> Tensor:
     """The task's outputs for these rows, (rows, width), batched by length; the bank holds the
     adapter."""
+    rows = in_batches(examples, batch_size)
+    return in_order(examples, outputs_of(base, task, examples, rows))
+
+
+def in_batches(examples: Examples, batch_size: int = 64) -> tuple[Tensor, ...]:
+    """The rows by length, in batches of indices (int64)."""
+    return torch.split(examples.lengths.argsort(stable=True), batch_size)
+
+
+def outputs_of(
+    base: Base, task: Task, examples: Examples, batches: Iterable[Tensor]
+) -> list[Tensor]:
+    """The task's outputs for each of these batches; the bank holds the adapter."""
     pad = base.tokenizer.pad_token_id
-    order = examples.lengths.argsort(stable=True)
     found: list[Tensor] = []
     with torch.inference_mode():
-        for rows in torch.split(order, batch_size):
+        for rows in batches:
             batch = collate(examples, rows, pad).to(base.device)
             with base.running(batch) as given:
                 found.append(task.outputs(base.model, given).cpu())
-    return torch.cat(found)[order.argsort()]
+    return found
+
+
+def in_order(examples: Examples, outputs: Sequence[Tensor]) -> Tensor:
+    """The outputs of all batches by row, (rows, width)."""
+    return torch.cat(list(outputs))[examples.lengths.argsort(stable=True).argsort()]

@@ -22,6 +22,7 @@ from rolora.tasks.registry import Task
 TOKENS_IN_A_PASS = {"cpu": 1024, "cuda": 16384, "mps": 4096}
 Wanted = int | Literal["auto"]  # as train.bank
 SHARE = 0.5  # of the free memory that activations may take
+PROCESS = 300_000_000  # bytes of Python and its libraries alone: benchmarks/benches/workers.py
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,27 @@ def activation_bytes(
     for tensor in standing:
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(kept.values())
+
+
+def worker_bytes(base: Base, plan: BankPlan, adapter: AdapterState) -> int:
+    """Bytes that another process with this bank takes for itself: weights that are mapped from the
+    checkpoint are in memory once."""
+    weights = sum(tensor.nbytes for tensor in base.model.parameters())
+    # of each client: its adapter, the gradients, and two states of an optimiser
+    bank = max(plan.activations.values()) + 4 * plan.clients * adapter.num_bytes()
+    return PROCESS + bank + (0 if is_mapped(base) else weights)
+
+
+def is_mapped(base: Base) -> bool:
+    """Whether the weights are pages of the checkpoint's file, which processes share (Linux)."""
+    maps = Path("/proc/self/maps")
+    place = max(base.model.parameters(), key=Tensor.numel).data_ptr()
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        span, *rest = line.split(maxsplit=5)
+        low, high = (int(text, 16) for text in span.split("-"))
+        if low <= place < high:
+            return len(rest) == 5 and rest[4].startswith("/")
+    return False
 
 
 def free_bytes(device: str) -> int:
