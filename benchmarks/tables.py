@@ -161,6 +161,18 @@ def saving(record: Record) -> str:
     return _table([*head, "CPU ratio / ideal", "n"], [cells])
 
 
+def workers(record: Record) -> str:
+    """Time and memory of one process and of several."""
+    first, rows = next(iter(record["parties"])), []
+    for name, party in record["parties"].items():
+        peak = "failed"
+        if party["samples"]:
+            peak = f"{_median(party, lambda s: s['peak_kib']) / 1024:.0f}"
+        rows.append([name, *_times(party), *_against(record, first, name), peak])
+    head = ["party", "ms a client step", "CPU ms", "ratio (wall)", "95 %", "ratio (CPU)", "n"]
+    return _table([*head, "peak anonymous MiB"], rows)
+
+
 def site_seconds(record: Record) -> str:
     """Seconds a round, beyond the training alone, and against Flower's deployment."""
     rows, parties = [], record["parties"]
@@ -227,6 +239,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "bfloat16": dtypes,
     "padding": saving,
     "prefix-cache": saving,
+    "workers": workers,
     "across-sites-seconds": site_seconds,
     "across-sites-bytes": site_bytes,
 }

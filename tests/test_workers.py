@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from tiny_site import make_site, write_rows
 
 import rolora
 from rolora.errors import ConfigError, RoloraError
-from rolora.model import prefix
+from rolora.model import base, prefix
 from rolora.run import shards
 from rolora.run.experiment import Experiment
 from rolora.training.local import NonFiniteLoss
@@ -191,6 +192,56 @@ def test_a_worker_that_finds_another_model_ends_the_run_in_one_line(
     expected = r"^a worker process on .*: the base model model is not the one that the run has"
     with pytest.raises(RoloraError, match=expected):
         list(run.rounds())
+
+
+def test_a_resumed_run_may_have_another_number_of_workers(
+    place: Path, tmp_path: Path, executor: Pickling
+) -> None:
+    alone = ran(place, tmp_path / "alone")
+    config = rolora.load_config(place, ["train.participation=1.0", "train.bank=2"])
+    with contextlib.closing(rolora.start(config, tmp_path / "run").rounds()) as rounds:
+        next(rounds)
+        next(rounds)
+    before = executor.calls
+    changed = ["train.workers=2"]
+    list(rolora.resume(tmp_path / "run", overrides=changed, executor=executor).rounds())
+    assert executor.calls > before
+    assert left_by(tmp_path / "run") == left_by(alone)
+
+
+def test_a_comparison_loads_the_base_once_in_its_workers(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes work for all of its runs."""
+    pools: list[Pickling] = []
+
+    def all_processes(config: object) -> Pickling:
+        pools.append(Pickling())
+        return pools[-1]
+
+    monkeypatch.setattr("rolora.comparison.queue.all_processes", all_processes)
+    loaded: list[int] = []
+    whole = base.load_base
+
+    def counted(*given: Any, **more: Any) -> Any:
+        loaded.append(threading.get_ident())
+        return whole(*given, **more)
+
+    monkeypatch.setattr("rolora.run.experiment.load_base", counted)
+    bytes_of = []
+    for changes in ([], ["train.workers=2"]):
+        config = rolora.load_config(
+            place, ["train.participation=1.0", "train.bank=2", "lora.rank=5", *changes]
+        )
+        out = tmp_path / f"compared{len(changes)}"
+        for run in rolora.compare(config, ["rolora", "fedit"], [0, 1], out):
+            list(run.rounds())
+        bytes_of.append([left_by(one) for one in sorted(out.glob("*-seed*"))])
+    assert len(bytes_of[0]) == 4
+    assert bytes_of[0] == bytes_of[1]
+    assert loaded.count(threading.get_ident()) == 2  # for each comparison
+    assert len(loaded) == 3
+    assert pools[0].calls == 0 < pools[1].calls
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ aggregation error, ledger of traffic, checkpoint and record on disk, the configu
 at the end the adapter and the report. Not timed: reading and tokenising rows and loading the base,
 and the evaluation before the first round (no peer does one).
 
-    python -m benchmarks.peers.rolora_run JOB_FOLDER BANK [ADAPTER_FILE]
+    python -m benchmarks.peers.rolora_run JOB_FOLDER BANK [KEY=VALUE ...] [ADAPTER_FILE]
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from rolora.config.load import make_config
 from rolora.run.experiment import Experiment
 
 if __name__ == "__main__":
-    folder, bank, *rest = sys.argv[1:]
+    folder, bank, *more = sys.argv[1:]
+    changes, rest = [w for w in more if "=" in w], [w for w in more if "=" not in w]
     job = json.loads((Path(folder) / "job.json").read_text())
     torch.set_num_threads(job["threads"])
     config = make_config(
-        json.loads((Path(folder) / "config.json").read_text()), [f"train.bank={bank}"]
+        json.loads((Path(folder) / "config.json").read_text()), [f"train.bank={bank}", *changes]
     )
     place = Path(tempfile.mkdtemp())
     base = rolora.start(config, place / "first").experiment.base

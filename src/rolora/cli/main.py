@@ -70,18 +70,18 @@ def run(
     json: Json = False,
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
-    from rolora.config.load import load_config
+    from rolora.config.load import load_config, toml_text
     from rolora.run import runs
 
     byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
-    settings = load_config(config, [*byzantine, *(overrides or [])])
+    changes = [*byzantine, *(overrides or [])]
+    settings = load_config(config, changes)
     if byzantine:
         err_console.print(f"note: {settings.aggregate.price}")
     if on is not None:
         if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
             on = os.path.relpath(Path(on).resolve(), settings.root)
-        federation = settings.federation.model_copy(update={"on": on})
-        settings = settings.model_copy(update={"federation": federation})
+        settings = load_config(config, [*changes, f"federation.on={toml_text(on)}"])
     path = runs.new_path(settings, out)
     with resuming(path):
         if settings.federation.on:
@@ -99,7 +99,7 @@ def resume(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=PLACE]...",
-            help="where files have moved to: data.train=NEW, model.path=NEW, ...",
+            help="where files have moved to: data.train=NEW, ...; or train.workers=N",
         ),
     ] = None,
     root: Annotated[

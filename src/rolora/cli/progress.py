@@ -6,14 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from rolora.algorithm.adapter import Assignment, Failure, Update
 from rolora.algorithm.method import Method
 from rolora.cli.printing import err_console
-from rolora.comparison.budget import Outlook, Timing, core_hours
+from rolora.comparison.budget import Outlook, Timing
 from rolora.comparison.queue import QueuedRun
 from rolora.errors import printable
 from rolora.run.progress import clock, described
@@ -144,10 +143,10 @@ def _follow_queued(queued: QueuedRun, said: set[str]) -> None:
 
 def _estimate(outlook: Outlook, done: Sequence[Timing], left: float) -> str:
     """How long the whole comparison takes, and whether the budget is enough."""
-    threads = torch.get_num_threads()
+    threads = outlook.cores
     whole = sum(one.seconds for one in done) + left
     text = f"estimate: {outlook.of} runs take about {clock(whole)} on {threads} "
-    text += f"thread{'' if threads == 1 else 's'}, {core_hours(whole)} core-hours"
+    text += f"thread{'' if threads == 1 else 's'}, {outlook.core_hours(whole)} core-hours"
     if whole > left:
         text += f", of which {clock(left)} are left"
     if outlook.budget is not None:

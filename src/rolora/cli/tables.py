@@ -125,6 +125,8 @@ def plan_text(plan: Plan) -> Group:
         "optimiser state": [_bytes(each.optimizer) for each in rounds],
         "memory at the peak": [_bytes(each.peak) for each in rounds],
     }
+    if plan.workers != 1:
+        lines[f"a process's own, of {plan.workers}"] = [_bytes(each.worker) for each in rounds]
     notes = [f"note: {note}" for note in plan.notes]
     return Group(summary, _plan_table(head, lines), "", _whole_runs(plan.methods), *notes)
 

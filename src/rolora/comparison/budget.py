@@ -1,7 +1,7 @@
 """Core-hours: how long a comparison has taken, will take, and may take.
 
-A core-second is one second of one of torch's threads, busy or not, as a scheduler bills it. Only
-the rounds on disk count; loading a model does not.
+A core-second is one second of one of torch's threads, of each worker process, busy or not, as a
+scheduler bills it. Only the rounds on disk count; loading a model does not.
 """
 
 from __future__ import annotations
@@ -28,11 +28,6 @@ def core_seconds(text: str) -> float:
     if seconds == 0:
         raise ConfigError(f"--budget {text}: the budget must be more than zero")
     return seconds
-
-
-def core_hours(seconds: float) -> str:
-    """'8.2': core-hours that all threads spend in so many seconds, to two digits."""
-    return f"{seconds * torch.get_num_threads() / 3600:.2g}"
 
 
 class Timing(NamedTuple):
@@ -65,7 +60,7 @@ class Outlook:
     """Where a comparison stands at its run ``number`` of ``of``.
 
     ``rounds`` are all rounds of this run, ``after`` those of the runs after it; ``budget`` is in
-    core-seconds. ``done``, of the methods, are all rounds on disk.
+    core-seconds; ``workers`` processes train. ``done``, of the methods, are all rounds on disk.
     """
 
     number: int
@@ -73,6 +68,16 @@ class Outlook:
     rounds: Sequence[Timing]
     after: Sequence[Timing]
     budget: float | None
+    workers: int = 1
+
+    @property
+    def cores(self) -> int:
+        """The threads of all processes that train."""
+        return self.workers * torch.get_num_threads()
+
+    def core_hours(self, seconds: float) -> str:
+        """'8.2': core-hours that all threads spend in so many seconds, to two digits."""
+        return f"{seconds * self.cores / 3600:.2g}"
 
     def seconds_left(self, done: Sequence[Timing], round: int = -1) -> float | None:
         """Estimated for the whole comparison after this ``round``; None if it cannot be told."""
@@ -81,12 +86,12 @@ class Outlook:
     def refuse_spent(self, done: Sequence[Timing], round: int = -1) -> None:
         """Raise BudgetSpent if the budget is used up and rounds of this run are left."""
         seconds = sum(one.seconds for one in done)
-        spent = self.budget is not None and seconds * torch.get_num_threads() >= self.budget
+        spent = self.budget is not None and seconds * self.cores >= self.budget
         if spent and round < self.rounds[-1].round:
             left = self.seconds_left(done, round)
-            more = "" if left is None else f", about {core_hours(left)} core-hours are left"
+            more = "" if left is None else f", about {self.core_hours(left)} core-hours are left"
             raise BudgetSpent(
-                f"the budget is spent ({core_hours(seconds)} core-hours): {self.number - 1} of "
-                f"{self.of} runs are done{more}; continue with the same command and a larger "
-                "--budget, or none"
+                f"the budget is spent ({self.core_hours(seconds)} core-hours): "
+                f"{self.number - 1} of {self.of} runs are done{more}; continue with the same "
+                "command and a larger --budget, or none"
             )

@@ -24,6 +24,8 @@ from rolora.results.runs import load_run, sorted_out
 from rolora.results.tuned import Tuning
 from rolora.run.experiment import Experiment, Parts
 from rolora.run.runs import Run, pinned, resume, start
+from rolora.run.workers import all_processes
+from rolora.training.processes import Processes, usable_cores
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def queue_all(
         every, paths = [one for _, one in owner.values()], list(owner)
         if (origin := _origin(every)) is not None:
             torch.set_num_threads(origin["threads"])
+        processes = held.enter_context(all_processes(every[0].config)) if every else None
         loaded = _Loaded("", {}, "", {})
         done = rounds_done(every)
         queue = ((place, one) for place, compared in parts for one in _pending(compared, place))
@@ -114,10 +117,12 @@ def queue_all(
             number = paths.index(planned.path) + 1
             later = (owner[path] for path in paths[number:])
             after = [timing for own, one in later if not own.ended(one) for timing in one.rounds]
-            outlook = Outlook(number, len(every), planned.rounds, after, budget)
+            workers = planned.config.train.workers
+            most = usable_cores() if workers == "auto" else workers
+            outlook = Outlook(number, len(every), planned.rounds, after, budget, most)
             outlook.refuse_spent(done)
             before = rounds_done([planned])
-            run = _begin(planned, every, loaded)
+            run = _begin(planned, every, loaded, processes)
             loaded = _Loaded.by(run.experiment, planned.config)
             yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
@@ -159,12 +164,18 @@ def _origin(every: Sequence[PlannedRun]) -> dict[str, Any] | None:
     return {**read_toml(first.path / "config.toml")["provenance"], "key": _base_key(first.config)}
 
 
-def _begin(planned: PlannedRun, every: Sequence[PlannedRun], loaded: _Loaded) -> Run:
+def _begin(
+    planned: PlannedRun,
+    every: Sequence[PlannedRun],
+    loaded: _Loaded,
+    processes: Processes | None,
+) -> Run:
     """Start or resume the run. All runs use the bank and dtype of the first."""
     origin, key = _origin(every), _base_key(planned.config)
 
     def build(config: RunConfig, folder: Path) -> Experiment:
-        experiment = Experiment(config, folder, **loaded.parts(planned.config))
+        parts: Parts = {**loaded.parts(planned.config), "processes": processes}
+        experiment = Experiment(config, folder, **parts)
         known = origin is not None and origin["key"] == key
         if origin is not None and known and experiment.base.digest != origin["base"]:
             raise ConfigError("the base model changed since the comparison began: restore it")

@@ -54,8 +54,13 @@ def places(config: RunConfig) -> list[str]:
     for place in PLACES:
         section, _, key = place.partition(".")
         if (value := getattr(getattr(config, section), key)) is not None:
-            found.append(f"{place}={tomli_w.dumps({'value': value}).removeprefix('value = ')}")
+            found.append(f"{place}={toml_text(value)}")
     return found
+
+
+def toml_text(value: str | float) -> str:
+    """A value as an override has it."""
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
 
 
 def relative_root(config: RunConfig, folder: Path) -> str:

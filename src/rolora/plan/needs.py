@@ -28,7 +28,7 @@ from rolora.run.experiment import Experiment, require_turns
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
-from rolora.training.memory import bank_size, free_bytes
+from rolora.training.memory import PROCESS, bank_size, free_bytes
 from rolora.training.rounds import Best, Federation, RunState, cohort_size, federate
 
 DRY_BYTES = 1 << 30  # the most that a dry run moves, unless four rounds move more
@@ -42,7 +42,9 @@ class RoundPlan:
     ``factors``: what is trained, with ``trained`` parameters. ``up`` and ``down``: per client and
     round. ``flops``: one client's step. ``activations``: what a bank keeps for the backward pass.
     ``optimizer``: the optimiser's state. ``peak``: the most that training takes, with weights,
-    adapters, optimiser and a step. None if the model cannot run on shapes alone.
+    adapters, optimiser and a step. ``worker``: the most that each of several processes takes for
+    itself, without weights that are mapped from a file. None if the model cannot run on shapes
+    alone.
     """
 
     factors: str
@@ -53,6 +55,7 @@ class RoundPlan:
     activations: int | None
     optimizer: int
     peak: int | None
+    worker: int | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Plan:
     ``source``: where its configuration was found. ``clients`` have ``rows`` rows in all (None:
     unknown); a round has ``cohort`` of them, each with ``steps`` steps on average (None: unknown)
     of ``tokens`` tokens. ``cache``: outputs of the layers below the adapters (None: unknown).
+    ``workers``: processes that train, or "auto".
     """
 
     model: str
@@ -103,6 +107,7 @@ class Plan:
     steps: float | None
     tokens: int
     cache: int | None
+    workers: int | str
     methods: tuple[MethodPlan, ...]
     notes: tuple[str, ...]
 
@@ -139,6 +144,7 @@ def make_plan(run: Experiment, methods: Sequence[str] = ()) -> Plan:
         steps=found.steps,
         tokens=found.tokens,
         cache=found.cache,
+        workers=run.config.train.workers,
         methods=tuple(planned),
         notes=notes,
     )
@@ -223,6 +229,8 @@ def _round_plan(
     if costs:  # of a batch that is one of the longest
         tokens = int(run.batch(bank).lengths.sum())
         flops = fmean(cost.flops for cost in costs) * run.tokens / tokens
+    alike = abs(run.outline.stored_bytes / run.weights - 1) < 0.1  # stored in the same dtype
+    mapped = alike and run.experiment.config.device == "cpu"
     peaks = [permanent + max(during + cost.peak, optimizer + gradients) for cost in costs]
     return RoundPlan(
         factors="+".join(sorted(roles - {"head"})) or "head",
@@ -233,6 +241,7 @@ def _round_plan(
         activations=max((cost.activations for cost in costs), default=None),
         optimizer=optimizer,
         peak=max(peaks, default=None),
+        worker=PROCESS + max(peaks) - (run.weights if mapped else 0) if peaks else None,
     )
 
 

@@ -43,7 +43,7 @@ from rolora.training.engine import Debug, Engine, Evaluation, InProcess
 from rolora.training.local import evaluate, first_gradient
 from rolora.training.memory import SHARE, BankPlan, free_bytes, phases, plan_bank, worker_bytes
 from rolora.training.precision import is_wide, lower
-from rolora.training.processes import usable_cores
+from rolora.training.processes import Processes, usable_cores
 from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
 from rolora.training.settings import LocalSettings
 
@@ -62,6 +62,7 @@ class Parts(TypedDict, total=False):
     asked: Examples
     engine: Engine
     executor: Executor | None
+    processes: Processes | None
     partition: Mapping[str, Any]
     data: str
     run: str
@@ -465,8 +466,18 @@ class Experiment:
 
     @cached_property
     def executor(self) -> Executor | None:
-        """What runs the worker processes; None: the run starts its own."""
+        """What runs the worker processes, wherever they are; None: processes of this machine."""
         return None
+
+    @cached_property
+    def processes(self) -> Processes | None:
+        """Processes of this machine that outlive the run; None: it starts and ends its own."""
+        return None
+
+    @property
+    def groups(self) -> int:
+        """How many groups of clients a round has."""
+        return math.ceil(self.cohort / self.bank) if self.method.federated else 1
 
     @cached_property
     def workers(self) -> int:
@@ -475,7 +486,7 @@ class Experiment:
         train, device = self.config.train, self.config.device
         if train.engine == "debug" or (train.workers == 1 and self.executor is None):
             return 1
-        groups = math.ceil(self.cohort / self.bank) if self.method.federated else 1
+        groups = self.groups
         if train.workers != "auto":
             return min(train.workers, groups)
         if self.executor is not None:
@@ -513,7 +524,7 @@ class Experiment:
             {name: given for name, given in rows.items() if given is not None},
             self.clients.parent,
             self.workers,
-            self.executor,
+            self.executor or self.processes,
         )
 
     @contextlib.contextmanager
@@ -650,6 +661,11 @@ class Experiment:
         wanted, plan = config.train.bank, str(self.bank_plan)
         short = isinstance(wanted, int) and self.bank < min(wanted, self.cohort)
         found.append(f"train.bank = {wanted} does not fit in memory; {plan}" if short else plan)
+        if self.config.train.workers != 1 or self.executor is not None:
+            found.append(
+                f"{self.groups} groups of clients a round, {self.workers} trained at a time, each "
+                "in a process (train.bank sets their size)"
+            )
         found.append(self._one_phase())
         if self.method.personal_roles:
             kept = "+".join(sorted(self.method.personal_roles))

@@ -167,9 +167,9 @@ def resume(
     """A run as of its last intact checkpoint; ``rounds`` raises the number of rounds.
 
     Where files have moved, ``root`` is the folder that relative paths start from, and ``overrides``
-    give new ``PLACES``, such as ``model.path=NEW``. Threads, bank and dtype stay as they were,
-    because bits depend on them. Raises ConfigError if the data, the base model or the configuration
-    has changed since the start.
+    give new ``PLACES``, such as ``model.path=NEW``, or ``train.workers``. Threads, bank and dtype
+    stay as they were, because bits depend on them. Raises ConfigError if the data, the base model
+    or the configuration has changed since the start.
     """
     folder = RunFolder.open(Path(path))
     with folder.locked():
@@ -216,10 +216,10 @@ def stored(
 ) -> tuple[RunConfig, dict[str, Any]]:
     """A run's configuration and provenance; see :func:`resume`. ConfigError for other overrides."""
     for text in overrides:
-        if text.partition("=")[0].strip() not in PLACES:
+        if text.partition("=")[0].strip() not in (*PLACES, "train.workers"):
             raise ConfigError(
-                f"{text}: a run keeps its settings. Only --rounds and the places of its files can "
-                f"change ({', '.join(PLACES)}), so start another with: rolora run "
+                f"{text}: a run keeps its settings. Only --rounds, train.workers and the places of "
+                f"its files can change ({', '.join(PLACES)}), so start another with: rolora run "
                 f"{shlex.quote(str(folder.config))} {shlex.quote(text)} --out NEW_FOLDER"
             )
     if root is not None and not Path(root).is_dir():

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from rolora.training.local import (
     outputs_of,
     train_group,
 )
-from rolora.training.processes import Processes, deal
+from rolora.training.processes import Processes, deal, usable_cores
 
 Arrays = Mapping[str, Any]  # name -> numpy array: as plain bytes, which no shared memory outlives
 Adapter = tuple[Arrays, Mapping[str, float]]  # and its scaling
@@ -53,7 +54,8 @@ class Part:
 
     ``make``: ``rolora.run.experiment.Experiment``, which imports this module. ``config`` with dtype
     resolved; ``base``: the digest of the model; ``files``: name of the rows -> their file;
-    ``cached``: those whose prefix is in ``train.cache``; ``threads``: of torch.
+    ``cached``: those whose prefix is in ``train.cache``; ``threads``: of torch; ``versions``: of
+    the libraries that compute.
     """
 
     make: Callable[..., Any]
@@ -63,6 +65,7 @@ class Part:
     files: Mapping[str, Path] = field(default_factory=dict)
     cached: frozenset[str] = frozenset()
     threads: int = 1
+    versions: tuple[str, ...] = ()
 
 
 class Crew:
@@ -70,7 +73,7 @@ class Crew:
 
     ``part`` has no files yet. ``rows``: those that clients train on ("examples") and those that are
     evaluated on; ``folder`` holds them meanwhile. ``count`` calls are under way at a time, on the
-    ``executor``, or else on as many processes of this machine.
+    executor that is ``running``, or else on as many processes of this machine.
     """
 
     def __init__(
@@ -79,16 +82,16 @@ class Crew:
         rows: Mapping[str, Examples],
         folder: Path,
         count: int,
-        executor: Executor | None = None,
+        running: Executor | None = None,
     ) -> None:
         self._without_files, self._rows = part, rows
         self._folder = folder.resolve() / f"{TEMPORARY}rows"
-        self._count, self._given = count, executor
+        self._count, self._running = count, running
 
     @cached_property
     def _executor(self) -> Executor:
-        if self._given is not None:
-            return self._given
+        if self._running is not None:
+            return self._running
         made = Processes(self._count, _cards(self._without_files.config.device))
         for _ in range(self._count):  # all load at the same time
             made.submit(_load, self._part)
@@ -105,11 +108,14 @@ class Crew:
             write_file(files[name], save(tensors, about), mode=0o600)
         cached = frozenset(name for name, one in self._rows.items() if one.prefix is not None)
         threads = torch.get_num_threads()
-        return replace(self._without_files, files=files, cached=cached, threads=threads)
+        return replace(
+            self._without_files, files=files, cached=cached, threads=threads, versions=_versions()
+        )
 
     def close(self) -> None:
         """End the processes and delete their rows."""
-        if (executor := vars(self).pop("_executor", None)) is not self._given:
+        executor = vars(self).pop("_executor", None)
+        if executor is not None and executor is not self._running:
             executor.shutdown()
         if vars(self).pop("_part", None) is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -197,6 +203,12 @@ class Pool:
         found = self.crew.measure(each, on_server=bool(method.personal_roles))
         for assigned, (held_out, server) in zip(asked, found, strict=True):
             yield ClientMetrics(assigned.info.id, held_out, server)
+
+
+def all_processes(config: RunConfig) -> Processes:
+    """As many processes as runs of this configuration may need; none is started yet."""
+    cards, workers = _cards(config.device), config.train.workers
+    return Processes(workers if workers != "auto" else len(cards) or usable_cores(), cards)
 
 
 def _cards(device: str) -> list[str]:
@@ -327,7 +339,14 @@ def _experiment(part: Part) -> Any:
     return _Here.experiment
 
 
+def _versions() -> tuple[str, ...]:
+    return tuple(f"{name} {version(name)}" for name in ("rolora", "torch", "transformers"))
+
+
 def _made(part: Part) -> Any:
+    if (own := _versions()) != part.versions:
+        there, here = ", ".join(part.versions), ", ".join(own)
+        raise ConfigError(f"it has {here}, and the run {there}: install the same versions")
     config, before = part.config, _Here.part
     same = before is not None and _loads(before) == _loads(part)
     base = _Here.experiment.base if same else None

@@ -1,0 +1,38 @@
+"""Worker processes: a run in one process against the same run in two, with one thread each.
+
+The ideal is the number of processes, where that many cores are free. Memory is that of the process
+tree (RssAnon): weights that are mapped from the checkpoint are not in it.
+"""
+
+from __future__ import annotations
+
+from benchmarks.job import configuration, lengthened, write_job
+from benchmarks.place import Place
+
+CLIENTS, ROWS, LENGTH, ROUNDS = 16, 4, 64, 4
+
+
+def run(place: Place) -> None:
+    """Four groups of four clients a round."""
+    train, _ = place.questions()
+    texts = lengthened(train, place.scratch / "workers.csv", LENGTH // 4, 8 * ROWS * CLIENTS)
+    few = lengthened(train, place.scratch / "workers-test.csv", LENGTH // 4, 256)
+    config = configuration(
+        place.model(),
+        texts,
+        few,
+        max_length=LENGTH,
+        clients=CLIENTS,
+        rounds=1000,
+        local_steps=4,
+        batch_size=ROWS,
+        eval={"every": 1000},
+    )
+    folder = write_job(
+        config, place.scratch / "workers", ROUNDS, threads=place.threads, actors=place.cores
+    )
+    parties = [
+        place.party("rolora_run", folder, 4, name="one process"),
+        place.party("rolora_run", folder, 4, "train.workers=2", name="two workers"),
+    ]
+    place.measured("workers", parties, 5, clients=CLIENTS, rounds=ROUNDS, steps=4)
