@@ -252,8 +252,13 @@ def test_the_commands_and_the_python_of_the_readme_run_in_their_order(folder: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    # the code of these two is a method's file and a Flower project; tests of their own run it
-    [p for p in PAGES if blocks(p, "python") and p.name not in ("CONTRIBUTING.md", "flower.md")],
+    # the code of these is a method's file and a Flower project, which tests of their own run, and
+    # what needs a cluster
+    [
+        page
+        for page in PAGES
+        if blocks(page, "python") and page.name not in ("CONTRIBUTING.md", "flower.md", "scale.md")
+    ],
     ids=lambda page: page.name,
 )
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ that were written here.
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import shutil
@@ -350,6 +351,8 @@ def _made(part: Part) -> Any:
     config, before = part.config, _Here.part
     same = before is not None and _loads(before) == _loads(part)
     base = _Here.experiment.base if same else None
+    _Here.part = _Here.experiment = None
+    gc.collect()  # weights are in reference cycles, and would stay beside those to come
     run = part.make(config, labels=part.labels, base=base)
     if run.base.digest != part.base:
         raise ConfigError(f"the base model {config.model.path} is not the one that the run has")

@@ -117,8 +117,8 @@ class Processes(Executor):
         finally:
             self._free.put(place)
         raise RoloraError(
-            f"{ATTEMPTS} worker processes have died one after another of the same clients: if "
-            "memory ran out, lower train.workers, train.bank or train.batch_size"
+            f"{ATTEMPTS} worker processes have died one after another at the same work: if memory "
+            "ran out, lower train.workers, also when the run is resumed"
         )
 
     def _process(self, place: int) -> ProcessPoolExecutor:
