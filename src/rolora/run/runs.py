@@ -67,6 +67,9 @@ class Run:
                 raise ConfigError(
                     f"{self.folder.path} has gone on since this run was opened: resume it anew"
                 )
+            crew = self.experiment.crew
+            if crew is not None and self.state.server.round < federation.rounds:
+                crew.begin()  # loading is no part of a round
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state

@@ -93,10 +93,7 @@ class Crew:
     def _executor(self) -> Executor:
         if self._running is not None:
             return self._running
-        made = Processes(self._count, _cards(self._without_files.config.device))
-        for _ in range(self._count):  # all load at the same time
-            made.submit(_load, self._part)
-        return made
+        return Processes(self._count, _cards(self._without_files.config.device))
 
     @cached_property
     def _part(self) -> Part:
@@ -112,6 +109,12 @@ class Crew:
         return replace(
             self._without_files, files=files, cached=cached, threads=threads, versions=_versions()
         )
+
+    def begin(self) -> None:
+        """Have the processes load what the run needs; returns once they have."""
+        loading = [self._executor.submit(_load, self._part) for _ in range(self._count)]
+        for one in loading:
+            one.result()
 
     def close(self) -> None:
         """End the processes and delete their rows."""
@@ -270,7 +273,7 @@ class _Here:
 
 
 def _load(part: Part) -> None:
-    """Load what the run needs; what goes wrong, goes wrong again in the first real call."""
+    """Load what the run needs."""
     with _Here.turn:
         _experiment(part)
 

@@ -22,7 +22,7 @@ from rolora.tasks.registry import Task
 TOKENS_IN_A_PASS = {"cpu": 1024, "cuda": 16384, "mps": 4096}
 Wanted = int | Literal["auto"]  # as train.bank
 SHARE = 0.5  # of the free memory that activations may take
-PROCESS = 300_000_000  # bytes of Python and its libraries alone: benchmarks/benches/workers.py
+PROCESS = 400_000_000  # bytes of Python and its libraries: benchmarks/benches/workers.py
 
 
 @dataclass(frozen=True)
