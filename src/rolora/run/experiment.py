@@ -600,32 +600,46 @@ class Experiment:
 
         Under an attack that is after certain answers, ``attack_success`` is how often it gets them.
         """
-        metrics = self.score(self.test, adapter, answers)
+        metrics = self._scored("test", adapter, answers)
         if self.asked is not None:
-            found = self._measured(self.asked, adapter)
+            found = self._scored("asked", adapter, answers=0)
             metrics = {**metrics, "attack_success": found["accuracy"]}
         if self.config.eval.rows == "validation":
             return Evaluation(metrics, metrics)
-        rows = self.validation
-        return Evaluation(metrics, {} if rows is None else self.score(rows, adapter, answers=0))
+        if self.validation is None:
+            return Evaluation(metrics)
+        return Evaluation(metrics, self._scored("validation", adapter, answers=0))
 
     def score(
         self, examples: Examples, adapter: AdapterState, answers: int | None = None
     ) -> Metrics:
         """The task's metrics of an adapter; with ``answers`` (left out: ``eval.generate``) also
         those of the answers generated for so many rows."""
-        metrics = self._measured(examples, adapter)
+        metrics = evaluate(self.base, self.task, examples, adapter)
+        return self._answered(metrics, examples, adapter, answers)
+
+    def _scored(self, rows: str, adapter: AdapterState, answers: int | None) -> Metrics:
+        """``score`` on these rows of the run ("test", ...), by its worker processes if any."""
+        examples: Examples = getattr(self, rows)
+        if self.crew is None:
+            return self.score(examples, adapter, answers)
+        metrics = self.task.score(self.crew.outputs(rows, adapter), examples)
+        return self._answered(metrics, examples, adapter, answers)
+
+    def _answered(
+        self,
+        metrics: dict[str, float],
+        examples: Examples,
+        adapter: AdapterState,
+        answers: int | None,
+    ) -> Metrics:
+        """These metrics, and those of generated answers."""
         how = self.config.eval
         count = how.generate if answers is None else answers
         if count and self.kind.answers:
             with self.base.holding(adapter):
                 metrics |= answer_metrics(self.base, examples, count, how.answer)
         return metrics
-
-    def _measured(self, examples: Examples, adapter: AdapterState) -> dict[str, float]:
-        if self.crew is None:
-            return evaluate(self.base, self.task, examples, adapter)
-        return self.task.score(self.crew.outputs(examples, adapter), examples)
 
     def prepare(self) -> None:
         """Make all parts that a run needs. Refusals that take no model come first."""

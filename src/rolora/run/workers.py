@@ -143,9 +143,9 @@ class Crew:
             pairs = zip(group, ended, strict=True)
             yield group, [_received(one, start.start.scaling) for start, one in pairs]
 
-    def outputs(self, examples: Examples, adapter: AdapterState) -> Tensor:
-        """The task's outputs for some of ``rows``, (rows, width), to the bit as in one process."""
-        name = next(name for name, rows in self._rows.items() if rows is examples)
+    def outputs(self, name: str, adapter: AdapterState) -> Tensor:
+        """The task's outputs for the rows of this name, (rows, width), as in one process."""
+        examples = self._rows[name]
         batches = len(in_batches(examples))
         each = -(-batches // self._count)
         held = _packed(adapter, {}), dict(adapter.scaling)
