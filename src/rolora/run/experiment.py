@@ -39,6 +39,7 @@ from rolora.training.engine import Debug, Engine, Evaluation, InProcess
 from rolora.training.local import evaluate, first_gradient
 from rolora.training.memory import BankPlan, phases, plan_bank
 from rolora.training.precision import is_wide, lower
+from rolora.training.reference import references
 from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
 from rolora.training.settings import LocalSettings
 
@@ -279,13 +280,18 @@ class Experiment:
         return self.task_on(self.base)
 
     def task_on(self, base: Base) -> Task:
-        """The configured task on this base model; rows that it does not know are refused."""
-        task = self.kind.make(base, self.columns, self.labels, self.config.data.max_length)
+        """The configured task on this base model; rows that it does not know are refused.
 
-        def known(encode: Callable[[Any, str], Examples]) -> Callable[[Any, str], Examples]:
-            return lambda table, source: base.require_known(encode(table, source), source)
-
-        return replace(task, encode=known(task.encode), encode_test=known(task.encode_test))
+        Where it compares, rows come with the outputs of the base, or of lora.init_from's adapter.
+        """
+        kind, config = self.kind, self.config
+        options = getattr(config, kind.section).model_dump() if kind.section else {}
+        task = kind.make(base, self.columns | options, self.labels, config.data.max_length)
+        if not kind.compares:
+            return ready(task, base.require_known)
+        start = None if self._init_from is None else read_adapter(self._init_from, base.specs)
+        compared = references(base, task, start)
+        return ready(task, lambda found, source: compared(base.require_known(found, source)))
 
     @cached_property
     def examples(self) -> Examples:
@@ -368,10 +374,17 @@ class Experiment:
             adapter |= self._warm_start[0]
         return RunState(ServerState(adapter))
 
+    @property
+    def _init_from(self) -> Path | None:
+        """The folder of the adapter that the run starts from, if it names one."""
+        folder = self.config.lora.init_from
+        return None if folder is None else self.config.root / from_home(folder)
+
     @cached_property
     def _warm_start(self) -> tuple[Mapping[str, Tensor], str]:
         """What is taken from lora.init_from, and a note if that is not all of it."""
-        folder = self.config.root / from_home(str(self.config.lora.init_from))
+        folder = self._init_from
+        assert folder is not None
         adapter = read_adapter(folder, self.base.specs)
         theirs = in_order_of_adapter(folder, self.labels)
         if theirs == [*self.labels] or not adapter.only(frozenset({"head"})):
@@ -556,8 +569,9 @@ class Experiment:
         limit = self.base.limit(config.data.max_length)
         for what, examples in (("training", self.examples), (config.eval.rows, self.test)):
             if examples.truncated:
+                count = len(examples.sequences)
                 found.append(
-                    f"{examples.truncated} of {len(examples)} {what} rows are longer than "
+                    f"{examples.truncated} of {count} {what} rows are longer than "
                     f"{limit.tokens} tokens ({limit.source}) and were truncated"
                 )
         found.append(self.base.note)
@@ -599,6 +613,26 @@ class Experiment:
         return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
 
 
+def ready(task: Task, finish: Callable[[Examples, str], Examples]) -> Task:
+    """The task, of which all examples are what ``finish(examples, source)`` makes of them."""
+
+    def finished(encode: Callable[[Any, str], Examples]) -> Callable[[Any, str], Examples]:
+        return lambda table, source: finish(encode(table, source), source)
+
+    def predict(
+        table: Any, source: str, run: Callable[[Examples], Tensor], most: int
+    ) -> list[dict[str, Any]]:
+        assert task.predict is not None
+        return task.predict(table, source, lambda found: run(finish(found, source)), most)
+
+    return replace(
+        task,
+        encode=finished(task.encode),
+        encode_test=finished(task.encode_test),
+        predict=task.predict and predict,
+    )
+
+
 def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Examples) -> str:
     """A hash of who holds which rows, of the labels, and of the rows as tokens."""
     digest = hashlib.sha256(repr(tuple(labels)).encode())
@@ -606,8 +640,14 @@ def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Exa
         digest.update(client.encode())
         digest.update(rows.numpy().tobytes())
     for examples in encoded:
-        for tensor in (examples.tokens, examples.offsets, examples.targets):
-            digest.update(tensor.numpy().data)
+        for tensor in (
+            examples.tokens,
+            examples.offsets,
+            examples.targets,
+            examples.seconds,
+            examples.answers,
+        ):
+            digest.update(b"" if tensor is None else tensor.numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -632,9 +672,9 @@ def lora_settings(lora: LoraConfig) -> LoraSettings:
 
 def dated(config: RunConfig, day: datetime.date | str | None = None) -> RunConfig:
     """The configuration with the date that chat templates are given: its own, else ``day``, else
-    today. Unchanged for a run without chats."""
-    data = config.data
-    if data.date is not None or "messages" not in task_kind(config.model.task).chosen(dict(data)):
+    today. Unchanged for a run that cannot have chats."""
+    data, kind = config.data, task_kind(config.model.task)
+    if data.date is not None or not kind.goes_with("date", kind.chosen(dict(data))):
         return config
     given = {**data.model_dump(), "date": day or datetime.date.today()}
     return config.model_copy(update={"data": DataConfig.model_validate(given)})

@@ -223,7 +223,7 @@ def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bo
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
     examples = experiment.task_on(base).encode(table, source)
-    return masks(examples, base.tokenizer)
+    return masks(examples.sequences, base.tokenizer)
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
