@@ -27,6 +27,11 @@ _BY_LABEL = """\
 scheme = "dirichlet"              # iid | dirichlet | by_label | by_field
 clients = 10
 alpha = 0.5                       # the smaller, the more uneven"""
+_PREFERENCE = """
+[preference]
+loss = "{}"                      # dpo or ipo: chosen and rejected; kto: completion and label
+beta = 0.1                        # the larger, the closer it stays to the model before training
+"""
 _EVENLY = """\
 scheme = "iid"                    # or by_field with field = "a column"
 clients = 10"""
@@ -116,6 +121,9 @@ def _template(
     )
     seen += "".join(f"\n# {note}" for note in notes)
     columns = "\n".join(f"{key} = {_toml(column)}" for key, column in chosen.items())
+    more = ""
+    if task == "preference":
+        more = _PREFERENCE.format("kto" if "completion" in chosen else "dpo")
     if task == "causal_lm" and "prompt" in chosen:
         off = "" if isinstance(chosen["prompt"], list) else "# "
         columns += f'\n{off}separator = "\\n"                # between the parts of each row'
@@ -149,7 +157,7 @@ test = 0.2                        # a share of the rows, or another file
 # validation = 0.1                # for the best round and early stopping
 {columns}
 max_length = {length}                  # tokens; longer rows are truncated
-
+{more}
 [partition]
 {split}
 
