@@ -23,7 +23,7 @@ STEPS, LR, RANK, ALPHA = 4, 0.05, 2, 4
 ASKED = ["the cat sat on", "what is the capital of France?", "a good", "you answer in one"]
 BETTER = [" the mat", " Paris, of course.", " film with a warm heart", " short line"]
 WORSE = [" a bad film and looked at the dog", " the dog", " plot", " thin plot and no heart"]
-LABELS = [True, False, False, True]
+LABELS = [True, True, False, True]
 
 
 def turn(role: str, text: str) -> dict[str, str]:

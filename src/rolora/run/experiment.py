@@ -28,9 +28,9 @@ from rolora.files import from_home
 from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
 from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
-from rolora.model.peft import LoraSettings, read_adapter
+from rolora.model.peft import WEIGHTS, LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
-from rolora.run.shards import Rows, load_rows, rewritten, spoiled
+from rolora.run.shards import Rows, load_rows, neighboured, rewritten, spoiled
 from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.attacked import Attacked
@@ -109,6 +109,7 @@ class Experiment:
             root=given.root,
             offline=given.offline,
         )
+        rows = neighboured(rows, self.kind, self.columns)
         if self.attack is None or self.attack.spoil is None:
             return rows
         bad = self._bad(rows)
@@ -379,6 +380,16 @@ class Experiment:
         """The folder of the adapter that the run starts from, if it names one."""
         folder = self.config.lora.init_from
         return None if folder is None else self.config.root / from_home(folder)
+
+    @property
+    def init_hash(self) -> str:
+        """A hash of the adapter that the run starts from, or "" where it draws its own."""
+        if self._init_from is None:
+            return ""
+        file = self._init_from / WEIGHTS
+        if not file.is_file():
+            raise ConfigError(f"lora.init_from: {file} is missing")
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
     @cached_property
     def _warm_start(self) -> tuple[Mapping[str, Tensor], str]:

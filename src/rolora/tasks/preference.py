@@ -2,7 +2,8 @@
 likelier than unwanted ones, measured from what the model gave them before any training.
 
 A row is two token sequences: the chosen and the rejected completion of its prompt; or, for KTO, its
-completion and that of the row before it, which estimates how far the model has moved as a whole.
+completion and that of the client's row before it, which estimates how far the model has moved as a
+whole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rolora.model.base import Base
 from rolora.tasks.causal_lm import loss as completion_loss
 from rolora.tasks.causal_lm import require_plain_logits
 from rolora.tasks.chats import Chat, Template, read_chats, says_something
-from rolora.tasks.registry import Task
+from rolora.tasks.registry import Task, neighbour
 from rolora.tasks.spans import Marked, encode_marked, joined, places, require_offsets
 
 Loss = Literal["dpo", "ipo", "kto"]
@@ -62,19 +63,22 @@ def preference(
     def completions(table: Any, source: str) -> Examples:
         tables.require_columns(table, names, source)
         plain = not any(isinstance(cell, list) for cell in tables.cells(table, names[0]))
-        starts: Sequence[Any]
-        ends: Sequence[Sequence[Any]]
-        if plain:
-            starts, ends = _texts(table, prompt, names, separator, source)
-        elif not base.tokenizer.chat_template:
+        if not plain and not base.tokenizer.chat_template:
             raise ConfigError(
                 f"the model's tokenizer has no chat template, so the chats in {names[0]!r} cannot "
                 "be written out: use columns of text"
             )
-        else:
-            starts, ends = _chats(table, prompt, names, source)
-        if completion is not None:
-            ends = [ends[0], [*ends[0][-1:], *ends[0][:-1]]]  # as TRL does within a batch
+
+        def read(names: Sequence[str]) -> tuple[Sequence[Any], Sequence[Sequence[Any]]]:
+            if plain:
+                return _texts(table, prompt, names, separator, source)
+            return _chats(table, prompt, names, source)
+
+        starts, ends = read(names)
+        if completion is not None and neighbour(completion) in table.column_names:
+            ends = [*ends, *read([neighbour(completion)])[1]]
+        elif completion is not None:
+            ends = [*ends, [*ends[0][-1:], *ends[0][:-1]]]
 
         def marked(start: Any, end: Any, place: str) -> Marked:
             return joined(start, end) if plain else _answered(base, date, start, end, place)

@@ -157,6 +157,12 @@ class TaskKind:
         return not {mains, *mains}.isdisjoint(chosen)
 
 
+def neighbour(completion: str) -> str:
+    """The column of the completions of other rows of the same client, of a column of completions:
+    where it is left out, a row takes that of the row before it."""
+    return f"{completion} of the row before"
+
+
 def task_kind(name: str) -> TaskKind:
     """The kind of this name. Raises ConfigError with the nearest known name if there is none."""
     kind: TaskKind = TASKS.factory(name)()
