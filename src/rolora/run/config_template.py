@@ -84,7 +84,7 @@ def _notes(table: Any, guess: Guess, form: TextForm) -> list[str]:
     unused = [printable(name) for name in table.column_names if name not in used]
     if unused:
         notes.append(f"columns that are not used: {', '.join(unused)}")
-    if task == "causal_lm" and "prompt" in chosen:
+    if _joined(table, guess):
         notes.append(
             "separator stands between the two columns of the prompt and before the completion"
             if isinstance(chosen["prompt"], list)
@@ -92,6 +92,13 @@ def _notes(table: Any, guess: Guess, form: TextForm) -> list[str]:
             "space or a line break there"
         )
     return notes
+
+
+def _joined(table: Any, guess: Guess) -> bool:
+    """Whether completions stand behind prompts that are texts."""
+    task, asked = guess[0], guess[1].get("prompt")
+    chats = [column.name for column in describe(table) if column.kind == "messages"]
+    return task in ("causal_lm", "preference") and asked is not None and asked not in chats
 
 
 def _stated(form: TextForm) -> dict[str, str]:
@@ -124,7 +131,7 @@ def _template(
     more = ""
     if task == "preference":
         more = _PREFERENCE.format("kto" if "completion" in chosen else "dpo")
-    if task == "causal_lm" and "prompt" in chosen:
+    if _joined(table, guess):
         off = "" if isinstance(chosen["prompt"], list) else "# "
         columns += f'\n{off}separator = "\\n"                # between the parts of each row'
     written = "".join(f"\n{key} = {_toml(value)}" for key, value in _stated(form).items())
