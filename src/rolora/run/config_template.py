@@ -78,7 +78,7 @@ _SHARD = re.compile(r"-\d{3,}-of-\d{3,}\.")
 
 
 def _notes(table: Any, guess: Guess, form: TextForm) -> list[str]:
-    task, chosen = guess
+    chosen = guess[1]
     notes = [f"found {key} = {_toml(value)}" for key, value in _stated(form).items()]
     used = {n for names in chosen.values() for n in ([names] if isinstance(names, str) else names)}
     unused = [printable(name) for name in table.column_names if name not in used]
