@@ -381,7 +381,7 @@ class Experiment:
         folder = self.config.lora.init_from
         return None if folder is None else self.config.root / from_home(folder)
 
-    @property
+    @cached_property
     def init_hash(self) -> str:
         """A hash of the adapter that the run starts from, or "" where it draws its own."""
         if self._init_from is None:
