@@ -71,11 +71,11 @@ class Examples:
 class Batch:
     """Right-padded token sequences, ``each`` of them (1 or 2) per row, one behind the other.
 
-    ``inputs`` as the model takes them; ``lengths`` (sequences,) int64, on the CPU; ``targets``: those
-    of the examples or, where tokens are predicted, the places of those among sequences × length, int64;
-    ``prefix`` its real tokens' (tokens, hidden), sequence after sequence, or None. ``answers`` and
-    ``reference`` are the examples' (rows, ...), or None. ``sizes``: rows of each client in the
-    bank; empty for one client.
+    ``inputs`` as the model takes them; ``lengths`` (sequences,) int64, on the CPU; ``targets``:
+    those of the examples or, where tokens are predicted, the places of those among sequences ×
+    length, int64; ``prefix`` its real tokens' (tokens, hidden), sequence after sequence, or None.
+    ``answers`` and ``reference`` are the examples' (rows, ...), or None. ``sizes``: rows of each
+    client in the bank; empty for one client.
     """
 
     inputs: dict[str, Tensor]
