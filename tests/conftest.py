@@ -59,6 +59,7 @@ WIDE = {
     "test_plan",
     "test_precision",
     "test_predict",
+    "test_preference_runs",
     "test_prefix",
     "test_readers",
     "test_report",

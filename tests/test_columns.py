@@ -141,6 +141,26 @@ def test_the_example_shows_numbers_as_written() -> None:
         ({"source": YES_NO, "messages": CHAT}, ("causal_lm", {"messages": "messages"})),
         ({"turns": CHAT, "label": YES_NO}, ("causal_lm", {"messages": "turns"})),
         (
+            {"prompt": SHORT, "chosen": LONG, "rejected": SHORT, "score": [0.5, 1.5] * 4},
+            ("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}),
+        ),
+        (
+            {"prompt": SHORT, "prompt_id": SHORT, "chosen": CHAT, "rejected": CHAT},
+            ("preference", {"chosen": "chosen", "rejected": "rejected"}),
+        ),
+        (
+            {"prompt": CHAT, "chosen": CHAT, "rejected": CHAT, "messages": CHAT},
+            ("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}),
+        ),
+        (
+            {"prompt": SHORT, "completion": LONG, "label": [True, False] * 4},
+            ("preference", {"prompt": "prompt", "completion": "completion", "label": "label"}),
+        ),
+        (
+            {"prompt": CHAT, "completion": CHAT, "label": [0, 1] * 4},
+            ("preference", {"prompt": "prompt", "completion": "completion", "label": "label"}),
+        ),
+        (
             {"question": SHORT, "choices": [["a", "b"]] * 8, "answer": [0, 1] * 4},
             ("choice", {"prompt": "question", "choices": "choices", "answer": "answer"}),
         ),

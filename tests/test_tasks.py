@@ -89,7 +89,11 @@ def test_a_task_that_does_not_fit_is_refused_when_the_configuration_is_read(
 
 def test_a_kind_names_the_metrics_of_its_task_the_main_one_first() -> None:
     mains = {name: next(iter(task_kind(name).metrics)) for name in TASKS.names()}
-    expected = {"causal_lm": "perplexity", "choice": "choice_accuracy"}
+    expected = {
+        "causal_lm": "perplexity",
+        "choice": "choice_accuracy",
+        "preference": "accuracy",
+    }
     texts = {"classification": "accuracy", "multi_label": "micro_f1", "regression": "pearson"}
     assert mains == {**expected, **texts}
     assert [higher_is_better(name) for name in ("exact_match", "perplexity")] == [True, False]

@@ -18,10 +18,13 @@ from rolora.data.examples import Examples
 from rolora.methods import get_method
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings
+from rolora.run.experiment import ready
 from rolora.tasks.causal_lm import causal_lm
 from rolora.tasks.classification import classification
+from rolora.tasks.preference import preference
 from rolora.tasks.registry import Task
 from rolora.training.local import Trained, Work, train_group
+from rolora.training.reference import references
 from rolora.training.settings import LocalSettings
 
 ROWS = 32
@@ -100,6 +103,29 @@ def language_model(folder: Path, dtype: torch.dtype = torch.float64, **lora: Any
     base = load_base(str(folder), "causal_lm", settings, dtype=dtype)
     task = causal_lm(base, prompt="ask", completion="say", messages=None, max_length=48)
     table = pa.table({"ask": _texts(), "say": [f" {text[::-1]}" for text in reversed(_texts())]})
+    return Bench(base, task, task.encode(table, "rows"))
+
+
+def preferences(folder: Path, dtype: torch.dtype = torch.float64, **given: Any) -> Bench:
+    """Pairs of completions, or for kto labelled ones, on a model saved in ``folder``."""
+    lora = {key: given.pop(key) for key in ("rank", "dropout") if key in given}
+    base = load_base(str(folder), "causal_lm", LoraSettings(**{"rank": 2, **lora}), dtype=dtype)
+    loss = given.setdefault("loss", "dpo")
+    columns: dict[str, Any] = {"prompt": "ask", "chosen": "yes", "rejected": "no"}
+    if loss == "kto":
+        columns = {"prompt": "ask", "completion": "yes", "label": "fine"}
+    columns |= {"beta": 0.5, "label_smoothing": 0.0, "max_length": 48}
+    task = preference(base, **columns, **given)
+    texts = _texts()
+    table = pa.table(
+        {
+            "ask": texts,
+            "yes": [f" {text[::-1]}" for text in reversed(texts)],
+            "no": [f" {text} and" for text in reversed(texts)],
+            "fine": [i % 3 > 0 for i in range(ROWS)],
+        }
+    )
+    task = ready(task, lambda found, _: references(base, task, None)(found))
     return Bench(base, task, task.encode(table, "rows"))
 
 

@@ -236,6 +236,7 @@ def _rows_key(config: RunConfig) -> str:
         "cache",
     }
     attack = Experiment(config).attack
-    if attack is not None and attack.spoil is not None:  # the rows of the seed's bad clients
+    spoils = attack is not None and attack.spoil is not None  # the rows of the seed's bad clients
+    if spoils or config.preference.loss == "kto":  # rows beside others of the seed's clients
         keys |= {"attack": True, "seed": True, "partition": True}
     return config.model_dump_json(include=keys)

@@ -59,8 +59,8 @@ class ModelConfig(Section):
     )
     task: str = Field(
         "classification",
-        description="classification, multi_label, regression, causal_lm, choice, or the task of an "
-        "installed package",
+        description="classification, multi_label, regression, causal_lm, choice, preference, or "
+        "the task of an installed package",
     )
     dtype: Literal["auto", "fp32", "bf16", "int8", "nf4"] = Field(
         "auto",
@@ -148,17 +148,28 @@ class DataConfig(Section):
     label: str | Annotated[list[str], Field(min_length=1)] = Field(
         "label",
         description="the column of labels, also for partitions by label; multi_label: of lists of "
-        "labels, or several columns of 0 and 1; regression: of numbers",
+        "labels, or several columns of 0 and 1; regression: of numbers; preference, for kto: of "
+        "true or false, whether the completion is wanted",
     )
     prompt: str | Texts | None = Field(
-        None, description="causal_lm, choice: one or two columns of the prompt"
+        None,
+        description="causal_lm, choice, preference: one or two columns of the prompt; preference: "
+        "left out, it is what chosen and rejected begin with alike",
     )
     separator: str | None = Field(
         None,
         description="between two prompt columns, and between prompt and answer; left out: a line "
         "break, and nothing; multi_label: between the labels in a text",
     )
-    completion: str | None = Field(None, description="causal_lm: the completion column")
+    completion: str | None = Field(
+        None, description="causal_lm: the completion column; preference, for kto: likewise"
+    )
+    chosen: str | None = Field(
+        None, description="preference: the column of preferred completions, texts or chats"
+    )
+    rejected: str | None = Field(
+        None, description="preference: the column of completions that are less good"
+    )
     messages: str | None = Field(
         None,
         description="causal_lm: a column of chats, lists of role and content, "
@@ -171,8 +182,8 @@ class DataConfig(Section):
     )
     date: datetime.date | None = Field(
         None,
-        description="with messages: today, for a chat template that writes the date; left out: the "
-        "day the run starts",
+        description="with messages, and for preference: today, for a chat template that writes the "
+        "date; left out: the day the run starts",
     )
     choices: str | None = Field(None, description="choice: a column of lists of answers")
     answer: str | None = Field(
@@ -199,6 +210,30 @@ class DataConfig(Section):
         if isinstance(value, int | float) and not 0 < value < 1:
             raise ValueError(f"a share is above 0 and below 1, not {value}")
         return value
+
+
+class PreferenceConfig(Section):
+    """``[preference]``: the loss of the task preference."""
+
+    loss: Literal["dpo", "ipo", "kto"] = Field(
+        "dpo",
+        description="dpo and ipo: for pairs (data.chosen, data.rejected); kto: for single rows "
+        "(data.prompt, data.completion, data.label)",
+    )
+    beta: float = Field(
+        0.1, gt=0, description="the larger, the closer the model stays to what it started from"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="for dpo: the share of pairs that may be the wrong way round"
+    )
+
+    @model_validator(mode="after")
+    def _smooths_labels_of_pairs(self) -> Self:
+        if self.label_smoothing and self.loss != "dpo":
+            raise ConfigError(
+                f"preference.label_smoothing is for loss 'dpo', not for {self.loss!r}: leave it out"
+            )
+        return self
 
 
 class PartitionConfig(Section):
@@ -517,6 +552,7 @@ class RunConfig(Section):
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     data: DataConfig
+    preference: PreferenceConfig = PreferenceConfig()
     partition: PartitionConfig = PartitionConfig()
     method: MethodConfig = MethodConfig()
     aggregate: AggregateConfig = AggregateConfig()
@@ -533,7 +569,14 @@ class RunConfig(Section):
         if not name.isprintable() or not name or set(name) & set("/\\") or name.startswith("."):
             raise ConfigError(f"name {name!r} must be usable as a folder name")
         kind, metric = task_kind(self.model.task), self.eval.metric
-        kind.chosen(dict(self.data))
+        chosen, loss = kind.chosen(dict(self.data)), self.preference.loss
+        if kind.compares and (loss == "kto") == ("chosen" in chosen):
+            needed = "data.prompt, data.completion and data.label"
+            pairs = "data.chosen and data.rejected"
+            raise ConfigError(
+                f"preference.loss = {loss!r} needs {needed if loss == 'kto' else pairs}: with "
+                f"{pairs if loss == 'kto' else needed}, use {'dpo' if loss == 'kto' else 'kto'!r}"
+            )
         if metric is not None and metric not in kind.metrics:
             hint = nearest(metric, kind.metrics)
             raise ConfigError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")

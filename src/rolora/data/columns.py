@@ -90,7 +90,9 @@ SCORE = ("score", "scores", "rating", "similarity", "relatedness", "value")
 CLASS = ("target", "category", "sentiment", "intent", "topic", "answer")
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "input")
 CONTEXT = ("input", "context")
-COMPLETION = ("completion", "response", "output", "answer", "target", "solution", "chosen")
+COMPLETION = ("completion", "response", "output", "answer", "target", "solution")
+CHOSEN = ("chosen", "preferred", "winner")
+REJECTED = ("rejected", "dispreferred", "loser")
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialog")
 TOOLS = ("tools", "functions")
 CHOICES = ("choices", "options", "endings", "answers")
@@ -105,7 +107,8 @@ Guess = tuple[str, dict[str, str | list[str]]]
 def guess_columns(table: pa.Table) -> Guess:
     """The task that a table seems to be for, and key of ``[data]`` -> its column or columns.
 
-    In order: a column of messages; a list of choices with an answer and a prompt; a prompt, of two
+    In order: chosen and rejected completions; completions of prompts with a label of true or false;
+    a column of messages; a list of choices with an answer and a prompt; a prompt, of two
     columns as in Alpaca and Dolly or of one, with a text completion and no column named like a
     label; one or two texts with several classes a row, in a list or in columns of 0 and 1, with a
     number that is not always whole, or with a class. Raises DataError if nothing fits.
@@ -116,6 +119,19 @@ def guess_columns(table: pa.Table) -> Guess:
         """The column of one of ``kinds`` whose name comes first in ``names``."""
         own = {_bare(column.name): column.name for column in columns if column.kind in kinds}
         return next((own[name] for name in names if name in own), None)
+
+    said: tuple[Kind, ...] = ("text", "category", "messages")
+    asked, better, worse = (called(names, *said) for names in (PROMPT, CHOSEN, REJECTED))
+    if better and worse:
+        pair: dict[str, str | list[str]] = {"chosen": better, "rejected": worse}
+        # a prompt of text beside chats is what they begin with
+        talks = {column.name: column.kind == "messages" for column in columns}
+        if asked and talks[asked] == talks[better]:
+            return "preference", {"prompt": asked, **pair}
+        return "preference", pair
+    said_to, judged = called(COMPLETION[:1], *said), called(LABEL, "category")
+    if asked and said_to and judged and _is_switch(table, judged):
+        return "preference", {"prompt": asked, "completion": said_to, "label": judged}
 
     chats = [column.name for column in columns if column.kind == "messages"]
     if chats:
@@ -144,7 +160,7 @@ def guess_columns(table: pa.Table) -> Guess:
     ]
     fewest = min(categories, key=lambda column: column.distinct).name if categories else None
     named = label or called(CLASS, "category")
-    switches = [column.name for column in reversed(categories) if _is_switch(table, column)]
+    switches = [column.name for column in reversed(categories) if _is_switch(table, column.name)]
     task = "classification"
     chosen: str | list[str] | None = named or fewest
     if several := called(LABEL, "list"):
@@ -159,7 +175,8 @@ def guess_columns(table: pa.Table) -> Guess:
         return task, {"text": text, "label": chosen}
     seen = ", ".join(f"{column.name} ({column.kind})" for column in columns)
     raise DataError(
-        "the columns are neither text and label or score, nor prompt and completion, nor messages: "
+        "the columns are neither text and label or score, nor prompt and completion, nor messages, "
+        "nor chosen and rejected: "
         f"{seen}; name them in [data]"
     )
 
@@ -173,9 +190,9 @@ def _fractional(table: pa.Table, name: str | None) -> str | None:
     return None if whole else name
 
 
-def _is_switch(table: pa.Table, column: Column) -> bool:
+def _is_switch(table: pa.Table, name: str) -> bool:
     """Whether a column holds 0 or 1, or false or true, in whatever form."""
-    values = decoded(table[column.name]).drop_null().unique().to_pylist()
+    values = decoded(table[name]).drop_null().unique().to_pylist()
     return {str(value).lower() for value in values} <= SWITCH.keys()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ class Examples:
     ``tokens`` int32 (total,); ``offsets`` int64 (rows + 1,); ``types`` uint8 (total,) token types
     of a text pair, or None; ``targets``: per row an int64 label (classification), a float32 number
     (regression) or (labels,) float32 of 0 and 1 (multi_label); or a uint8 per token, 1 where it is
-    to be predicted (causal_lm, choice). ``truncated`` counts rows that
+    to be predicted (causal_lm, choice, preference). ``truncated`` counts token sequences that
     were cut to max_length.
     ``groups`` int64 (rows,), in order, says which row of the table each came from, where one may
     have become several: a question one per choice, a chat one per turn. ``answers`` int64
-    (groups,) says which row of a question, counted from 0, is right. ``prefix`` (total, hidden) is
-    what enters the lowest layer with an adapter, per token, where that has been computed.
+    (groups,) says which row of a question, counted from 0, is right; or, (rows,) and without
+    groups, whether a completion is wanted. ``prefix`` (total, hidden) is what enters the lowest
+    layer with an adapter, per token, where that has been computed.
+    ``seconds`` int64 (rows,): where a row is two token sequences, the second begins at
+    ``tokens[seconds[i]]``. ``reference`` (rows, width): the task's outputs before any training,
+    where its loss compares with them.
     """
 
     tokens: Tensor
@@ -32,6 +37,8 @@ class Examples:
     groups: Tensor | None = None
     answers: Tensor | None = None
     prefix: Tensor | None = None
+    seconds: Tensor | None = None
+    reference: Tensor | None = None
 
     def __len__(self) -> int:
         return self.offsets.numel() - 1
@@ -40,6 +47,15 @@ class Examples:
     def lengths(self) -> Tensor:
         """Tokens per row, int64 (rows,)."""
         return self.offsets.diff()
+
+    @property
+    def sequences(self) -> Examples:
+        """The same tokens, with each token sequence as a row of its own."""
+        if self.seconds is None:
+            return self
+        starts = torch.stack([self.offsets[:-1], self.seconds], dim=1).flatten()
+        offsets = torch.cat([starts, self.offsets[-1:]])
+        return replace(self, offsets=offsets, seconds=None, answers=None, reference=None)
 
     def made_of(self, rows: Tensor) -> Tensor:
         """The examples that these rows of the table became; both are int64 indices."""
@@ -53,20 +69,33 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows: ``inputs`` as the model takes them; ``lengths`` (rows,) int64, on the CPU;
-    ``targets``: those of the examples or, where tokens are predicted, the places of those among
-    rows × length, int64; ``prefix`` its real tokens' (tokens, hidden), row after row, or None."""
+    """Right-padded token sequences, ``each`` of them (1 or 2) per row, one behind the other.
+
+    ``inputs`` as the model takes them; ``lengths`` (sequences,) int64, on the CPU; ``targets``:
+    those of the examples or, where tokens are predicted, the places of those among sequences ×
+    length, int64; ``prefix`` its real tokens' (tokens, hidden), sequence after sequence, or None.
+    ``answers`` and ``reference`` are the examples' (rows, ...), or None. ``sizes``: rows of each
+    client in the bank; empty for one client.
+    """
 
     inputs: dict[str, Tensor]
     lengths: Tensor
     targets: Tensor
     prefix: Tensor | None = None
+    each: int = 1
+    answers: Tensor | None = None
+    reference: Tensor | None = None
+    sizes: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on this device; what is cut by them needs the lengths on the CPU."""
         inputs = {name: moved(tensor, device) for name, tensor in self.inputs.items()}
-        prefix = None if self.prefix is None else moved(self.prefix, device)
-        return Batch(inputs, self.lengths, moved(self.targets, device), prefix)
+        there: dict[str, Any] = {
+            name: moved(value, device)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "lengths"
+        }
+        return replace(self, inputs=inputs, **there)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -94,8 +123,12 @@ def offsets_of(rows: list[list[int]]) -> Tensor:
 
 def collate(examples: Examples, rows: Tensor, pad_id: int) -> Batch:
     """The rows with these indices (int64), padded on the right to the longest of them."""
-    starts = examples.offsets[rows]
-    lengths = examples.offsets[rows + 1] - starts
+    starts, ends, each = examples.offsets[rows], examples.offsets[rows + 1], 1
+    if examples.seconds is not None:
+        middles, each = examples.seconds[rows], 2
+        starts = torch.stack([starts, middles], dim=1).flatten()
+        ends = torch.stack([middles, ends], dim=1).flatten()
+    lengths = ends - starts
     columns = torch.arange(int(lengths.max()))
     real = columns < lengths.unsqueeze(1)
 
@@ -113,7 +146,11 @@ def collate(examples: Examples, rows: Tensor, pad_id: int) -> Batch:
     prefix = None
     if examples.prefix is not None:
         prefix = examples.prefix[(starts.unsqueeze(1) + columns)[real]]
-    return Batch(inputs, lengths, targets, prefix)
+    answers = None
+    if examples.answers is not None and examples.groups is None:
+        answers = examples.answers[rows]
+    reference = None if examples.reference is None else examples.reference[rows]
+    return Batch(inputs, lengths, targets, prefix, each, answers, reference)
 
 
 def _places(wanted: Tensor) -> Tensor:

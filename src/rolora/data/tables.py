@@ -395,15 +395,23 @@ def _switched_on(table: pa.Table, columns: Sequence[str], source: str) -> list[l
     """Those of ``columns`` that are 1, or true, in each row; DataError unless all are 0 or 1."""
     found: list[list[str]] = [[] for _ in range(table.num_rows)]
     for column in columns:
-        for row, text in enumerate(texts(table, column, source)):
-            value = SWITCH.get(text.lower())
-            if value is None:
-                raise DataError(
-                    f"{source}: column {column!r} is {text!r} in row {row + 1}; a column of "
-                    "data.label holds 0 or 1"
-                )
-            if value:
+        for row, on in enumerate(switches(table, column, source)):
+            if on:
                 found[row].append(column)
+    return found
+
+
+def switches(table: pa.Table, column: str, source: str) -> list[bool]:
+    """A column of 0 and 1, or false and true, in whatever form. DataError for anything else."""
+    found = []
+    for row, text in enumerate(texts(table, column, source), start=1):
+        value = SWITCH.get(text.lower())
+        if value is None:
+            raise DataError(
+                f"{source}: column {column!r} is {text!r} in row {row}; this column of data.label "
+                "holds 0 or 1, or false or true"
+            )
+        found.append(value)
     return found
 
 

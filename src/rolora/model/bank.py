@@ -14,8 +14,9 @@ a plain client.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,18 @@ class Bank:
         """Leave the plain base model."""
         self.leaves, self.deltas, self.adapters = {}, {}, ()
         self.rows, self.tokens, self.noise = (), (), None
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """An empty bank while this lasts; afterwards it holds what it held before."""
+        names = ("leaves", "deltas", "adapters", "rows", "tokens", "noise")
+        before = {name: getattr(self, name) for name in names}
+        self.unload()
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def take(self, client: int) -> AdapterState:
         """A copy, on the CPU, of what the client at this position holds."""

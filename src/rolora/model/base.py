@@ -161,11 +161,15 @@ class Base:
         """The batch as the model takes it while this lasts: packed where the model can be.
 
         ``sizes``: rows of each client in the bank (empty for one client); ``keys`` int64 (rows,)
-        seed LoRA's dropout, which is off without them.
+        seed LoRA's dropout, which is off without them and the same for all sequences of a row.
         """
         bank, lengths = self.bank, batch.lengths
+        batch = replace(batch, sizes=tuple(sizes))
+        sizes = [size * batch.each for size in sizes]
         bank.rows, bank.tokens = tuple(sizes), ()
-        bank.noise = None if keys is None else Noise(moved(keys, self.device))
+        if keys is not None:
+            keys = moved(keys.repeat_interleave(batch.each), self.device)
+        bank.noise = None if keys is None else Noise(keys)
         if self.stack is None:
             yield batch
             return
@@ -182,13 +186,12 @@ class Base:
             yield replace(batch, inputs=inputs)
 
     @contextlib.contextmanager
-    def holding(self, adapter: AdapterState) -> Iterator[None]:
-        """The model with this one adapter in its bank; the plain base again afterwards."""
-        self.bank.load([adapter], self.device)
-        try:
+    def holding(self, adapter: AdapterState | None) -> Iterator[None]:
+        """The model with this one adapter in its bank, or none; afterwards with what it held."""
+        with self.bank.lent():
+            if adapter is not None:
+                self.bank.load([adapter], self.device)
             yield
-        finally:
-            self.bank.unload()
 
 
 def load_base(

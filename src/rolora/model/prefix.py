@@ -77,7 +77,7 @@ def below_adapters(base: Base, examples: Examples, folder: Path) -> Prefix | Non
 
     None if the lowest layer carries an adapter, or the model cannot run packed.
     """
-    stack = base.stack
+    stack, examples = base.stack, examples.sequences
     if stack is None or stack.lowest == 0 or not stack.fits(examples.lengths):
         return None
     digest = hashlib.sha256(f"{base.digest} {stack.lowest}".encode())
@@ -158,6 +158,7 @@ def _compute(base: Base, examples: Examples, prefix: Prefix) -> None:
 def _fill(base: Base, examples: Examples, into: Tensor) -> None:
     """Run all rows, short ones first, some thousand tokens at a time."""
     assert base.stack is not None
+    examples = examples.sequences
     order = examples.lengths.argsort(stable=True)
     turn = (examples.lengths[order].cumsum(0) - 1) // TOKENS_AT_ONCE
     for rows in torch.split(order, torch.unique(turn, return_counts=True)[1].tolist()):

@@ -203,7 +203,10 @@ def _weights(model: Any, dtype: str) -> int:
 
 
 def _longest(length: int, kind: TaskKind, labels: int) -> Examples:
-    """One row of this length; of a language model's row every token is a target."""
+    """One row of this length; of a language model's row every token is a target.
+
+    Of a row that is two token sequences each has this length.
+    """
     targets = {
         "causal_lm": torch.ones(length, dtype=torch.uint8),
         "classification": torch.zeros(1, dtype=torch.int64),
@@ -211,4 +214,13 @@ def _longest(length: int, kind: TaskKind, labels: int) -> Examples:
         "regression": torch.zeros(1),
     }[kind.head]
     tokens = torch.full((length,), 2, dtype=torch.int32)
-    return Examples(tokens, torch.tensor([0, length]), targets)
+    if not kind.compares:
+        return Examples(tokens, torch.tensor([0, length]), targets)
+    return Examples(
+        tokens.repeat(2),
+        torch.tensor([0, 2 * length]),
+        targets.repeat(2),
+        answers=torch.ones(1, dtype=torch.int64),
+        seconds=torch.tensor([length]),
+        reference=torch.zeros(1, 4),
+    )

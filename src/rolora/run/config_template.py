@@ -27,6 +27,11 @@ _BY_LABEL = """\
 scheme = "dirichlet"              # iid | dirichlet | by_label | by_field
 clients = 10
 alpha = 0.5                       # the smaller, the more uneven"""
+_PREFERENCE = """
+[preference]
+loss = "{}"                      # dpo or ipo: chosen and rejected; kto: completion and label
+beta = 0.1                        # the larger, the closer it stays to the model before training
+"""
 _EVENLY = """\
 scheme = "iid"                    # or by_field with field = "a column"
 clients = 10"""
@@ -73,13 +78,13 @@ _SHARD = re.compile(r"-\d{3,}-of-\d{3,}\.")
 
 
 def _notes(table: Any, guess: Guess, form: TextForm) -> list[str]:
-    task, chosen = guess
+    chosen = guess[1]
     notes = [f"found {key} = {_toml(value)}" for key, value in _stated(form).items()]
     used = {n for names in chosen.values() for n in ([names] if isinstance(names, str) else names)}
     unused = [printable(name) for name in table.column_names if name not in used]
     if unused:
         notes.append(f"columns that are not used: {', '.join(unused)}")
-    if task == "causal_lm" and "prompt" in chosen:
+    if _joined(table, guess):
         notes.append(
             "separator stands between the two columns of the prompt and before the completion"
             if isinstance(chosen["prompt"], list)
@@ -87,6 +92,13 @@ def _notes(table: Any, guess: Guess, form: TextForm) -> list[str]:
             "space or a line break there"
         )
     return notes
+
+
+def _joined(table: Any, guess: Guess) -> bool:
+    """Whether completions stand behind prompts that are texts."""
+    task, asked = guess[0], guess[1].get("prompt")
+    chats = [column.name for column in describe(table) if column.kind == "messages"]
+    return task in ("causal_lm", "preference") and asked is not None and asked not in chats
 
 
 def _stated(form: TextForm) -> dict[str, str]:
@@ -116,7 +128,10 @@ def _template(
     )
     seen += "".join(f"\n# {note}" for note in notes)
     columns = "\n".join(f"{key} = {_toml(column)}" for key, column in chosen.items())
-    if task == "causal_lm" and "prompt" in chosen:
+    more = ""
+    if task == "preference":
+        more = _PREFERENCE.format("kto" if "completion" in chosen else "dpo")
+    if _joined(table, guess):
         off = "" if isinstance(chosen["prompt"], list) else "# "
         columns += f'\n{off}separator = "\\n"                # between the parts of each row'
     written = "".join(f"\n{key} = {_toml(value)}" for key, value in _stated(form).items())
@@ -149,7 +164,7 @@ test = 0.2                        # a share of the rows, or another file
 # validation = 0.1                # for the best round and early stopping
 {columns}
 max_length = {length}                  # tokens; longer rows are truncated
-
+{more}
 [partition]
 {split}
 

@@ -69,6 +69,11 @@ def load_trained(
         for name, source in sources.items()
     }
     base = _load_base(folder, notes, trained)
+    if sources and trained.kind.compares and trained.init_hash != notes["init_from"]:
+        raise ConfigError(
+            f"{trained.config.lora.init_from} is not the adapter that {folder} was trained from, "
+            "with which its outputs are compared: give that one with lora.init_from=FOLDER"
+        )
     experiment = Experiment(config, labels=trained.labels, base=base)
     return experiment, read_adapter(folder, base.specs, any_rank=True), read
 
@@ -124,7 +129,14 @@ def _notes(folder: Path) -> dict[str, Any]:
     return notes
 
 
-_NOTES = {"config": dict, "root": str, "labels": list, "base": str, "tokenizer": str}
+_NOTES = {
+    "config": dict,
+    "root": str,
+    "labels": list,
+    "base": str,
+    "tokenizer": str,
+    "init_from": str,
+}
 
 
 def _trained(
@@ -136,7 +148,8 @@ def _trained(
     moved = [] if model is None else [f"model.path={Path(model).resolve()}"]
     own = make_config(settings, moved, root=root)
     trained = Experiment(make_config(settings, [*moved, *overrides], root=root), labels=labels)
-    if trained.config.lora != own.lora:
+    places = {"init_from": own.lora.init_from}
+    if trained.config.lora.model_copy(update=places) != own.lora:
         raise ConfigError(f"the keys of [lora] are those of {folder}: leave them as they are")
     method = trained.method
     if method.personal_roles:

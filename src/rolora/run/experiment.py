@@ -31,9 +31,9 @@ from rolora.files import from_home
 from rolora.methods import get_method, method_names
 from rolora.model.base import Base, load_base
 from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
-from rolora.model.peft import LoraSettings, read_adapter
+from rolora.model.peft import WEIGHTS, LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
-from rolora.run.shards import Rows, load_rows, rewritten, spoiled
+from rolora.run.shards import Rows, load_rows, neighboured, rewritten, spoiled
 from rolora.run.workers import Crew, Part, Pool
 from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Task, TaskKind, task_kind
@@ -44,6 +44,7 @@ from rolora.training.local import evaluate, first_gradient
 from rolora.training.memory import SHARE, BankPlan, free_bytes, phases, plan_bank, worker_bytes
 from rolora.training.precision import is_wide, lower
 from rolora.training.processes import Processes, usable_cores
+from rolora.training.reference import references
 from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
 from rolora.training.settings import LocalSettings
 
@@ -117,6 +118,7 @@ class Experiment:
             root=given.root,
             offline=given.offline,
         )
+        rows = neighboured(rows, self.kind, self.columns)
         if self.attack is None or self.attack.spoil is None:
             return rows
         bad = self._bad(rows)
@@ -288,13 +290,18 @@ class Experiment:
         return self.task_on(self.base)
 
     def task_on(self, base: Base) -> Task:
-        """The configured task on this base model; rows that it does not know are refused."""
-        task = self.kind.make(base, self.columns, self.labels, self.config.data.max_length)
+        """The configured task on this base model; rows that it does not know are refused.
 
-        def known(encode: Callable[[Any, str], Examples]) -> Callable[[Any, str], Examples]:
-            return lambda table, source: base.require_known(encode(table, source), source)
-
-        return replace(task, encode=known(task.encode), encode_test=known(task.encode_test))
+        Where it compares, rows come with the outputs of the base, or of lora.init_from's adapter.
+        """
+        kind, config = self.kind, self.config
+        options = getattr(config, kind.section).model_dump() if kind.section else {}
+        task = kind.make(base, self.columns | options, self.labels, config.data.max_length)
+        if not kind.compares:
+            return ready(task, base.require_known)
+        start = None if self._init_from is None else read_adapter(self._init_from, base.specs)
+        compared = references(base, task, start)
+        return ready(task, lambda found, source: compared(base.require_known(found, source)))
 
     @cached_property
     def examples(self) -> Examples:
@@ -377,10 +384,27 @@ class Experiment:
             adapter |= self._warm_start[0]
         return RunState(ServerState(adapter))
 
+    @property
+    def _init_from(self) -> Path | None:
+        """The folder of the adapter that the run starts from, if it names one."""
+        folder = self.config.lora.init_from
+        return None if folder is None else self.config.root / from_home(folder)
+
+    @cached_property
+    def init_hash(self) -> str:
+        """A hash of the adapter that the run starts from, or "" where it draws its own."""
+        if self._init_from is None:
+            return ""
+        file = self._init_from / WEIGHTS
+        if not file.is_file():
+            raise ConfigError(f"lora.init_from: {file} is missing")
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
+
     @cached_property
     def _warm_start(self) -> tuple[Mapping[str, Tensor], str]:
         """What is taken from lora.init_from, and a note if that is not all of it."""
-        folder = self.config.root / from_home(str(self.config.lora.init_from))
+        folder = self._init_from
+        assert folder is not None
         adapter = read_adapter(folder, self.base.specs)
         theirs = in_order_of_adapter(folder, self.labels)
         if theirs == [*self.labels] or not adapter.only(frozenset({"head"})):
@@ -664,8 +688,9 @@ class Experiment:
         limit = self.base.limit(config.data.max_length)
         for what, examples in (("training", self.examples), (config.eval.rows, self.test)):
             if examples.truncated:
+                count = len(examples.sequences)
                 found.append(
-                    f"{examples.truncated} of {len(examples)} {what} rows are longer than "
+                    f"{examples.truncated} of {count} {what} rows are longer than "
                     f"{limit.tokens} tokens ({limit.source}) and were truncated"
                 )
         found.append(self.base.note)
@@ -712,6 +737,26 @@ class Experiment:
         return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
 
 
+def ready(task: Task, finish: Callable[[Examples, str], Examples]) -> Task:
+    """The task, of which all examples are what ``finish(examples, source)`` makes of them."""
+
+    def finished(encode: Callable[[Any, str], Examples]) -> Callable[[Any, str], Examples]:
+        return lambda table, source: finish(encode(table, source), source)
+
+    def predict(
+        table: Any, source: str, run: Callable[[Examples], Tensor], most: int
+    ) -> list[dict[str, Any]]:
+        assert task.predict is not None
+        return task.predict(table, source, lambda found: run(finish(found, source)), most)
+
+    return replace(
+        task,
+        encode=finished(task.encode),
+        encode_test=finished(task.encode_test),
+        predict=task.predict and predict,
+    )
+
+
 def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Examples) -> str:
     """A hash of who holds which rows, of the labels, and of the rows as tokens."""
     digest = hashlib.sha256(repr(tuple(labels)).encode())
@@ -719,8 +764,14 @@ def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Exa
         digest.update(client.encode())
         digest.update(rows.numpy().tobytes())
     for examples in encoded:
-        for tensor in (examples.tokens, examples.offsets, examples.targets):
-            digest.update(tensor.numpy().data)
+        for tensor in (
+            examples.tokens,
+            examples.offsets,
+            examples.targets,
+            examples.seconds,
+            examples.answers,
+        ):
+            digest.update(b"" if tensor is None else tensor.numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -745,9 +796,9 @@ def lora_settings(lora: LoraConfig) -> LoraSettings:
 
 def dated(config: RunConfig, day: datetime.date | str | None = None) -> RunConfig:
     """The configuration with the date that chat templates are given: its own, else ``day``, else
-    today. Unchanged for a run without chats."""
-    data = config.data
-    if data.date is not None or "messages" not in task_kind(config.model.task).chosen(dict(data)):
+    today. Unchanged for a run that cannot have chats."""
+    data, kind = config.data, task_kind(config.model.task)
+    if data.date is not None or not kind.goes_with("date", kind.chosen(dict(data))):
         return config
     given = {**data.model_dump(), "date": day or datetime.date.today()}
     return config.model_copy(update={"data": DataConfig.model_validate(given)})

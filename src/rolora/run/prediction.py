@@ -27,8 +27,10 @@ def predict(
 
     The rows need the columns that a prediction is made from, not those of the right answers. A
     classification gives "label" and "probabilities" (label -> share), a choice "answer" (from 0)
-    and "choice", a language model "completion", of at most ``max_new_tokens`` tokens, taken
-    greedily; for a chat, the answer to its last turn, in place of one that it ends with.
+    and "choice", a preference "chosen_reward", "rejected_reward" and their difference "margin", or
+    "reward" for a single completion, a language model "completion", of at most ``max_new_tokens``
+    tokens, taken greedily; for a chat, the answer to its last turn, in place of one that it ends
+    with.
     ``model`` and ``overrides`` are those of ``evaluate_adapter``, which also says what it raises.
     """
     experiment, adapter, read = load_trained(path, {source: source}, model, overrides)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -29,7 +28,7 @@ from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, ModelNotHere, NotHere
 from rolora.files import write_file
 from rolora.model.base import tokenizer_digest
-from rolora.model.peft import WEIGHTS, save_adapter
+from rolora.model.peft import save_adapter
 from rolora.report.card import Source, card
 from rolora.report.page import write_report
 from rolora.results.runs import load_run
@@ -98,6 +97,7 @@ class Run:
             "root": relative_root(config, self.folder.adapter),
             "base": base.digest,
             "tokenizer": tokenizer_digest(base),
+            "init_from": self.experiment.init_hash,
             "labels": list(self.experiment.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
@@ -245,7 +245,7 @@ def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bo
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
     examples = experiment.task_on(base).encode(table, source)
-    return masks(examples, base.tokenizer)
+    return masks(examples.sequences, base.tokenizer)
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "data": experiment.data,
         "base": experiment.base.digest,
         **({"run": experiment.run} if experiment.run else {}),
-        "init_from": _init_hash(experiment.config),
+        "init_from": experiment.init_hash,
         "config": config_hash(experiment.config),
     }
 
@@ -286,14 +286,6 @@ def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
-
-
-def _init_hash(config: RunConfig) -> str:
-    """A hash of the adapter that a run starts from, or "" where it draws its own."""
-    if config.lora.init_from is None:
-        return ""
-    file = config.root / config.lora.init_from / WEIGHTS
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:32]
 
 
 def _git_commit(folder: Path) -> str:

@@ -21,6 +21,7 @@ from rolora.data import partition, tables
 from rolora.data.labels import in_order
 from rolora.data.partition import Partition
 from rolora.errors import ConfigError, DataError, NotHere
+from rolora.tasks.registry import TaskKind, neighbour
 
 Classes = Callable[[Any], Sequence[Sequence[str]]]
 
@@ -123,6 +124,24 @@ def _load_rows(
         )
     note = "; ".join(filter(None, notes))
     return Rows(train, test, validation, shards, held_out, classes, split.dropped, note)
+
+
+def neighboured(rows: Rows, kind: TaskKind, columns: Mapping[str, Any]) -> Rows:
+    """The same rows, each with the completion of the row before it at its client as a column more,
+    if the task compares single completions; the first of a client has the last one's.
+
+    ``columns``: key of ``[data]`` -> column.
+    """
+    completion = columns.get("completion")
+    if completion is None or not kind.compares:
+        return rows
+    before = torch.arange(rows.train.num_rows)
+    for held in (*rows.shards.values(), *rows.held_out.values()):
+        before[held] = held.roll(1)
+    name = neighbour(completion)
+    others = rows.train.select([completion]).take(before.tolist())[completion]
+    own = rows.train.select([column for column in rows.train.column_names if column != name])
+    return replace(rows, train=own.append_column(name, others))
 
 
 def rewritten(

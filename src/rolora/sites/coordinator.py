@@ -129,6 +129,11 @@ def _refuse(wanted: Experiment) -> None:
             f"{method.name} trains on all rows in one place, and the rows of sites stay with them: "
             "run it without --on, or use fedit"
         )
+    if wanted.kind.compares and wanted.config.lora.init_from is not None:
+        raise ConfigError(
+            f"task {wanted.kind.name!r} compares with the model before training, and sites do not "
+            "have the adapter of lora.init_from: merge it into the model first, or remove it"
+        )
     if method.needs_gradient:
         raise ConfigError(
             f"{method.name} starts from a gradient over all clients' rows, which sites do not "

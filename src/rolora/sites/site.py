@@ -49,7 +49,7 @@ from rolora.flower.message import (
 from rolora.flower.versions import PROTOCOL, versions
 from rolora.model.base import layout, tokenizer_digest
 from rolora.run.experiment import Experiment, require_turns
-from rolora.run.shards import Rows, hold_out
+from rolora.run.shards import Rows, hold_out, neighboured
 from rolora.sites.gate import leave
 from rolora.sites.policy import (
     Refused,
@@ -89,16 +89,20 @@ def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]")
         changed[section] = getattr(config, section).model_copy(update=given)
     config = config.model_copy(update=changed)
     table = tables.read_table(site.data, root=site.root, form=site.form)
-    columns = task_kind(config.model.task).columns_read(dict(config.data))
+    kind = task_kind(config.model.task)
+    columns = kind.columns_read(dict(config.data))
+    if kind.compares and config.lora.init_from is not None:
+        raise ConfigError("the run starts from an adapter that this site does not have")
     tables.require_columns(table, columns, site.data)
     share = config.data.client_test or 0
     rows, kept = hold_out(torch.arange(table.num_rows), share, config.seed, site.name)
     require_rows(site, config, len(rows), len(kept))
     require_bounded(site, config, len(rows))
     held_out = {site.name: kept} if len(kept) else {}
+    mine = Rows(table.select(columns), None, None, shards={site.name: rows}, held_out=held_out)
     return Experiment(
         config,
-        rows=Rows(table.select(columns), None, None, shards={site.name: rows}, held_out=held_out),
+        rows=neighboured(mine, kind, kind.chosen(dict(config.data))),
         labels=tuple(read_labels(labels)),
     )
 

@@ -16,7 +16,10 @@ from rolora.flower.message import LABEL_LENGTH, MOST_LABELS, SITE_NAME
 from rolora.sites.keys import is_loopback
 
 # What a column can be to a run; the operator says which one is.
-ROLES = ("text", "label", "prompt", "completion", "messages", "tools", "choices", "answer")
+ROLES = (
+    *("text", "label", "prompt", "completion", "chosen", "rejected"),
+    *("messages", "tools", "choices", "answer"),
+)
 Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 
 
@@ -52,6 +55,8 @@ class SiteConfig(Section):
     )
     prompt: str | Texts | None = Field(None, description="likewise, for data.prompt of a run")
     completion: str | None = Field(None, description="likewise, for data.completion")
+    chosen: str | None = Field(None, description="likewise, for data.chosen")
+    rejected: str | None = Field(None, description="likewise, for data.rejected")
     messages: str | None = Field(None, description="likewise, for data.messages")
     tools: str | None = Field(None, description="likewise, for data.tools")
     choices: str | None = Field(None, description="likewise, for data.choices")

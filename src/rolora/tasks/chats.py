@@ -142,7 +142,7 @@ def read_chats(table: Any, messages: str, tools: str | None, source: str) -> lis
 def require_answers(chats: Sequence[Chat]) -> None:
     """Raise DataError for a chat of which nothing can be learnt."""
     for chat in chats:
-        if not any(_says_something(chat.turns[number]) for number in chat.learnt):
+        if not any(says_something(chat.turns[number]) for number in chat.learnt):
             raise DataError(f"{chat.place}: no message with role 'assistant' has any text to learn")
         if 0 in chat.learnt:
             raise DataError(
@@ -230,7 +230,8 @@ def _tools(given: Any, place: str) -> list[dict[str, Any]] | None:
     return given
 
 
-def _says_something(turn: Mapping[str, Any]) -> bool:
+def says_something(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn has any text or calls a tool."""
     return bool(turn.get("content", "").strip() or turn.get("tool_calls"))
 
 

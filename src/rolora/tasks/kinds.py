@@ -100,3 +100,23 @@ def choice() -> TaskKind:
         },
         make=make,
     )
+
+
+def preference() -> TaskKind:
+    """Preferring one completion of a prompt to another, or wanted completions to unwanted ones."""
+
+    def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
+        from rolora.tasks.preference import preference
+
+        return preference(base, max_length=limit, **columns)
+
+    return TaskKind(
+        name="preference",
+        head="causal_lm",
+        columns=[("chosen", "rejected"), ("prompt", "completion", "label")],
+        beside={"prompt": "chosen", "separator": "prompt", "date": ("chosen", "completion")},
+        section="preference",
+        compares=True,
+        metrics={"accuracy": True, "margin": True, "loss": False},
+        make=make,
+    )

@@ -33,6 +33,7 @@ TASKS = Registry(
         "regression": "rolora.tasks.kinds:regression",
         "causal_lm": "rolora.tasks.kinds:causal_lm",
         "choice": "rolora.tasks.kinds:choice",
+        "preference": "rolora.tasks.kinds:preference",
     },
 )
 
@@ -69,9 +70,11 @@ class TaskKind:
     "multi_label" where it has any number, "regression" for one output, or "causal_lm" for a model
     that predicts tokens. ``columns`` lists the keys of ``[data]`` that name the
     columns it reads; of several alternatives a run gives one. ``beside`` maps further keys, which
-    may be left out, to the key that they go with. ``metrics`` maps each metric of
-    ``Task.score`` to whether higher is better, the main one first; ``answers`` does so for the
-    metrics of generated answers, and is empty where the task generates none.
+    may be left out, to the key, or each of the keys, that they go with. ``section`` names the
+    table of the configuration whose keys ``make`` is given with the columns. ``compares``:
+    whether a row is two token sequences, whose loss needs ``Examples.reference``. ``metrics`` maps
+    each metric of ``Task.score`` to whether higher is better, the main one first; ``answers`` does
+    so for the metrics of generated answers, and is empty where the task generates none.
     ``make(base, columns, labels, max_length)`` makes the task: a ``rolora.model.base.Base``, key
     of ``[data]`` -> column, the class labels (empty without), and a row's most tokens.
     """
@@ -82,7 +85,9 @@ class TaskKind:
     metrics: Mapping[str, bool]
     make: Callable[[Any, Mapping[str, Any], Sequence[str], int], Task]
     answers: Mapping[str, bool] = field(default_factory=dict)
-    beside: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    section: str | None = None
+    compares: bool = False
 
     @property
     def labelled(self) -> bool:
@@ -140,8 +145,22 @@ class TaskKind:
                 f"data.label names several columns, and task {self.name!r} reads one: name it, or "
                 "set model.task = 'multi_label'"
             )
-        also = [key for key, main in self.beside.items() if main in given[0]]
-        return {key: data[key] for key in (*given[0], *also) if data[key] is not None}
+        found = {key: data[key] for key in given[0]}
+        for key in self.beside:
+            if self.goes_with(key, found) and data[key] is not None:
+                found.setdefault(key, data[key])
+        return found
+
+    def goes_with(self, key: str, chosen: Iterable[str]) -> bool:
+        """Whether a key of ``beside`` goes with the keys that a run gives."""
+        mains = self.beside.get(key, ())
+        return not {mains, *mains}.isdisjoint(chosen)
+
+
+def neighbour(completion: str) -> str:
+    """The column of the completions of other rows of the same client, of a column of completions:
+    where it is left out, a row takes that of the row before it."""
+    return f"{completion} of the row before"
 
 
 def task_kind(name: str) -> TaskKind:

@@ -1,0 +1,322 @@
+"""Claims about whole runs that learn preferences: from rows to an adapter, here and at sites."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from calls import Calls
+from test_cli import rolora
+from tiny import SENTENCES, tiny_llama
+
+from rolora.comparison.grid import plan
+from rolora.comparison.queue import queued_runs
+from rolora.config.load import load_config, make_config
+from rolora.config.schema import RunConfig
+from rolora.errors import ConfigError
+from rolora.methods import method_names
+from rolora.plan.needs import make_plan
+from rolora.results.runs import load_run
+from rolora.run import runs
+from rolora.run.config_template import write_template
+from rolora.run.evaluation import evaluate_adapter
+from rolora.run.experiment import Experiment
+from rolora.run.prediction import predict
+from rolora.sites.coordinator import across
+from rolora.sites.site import Site
+from rolora.sites.site_config import SiteConfig
+from rolora.training import local
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+GOOD, BAD = ("good", "warm", "heart"), ("bad", "thin", "plot")
+PAIRS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+KTO = {"prompt": "prompt", "completion": "completion", "label": "label"}
+
+
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Pairs of which one is praise; and a completion that is praise in every other row."""
+    rng, made = random.Random(seed), []
+    for row in range(count):
+        good, bad = (" " + " ".join(rng.choices(words, k=3)) for words in (GOOD, BAD))
+        prompt = " ".join(rng.choice(SENTENCES).split()[:4])
+        both = {"prompt": prompt, "chosen": good, "rejected": bad}
+        made.append({**both, "completion": bad if row % 2 else good, "label": row % 2 == 0})
+    return made
+
+
+def write(path: Path, given: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preferences")
+    tiny_llama(folder / "model")
+    for seed, name in enumerate(("site-a", "site-b", "test")):
+        write(folder / f"{name}.jsonl", rows(24, seed))
+    return folder
+
+
+def configuration(place: Path, *overrides: str, loss: str = "dpo") -> RunConfig:
+    given: dict[str, Any] = {
+        "name": "preferences",
+        "server_seed": 0,
+        "model": {"path": "model", "task": "preference", "dtype": "fp32"},
+        "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"train": "site-*.jsonl", "test": "test.jsonl", "max_length": 48},
+        "preference": {"loss": loss},
+        "partition": {"scheme": "files"},
+        "train": {"rounds": 4, "batch_size": 4, "lr": 0.02, "bank": 1, "cache": ""},
+        "eval": {"every": 2},
+        "federation": {"sites": 2, "wait": 5},
+    }
+    given["data"] |= KTO if loss == "kto" else PAIRS
+    return make_config(given, overrides, root=place)
+
+
+def measured(config: RunConfig, out: Path, *build: Any) -> list[dict[str, float]]:
+    results = [result.metrics for result in runs.start(config, out, *build).rounds()]
+    return [dict(metrics) for metrics in results if metrics]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_run_of_every_method_learns_what_is_preferred(
+    place: Path, tmp_path: Path, name: str
+) -> None:
+    rate = 0.2 if name == "ravan" else 0.02  # it trains small cores only
+    changes = (f"method.name={name}", f"train.lr={rate}", "eval.every=4")
+    first, *_, last = measured(configuration(place, *changes), tmp_path / "run")
+    assert first["accuracy"] == 0.5
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert last["accuracy"] > 0.6
+    assert last["margin"] > 0 == pytest.approx(first["margin"], abs=1e-5)
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("loss", ["ipo", "kto"])
+def test_a_run_of_every_loss_learns_what_is_preferred(
+    place: Path, tmp_path: Path, loss: str
+) -> None:
+    first, *_, last = measured(
+        configuration(place, "train.rounds=6", "preference.beta=0.5", loss=loss), tmp_path / "run"
+    )
+    assert first["accuracy"] == 0.5
+    assert last["accuracy"] > 0.7
+    assert last["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_sites_that_agree_to_the_columns_end_with_the_metrics_of_one_machine(
+    place: Path, tmp_path: Path, loss: str
+) -> None:
+    config = configuration(place, "data.client_test=0.25", loss=loss)
+    here = measured(config, tmp_path / "here")
+    consent = KTO if loss == "kto" else PAIRS
+    there = measured(config, tmp_path / "there", across(sites(place, tmp_path, **consent), print))
+    assert there == here
+    assert len(here) > 2
+
+
+def sites(place: Path, state: Path, **consent: str) -> Calls:
+    made = {}
+    for node, name in enumerate(("site-a", "site-b")):
+        made[node] = Site(
+            SiteConfig(
+                name=name,
+                data=f"{name}.jsonl",
+                state=str(state / name),
+                root=place,
+                tasks=["preference"],
+                min_train_rows=1,
+                min_score_rows=1,
+                **consent,
+            )
+        )
+    return Calls(made)
+
+
+@pytest.mark.parametrize("role", list(PAIRS))
+def test_a_site_refuses_a_column_that_its_operator_has_not_named(
+    place: Path, tmp_path: Path, role: str
+) -> None:
+    named = {key: value for key, value in PAIRS.items() if key != role}
+    transport = sites(place, tmp_path, **named)
+    config = configuration(place, "federation.wait=0.1")
+    with pytest.raises(Exception, match="sites"):
+        runs.start(config, tmp_path / "run", across(transport, print))
+    assert all(reply.head.get("error") == "role" for _, _, reply in transport.passed)
+
+
+def test_sites_have_no_warm_start_to_compare_with(place: Path, tmp_path: Path) -> None:
+    config = configuration(place, "lora.init_from=warm")
+    with pytest.raises(ConfigError, match="sites do not have the adapter of lora"):
+        runs.start(config, tmp_path / "run", across(sites(place, tmp_path, **PAIRS), print))
+
+
+def test_a_kto_row_is_beside_another_of_its_own_client(place: Path, tmp_path: Path) -> None:
+    experiment = Experiment(configuration(place, "data.client_test=0.25", loss="kto"), tmp_path)
+    table = experiment.rows.train.to_pylist()
+    for held in (experiment.rows.shards, experiment.rows.held_out):
+        for own in held.values():
+            mine = [table[row] for row in own.tolist()]
+            before = [mine[-1], *mine[:-1]]
+            found = [row["completion of the row before"] for row in mine]
+            assert found == [row["completion"] for row in before]
+
+
+def test_a_row_is_run_once_without_an_adapter_in_a_whole_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = list[int]()
+    real = local.outputs
+
+    def counted(base: Any, task: Any, examples: Any, size: int = 64) -> Any:
+        if not base.bank.leaves:
+            plain.append(len(examples))
+        return real(base, task, examples, size)
+
+    monkeypatch.setattr("rolora.training.reference.outputs", counted)
+    config = configuration(place, "data.validation=0.25", "data.client_test=0.25")
+    list(runs.start(config, tmp_path / "run").rounds())
+    assert len(plain) == 5  # training, test and validation rows, and those of two clients
+    assert sum(plain) == 48 + 24 + 12 + held_out(config, tmp_path)
+
+
+def held_out(config: RunConfig, folder: Path) -> int:
+    return sum(map(len, Experiment(config, folder).rows.held_out.values()))
+
+
+def test_a_resumed_run_ends_with_the_same_bits(place: Path, tmp_path: Path) -> None:
+    config = configuration(place)
+    list(runs.start(config, tmp_path / "whole").rounds())
+    parts = runs.start(config, tmp_path / "parts").rounds()
+    for _ in range(3):
+        next(parts)
+    parts.close()
+    list(runs.resume(tmp_path / "parts").rounds())
+    one, other = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("whole", "parts")
+    )
+    assert one == other
+
+
+def test_predicted_margins_are_those_of_peft_and_those_that_are_measured(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    list(runs.start(configuration(place), tmp_path / "run").rounds())
+    test = place / "test.jsonl"
+    found = predict(tmp_path / "run", str(test))
+    metrics = evaluate_adapter(tmp_path / "run", str(test))
+    margins = [row["margin"] for row in found]
+    assert metrics["margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-6)
+    assert metrics["accuracy"] == sum(margin > 0 for margin in margins) / len(margins)
+    assert load_run(tmp_path / "run").rounds[-1]["metrics"] == pytest.approx(metrics, rel=1e-5)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "model")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    model = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()
+
+    def log_probability(prompt: str, completion: str) -> float:
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = torch.tensor([[*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]])
+        each = model(ids).logits.log_softmax(dim=-1)[0, :-1].gather(1, ids[0, 1:, None])
+        return float(each[start - 1 :].sum())
+
+    for row, one in zip(rows(24, 2)[:4], found, strict=False):
+        for key in ("chosen", "rejected"):
+            with torch.inference_mode():
+                after = log_probability(row["prompt"], row[key])
+                with model.disable_adapter():
+                    before = log_probability(row["prompt"], row[key])
+            assert one[f"{key}_reward"] == pytest.approx(0.1 * (after - before), abs=1e-4)
+
+    words = ("predict", tmp_path / "run", "--data", test, "--out", tmp_path / "found.csv")
+    assert rolora(monkeypatch, capsys, *words)[0] == 0
+    with (tmp_path / "found.csv").open(newline="") as file:
+        assert [float(row["margin"]) for row in csv.DictReader(file)] == margins
+
+
+def test_a_warm_start_is_what_rewards_are_measured_from(place: Path, tmp_path: Path) -> None:
+    list(runs.start(configuration(place), tmp_path / "warm").rounds())
+    warm = tmp_path / "warm" / "adapter"
+    first, *_, last = measured(configuration(place, f"lora.init_from={warm}"), tmp_path / "run")
+    assert first["accuracy"] == 0.5
+    assert first["margin"] == pytest.approx(0, abs=1e-5)
+    found = evaluate_adapter(tmp_path / "run", str(place / "test.jsonl"))
+    assert found == pytest.approx(last, rel=1e-5)
+    list(runs.start(configuration(place, "seed=1"), tmp_path / "other").rounds())
+    with pytest.raises(ConfigError, match="is not the adapter that"):
+        evaluate_adapter(
+            tmp_path / "run",
+            str(place / "test.jsonl"),
+            overrides=[f"lora.init_from={tmp_path / 'other' / 'adapter'}"],
+        )
+
+
+def test_runs_of_a_comparison_share_rows_only_where_they_are_the_same(
+    place: Path, tmp_path: Path
+) -> None:
+    for loss, shared in (("dpo", True), ("kto", False)):
+        split = ("partition.scheme=iid", "partition.clients=2", "train.rounds=1")
+        config = configuration(place, *split, loss=loss)
+        comparison = plan(config, {"rolora": (), "fedit": ()}, seeds=[0, 1])
+        seen = list[Experiment]()
+        for queued in queued_runs(comparison, tmp_path / loss):
+            list(queued.run.rounds())
+            seen.append(queued.run.experiment)
+        assert len({id(one.base) for one in seen}) == 1
+        assert (len({id(one.examples) for one in seen}) == 1) == shared
+        for one in seen:
+            alone = Experiment(one.config, tmp_path, base=one.base)
+            assert alone.data == one.data
+
+
+def test_a_run_is_planned_with_its_rows_and_without(place: Path) -> None:
+    elsewhere = ("data.train=gone.jsonl", "partition.scheme=iid")
+    for loss in ("dpo", "kto"):
+        here = make_plan(Experiment(configuration(place, loss=loss)))
+        gone = make_plan(Experiment(configuration(place, *elsewhere, loss=loss)))
+        for found in (here, gone):
+            assert all(round.flops for round in found.methods[0].rounds)
+
+
+def test_init_proposes_a_run_that_starts(place: Path, tmp_path: Path) -> None:
+    for columns, loss in ((PAIRS, "dpo"), (KTO, "kto")):
+        folder = tmp_path / loss
+        folder.mkdir()
+        write(folder / "rows.jsonl", [{key: row[key] for key in columns} for row in rows(40, 0)])
+        write_template(str(folder / "rows.jsonl"), folder / "made.toml", str(place / "model"))
+        small = ("partition.clients=2", "train.rounds=1", "lora.target_modules=['q_proj']")
+        config = load_config(folder / "made.toml", [*small, "data.max_length=48"])
+        assert (config.model.task, config.preference.loss) == ("preference", loss)
+        assert {key: getattr(config.data, key) for key in columns} == columns
+        assert measured(config, folder / "run")[-1].keys() == {"accuracy", "margin", "loss"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("preference.loss=kto",), "with data.chosen and data.rejected, use 'dpo'"),
+        (("preference.beta=0",), "preference.beta"),
+        (("preference.label_smoothing=0.5",), "preference.label_smoothing"),
+        (("preference.loss=ipo", "preference.label_smoothing=0.1"), "is for loss 'dpo'"),
+        (("preference.loss=simpo",), "preference.loss"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(
+    place: Path, tmp_path: Path, changes: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(Exception, match=said) as caught:
+        runs.start(configuration(place, *changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="use 'kto'"):
+        configuration(place, "preference.loss=dpo", loss="kto")
