@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rolora.data import tables
-from rolora.data.examples import Batch, Examples
+from rolora.data.examples import Batch, Examples, moved
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
 from rolora.tasks.causal_lm import loss as completion_loss
@@ -164,7 +164,7 @@ def gaps(ratio: Tensor, answers: Tensor | None, sizes: Sequence[int]) -> Tensor:
     if answers is None:
         return first - second
     sizes = sizes or (len(first),)
-    each = torch.tensor(sizes, device=first.device)
+    each = moved(torch.tensor(sizes), first.device)
     client = torch.arange(len(sizes), device=first.device)
     client = client.repeat_interleave(each, output_size=len(first))
     summed = first.new_zeros(len(sizes)).index_add(0, client, second.detach())
