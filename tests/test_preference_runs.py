@@ -320,3 +320,33 @@ def test_settings_that_do_not_fit_are_one_line(
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="use 'kto'"):
         configuration(place, "preference.loss=dpo", loss="kto")
+
+
+def test_what_workers_compare_with_has_the_bits_of_the_threads_that_a_resumed_run_has(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    whole = local.outputs
+
+    def counted(*given: Any, **more: Any) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return whole(*given, **more) + threads[-1]
+
+    monkeypatch.setattr("rolora.training.reference.outputs", counted)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = configuration(place, "train.workers=2", "train.bank=1", "data.validation=0.2")
+        run = runs.start(config, tmp_path / "run")
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(2)
+        again = runs.resume(tmp_path / "run")
+    finally:
+        torch.set_num_threads(before)
+    for name in ("examples", "test", "validation"):
+        one, other = (getattr(each.experiment, name).reference for each in (run, again))
+        assert torch.equal(one, other), name
+    engine: Any = run.experiment.federation.engine
+    assert engine.here.examples is run.experiment.examples
+    assert set(threads) == {1, 2}

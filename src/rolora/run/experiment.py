@@ -670,6 +670,16 @@ class Experiment:
         for part in ("method", "labels", "federation", "start", "test", "validation", "data"):
             getattr(self, part)
 
+    def compute_anew(self) -> None:
+        """Forget what has the bits of so many threads: a first gradient, and the outputs before
+        training that rows come with."""
+        parts = ["start"]
+        if self.kind.compares:
+            rows = ("task", "encoded", "examples", "test", "validation", "asked")
+            parts += [*rows, "engine", "crew", "federation"]
+        for part in parts:
+            vars(self).pop(part, None)
+
     @cached_property
     def notes(self) -> Sequence[str]:
         """What the user should know of how the run was set up."""
