@@ -18,7 +18,7 @@ from tiny import SENTENCES, tiny_llama
 
 from rolora.comparison.grid import plan
 from rolora.comparison.queue import queued_runs
-from rolora.config.load import load_config, make_config
+from rolora.config.load import config_hash, load_config, make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.methods import method_names
@@ -287,6 +287,17 @@ def test_a_run_is_planned_with_its_rows_and_without(place: Path) -> None:
         gone = make_plan(Experiment(configuration(place, *elsewhere, loss=loss)))
         for found in (here, gone):
             assert all(round.flops for round in found.methods[0].rounds)
+
+
+def test_a_run_of_another_task_is_the_run_that_it_was_before_there_were_preferences(
+    site: Path, place: Path
+) -> None:
+    plain = load_config(site)
+    assert config_hash(plain) == config_hash(load_config(site, ["preference.beta=0.5"]))
+    assert config_hash(plain) == "1c3e9b6afc9d61d392d3157c650690fa"  # as of 40d73eb
+    pairs = configuration(place)
+    for changed in ("preference.beta=0.5", "data.chosen=prompt"):
+        assert config_hash(pairs) != config_hash(configuration(place, changed))
 
 
 def test_init_proposes_a_run_that_starts(place: Path, tmp_path: Path) -> None:
