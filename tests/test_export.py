@@ -202,6 +202,20 @@ def as_gguf(folder: Path, file: Path) -> None:
     writer.close()
 
 
+def test_the_card_of_a_classifier_on_a_gguf_base_loads_the_classifier(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    as_gguf(tmp_path / "model", tmp_path / "base.gguf")
+    run = trained(tmp_path, "classification", base="base.gguf", maker=tiny_llama)
+    export(run, merged=tmp_path / "merged")
+    snippet = (run / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
+    snippet = snippet.replace("ITS FOLDER", str(tmp_path))
+    made: dict[str, Any] = {}
+    exec(snippet.replace("FOLDER", str(run / "adapter")), made)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    found, wanted = (logits(model, tmp_path / "merged") for model in (made["model"], merged))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 def test_an_adapter_of_a_gguf_base_is_merged_into_what_that_holds(tmp_path: Path) -> None:
     tiny_llama(tmp_path / "model")
     as_gguf(tmp_path / "model", tmp_path / "base.gguf")
