@@ -272,6 +272,14 @@ def test_workers_are_refused_where_there_can_be_none(
         rolora.load_config(place, ["train.workers=2", *overrides])
 
 
+def test_the_debug_engine_works_here_whatever_executor_there_is(
+    place: Path, tmp_path: Path, executor: Pickling
+) -> None:
+    before = executor.calls
+    ran(place, tmp_path / "run", "train.engine=debug", "train.rounds=1", executor=executor)
+    assert executor.calls == before
+
+
 def test_there_are_never_more_workers_than_groups_cores_and_memory_allow(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

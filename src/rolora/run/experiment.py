@@ -524,7 +524,8 @@ class Experiment:
     @cached_property
     def crew(self) -> Crew | None:
         """The processes that train and evaluate; None: this process does."""
-        if self.clients is None or (self.executor is None and self.workers == 1):
+        debug = self.config.train.engine == "debug"
+        if self.clients is None or debug or (self.executor is None and self.workers == 1):
             return None
         config = self.config
         changes: dict[str, Any] = {
