@@ -90,6 +90,14 @@ def test_a_card_says_what_stays_with_the_clients(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path / "run", "fedsa_lora"))
     text = card(run, 40, replace(SOURCE, kept=["B", "head"]))
     assert "each client keeps its own lora_B and head, which is not in this folder" in text
+    assert "of one run: means over the clients, each with its own lora_B and head." in text
+
+
+def test_a_card_says_which_rows_its_metrics_are_of(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run"))
+    assert "On test rows that no client had, after round 40 of one run. " in card(run, 40, SOURCE)
+    run.config["eval"] = {"rows": "validation"}
+    assert "On validation rows that no client had" in card(run, 40, SOURCE)
 
 
 def test_the_licence_of_a_base_is_what_the_card_in_its_folder_says(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from test_cli import rolora
-from tiny import tiny_bert, tiny_llama
+from tiny import tiny_bert, tiny_gpt2, tiny_llama
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from rolora.config.load import make_config
@@ -26,12 +27,17 @@ TEXTS = [f"{word} {'and ' * (row % 4)}dog" for row, word in enumerate(["cat", "b
 
 
 def trained(
-    place: Path, kind: str, method: str = "rolora", base: str = "model", **lora: Any
+    place: Path,
+    kind: str,
+    method: str = "rolora",
+    base: str = "model",
+    maker: Callable[[Path], Path] | None = None,
+    **lora: Any,
 ) -> Path:
     """The folder of a finished run of a tiny model."""
     rows = [{"text": text, "label": text[0], "answer": text[::-1]} for text in TEXTS]
     (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tiny_llama if kind == "causal_lm" else tiny_bert)(place / "model")
+    (maker or (tiny_llama if kind == "causal_lm" else tiny_bert))(place / "model")
     columns = (
         {"text": "text"} if kind != "causal_lm" else {"prompt": "text", "completion": "answer"}
     )
@@ -79,6 +85,36 @@ def test_a_merged_model_computes_what_the_adapter_does(
         assert merged.config.id2label == {0: "b", 1: "c", 2: "f"}
 
 
+def test_a_classifier_without_a_padding_token_of_its_own_takes_rows_of_several_lengths(
+    tmp_path: Path,
+) -> None:
+    tiny_gpt2(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    assert json.loads(file.read_text()).get("pad_token_id") is None
+    run = trained(tmp_path, "classification", base="model", maker=tiny_gpt2)
+    export(run, merged=tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    rows = tokenizer(TEXTS[:4], return_tensors="pt", padding=True)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    snippet = (run / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
+    made: dict[str, Any] = {}
+    exec(snippet.replace("FOLDER", str(run / "adapter")), made)
+    with torch.no_grad():
+        found, wanted = (model.eval()(**rows).logits for model in (merged, made["model"]))
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_an_adapter_trained_on_a_gpu_is_exported_on_a_machine_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path, "causal_lm")
+    file = run / "adapter" / "rolora.json"
+    file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    export(run, gguf=tmp_path / "adapter.gguf")
+    assert (tmp_path / "adapter.gguf").is_file()
+
+
 def test_merged_weights_have_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
     run = trained(tmp_path, "causal_lm")
     export(run, merged=tmp_path / "merged", dtype="bf16")
@@ -124,6 +160,10 @@ def test_a_classifier_s_adapter_is_not_written_as_gguf(
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
         export(run, merged=tmp_path / "there")
+    file.write_text("precious")
+    with pytest.raises(ConfigError, match="exists and is not overwritten"):
+        export(run, gguf=file)
+    assert file.read_text() == "precious"
 
 
 def as_gguf(folder: Path, file: Path) -> None:
@@ -160,6 +200,20 @@ def as_gguf(folder: Path, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_the_card_of_a_classifier_on_a_gguf_base_loads_the_classifier(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    as_gguf(tmp_path / "model", tmp_path / "base.gguf")
+    run = trained(tmp_path, "classification", base="base.gguf", maker=tiny_llama)
+    export(run, merged=tmp_path / "merged")
+    snippet = (run / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
+    snippet = snippet.replace("ITS FOLDER", str(tmp_path))
+    made: dict[str, Any] = {}
+    exec(snippet.replace("FOLDER", str(run / "adapter")), made)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    found, wanted = (logits(model, tmp_path / "merged") for model in (made["model"], merged))
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_an_adapter_of_a_gguf_base_is_merged_into_what_that_holds(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rolora.model.base import Base, load_base
 from rolora.run import experiment, runs
 from rolora.run.evaluation import evaluate_adapter
 from rolora.training import precision
+from rolora.training.local import NonFiniteLoss, train_group
 from rolora.training.precision import lower
 from rolora.training.settings import LocalSettings
 
@@ -74,6 +75,22 @@ def test_float32_comes_back_where_the_losses_differ(
     assert bench.base.dtype == torch.float32
     assert said.startswith("the base runs in float32")
     assert said.endswith(", too far from it")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mixed\ndtype"), NonFiniteLoss("not finite")])
+def test_float32_comes_back_where_a_step_in_bfloat16_fails(
+    error: Exception, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(base: Base, *given: Any, **more: Any) -> Any:
+        if base.dtype == torch.bfloat16:
+            raise error
+        return train_group(base, *given, **more)
+
+    monkeypatch.setattr(precision, "train_group", failing)
+    said = choose(bench, 1.7, monkeypatch)
+    assert bench.base.dtype == torch.float32
+    assert said.startswith("the base runs in float32, since a step in bfloat16 fails: ")
+    assert "\n" not in said
 
 
 def test_what_is_timed_are_steps_of_a_bank_of_clients_forward_and_backward(

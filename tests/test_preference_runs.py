@@ -18,7 +18,7 @@ from tiny import SENTENCES, tiny_llama
 
 from rolora.comparison.grid import plan
 from rolora.comparison.queue import queued_runs
-from rolora.config.load import load_config, make_config
+from rolora.config.load import config_hash, load_config, make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.methods import method_names
@@ -289,6 +289,17 @@ def test_a_run_is_planned_with_its_rows_and_without(place: Path) -> None:
             assert all(round.flops for round in found.methods[0].rounds)
 
 
+def test_a_run_of_another_task_is_the_run_that_it_was_before_there_were_preferences(
+    site: Path, place: Path
+) -> None:
+    plain = load_config(site)
+    assert config_hash(plain) == config_hash(load_config(site, ["preference.beta=0.5"]))
+    assert config_hash(plain) == "1c3e9b6afc9d61d392d3157c650690fa"  # as of 40d73eb
+    pairs = configuration(place)
+    for changed in ("preference.beta=0.5", "data.chosen=prompt"):
+        assert config_hash(pairs) != config_hash(configuration(place, changed))
+
+
 def test_init_proposes_a_run_that_starts(place: Path, tmp_path: Path) -> None:
     for columns, loss in ((PAIRS, "dpo"), (KTO, "kto")):
         folder = tmp_path / loss
@@ -320,3 +331,33 @@ def test_settings_that_do_not_fit_are_one_line(
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="use 'kto'"):
         configuration(place, "preference.loss=dpo", loss="kto")
+
+
+def test_what_workers_compare_with_has_the_bits_of_the_threads_that_a_resumed_run_has(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    whole = local.outputs
+
+    def counted(*given: Any, **more: Any) -> torch.Tensor:
+        threads.append(torch.get_num_threads())
+        return whole(*given, **more) + threads[-1]
+
+    monkeypatch.setattr("rolora.training.reference.outputs", counted)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = configuration(place, "train.workers=2", "train.bank=1", "data.validation=0.2")
+        run = runs.start(config, tmp_path / "run")
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(2)
+        again = runs.resume(tmp_path / "run")
+    finally:
+        torch.set_num_threads(before)
+    for name in ("examples", "test", "validation"):
+        one, other = (getattr(each.experiment, name).reference for each in (run, again))
+        assert torch.equal(one, other), name
+    engine: Any = run.experiment.federation.engine
+    assert engine.here.examples is run.experiment.examples
+    assert set(threads) == {1, 2}

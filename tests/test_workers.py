@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,19 @@ def test_workers_read_no_rows_and_no_text(
     assert not list((tmp_path / "run").glob(".*rows*"))  # those that were written for them
 
 
+def test_a_run_in_the_place_of_another_trains_on_its_own_rows(
+    tmp_path: Path, executor: Pickling
+) -> None:
+    place, changes = make_site(tmp_path / "site"), ("train.rounds=1", "train.workers=2")
+    ran(place, tmp_path / "run", *changes, executor=executor)
+    shutil.rmtree(tmp_path / "run")
+    rows = place.parent / "train.csv"
+    rows.write_text(rows.read_text().replace("warm heart", "thin plot"))
+    alone = ran(place, tmp_path / "alone", "train.rounds=1")
+    again = ran(place, tmp_path / "run", *changes, executor=executor)
+    assert left_by(again) == left_by(alone)
+
+
 def test_groups_that_do_not_fit_in_memory_are_halved_as_in_one_process(
     place: Path,
     tmp_path: Path,
@@ -256,6 +270,14 @@ def test_workers_are_refused_where_there_can_be_none(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         rolora.load_config(place, ["train.workers=2", *overrides])
+
+
+def test_the_debug_engine_works_here_whatever_executor_there_is(
+    place: Path, tmp_path: Path, executor: Pickling
+) -> None:
+    before = executor.calls
+    ran(place, tmp_path / "run", "train.engine=debug", "train.rounds=1", executor=executor)
+    assert executor.calls == before
 
 
 def test_there_are_never_more_workers_than_groups_cores_and_memory_allow(

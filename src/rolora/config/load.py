@@ -20,6 +20,7 @@ from rolora.errors import ConfigError, nearest
 from rolora.files import from_home
 from rolora.methods import METHODS
 from rolora.registry import Registry
+from rolora.tasks.registry import task_kind
 
 # Where the files of a run are. They may move: hashes say whether they are still the same.
 PLACES = (
@@ -119,13 +120,17 @@ def config_hash(config: RunConfig) -> str:
     """A hash of the settings that define a run.
 
     Left out are where it runs and where its files are (``PLACES``), the server's seed, what "auto"
-    resolves to, and the number of rounds, which a resumed run may raise.
+    resolves to, and the number of rounds, which a resumed run may raise. So are keys without effect
+    that older versions do not know: a run that one of them has started can be resumed.
     """
+    compares = task_kind(config.model.task).compares
+    pairs = {key for key in ("chosen", "rejected") if getattr(config.data, key) is None}
     values = config.model_dump_json(
         exclude={
             "train": {"rounds", "bank", "workers", "cache"},
             "model": {"dtype", "path"},
-            "data": {"train", "test", "validation"},
+            "data": {"train", "test", "validation", *pairs},
+            **({} if compares else {"preference": True}),
             "lora": {"init_from"},
             "federation": True,
             "attack": {"name", "clients"} if config.attack.name == NO_ATTACK else set(),

@@ -65,6 +65,8 @@ def write_merged(
         plain, _ = load_model(AUTO[kind], place, dtype=torch.float32, **more)
         model: Any = peft.PeftModel.from_pretrained(plain, adapter)
     model = model.merge_and_unload(safe_merge=True).to(dtype)
+    if model.config.pad_token_id is None:  # a classifier of rows of several lengths needs it
+        model.config.pad_token_id = tokenizer.pad_token_id
     with new_folder(out) as part, quiet():
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)

@@ -54,6 +54,7 @@ def card(run: RunRecord, round: int, source: Source) -> str:
             task=run.config["model"]["task"],
             labels=labels + (f" and {more} more" if more > 0 else ""),
             method=run.method,
+            judged_on=run.config.get("eval", {}).get("rows", "test"),
             kept=" and ".join(KEPT[role] for role in source.kept),
             rank=run.config["lora"]["rank"],
             alpha=run.config["lora"]["alpha"],

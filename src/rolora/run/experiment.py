@@ -524,7 +524,8 @@ class Experiment:
     @cached_property
     def crew(self) -> Crew | None:
         """The processes that train and evaluate; None: this process does."""
-        if self.clients is None or (self.executor is None and self.workers == 1):
+        debug = self.config.train.engine == "debug"
+        if self.clients is None or debug or (self.executor is None and self.workers == 1):
             return None
         config = self.config
         changes: dict[str, Any] = {
@@ -669,6 +670,16 @@ class Experiment:
         """Make all parts that a run needs. Refusals that take no model come first."""
         for part in ("method", "labels", "federation", "start", "test", "validation", "data"):
             getattr(self, part)
+
+    def compute_anew(self) -> None:
+        """Forget what has the bits of so many threads: a first gradient, and the outputs before
+        training that rows come with."""
+        parts = ["start"]
+        if self.kind.compares:
+            rows = ("task", "encoded", "examples", "test", "validation", "asked")
+            parts += [*rows, "engine", "crew", "federation"]
+        for part in parts:
+            vars(self).pop(part, None)
 
     @cached_property
     def notes(self) -> Sequence[str]:

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
+from rolora.errors import ConfigError
 from rolora.model.export import write_gguf, write_merged
 from rolora.run.evaluation import adapter_folder, load_trained
-from rolora.run.folder import require_new
 
 Dtype = Literal["fp32", "bf16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -26,13 +26,15 @@ def export(
     """Write a finished run's adapter, or that of its adapter folder, in other forms.
 
     ``merged``: a new folder for the base with the adapter in its weights, of this ``dtype``.
-    ``gguf``: a file with the adapter alone, for llama.cpp. ``model`` names the base where it has
-    moved. Raises ConfigError as ``evaluate_adapter`` does, and for an adapter that cannot be
+    ``gguf``: a new file with the adapter alone, for llama.cpp. ``model`` names the base where it
+    has moved. Raises ConfigError as ``evaluate_adapter`` does, and for an adapter that cannot be
     written as GGUF.
     """
-    if merged is not None:
-        require_new(merged)
-    trained, adapter, _ = load_trained(path, {}, model, [])
+    for option, out in {"--merged": merged, "--gguf": gguf}.items():
+        if out is not None and out.exists():
+            raise ConfigError(f"{out} exists and is not overwritten: name another with {option}")
+    here = [] if torch.cuda.is_available() else ["device=cpu"]  # wherever it was trained
+    trained, adapter, _ = load_trained(path, {}, model, here)
     config, base = trained.config, trained.base
     if gguf is not None:
         write_gguf(base, adapter, gguf)

@@ -149,9 +149,10 @@ def start(
     experiment = _on(executor, build)(config, path / "clients")
     experiment.prepare()
     several = experiment.crew is not None and config.device == "cpu"
-    if several and "OMP_NUM_THREADS" not in os.environ:  # each process has a core
+    many = torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ
+    if several and many:  # each process has a core
         torch.set_num_threads(1)
-        vars(experiment).pop("start")  # a gradient has the bits of so many threads
+        experiment.compute_anew()
     drawn = {"server_seed": experiment.config.server_seed}
     text = dump_config(config.model_copy(update=drawn), provenance(experiment), path)
     folder = RunFolder.create(path, text, experiment.partition)

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, replace
@@ -56,7 +57,8 @@ class Part:
     ``make``: ``rolora.run.experiment.Experiment``, which imports this module. ``config`` with dtype
     resolved; ``base``: the digest of the model; ``files``: name of the rows -> their file;
     ``cached``: those whose prefix is in ``train.cache``; ``threads``: of torch; ``versions``: of
-    the libraries that compute.
+    the libraries that compute; ``written``: names this once that the files were written, since
+    the next run of a folder has files of the same names.
     """
 
     make: Callable[..., Any]
@@ -67,6 +69,7 @@ class Part:
     cached: frozenset[str] = frozenset()
     threads: int = 1
     versions: tuple[str, ...] = ()
+    written: str = ""
 
 
 class Crew:
@@ -107,7 +110,12 @@ class Crew:
         cached = frozenset(name for name, one in self._rows.items() if one.prefix is not None)
         threads = torch.get_num_threads()
         return replace(
-            self._without_files, files=files, cached=cached, threads=threads, versions=_versions()
+            self._without_files,
+            files=files,
+            cached=cached,
+            threads=threads,
+            versions=_versions(),
+            written=uuid.uuid4().hex,
         )
 
     def begin(self) -> None:

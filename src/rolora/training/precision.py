@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from rolora.algorithm.adapter import AdapterState, Roles
 from rolora.data.examples import Examples
+from rolora.errors import one_line
 from rolora.methods import get_method
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
-from rolora.training.local import Work, train_group
+from rolora.training.local import NonFiniteLoss, Work, train_group
 from rolora.training.memory import plan_bank
 from rolora.training.settings import LocalSettings
 
@@ -58,7 +59,11 @@ def lower(
         _hold(full)
         long, before = timed(step)
         _hold(low)
-        short, after = timed(step)
+        try:
+            short, after = timed(step)
+        except (RuntimeError, NonFiniteLoss) as error:  # such as buffers that stay float32
+            _hold(full)
+            return f"the base runs in float32, since a step in bfloat16 fails: {one_line(error)}"
         gains.append(long / short)
     gain = median(gains[1:] or gains)  # the first steps find nothing in the caches
     faster, agrees = gain > TIE, abs(after - before) <= AGREEMENT * abs(before)
