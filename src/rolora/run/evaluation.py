@@ -69,7 +69,7 @@ def load_trained(
         for name, source in sources.items()
     }
     base = _load_base(folder, notes, trained)
-    if sources and trained.kind.compares and trained.init_hash != notes["init_from"]:
+    if sources and trained.kind.compares and trained.init_hash != notes.get("init_from", ""):
         raise ConfigError(
             f"{trained.config.lora.init_from} is not the adapter that {folder} was trained from, "
             "with which its outputs are compared: give that one with lora.init_from=FOLDER"
@@ -129,14 +129,7 @@ def _notes(folder: Path) -> dict[str, Any]:
     return notes
 
 
-_NOTES = {
-    "config": dict,
-    "root": str,
-    "labels": list,
-    "base": str,
-    "tokenizer": str,
-    "init_from": str,
-}
+_NOTES = {"config": dict, "root": str, "labels": list, "base": str, "tokenizer": str}
 
 
 def _trained(

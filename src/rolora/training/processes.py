@@ -77,6 +77,9 @@ class Processes(Executor):
     cards, of which each process sees one, in turn; none: it sees what this process sees.
     """
 
+    # held here, since a run that is left half way is closed when Python has emptied its modules
+    _ending = staticmethod(sys.is_finalizing)
+
     def __init__(self, count: int, cards: Sequence[str] = ()) -> None:
         self._cards = cards
         self._threads = ThreadPoolExecutor(count)  # one waits for each process
@@ -92,6 +95,8 @@ class Processes(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End all processes now, also in the middle of a call."""
+        if self._ending():  # they end with this process
+            return
         self._ended = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for _, pid in list(self._pools.values()):
