@@ -134,9 +134,10 @@ def test_a_resumed_run_can_be_given_more_rounds(site: Path, whole: Path, tmp_pat
     assert adapter_hash(path) == adapter_hash(straight)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("what", ["run", "compare"])
 def test_a_run_that_is_left_half_way_lets_python_end_in_silence(
-    site: Path, tmp_path: Path, what: str
+    site: Path, tmp_path: Path, what: str, workers: int
 ) -> None:
     begin = {
         "run": "rolora.start(config, sys.argv[2])",
@@ -145,13 +146,14 @@ def test_a_run_that_is_left_half_way_lets_python_end_in_silence(
     program = f"""
 import sys
 import rolora
-config = rolora.load_config(sys.argv[1])
+config = rolora.load_config(sys.argv[1], ["train.workers={workers}", "train.bank=1"])
 rounds = {begin[what]}.rounds()
-next(rounds)
+next(rounds), next(rounds)
 """
     command = [sys.executable, "-c", program, str(site), str(tmp_path / "run")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+    assert not list(tmp_path.rglob(".part-*"))
 
 
 def with_other_weights(site: Path) -> None:

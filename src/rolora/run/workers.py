@@ -8,6 +8,7 @@ that were written here.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import platform
@@ -100,6 +101,7 @@ class Crew:
 
     @cached_property
     def _part(self) -> Part:
+        atexit.register(self.close)  # a run may be left half way, and later nothing works
         make_folder(self._folder)
         files = {}
         for name, examples in self._rows.items():
@@ -126,11 +128,13 @@ class Crew:
 
     def close(self) -> None:
         """End the processes and delete their rows."""
+        if vars(self).pop("_part", None) is None:  # nothing has begun, or all has ended
+            return
+        atexit.unregister(self.close)
         executor = vars(self).pop("_executor", None)
         if executor is not None and executor is not self._running:
             executor.shutdown()
-        if vars(self).pop("_part", None) is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def train(
         self, work: Iterable[Sequence[Work]], job: Job

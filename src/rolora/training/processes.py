@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -77,9 +78,6 @@ class Processes(Executor):
     cards, of which each process sees one, in turn; none: it sees what this process sees.
     """
 
-    # held here, since a run that is left half way is closed when Python has emptied its modules
-    _ending = staticmethod(sys.is_finalizing)
-
     def __init__(self, count: int, cards: Sequence[str] = ()) -> None:
         self._cards = cards
         self._threads = ThreadPoolExecutor(count)  # one waits for each process
@@ -88,6 +86,7 @@ class Processes(Executor):
             self._free.put(place)
         self._pools: dict[int, tuple[ProcessPoolExecutor, int]] = {}
         self._ended = False
+        atexit.register(self.shutdown)  # a run may be left half way, and later nothing works
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Have a process call ``fn``, which has to be importable there, as its arguments have."""
@@ -95,8 +94,9 @@ class Processes(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End all processes now, also in the middle of a call."""
-        if self._ending():  # they end with this process
+        if self._ended:
             return
+        atexit.unregister(self.shutdown)
         self._ended = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for _, pid in list(self._pools.values()):
