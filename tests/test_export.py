@@ -147,6 +147,17 @@ def test_llama_cpp_adds_from_a_gguf_file_what_peft_adds(tmp_path: Path, rslora: 
         assert torch.allclose(torch.tensor(found), wanted, atol=1e-6), path
 
 
+def test_a_layer_that_gguf_has_no_name_for_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path, "causal_lm")
+    unknown = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, 2)
+    monkeypatch.setattr("rolora.model.export.gguf.get_tensor_name_map", lambda *_: unknown)
+    with pytest.raises(ConfigError, match="has no name in GGUF"):
+        export(run, gguf=tmp_path / "adapter.gguf")
+    assert not list(tmp_path.glob("*adapter.gguf*"))
+
+
 def test_a_classifier_s_adapter_is_not_written_as_gguf(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,6 @@ from rolora.model.checkpoint import (
     load_tokenizer,
     locate,
     one_line_errors,
-    outputs_config,
     quantisation,
     quiet,
     read_config,
@@ -215,15 +214,11 @@ def load_base(
     """
     place = locate(source, root, offline)
     require_here(place, offline)
-    auto, more = AUTO[kind], dict[str, Any]()
-    if kind != "causal_lm":
-        more = {**outputs_config(kind, labels), "ignore_mismatched_sizes": True}
-    if quantise:
-        more |= quantisation(place, auto, quantise, dtype, device)
+    packed = quantisation(place, AUTO[kind], quantise, dtype, device) if quantise else {}
     with one_line_errors(source), quiet():
         stored = read_config(place)
         tokenizer = load_tokenizer(place)
-        model, info = load_model(auto, place, dtype=dtype, **more)
+        model, info = load_model(kind, place, labels, dtype=dtype, **packed)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     outputs = set() if kind == "causal_lm" else _outputs(model)
     note = ""

@@ -221,8 +221,11 @@ def quantisation(
     return {"quantization_config": how, "device_map": {"": device}}
 
 
-def load_model(auto: Any, place: dict[str, Any], **more: Any) -> tuple[Any, dict[str, Any]]:
-    """The model at this place, and what transformers says of loading it. No remote code runs.
+def load_model(
+    kind: Kind, place: dict[str, Any], labels: Sequence[str], **more: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model at this place with an output per label, if its kind has such, and what transformers
+    says of loading it. No remote code runs.
 
     A GGUF file is unpacked into plain weights. Left packed, which is the default where the package
     kernels is installed, it could not be trained around, and would compute with code from the hub.
@@ -230,7 +233,9 @@ def load_model(auto: Any, place: dict[str, Any], **more: Any) -> tuple[Any, dict
     packed = "gguf_file" in place
     if packed and (config := getattr(transformers, "GgufConfig", None)):
         more["quantization_config"] = config(dequantize=True)
-    model, info = auto.from_pretrained(
+    if kind != "causal_lm":
+        more |= {**outputs_config(kind, labels), "ignore_mismatched_sizes": True}
+    model, info = AUTO[kind].from_pretrained(
         **place,
         **more,
         trust_remote_code=False,

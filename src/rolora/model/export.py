@@ -16,14 +16,7 @@ from rolora.errors import ConfigError
 from rolora.files import new_file, new_folder
 from rolora.model.bank import PREFIX
 from rolora.model.base import Base
-from rolora.model.checkpoint import (
-    AUTO,
-    load_model,
-    locate,
-    one_line_errors,
-    outputs_config,
-    quiet,
-)
+from rolora.model.checkpoint import load_model, locate, one_line_errors, quiet
 from rolora.model.peft import Kind
 
 # model type -> llama.cpp's name of it, and the layers whose rows it wants in another order: it
@@ -58,11 +51,8 @@ def write_merged(
     all. ConfigError for a base that cannot be read.
     """
     place = locate(source, root, offline)
-    more: dict[str, Any] = {}
-    if kind != "causal_lm":
-        more = {**outputs_config(kind, labels), "ignore_mismatched_sizes": True}
     with one_line_errors(source), quiet():
-        plain, _ = load_model(AUTO[kind], place, dtype=torch.float32, **more)
+        plain, _ = load_model(kind, place, labels, dtype=torch.float32)
         model: Any = peft.PeftModel.from_pretrained(plain, adapter)
     model = model.merge_and_unload(safe_merge=True).to(dtype)
     if model.config.pad_token_id is None:  # a classifier of rows of several lengths needs it
@@ -103,9 +93,10 @@ def write_gguf(base: Base, adapter: AdapterState, out: Path) -> None:
             up = up * (scaling * len(down) / alpha)
             if path.endswith(rotary):
                 up = interleaved(up, heads[path.rpartition(".")[2]])
-            called = f"{names.get_name(path)}.weight"
-            writer.add_tensor(f"{called}.lora_a", down.float().contiguous().numpy())
-            writer.add_tensor(f"{called}.lora_b", up.float().contiguous().numpy())
+            if (called := names.get_name(path)) is None:
+                raise ConfigError(f"layer {path!r} has no name in GGUF: use --merged")
+            writer.add_tensor(f"{called}.weight.lora_a", down.float().contiguous().numpy())
+            writer.add_tensor(f"{called}.weight.lora_b", up.float().contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
