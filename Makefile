@@ -13,6 +13,7 @@
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on; STUDY=e1 for one
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
+# make check-gpu right results, speed and memory on this machine's GPU, 8 minutes; REHEARSE=1 on a CPU
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow \
-  test-flower soak-flower test-faults soak reliability test-mutants fuzz check results bench bench-gpu \
+  test-flower soak-flower test-faults soak reliability test-mutants fuzz check results bench check-gpu \
   build clean
 
 install: $(VENV)/installed
@@ -110,9 +111,10 @@ bench: install $(PEERS)/installed
 	$(BIN)/python -m benchmarks --peers $(PEERS)/bin/python $(BENCH)
 	$(BIN)/python docs/make_performance.py
 
-# on a machine with a CUDA build of torch in the environment that BENCH_PYTHON names
-bench-gpu:
-	PYTHONPATH=src $(or $(BENCH_PYTHON),$(BIN)/python) -m benchmarks.gpu --model $(or $(MODEL),roberta-large)
+# on a machine with a GPU: CHECK_PYTHON names an environment with a CUDA build of torch; REHEARSE=1
+# tries the check itself on a CPU
+check-gpu:
+	PYTHONPATH=src $(or $(CHECK_PYTHON),$(BIN)/python) -m benchmarks.check_gpu $(if $(REHEARSE),--rehearse)
 
 $(PEERS)/installed: benchmarks/constraints.txt
 	$(PYTHON) -m venv $(PEERS)

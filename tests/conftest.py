@@ -22,6 +22,7 @@ WIDE = {
     "test_catalogue",
     "test_chat_runs",
     "test_chats",
+    "test_check_gpu",
     "test_checkpoint_head",
     "test_cli",
     "test_compare",
