@@ -106,6 +106,10 @@ def test_a_run_that_names_columns_is_given_those_that_the_operator_named(
             "tasks": ["classification", "causal_lm"]
         }),
         ("role", ("model.task=causal_lm", "data.messages=text"), ALLOWED),
+        ("config", (
+            *("model.task=preference", "data.prompt=text", "data.chosen=label"),
+            *("data.rejected=id", "lora.init_from=/elsewhere"),
+        ), {"tasks": ["preference"], "prompt": "text", "chosen": "label", "rejected": "id"}),
         ("labels", (), {"label": "id", "max_labels": 39}),
         ("labels", (), {"labels": ["bad"]}),
         ("data", (), {"label": "nowhere"}),
