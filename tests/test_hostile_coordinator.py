@@ -261,6 +261,19 @@ def test_a_run_that_was_not_admitted_is_answered_nothing(asked: Asked) -> None:
     assert asked.ask("hello", b"{}", run="../../etc").head["error"] == "question"
 
 
+def test_an_admitted_run_is_answered_only_known_questions_of_this_protocol(asked: Asked) -> None:
+    asked.hello()
+    assert asked.ask("give", b"[]").head["error"] == "question"
+    assert asked.ask("hello", protocol=PROTOCOL + 1).head["error"] == "protocol"
+
+
+def test_a_list_of_labels_that_is_damaged_on_the_site_s_disk_is_not_used(asked: Asked) -> None:
+    asked.hello()
+    assert "error" not in asked.ask("ready", b'["bad", "good"]').head
+    (asked.config.folder / RUN / "labels.json").write_text('["bad", "bad"]')
+    assert asked.ask("train", round=1, last=0).head["error"] == "question"
+
+
 def test_a_round_beyond_those_allowed_is_refused(place: Path, tmp_path: Path) -> None:
     asked = Asked(place, tmp_path / "state", max_rounds=6)
     asked.hello()

@@ -34,7 +34,7 @@ from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
 from rolora.model.peft import WEIGHTS, LoraSettings, read_adapter
 from rolora.model.prefix import kept_below
 from rolora.run.shards import Rows, load_rows, neighboured, rewritten, spoiled
-from rolora.run.workers import Crew, Part, Pool
+from rolora.run.workers import InWorkers, Part, WorkerPool
 from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.attacked import Attacked
@@ -483,7 +483,7 @@ class Experiment:
             evaluation=partial(self.evaluate, answers=0),
             up=self.config.wire.up,
         )
-        engine: Engine = here if self.crew is None else Pool(here, self.crew)
+        engine: Engine = here if self.worker_pool is None else InWorkers(here, self.worker_pool)
         if self.attack is None:
             return engine
         return Attacked(engine, self.attack, self._bad(self.rows), self.aggregation)
@@ -522,7 +522,7 @@ class Experiment:
         return max(1, min(groups, usable_cores(), fitting))
 
     @cached_property
-    def crew(self) -> Crew | None:
+    def worker_pool(self) -> WorkerPool | None:
         """The processes that train and evaluate; None: this process does."""
         debug = self.config.train.engine == "debug"
         if self.clients is None or debug or (self.executor is None and self.workers == 1):
@@ -539,7 +539,7 @@ class Experiment:
             "validation": self.validation,
             "asked": self.asked,
         }
-        return Crew(
+        return WorkerPool(
             Part(
                 Experiment,
                 config.model_copy(update=changes),
@@ -553,13 +553,13 @@ class Experiment:
         )
 
     @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
+    def closing_workers(self) -> Iterator[None]:
         """Processes that work for this run end with the block."""
         try:
             yield
         finally:
-            if self.crew is not None:
-                self.crew.close()
+            if self.worker_pool is not None:
+                self.worker_pool.close()
 
     @property
     def dtype(self) -> str:
@@ -646,9 +646,9 @@ class Experiment:
     def _scored(self, rows: str, adapter: AdapterState, answers: int | None) -> Metrics:
         """``score`` on these rows of the run ("test", ...), by its worker processes if any."""
         examples: Examples = getattr(self, rows)
-        if self.crew is None:
+        if self.worker_pool is None:
             return self.score(examples, adapter, answers)
-        metrics = self.task.score(self.crew.outputs(rows, adapter), examples)
+        metrics = self.task.score(self.worker_pool.outputs(rows, adapter), examples)
         return self._answered(metrics, examples, adapter, answers)
 
     def _answered(
@@ -677,7 +677,7 @@ class Experiment:
         parts = ["start"]
         if self.kind.compares:
             rows = ("task", "encoded", "examples", "test", "validation", "asked")
-            parts += [*rows, "engine", "crew", "federation"]
+            parts += [*rows, "engine", "worker_pool", "federation"]
         for part in parts:
             vars(self).pop(part, None)
 

@@ -61,14 +61,14 @@ class Run:
         """
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
-        with self.folder.locked(), self.experiment.at_work():
+        with self.folder.locked(), self.experiment.closing_workers():
             if self.folder.newest != self.checkpoint:
                 raise ConfigError(
                     f"{self.folder.path} has gone on since this run was opened: resume it anew"
                 )
-            crew = self.experiment.crew
-            if crew is not None and self.state.server.round < federation.rounds:
-                crew.begin()  # loading is no part of a round
+            worker_pool = self.experiment.worker_pool
+            if worker_pool is not None and self.state.server.round < federation.rounds:
+                worker_pool.begin()  # loading is no part of a round
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state
@@ -148,7 +148,7 @@ def start(
     path, config = new_path(config, out), dated(config)
     experiment = _on(executor, build)(config, path / "clients")
     experiment.prepare()
-    several = experiment.crew is not None and config.device == "cpu"
+    several = experiment.worker_pool is not None and config.device == "cpu"
     many = torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ
     if several and many:  # each process has a core
         torch.set_num_threads(1)

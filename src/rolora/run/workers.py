@@ -73,7 +73,7 @@ class Part:
     written: str = ""
 
 
-class Crew:
+class WorkerPool:
     """The processes of a run, with the rows they read: begun when first needed, gone when closed.
 
     ``part`` has no files yet. ``rows``: those that clients train on ("examples") and those that are
@@ -183,8 +183,8 @@ class Crew:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Deals the groups of ``here`` out to a crew. Results are those of ``here``, to the bit.
+class InWorkers:
+    """Deals the groups of ``here`` out to a worker pool. Results are those of ``here``, to the bit.
 
     Groups are formed before they are dealt, and what comes back is used in the cohort's order.
     Where a group does not fit in memory, it and all groups after it are formed anew, as ``here``
@@ -192,7 +192,7 @@ class Pool:
     """
 
     here: InProcess
-    crew: Crew
+    pool: WorkerPool
 
     def clients(self) -> Mapping[str, int]:
         """Every client, always."""
@@ -204,7 +204,7 @@ class Pool:
         while left:
             groups = self.here.groups(left)
             work = ([self.here.prepare(assigned) for assigned in group] for group in groups)
-            for group, (_, ended) in zip(groups, self.crew.train(work, job), strict=False):
+            for group, (_, ended) in zip(groups, self.pool.train(work, job), strict=False):
                 if ended is None:
                     self.here.halve(len(group))
                     break
@@ -216,7 +216,7 @@ class Pool:
         """Each client's metrics; on the server's rows only if adapters are personal."""
         asked = list(clients)
         each = ((self.here.held_by(one), self.here.held_out(one.info.id)) for one in asked)
-        found = self.crew.measure(each, on_server=bool(method.personal_roles))
+        found = self.pool.measure(each, on_server=bool(method.personal_roles))
         for assigned, (held_out, server) in zip(asked, found, strict=True):
             yield ClientMetrics(assigned.info.id, held_out, server)
 

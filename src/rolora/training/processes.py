@@ -143,11 +143,11 @@ class Processes(Executor):
 
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
-    """What is started here does not run the user's script again, nor hear signals meant for us.
+    """Processes started in this block do not run the user's script again, and block signals.
 
-    A new process imports the main module, so a script without a ``__main__`` guard would start all
-    over; nothing of ours is in it. Ctrl-C reaches all processes of a terminal, and one alone is to
-    answer it.
+    A new process imports the main module: a script without a ``__main__`` guard would start all
+    over, and nothing of ours is in it. Ctrl-C reaches all processes of a terminal, but only the
+    first one has to handle it.
     """
     with _STARTING:
         script = sys.modules["__main__"]
