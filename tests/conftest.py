@@ -78,6 +78,7 @@ WIDE = {
     "test_theory",
     "test_wiretap",
     "test_workers",
+    "test_wrong_questions",
 }
 
 

@@ -44,6 +44,8 @@ REASONS = {
     "train.local_epochs, or lower train.batch_size",
     "data": "its rows cannot be read as this run needs them",
     "count": "it has another number of rows than the coordinator was told",
+    "diverged": "its loss, or what it would send, is not finite: lower train.lr, or set "
+    "train.max_grad_norm",
     "disk": "it cannot read or write its files",
     "failed": "it failed",
 }

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from rolora.algorithm import patches
-from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failure
+from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Update
 from rolora.algorithm.codec import WireError, decode
 from rolora.algorithm.method import ServerState
 from rolora.algorithm.seeding import generator
@@ -63,6 +63,7 @@ from rolora.sites.site_config import SiteConfig
 from rolora.tasks.registry import task_kind
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess, Job, encoded
+from rolora.training.local import NonFiniteLoss
 
 _log = logging.getLogger(__name__)
 RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -180,7 +181,14 @@ class Site:
 
 def _failed(asked: str, error: Exception) -> SiteMessage:
     """The answer in place of one that failed: a code. The site's log has the rest."""
-    kinds = {MessageError: "question", DataError: "data", ConfigError: "config", OSError: "disk"}
+    kinds = {
+        MessageError: "question",
+        DataError: "data",
+        ConfigError: "config",
+        NonFiniteLoss: "diverged",
+        WireError: "diverged",
+        OSError: "disk",
+    }
     code = next((code for kind, code in kinds.items() if isinstance(error, kind)), "failed")
     if isinstance(error, Refused):
         code = error.code
@@ -243,8 +251,7 @@ def _train(site: Site, folder: Path, request: SiteMessage) -> SiteMessage:
     server = ServerState(received, round=round - 1)
     job = Job(server, (assigned,), request.integer("seed"), request.number("lr"))
     (update,) = engine.run(method, job)
-    if isinstance(update, Failure):
-        raise MessageError(update.reason)
+    assert isinstance(update, Update)  # an engine that encodes nothing gives no other
     up = run.experiment.config.wire.up
     payload, sent = encoded(up, method, assigned, update.adapter, store)
     replace(store, kind="sent").write(name, round, sent)
