@@ -52,6 +52,7 @@ WIDE = {
     "test_method_runs",
     "test_models",
     "test_moved",
+    "test_notebooks",
     "test_on_card",
     "test_packing",
     "test_peft_round_trip",
