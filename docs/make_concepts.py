@@ -5,6 +5,7 @@ A product B·A of two numbers is an area: A wide and B high.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from rolora.files import write_file
-from rolora.report.figures import INK, PALETTE, STYLE, WIDTH, rendered, styled
+from rolora.report.figures import INK, PALETTE, WIDTH, rendered, styled
 
 APART, ALTERNATING = (
     Path(__file__).with_name(f"concepts-{name}.svg") for name in ("apart", "alternating")
@@ -71,6 +72,14 @@ def alternating() -> Figure:
     return figure
 
 
+PICTURES = {apart: APART, alternating: ALTERNATING}
+
+
+def picture(draw: Callable[[], Figure]) -> bytes:
+    """The file's bytes: an SVG on white."""
+    return rendered(draw(), "svg", facecolor="white")
+
+
 if __name__ == "__main__":
-    for draw, file in ((apart, APART), (alternating, ALTERNATING)):
-        write_file(file, rendered(draw(), "svg", facecolor="white"))
+    for draw, file in PICTURES.items():
+        write_file(file, picture(draw))

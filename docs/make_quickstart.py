@@ -1,6 +1,6 @@
 """Run the commands of docs/quickstart.md and write what they print: python docs/make_quickstart.py
 
-They run in a new folder, which gets the repository's ``data``; the installation is left out.
+They run in a new folder, which gets the repository's ``data``: first rolora fetch minilm trec.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from rolora.files import write_file
 PAGE = Path(__file__).with_name("quickstart.md")
 DATA = PAGE.parent.parent / "data"
 STEPS = re.compile(
-    r"^```sh\n(?P<shell>.*?)^```$"
+    r"^(?P<marked><!-- not run: [^\n]*\n)?```sh\n(?P<shell>.*?)^```$"
     r"|<!-- output(?:: (?P<shown>[^\n]*))? -->\n(?P<old>.*?)<!-- end -->",
     re.DOTALL | re.MULTILINE,
 )
 MOST = 14  # lines of an output; of a longer one the middle is left out
-HERE = ("make ", "source ")  # the installation
 
 
 def printed(command: str, folder: Path) -> str:
@@ -57,8 +56,7 @@ def page(text: str, folder: Path) -> str:
     def filled(step: re.Match[str]) -> str:
         nonlocal last
         if step["shell"] is not None:
-            lines = step["shell"].splitlines(keepends=True)
-            last = printed("".join(line for line in lines if not line.startswith(HERE)), folder)
+            last = "" if step["marked"] else printed(step["shell"], folder)
             return step[0]
         shown = last if step["shown"] is None else printed(step["shown"], folder)
         head = step[0].partition("\n")[0]
