@@ -91,9 +91,9 @@ def test_the_payloads_on_the_page_on_uploads_are_as_long_as_it_says() -> None:
     assert said == {f: f"{len(encode(f, like, like, {})[0]):,}" for f in get_args(Format)}
 
 
-def test_every_file_that_the_tree_of_the_readme_names_exists() -> None:
+def test_every_file_that_the_tree_of_contributing_names_exists() -> None:
     parent, found = ROOT, 0
-    for text in section(ROOT / "README.md", "The tree").splitlines():
+    for text in section(ROOT / "CONTRIBUTING.md", "The tree").splitlines():
         indent, names = text.startswith("  "), re.findall(r"[\w/]+(?:\.py|/)(?=\s|$)", text)
         if not indent:
             parent = ROOT
@@ -167,7 +167,7 @@ def test_the_commands_and_the_python_of_the_readme_run_in_their_order(folder: Pa
         assert program == "rolora"
         call("rolora", *words)
     assert {path.name for path in (folder / "runs").iterdir()} == {"mydata", "mydata-compare"}
-    left = section(ROOT / "README.md", "What a run leaves")
+    left = section(ROOT / "docs" / "quickstart.md", "What a run leaves")
     for name in re.findall(r"^  (\S+)", left, re.MULTILINE):
         assert (folder / "runs" / "mydata" / name).exists(), name
     call("rolora", "resume", "runs/mydata")
