@@ -29,6 +29,7 @@ WIDE = {
     "test_config_template",
     "test_corpus",
     "test_docs",
+    "test_deploy",
     "test_doctor",
     "test_engine",
     "test_evaluation",
