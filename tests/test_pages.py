@@ -155,6 +155,13 @@ def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
             assert anchor in slugs, f"{page.name} links to {link}"
 
 
+@every_page
+def test_every_table_has_a_head_and_no_gap(page: Path) -> None:
+    for paragraph in prose(page).split("\n\n"):
+        if paragraph.lstrip("\n").startswith("|"):
+            assert re.match(r"\n*\|.*\|\n\|[ :|-]+\|\n", paragraph + "\n"), paragraph[:200]
+
+
 def navigation(entries: Any) -> list[str]:
     """The pages of a part of the navigation."""
     if isinstance(entries, str):
