@@ -11,6 +11,7 @@
 # make test-mutants   each validation is taken out in turn, and a test must fail
 # make fuzz TARGET=rows SECONDS=600   gives a reader (tests/fuzz) as many inputs as fit
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on; STUDY=e1 for one
+# make docs      the pages as a site in build/site, links checked; make docs-serve shows it
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
 # make bench     measurements beside other programs, about 30 minutes; docs/performance.md
 # make check-gpu right results, speed and memory on this machine's GPU, 8 minutes; REHEARSE=1 on a CPU
@@ -21,7 +22,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
 .PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow \
-  test-flower soak-flower test-faults soak reliability test-mutants fuzz check results bench check-gpu \
+  test-flower soak-flower test-faults soak reliability test-mutants fuzz check results docs docs-serve bench \
+  check-gpu build clean
   build clean
 
 install: $(VENV)/installed
@@ -121,6 +123,17 @@ $(PEERS)/installed: benchmarks/constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet "$$(grep '^torch==' $<)"
 	$(PEERS)/bin/python -m pip install --quiet --requirement $<
 	touch $@
+
+# mkdocs and what it needs, beside everything else, so that a notebook's kernel finds rolora
+$(VENV)/documenting: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/documenting
+	$(BIN)/python -m mkdocs --quiet build --strict
+
+docs-serve: $(VENV)/documenting
+	$(BIN)/python -m mkdocs serve
 
 build: install
 	$(BIN)/python -m build --outdir dist

@@ -1,4 +1,4 @@
-"""Writes the tables and pictures of docs/results.md from the records of the studies.
+"""Writes the tables and pictures of docs/results.md and docs/choosing.md from the studies' records.
 
     python experiments/run_studies.py     # hours; runs on disk are not repeated
     python docs/make_results.py
@@ -28,7 +28,7 @@ from rolora.results.paired import interval
 from rolora.results.published import read_published
 
 HERE = Path(__file__).parent
-PAGE = HERE / "results.md"
+PAGE, CHOOSING = HERE / "results.md", HERE / "choosing.md"
 EXPERIMENTS = HERE.parent / "experiments"
 AXES = {"rounds": "equal rounds", "megabytes": "equal bytes up"}
 LATE = 4  # evaluations, two after each of RoLoRA's phases
@@ -375,6 +375,31 @@ def answers(records: Records) -> list[str]:
     return table(["setting", "question", "difference", "p (Holm)", "answer"], rows)
 
 
+def by_budget(records: Records) -> list[str]:
+    """RoLoRA with the cure of each study, less the usual alternatives, at two equal budgets."""
+    uneven = "questions, 20 uneven clients"
+    settings = [
+        (f"digits, {clients} even clients", "`turn=1.0`", cell)
+        for clients, cell in cells_of(records["e1"], "partition.clients").items()
+    ]
+    for cell in cells_of(records["e3"], "train.schedule").values():
+        settings.append(("digits, one digit a client", "`turn=1.0`", cell))
+    *_, kept = cells_of(records["kept"], "train.keep_moments").values()
+    settings.append((uneven, "kept moments", kept))
+    rows = [
+        [where, cure, f"`{label(method)}`", *(signed(less(cell, method, axis)) for axis in AXES)]
+        for where, cure, cell in settings
+        for method in ("fedit", "fedit (scaled=True)", "ffa_lora")
+        if method in cell["pairs"]
+    ]
+    return table(["rows", "RoLoRA with", "minus", *AXES.values()], rows)
+
+
+def less(cell: Record, method: str, axis: str) -> Mapping[str, Any]:
+    """The study's first method minus this one at an equal budget: the mean and its interval."""
+    return Contrast("", "", *at(cell, method, axis)).difference
+
+
 def in_columns(record: Record, key: str) -> list[str]:
     """Scores of each method, a column for each value of ``key``; then differences and rates."""
     cells = cells_of(record, key)
@@ -531,6 +556,11 @@ def curves(axes: Axes, methods: Mapping[str, Mapping[str, Any]], column: int) ->
         line.set(marker=MARKERS[style], markevery=max(1, len(x) // 8), markersize=5)
 
 
+def choosing(text: str, records: Records) -> str:
+    """The page on choosing with its table replaced."""
+    return put(text, "results:choosing", by_budget(records))
+
+
 def page(text: str, records: Records) -> str:
     """The page with every table between its marks replaced."""
     for name, (needed, lines) in TABLES.items():
@@ -543,5 +573,6 @@ def page(text: str, records: Records) -> str:
 if __name__ == "__main__":
     found = read_records()
     write_file(PAGE, page(PAGE.read_text(encoding="utf-8"), found))
+    write_file(CHOOSING, choosing(CHOOSING.read_text(encoding="utf-8"), found))
     for study in {"e3", "trec"} & found.keys():
         save_picture(draw(found[study]), HERE / f"results-{study}.png")

@@ -1,4 +1,4 @@
-"""The documents say what is so: their code runs, their commands parse, their links lead on."""
+"""The documents say what is so: their code runs, and their tables are those of the program."""
 
 from __future__ import annotations
 
@@ -10,73 +10,24 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
-from click import Group
+from documents import PAGES, ROOT, blocks, section
 from scripts import script
 from tiny import tiny_bert
 from tiny_site import write_rows
-from typer.main import get_command
 
 from rolora.algorithm.codec import Format, encode
-from rolora.cli import main as cli
-from rolora.config.load import make_config
-from rolora.config.schema import RunConfig
 from rolora.methods import method_names
 from rolora.plan.method_table import describe_methods
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
-)
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-COLUMNS = {name: name for name in ("prompt", "completion", "choices", "answer")}
-LEAST = {"model": {"path": "m"}, "data": {"train": "t.csv", "validation": 0.1, **COLUMNS}}
 
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    """The fenced blocks of these languages."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [text for language, text in found if language in languages]
-
-
-def prose(page: Path) -> str:
-    """The page without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every shell command: lines of shell blocks, and code in the text.
-
-    A command that the text only names, without an argument, is asked for its help.
-    """
-    for block in blocks(page, "sh", "bash", "shell", "console"):
-        for text in block.replace("\\\n", " ").splitlines():
-            yield shlex.split(text.removeprefix("$ "), comments=True)
-    for text in re.findall(r"`((?:rolora|make) [^`]+)`", prose(page)):
-        words = shlex.split(text)
-        yield words if len(words) > 2 or words[0] == "make" else [*words, "--help"]
-
-
-def section(page: Path, title: str) -> str:
-    """The text under a heading."""
-    return page.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
-
-
-def overrides(parsed: dict[str, Any]) -> list[list[str]]:
-    """What a parsed command sets, without the method that compare may set it for, and with each
-    value of its grids."""
-    pairs = list(parsed.get("overrides") or [])
-    grids = [grid.partition("=") for grid in parsed.get("tune") or []]
-    tuned = [f"{key}={value}" for key, _, values in grids for value in values.split(",")]
-    return [
-        [pair.partition(":")[2] if ":" in pair.partition("=")[0] else pair for pair in each]
-        for each in (pairs, *([*pairs, one] for one in tuned))
-    ]
+def runnable(page: Path) -> list[str]:
+    """The Python of a page that is not marked as needing what is not here."""
+    return [block.text for block in blocks(page, "python") if block.reason is None]
 
 
 @pytest.fixture
@@ -101,59 +52,20 @@ def call(*words: str, **environment: str) -> str:
     return done.stdout
 
 
-@every_page
-def test_every_command_line_parses(page: Path) -> None:
-    tree = get_command(cli.app)
-    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for words in commands(page):
-        if words[:1] == ["rolora"] and not words[1].startswith("-"):
-            command, rest = tree, words[1:]
-            while isinstance(command, Group):
-                command, rest = command.commands[rest[0]], rest[1:]
-            if rest == ["--help"]:  # it is there
-                continue
-            parsed = command.make_context(words[1], [word for word in rest if word != "..."])
-            for each in overrides(parsed.params):
-                make_config(LEAST, each)
-        elif words[:1] == ["make"]:
-            assert {word for word in words[1:] if "=" not in word} <= targets
-
-
-def test_a_command_that_does_not_parse_would_be_noticed(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    for wrong in (
-        "rolora rum x",
-        "rolora run --ouy x",
-        "rolora run x train.rouds=3",
-        "rolora federation kees",
-        "rolora compare x --tune train.rl=1,2",
-        "make al",
-    ):
-        page.write_text(f"```sh\n{wrong}   # as it is\n```\n")
-        with pytest.raises(Exception, match=r"rum|ouy|rouds|kees|rl|al") as found:
-            test_every_command_line_parses(page)
-        assert not isinstance(found.value, FileNotFoundError)
-
-
-@every_page
-def test_every_key_in_the_text_is_a_key_of_the_configuration(page: Path) -> None:
-    for name, key in re.findall(r"`([a-z]+)\.([a-z_]+)(?= = |=|`)", prose(page)):
-        if name in RunConfig.model_fields and key not in {"py", "md", "toml", "csv"}:
-            assert name == "method" or key in RunConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
-
-
-@every_page
-def test_every_link_and_picture_leads_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if re.match(r"[a-z]+:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = page.parent / path if path else page
-        assert target.exists(), f"{page.name} links to {link}"
-        if anchor:
-            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
-            slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-            assert anchor in slugs, f"{page.name} links to {link}"
+def test_the_site_builds_with_every_link_checked_and_loads_nothing_from_elsewhere(
+    tmp_path: Path,
+) -> None:
+    for module in ("material", "mkdocstrings"):
+        pytest.importorskip(module, reason="mkdocs is in the extra docs")
+    call("mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path))
+    pages = {file.relative_to(tmp_path).as_posix(): file for file in tmp_path.rglob("*.html")}
+    assert {"index.html", "docs/quickstart.html", "CONTRIBUTING.html"} <= pages.keys()
+    for file in pages.values():
+        loaded = re.findall(
+            r"<(?:script|img|link)\b[^>]*(?:src|href)=\"?(http[^\s>]*)", file.read_text()
+        )
+        assert loaded == [], file
+    assert "rolora.attach" in pages["docs/api.html"].read_text()
 
 
 def test_the_page_of_the_configuration_is_the_one_written_from_the_schema() -> None:
@@ -179,9 +91,9 @@ def test_the_payloads_on_the_page_on_uploads_are_as_long_as_it_says() -> None:
     assert said == {f: f"{len(encode(f, like, like, {})[0]):,}" for f in get_args(Format)}
 
 
-def test_every_file_that_the_tree_of_the_readme_names_exists() -> None:
+def test_every_file_that_the_tree_of_contributing_names_exists() -> None:
     parent, found = ROOT, 0
-    for text in section(ROOT / "README.md", "The tree").splitlines():
+    for text in section(ROOT / "CONTRIBUTING.md", "The tree").splitlines():
         indent, names = text.startswith("  "), re.findall(r"[\w/]+(?:\.py|/)(?=\s|$)", text)
         if not indent:
             parent = ROOT
@@ -206,6 +118,17 @@ def test_the_table_of_the_page_on_methods_is_the_one_read_off_the_methods() -> N
 def test_the_tables_of_the_page_of_results_are_those_of_the_records() -> None:
     made, page = script("docs/make_results.py"), (ROOT / "docs" / "results.md").read_text()
     assert made.page(page, made.read_records()) == page
+
+
+def test_the_table_of_the_page_on_choosing_is_that_of_the_records() -> None:
+    made, page = script("docs/make_results.py"), (ROOT / "docs" / "choosing.md").read_text()
+    assert made.choosing(page, made.read_records()) == page
+
+
+def test_the_pictures_of_the_page_on_concepts_are_those_of_their_script() -> None:
+    made = script("docs/make_concepts.py")
+    for draw, file in made.PICTURES.items():
+        assert file.read_bytes() == made.picture(draw), file.name
 
 
 def test_the_tables_of_the_page_on_robustness_are_those_of_the_records() -> None:
@@ -237,41 +160,55 @@ def test_the_plan_on_its_page_is_the_one_that_the_command_prints() -> None:
 
 @pytest.mark.slow
 def test_the_commands_and_the_python_of_the_readme_run_in_their_order(folder: Path) -> None:
-    (shell,) = (text for text in blocks(ROOT / "README.md", "bash", "sh") if "rolora init" in text)
+    shells = (block.text for block in blocks(ROOT / "README.md", "bash", "sh"))
+    (shell,) = (text for text in shells if "rolora init" in text)
     for text in shell.splitlines():
         program, *words = shlex.split(text, comments=True)
         assert program == "rolora"
         call("rolora", *words)
     assert {path.name for path in (folder / "runs").iterdir()} == {"mydata", "mydata-compare"}
-    left = section(ROOT / "README.md", "What a run leaves")
+    left = section(ROOT / "docs" / "quickstart.md", "What a run leaves")
     for name in re.findall(r"^  (\S+)", left, re.MULTILINE):
         assert (folder / "runs" / "mydata" / name).exists(), name
     call("rolora", "resume", "runs/mydata")
 
 
 @pytest.mark.slow
+def test_the_commands_of_the_quickstart_run_in_their_order(folder: Path) -> None:
+    tiny_bert(folder / "data" / "minilm")
+    (folder / "data" / "trec").mkdir()
+    for name in ("train", "test"):
+        write_rows(folder / "data" / "trec" / f"{name}.csv", 60)
+    made = script("docs/make_quickstart.py")
+    page = made.page((ROOT / "docs" / "quickstart.md").read_text(), folder)
+    assert "aggregation error" in page
+    assert (folder / "runs" / "questions" / "adapter" / "adapter_model.safetensors").exists()
+    assert len((folder / "predicted.csv").read_text().splitlines()) == 61
+    assert (folder / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    # the code of these is a method's file and a Flower project, which tests of their own run, and
-    # what needs a cluster
+    # the code of these two is a method's file and a Flower project, which tests of their own run
     [
         page
         for page in PAGES
-        if blocks(page, "python") and page.name not in ("CONTRIBUTING.md", "flower.md", "scale.md")
+        if runnable(page) and page.name not in ("CONTRIBUTING.md", "flower.md")
     ],
     ids=lambda page: page.name,
 )
 def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
     call("rolora", "init", "mydata.csv", "--model", "models/minilm")
     names: dict[str, object] = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, page.name, "exec"), names)
+    for text in runnable(page):
+        exec(compile(text, page.name, "exec"), names)
     assert list((folder / "runs").glob("*/report.html"))
 
 
 @pytest.mark.slow
 def test_the_example_of_contributing_is_a_method_by_being_dropped_in(tmp_path: Path) -> None:
-    example, *_ = blocks(ROOT / "CONTRIBUTING.md", "python")
+    example = blocks(ROOT / "CONTRIBUTING.md", "python")[0].text
     shutil.copytree(ROOT / "src", tmp_path / "src")
     (tmp_path / "src" / "rolora" / "methods" / "example.py").write_text(example)
     source = str(tmp_path / "src")
@@ -289,14 +226,16 @@ def test_the_reducer_and_the_task_of_contributing_are_used_by_name(folder: Path)
     """Both come from a package beside rolora, with the entry points that the page shows."""
     page = ROOT / "CONTRIBUTING.md"
     _, *files = blocks(page, "python")
-    for text in files:
-        file = folder / text.splitlines()[0].removeprefix("# ")
+    for block in files:
+        file = folder / block.text.splitlines()[0].removeprefix("# ")
         file.parent.mkdir(exist_ok=True)
-        file.write_text(text)
+        file.write_text(block.text)
     info = folder / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    groups = [tomllib.loads(text)["project"]["entry-points"] for text in blocks(page, "toml")]
+    groups = [
+        tomllib.loads(block.text)["project"]["entry-points"] for block in blocks(page, "toml")
+    ]
     lines = [
         f"[{group}]\n{name} = {where}\n"
         for points in groups

@@ -87,7 +87,7 @@ def read_toml(path: str | Path, hint: str = "rolora init writes one") -> dict[st
 def make_config(
     values: dict[str, Any], overrides: Sequence[str] = (), *, root: Path = Path()
 ) -> RunConfig:
-    """A configuration from nested dicts; see :func:`load_config`."""
+    """A configuration from nested dicts; see ``load_config``."""
     for override in overrides:
         values = _override(values, override)
     if "root" in values:
