@@ -24,7 +24,6 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow \
   test-flower soak-flower test-faults soak reliability test-mutants fuzz check results docs docs-serve bench \
   check-gpu build clean
-  build clean
 
 install: $(VENV)/installed
 
