@@ -382,14 +382,14 @@ def by_budget(records: Records) -> list[str]:
         (f"digits, {clients} even clients", "`turn=1.0`", cell)
         for clients, cell in cells_of(records["e1"], "partition.clients").items()
     ]
-    for cell in cells_of(records["e3"], "train.schedule").values():
-        settings.append(("digits, one digit a client", "`turn=1.0`", cell))
+    for schedule, cell in cells_of(records["e3"], "train.schedule").items():
+        settings.append((f"digits, one digit a client, {schedule} rate", "`turn=1.0`", cell))
     *_, kept = cells_of(records["kept"], "train.keep_moments").values()
     settings.append((uneven, "kept moments", kept))
     rows = [
         [where, cure, f"`{label(method)}`", *(signed(less(cell, method, axis)) for axis in AXES)]
         for where, cure, cell in settings
-        for method in ("fedit", "fedit (scaled=True)", "ffa_lora")
+        for method in ("fedit", "fedit (scaled=True)", "fedex_lora", "ffa_lora")
         if method in cell["pairs"]
     ]
     return table(["rows", "RoLoRA with", "minus", *AXES.values()], rows)
