@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from calls import calls, configuration, make_place, remote, wired
 
-from rolora.flower.message import Scalar, SiteMessage
+from rolora.algorithm.adapter import AdapterState
+from rolora.algorithm.codec import encode
+from rolora.flower.message import Scalar, SiteMessage, compress_names, digest
 from rolora.sites.site import Site
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -52,6 +54,10 @@ def changed(question: SiteMessage, body: bytes | None = None, **head: Scalar) ->
     return wired(replace(question, head={**question.head, **head}, body=body))
 
 
+NOTHING = AdapterState({}, {})
+EMPTY: dict[str, Scalar] = {"names": compress_names([], ["any"]), "view": digest({})}
+
+
 @pytest.mark.parametrize(
     ("ask", "head", "body", "answered"),
     [
@@ -62,8 +68,9 @@ def changed(question: SiteMessage, body: bytes | None = None, **head: Scalar) ->
         ("train", {"more": "x" * 10_000_000}, None, {"error": "question"}),
         ("train", {"view": "0" * 32}, None, {"lacks": True}),
         ("score", {"view": "0" * 32}, None, {"lacks": True}),
+        ("train", EMPTY, encode("fp32", NOTHING, NOTHING, {})[0], {"lacks": True}),
     ],
-    ids=["round", "rows", "rate", "bytes", "size", "adapter", "adapter to score"],
+    ids=["round", "rows", "rate", "bytes", "size", "adapter", "adapter to score", "no tensors"],
 )
 def test_a_wrong_question_is_answered_by_a_code_and_the_right_one_after_it_as_ever(
     ask: str,
