@@ -75,6 +75,7 @@ WIDE = {
     "test_tables_of_tokens",
     "test_tasks",
     "test_theory",
+    "test_tracking",
     "test_wiretap",
     "test_workers",
 }

@@ -33,7 +33,8 @@ from rolora.report.card import Source, card
 from rolora.report.page import write_report
 from rolora.results.runs import load_run
 from rolora.run.experiment import Experiment, dated
-from rolora.run.folder import RunFolder, require_new
+from rolora.run.folder import RunFolder, line, require_new
+from rolora.run.tracking import require_trackers, tracking
 from rolora.tasks.spans import masks
 from rolora.training.engine import Engine
 from rolora.training.local import NonFiniteLoss
@@ -61,7 +62,8 @@ class Run:
         """
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
-        with self.folder.locked(), self.experiment.at_work():
+        track = tracking(self.experiment.config, self.folder)
+        with self.folder.locked(), self.experiment.at_work(), track as tracked:
             if self.folder.newest != self.checkpoint:
                 raise ConfigError(
                     f"{self.folder.path} has gone on since this run was opened: resume it anew"
@@ -72,6 +74,8 @@ class Run:
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state
+                if result.advanced:
+                    tracked(line(result))
                 yield result
             self._finish(state)
 
@@ -146,6 +150,7 @@ def start(
     is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
     path, config = new_path(config, out), dated(config)
+    require_trackers(config.track)
     experiment = _on(executor, build)(config, path / "clients")
     experiment.prepare()
     several = experiment.crew is not None and config.device == "cpu"
@@ -180,6 +185,7 @@ def resume(
         config, origin = stored(folder, overrides, root)
         if rounds is not None:
             config = load_config(folder.config, [*overrides, f"train.rounds={rounds}"], config.root)
+        require_trackers(config.track)
         torch.set_num_threads(origin["threads"])
         try:
             experiment = _on(executor, build)(pinned(config, origin), folder.clients)
