@@ -48,6 +48,7 @@ WIDE = {
     "test_hostile_sites",
     "test_hostile_updates",
     "test_joining",
+    "test_listing",
     "test_memory",
     "test_method_runs",
     "test_models",

@@ -22,6 +22,7 @@ from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.options import ConfigPath, Json, Overrides, names
 from rolora.cli.printing import Interrupted, err_console, out_console, resuming, show, working
+from rolora.cli.runs import env, list_runs
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ConfigError, ModelNotHere, NotHere, RoloraError, printable
@@ -315,6 +316,8 @@ def init(
     out_console.print(printable(f"wrote {out}; next: rolora partition {out}"))
 
 
+app.command("runs")(list_runs)
+app.command()(env)
 app.command()(theory)
 app.command()(demo)
 app.command()(fetch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from rolora.model.peft import save_adapter
 from rolora.report.card import Source, card
 from rolora.report.page import write_report
 from rolora.results.runs import load_run
+from rolora.run.environment import git_commit, processor
 from rolora.run.experiment import Experiment, dated
 from rolora.run.folder import RunFolder, line, require_new
 from rolora.run.tracking import require_trackers, tracking
@@ -261,8 +261,8 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {
         "versions": versions,
-        "git_commit": _git_commit(Path(__file__).parent),
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "git_commit": git_commit(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         **_chosen(experiment),
         "prefix": experiment.cached,
@@ -293,13 +293,3 @@ def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
-
-
-def _git_commit(folder: Path) -> str:
-    """The git commit that rolora runs from, or "" outside a checkout."""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip()
