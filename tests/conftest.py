@@ -20,6 +20,7 @@ WIDE = {
     "test_base",
     "test_card",
     "test_catalogue",
+    "test_chat_command",
     "test_chat_runs",
     "test_chats",
     "test_checkpoint_head",

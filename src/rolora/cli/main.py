@@ -18,6 +18,7 @@ import typer
 
 import rolora
 from rolora.cli.attack import attack
+from rolora.cli.chat import chat
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.options import ConfigPath, Json, Overrides, names
@@ -316,6 +317,7 @@ def init(
     out_console.print(printable(f"wrote {out}; next: rolora partition {out}"))
 
 
+app.command()(chat)
 app.command("runs")(list_runs)
 app.command()(env)
 app.command()(theory)
