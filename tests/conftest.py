@@ -50,6 +50,7 @@ WIDE = {
     "test_hostile_updates",
     "test_joining",
     "test_listing",
+    "test_live",
     "test_memory",
     "test_method_runs",
     "test_models",

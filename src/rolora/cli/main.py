@@ -23,7 +23,7 @@ from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.options import ConfigPath, Json, Overrides, names
 from rolora.cli.printing import Interrupted, err_console, out_console, resuming, show, working
-from rolora.cli.runs import env, list_runs
+from rolora.cli.runs import env, list_runs, watch
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ConfigError, ModelNotHere, NotHere, RoloraError, printable
@@ -319,6 +319,7 @@ def init(
 
 app.command()(chat)
 app.command("runs")(list_runs)
+app.command()(watch)
 app.command()(env)
 app.command()(theory)
 app.command()(demo)

@@ -1,7 +1,8 @@
-"""``rolora runs`` and ``rolora env``: what runs there are, and what they run on."""
+"""``rolora runs``, ``watch`` and ``env``: what runs there are, how one goes, what it runs on."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import show, table
+from rolora.cli.printing import Interrupted, out_console, show, table
 from rolora.errors import printable
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def list_runs(
         [
             str(one.path),
             one.method,
-            _how_far(one),
+            one.how_far,
             one.metric,
             *("" if value is None else format_metric(value) for value in (one.last, one.best)),
             f"{one.changed:%Y-%m-%d %H:%M}",
@@ -40,11 +41,29 @@ def list_runs(
         if one.state != "unreadable"
     ]
     head = ["run", "method", "state", "metric", "last", "best", "changed"]
-    closed = [one.reason for one in found if one.state == "unreadable"]
-    lines = [printable(f"unreadable: {reason}") for reason in closed]
+    lines = [printable(one.how_far) for one in found if one.state == "unreadable"]
     tables = [table(head, rows, align="llllrrl")] if rows else []
     none = [] if found else [f"there are no runs in {folder}"]
     show(json, [_values(one) for one in found], *tables, *lines, *none)
+
+
+def watch(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    host: Annotated[
+        str, typer.Option(help="the address to serve on; others may then read the page")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="its port; 0: a free one")] = 8765,
+) -> None:
+    """Show a run's report in the browser, drawn again after each round, until Ctrl-C.
+
+    The run may be going on in another process, or on sites. Nothing in its folder is changed.
+    """
+    from rolora.report.live import live_server
+
+    with live_server(path, host, port) as server, contextlib.suppress(Interrupted):
+        shown = f"[{host}]" if ":" in host else host
+        out_console.print(f"http://{shown}:{server.server_port}/   (Ctrl-C ends)")
+        server.serve_forever()
 
 
 def env(json: Json = False) -> None:
@@ -64,12 +83,6 @@ def env(json: Json = False) -> None:
     }
     del told["memory_free"]
     show(json, found, *(printable(f"{name:18} {value}") for name, value in told.items()))
-
-
-def _how_far(one: Listed) -> str:
-    if one.state == "finished":
-        return f"finished, {one.round} rounds"
-    return f"{one.state}, round {one.round} of {one.rounds}"
 
 
 def _values(one: Listed) -> dict[str, Any]:

@@ -36,6 +36,15 @@ class Listed:
     best: float | None = None
     changed: datetime | None = None
 
+    @property
+    def how_far(self) -> str:
+        """Its state and rounds in words."""
+        if self.state == "unreadable":
+            return f"unreadable: {self.reason}"
+        if self.state == "finished":
+            return f"finished, {self.round} rounds"
+        return f"{self.state}, round {self.round} of {self.rounds}"
+
 
 def list_runs(folder: Path) -> list[Listed]:
     """All run folders in and below ``folder``, the latest last. ConfigError if it is no folder."""
@@ -51,13 +60,14 @@ def _found(folder: Path) -> Iterator[Listed]:
     for place, below, files in os.walk(folder, onerror=closed.append):
         if PARTS & set(files):
             below.clear()
-            yield _listed(Path(place))
+            yield listed(Path(place))
         below[:] = [name for name in below if not name.startswith(".")]
     for error in closed:
         yield _closed(Path(error.filename), error)
 
 
-def _listed(path: Path) -> Listed:
+def listed(path: Path) -> Listed:
+    """How far the run in this folder is; an unreadable one raises nothing."""
     try:
         run = load_run(path)
         try:
