@@ -50,6 +50,8 @@ def folder(site: Path, tmp_path_factory: pytest.TempPathFactory, quick: None) ->
     shutil.copytree(path / "whole", path / "strange")
     (path / "strange" / "config.toml").write_bytes(b"\\xff\\x00 not toml")
     shutil.copytree(path / "whole", path / ".part-whole-1")  # of a killed process
+    (path / "whole" / "wandb").mkdir()
+    (path / "whole" / "wandb" / "config.toml").touch()  # of something that a run holds
     return path
 
 

@@ -51,10 +51,10 @@ def whole(site: Path, tmp_path_factory: pytest.TempPathFactory, quick: None) -> 
 
 
 def test_the_page_is_the_report_as_it_is_now(site: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
+    path = tmp_path / "<b>run"
     started = runs.start(load_config(site), path)
     with served(path) as port:
-        assert "has no evaluated round yet" in get(port, "/page")[1]
+        assert "&lt;b&gt;run has no evaluated round yet" in get(port, "/page")[1]
         rounds = started.rounds()
         for _ in range(3):
             next(rounds)

@@ -27,6 +27,8 @@ from rolora.results.runs import flatten, load_run
 from rolora.run.folder import RunFolder
 
 PARAMS = 100  # MLflow takes so many in one call
+# of MLflow, by default, for a server that is not there: it would keep a run waiting for minutes
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +105,8 @@ def _wandb(library: Any, run: Tracked) -> Tracker:
 
 
 def _mlflow(library: Any, run: Tracked) -> Tracker:
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
     client = library.MlflowClient()
     known = client.get_experiment_by_name(run.project)
     experiment = known.experiment_id if known else client.create_experiment(run.project)
