@@ -344,6 +344,62 @@ def test_every_command_has_help(
         assert "Usage" in out
 
 
+def test_every_command_that_ends_with_a_result_prints_it_as_json_if_asked() -> None:
+    """Without: those that serve, and predict, which always prints JSON lines."""
+    commands = dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    below = commands.pop("federation").commands
+    every = commands | {f"federation {name}": command for name, command in below.items()}
+    without = {
+        name
+        for name, command in every.items()
+        if "--json" not in {option for one in command.params for option in one.opts}
+    }
+    assert without == {"predict", "watch", "federation serve", "federation up"}
+
+
+@pytest.mark.parametrize("command", ["init", "partition", "keys"])
+def test_with_json_standard_output_is_json_and_nothing_else(
+    site: Path,
+    tmp_path: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words: dict[str, list[object]] = {
+        "init": ["init", site.parent / "train.csv", "--out", tmp_path / "new.toml"],
+        "partition": ["partition", site, "--picture", tmp_path / "split.png", "--show-masks"],
+        "keys": ["federation", "keys", "--sites", "ann,bob", "--host", "localhost"],
+    }
+    masks = [[("a film", False), ("good", True)]]
+    monkeypatch.setattr("rolora.run.runs.training_masks", lambda experiment, rows: masks)
+    folder = ["--folder", tmp_path / "federation"] if command == "keys" else []
+    code, out, _ = rolora(monkeypatch, capsys, *words[command], *folder, "--json")
+    found = json.loads(out)
+    assert code == 0
+    if command == "init":
+        assert found == {"config": str(tmp_path / "new.toml"), "notes": []}
+    elif command == "partition":
+        assert found["masks"] == [[["a film", False], ["good", True]]]
+        assert sum(client["num_examples"] for client in found["clients"]) == 60
+    else:
+        assert found["sites"].keys() == {"ann", "bob"}
+        assert all(Path(path).is_dir() for path in found["sites"].values())
+
+
+def test_a_shell_completes_commands_and_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def completed(line: str) -> set[str]:
+        monkeypatch.setenv("_ROLORA_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
+        return set(rolora(monkeypatch, capsys)[1].split())
+
+    assert completed("rolora ru") == {"run", "runs"}
+    assert completed("rolora federation re") == {"remove"}
+    assert completed("rolora run --o") == {"--out", "--on"}
+
+
 def test_the_help_names_every_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,6 +158,14 @@ def test_a_layer_that_gguf_has_no_name_for_is_not_written(
     assert not list(tmp_path.glob("*adapter.gguf*"))
 
 
+def test_what_was_written_is_told_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = trained(tmp_path, "causal_lm"), tmp_path / "adapter.gguf"
+    code, out, _ = rolora(monkeypatch, capsys, "export", run, "--gguf", file, "--json")
+    assert (code, json.loads(out), file.is_file()) == (0, {"gguf": str(file)}, True)
+
+
 def test_a_classifier_s_adapter_is_not_written_as_gguf(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,7 +164,7 @@ def sweep(folder: Path, seconds: float | None = None) -> None:
     for path in found:
         with contextlib.suppress(FileNotFoundError):  # within another one
             fresh = seconds is not None and path.lstat().st_mtime > time.time() - seconds
-            if fresh or _is_being_written(path):  # a clock may jump
+            if fresh or is_locked(path):  # a clock may jump
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -175,17 +175,6 @@ def sweep(folder: Path, seconds: float | None = None) -> None:
 def being_written(file: IO[bytes]) -> None:
     """Keep every process's :func:`sweep` from deleting this file until it is closed."""
     fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _is_being_written(path: Path) -> bool:
-    if path.is_symlink() or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 @contextlib.contextmanager
@@ -206,12 +195,15 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds this lock file."""
-    try:
-        with locked(path):
-            return False
-    except ConfigError:
-        return True
+    """Whether a process holds a lock on this file, which is only read."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def sync(path: Path) -> None:

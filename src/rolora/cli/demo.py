@@ -8,18 +8,20 @@ from typing import Annotated
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import going_on, out_console, show, working
+from rolora.cli.printing import going_on, show, working
 
 
 def demo(
     llm: Annotated[bool, typer.Option("--llm", help="use a small chat model")] = False,
     folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
+    json: Json = False,
 ) -> None:
     """Fetch a real model and texts, run three methods on a few seeds, and compare the results."""
     from rolora.cli.progress import follow
     from rolora.cli.results import results_table
     from rolora.demo.side_by_side import MEANING, before_and_after, prepare_demo
     from rolora.report.narrative import conclusions
+    from rolora.results.export import export_results
     from rolora.results.runs import load_run, summarise
 
     with working("fetching the model and the data (once)"):
@@ -30,18 +32,24 @@ def demo(
             follow(run, run.folder.path.name)
             runs.append(run)
     found = [load_run(run.folder.path) for run in runs]
-    if llm:
-        for prompt, plain, tuned in before_and_after(runs[0]):
-            for what, text in (("prompt", prompt), ("before", plain), ("after", tuned)):
-                out_console.print(f"{what:8}{' '.join(text.split())}")
-            out_console.print()
-    out_console.print(results_table(summarise(found)))
-    for conclusion in conclusions(found):
-        out_console.print(f"\n{conclusion.budget}: {conclusion.headline}. {conclusion.text}")
-    out_console.print(f"\n{MEANING}")
-    out_console.print(f"report   {ready.out / 'report.html'}")
-    out_console.print(f"adapter  {runs[0].folder.adapter}")
-    out_console.print(f"config   {ready.file}")
+    files = {
+        "report": str(ready.out / "report.html"),
+        "adapter": str(runs[0].folder.adapter),
+        "config": str(ready.file),
+    }
+    answers = before_and_after(runs[0]) if llm else []
+    kinds = ("prompt", "before", "after")
+    told = [dict(zip(kinds, texts, strict=True)) for texts in answers]
+    rows = [f"{what:8}{' '.join(text.split())}" for one in told for what, text in one.items()]
+    show(
+        json,
+        {**export_results(found), **({"answers": told} if llm else {}), **files},
+        *(f"{row}\n" if row.startswith("after") else row for row in rows),
+        results_table(summarise(found)),
+        *(f"\n{one.budget}: {one.headline}. {one.text}" for one in conclusions(found)),
+        f"\n{MEANING}",
+        *(f"{what:8} {path}" for what, path in files.items()),
+    )
 
 
 def fetch(

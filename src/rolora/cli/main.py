@@ -18,20 +18,23 @@ import typer
 
 import rolora
 from rolora.cli.attack import attack
+from rolora.cli.chat import chat
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.options import ConfigPath, Json, Overrides, names
 from rolora.cli.printing import Interrupted, err_console, out_console, resuming, show, working
+from rolora.cli.runs import env, list_runs, watch
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ConfigError, ModelNotHere, NotHere, RoloraError, printable
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from rolora.run.runs import Run
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Federated LoRA fine-tuning with exact averages.",
@@ -218,6 +221,7 @@ def export(
     ] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the merged weights")] = "fp32",
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    json: Json = False,
 ) -> None:
     """Write a finished run's adapter merged into its base, or as a GGUF file."""
     from rolora.run import export
@@ -226,9 +230,9 @@ def export(
         raise ConfigError("name what to write: --merged FOLDER, --gguf FILE, or both")
     with working("loading the base and writing"):
         export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
-    for out in (merged, gguf):
-        if out is not None:
-            out_console.print(printable(f"wrote {out}"))
+    made = {"merged": merged, "gguf": gguf}
+    written = {form: str(out) for form, out in made.items() if out is not None}
+    show(json, written, *(printable(f"wrote {out}") for out in written.values()))
 
 
 @app.command()
@@ -255,11 +259,13 @@ def partition(
     rows = experiment.rows
     table = rows.table()
     save_picture(split_figure(table), picture)
-    show(json, table, split_table(table, rows.test.num_rows), f"\npicture   {picture}")
+    parts: list[RenderableType] = [split_table(table, rows.test.num_rows), f"\npicture   {picture}"]
     if show_masks:
         with working("loading the tokenizer"):
             masked = training_masks(experiment, 3)
-        out_console.print(masked_text(masked))
+        table = {**table, "masks": masked}
+        parts.append(masked_text(masked))
+    show(json, table, *parts)
 
 
 @app.command()
@@ -306,15 +312,20 @@ def init(
     encoding: Annotated[
         str | None, typer.Option(help="of text files; left out: it is found")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Look at the columns of your file and write a commented configuration for it."""
     from rolora.run.config_template import write_template
 
-    for note in write_template(data, out, model, delimiter, encoding):
-        out_console.print(f"note: {note}")
-    out_console.print(printable(f"wrote {out}; next: rolora partition {out}"))
+    notes = write_template(data, out, model, delimiter, encoding)
+    done = printable(f"wrote {out}; next: rolora partition {out}")
+    show(json, {"config": str(out), "notes": notes}, *(f"note: {note}" for note in notes), done)
 
 
+app.command()(chat)
+app.command("runs")(list_runs)
+app.command()(watch)
+app.command()(env)
 app.command()(theory)
 app.command()(demo)
 app.command()(fetch)
@@ -349,7 +360,7 @@ def main() -> None:
         usual = partial(signal.signal, number, signal.SIG_DFL)
         os.register_at_fork(after_in_child=usual)
     try:
-        app()
+        app(prog_name="rolora")
     except (NotHere, ModelNotHere) as error:
         from rolora.demo.fetch import how_to_get
 

@@ -82,38 +82,46 @@ def keys(
     ] = None,
     port: Annotated[int, typer.Option(help="the SuperLink's port")] = PORT,
     folder: Folder = Path("federation"),
+    json: Json = False,
 ) -> None:
     """Make a CA, a server certificate and a key for each site, or add sites to a folder."""
     _need_flower()
     from rolora.sites.folder import FederationFolder
 
+    say = _notify if json else out_console.print
     if not folder.exists():
         if host is None:
             raise ConfigError("a new federation needs --host, by which sites reach this machine")
         made = FederationFolder.create(folder, host, port)
-        out_console.print(f"made {folder}: a CA, and a server certificate for {host}")
+        say(f"made {folder}: a CA, and a server certificate for {host}")
     else:
         made = FederationFolder.open(folder)
         if host not in (None, made.host):
             raise ConfigError(f"{folder} is for {made.host}: make another folder for {host}")
+    given = {}
     for name in _listed(sites):
-        given = made.add_site(name)
-        out_console.print(f"site {name}: give it {given}, which contains its key")
+        given[name] = str(made.add_site(name))
+        say(f"site {name}: give it {given[name]}, which contains its key")
+    if json:
+        show(json, {"folder": str(folder), "sites": given})
 
 
 @federation.command()
 def remove(
     sites: Annotated[str, typer.Option(help="comma-separated names, such as ann,bob")],
     folder: Folder = Path("federation"),
+    json: Json = False,
 ) -> None:
     """Refuse these sites' keys from now on. The federation must be running."""
     _need_flower()
     from rolora.sites.folder import FederationFolder
 
-    opened = FederationFolder.open(folder)
-    for name in _listed(sites):
+    opened, listed = FederationFolder.open(folder), _listed(sites)
+    for name in listed:
         opened.remove_site(name)
-        out_console.print(f"site {name}: its key is no longer accepted")
+        (_notify if json else out_console.print)(f"site {name}: its key is no longer accepted")
+    if json:
+        show(json, {"folder": str(folder), "removed": listed})
 
 
 @federation.command()

@@ -69,7 +69,7 @@ def plan_attacks(
                 config.model_dump(mode="json", exclude_none=True),
                 [f"aggregate.reducer={json.dumps(names)}", *told, *own],
                 root=config.root,
-            )
+            ).model_copy(update={"track": config.track})
             path = out / attack.replace("/", "_") / rule
             found.append(UnderAttack(attack, rule, path, plan(cell, methods, seeds)))
     return found

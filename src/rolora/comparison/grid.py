@@ -67,6 +67,7 @@ class Comparison:
         overrides = [*variant_overrides(method), *self.methods[method], *more]
         values = {**values, "method": own, "seed": seed}
         config = make_config(values, overrides, root=self.config.root)
+        config = config.model_copy(update={"track": self.config.track})
         _ = Experiment(config).method  # raises before the first run starts
         return config
 

@@ -22,10 +22,12 @@ from rolora.methods import METHODS
 from rolora.registry import Registry
 from rolora.tasks.registry import task_kind
 
-# Where the files of a run are. They may move: hashes say whether they are still the same.
+# Where the files of a run are. They may move: hashes say whether they are still the same. And which
+# trackers its rounds go to.
 PLACES = (
     *("data.train", "data.test", "data.validation"),
     *("model.path", "lora.init_from", "train.cache", "federation.on"),
+    *("track.to", "track.project"),
 )
 
 
@@ -59,7 +61,7 @@ def places(config: RunConfig) -> list[str]:
     return found
 
 
-def toml_text(value: str | float) -> str:
+def toml_text(value: str | float | list[str]) -> str:
     """A value as an override has it."""
     return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
 
@@ -106,12 +108,14 @@ def make_config(
 def dump_config(config: RunConfig, provenance: Mapping[str, Any], folder: Path) -> str:
     """The resolved configuration as TOML, for a file in ``folder``, with a ``[provenance]`` table.
 
-    It is for the coordinator's own disk: unlike ``model_dump`` it has the server's seed. Keys that
-    are None are left out.
+    It is for the coordinator's own disk: unlike ``model_dump`` it has the server's seed and the
+    trackers. Keys that are None are left out.
     """
     values = config.model_dump(mode="json", exclude_none=True)
     if config.server_seed is not None:
         values["server_seed"] = config.server_seed
+    if config.track.to:
+        values["track"] = config.track.model_dump(exclude_none=True)
     origin = {**provenance, "root": relative_root(config, folder)}
     return tomli_w.dumps({**values, "provenance": origin})
 

@@ -31,6 +31,7 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=2)]
 Ranks = Annotated[list[AtLeastOne], Field(min_length=1)]
+Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
 RankTable = Annotated[dict[str, AtLeastOne], Field(min_length=1)]
 
 
@@ -532,10 +533,26 @@ class FederationConfig(Section):
     )
 
 
+class TrackConfig(Section):
+    """``[track]``: experiment trackers to log each round to. They change no result."""
+
+    to: Tracker | list[Tracker] = Field(
+        [], description="a tracker, or a list of them; left out: none"
+    )
+    project: str | None = Field(
+        None, min_length=1, description="the tracker's project; left out: the run's name"
+    )
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """The trackers, each once."""
+        return list(dict.fromkeys([self.to] if isinstance(self.to, str) else self.to))
+
+
 class RunConfig(Section):
     """One run. ``root`` is the folder that relative paths start from; it is not a key.
 
-    ``server_seed`` is never part of a dump, so no site, run id or report has it.
+    ``server_seed`` and ``track`` are never part of a dump, so no site, run id or report has them.
     """
 
     name: str = Field("run", description="left out: the TOML file's name")
@@ -561,6 +578,7 @@ class RunConfig(Section):
     wire: WireConfig = WireConfig()
     attack: AttackConfig = AttackConfig()
     federation: FederationConfig = FederationConfig()
+    track: TrackConfig = Field(TrackConfig(), exclude=True)
     root: Path = Field(Path(), exclude=True)
 
     @model_validator(mode="after")

@@ -231,6 +231,7 @@ def load_run(path: str | Path) -> RunRecord:
         partition = json.loads(files[2].read_text(encoding="utf-8"))
         provenance = config.pop("provenance", {})
         config.pop("server_seed", None)  # is shown nowhere
+        config.pop("track", None)  # no setting that results depend on
         options = dict(config["method"])
         method = str(options.pop("name"))
         name, seed = str(config["name"]), int(config["seed"])

@@ -88,6 +88,12 @@ class RunFolder:
         return self.path / "diverged.txt"
 
     @property
+    def tracked_as(self) -> Path:
+        """The run's name in trackers, drawn when it is first tracked, so that a resumed run goes on
+        there."""
+        return self.path / "tracked_as.txt"
+
+    @property
     def ended(self) -> bool:
         """Whether the run is finished, or has diverged."""
         return self.report.is_file() or self.diverged.is_file()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import subprocess
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -32,8 +31,10 @@ from rolora.model.peft import save_adapter
 from rolora.report.card import Source, card
 from rolora.report.page import write_report
 from rolora.results.runs import load_run
+from rolora.run.environment import git_commit, processor
 from rolora.run.experiment import Experiment, dated
-from rolora.run.folder import RunFolder, require_new
+from rolora.run.folder import RunFolder, line, require_new
+from rolora.run.tracking import require_trackers, tracking
 from rolora.tasks.spans import masks
 from rolora.training.engine import Engine
 from rolora.training.local import NonFiniteLoss
@@ -61,7 +62,8 @@ class Run:
         """
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
-        with self.folder.locked(), self.experiment.closing_workers():
+        track = tracking(self.experiment.config, self.folder)
+        with self.folder.locked(), self.experiment.closing_workers(), track as tracked:
             if self.folder.newest != self.checkpoint:
                 raise ConfigError(
                     f"{self.folder.path} has gone on since this run was opened: resume it anew"
@@ -72,6 +74,8 @@ class Run:
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state
+                if result.advanced:
+                    tracked(line(result))
                 yield result
             self._finish(state)
 
@@ -146,6 +150,7 @@ def start(
     is loaded and checked first, so a faulty configuration leaves no folder behind.
     """
     path, config = new_path(config, out), dated(config)
+    require_trackers(config.track)
     experiment = _on(executor, build)(config, path / "clients")
     experiment.prepare()
     several = experiment.worker_pool is not None and config.device == "cpu"
@@ -180,6 +185,7 @@ def resume(
         config, origin = stored(folder, overrides, root)
         if rounds is not None:
             config = load_config(folder.config, [*overrides, f"train.rounds={rounds}"], config.root)
+        require_trackers(config.track)
         torch.set_num_threads(origin["threads"])
         try:
             experiment = _on(executor, build)(pinned(config, origin), folder.clients)
@@ -255,8 +261,8 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {
         "versions": versions,
-        "git_commit": _git_commit(Path(__file__).parent),
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "git_commit": git_commit(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         **_chosen(experiment),
         "prefix": experiment.cached,
@@ -287,13 +293,3 @@ def pinned(config: RunConfig, origin: Mapping[str, Any]) -> RunConfig:
     train = config.train.model_copy(update={"bank": origin["bank"]})
     model = config.model.model_copy(update={"dtype": origin["dtype"]})
     return config.model_copy(update={"train": train, "model": model})
-
-
-def _git_commit(folder: Path) -> str:
-    """The git commit that rolora runs from, or "" outside a checkout."""
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return found.stdout.strip()

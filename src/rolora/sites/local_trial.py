@@ -61,5 +61,6 @@ def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port
         tables.write_table(rows.validation, folder.path / "validation.parquet")
         values["data"]["validation"] = "validation.parquet"
     values["partition"] = {"scheme": "files"}
+    values["track"] = config.track.model_dump(exclude_none=True)
     values["federation"]["sites"] = len(rows.shards)
     write_file(folder.path / "run.toml", tomli_w.dumps(values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import transformers
@@ -41,12 +41,17 @@ def answer_metrics(
 
 
 def generate(
-    base: Base, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int = 16
+    base: Base,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int = 16,
+    show: Callable[[str], None] | None = None,
 ) -> list[str]:
     """The greedy continuation of each prompt (token ids), up to an end-of-text token.
 
     The bank holds one client, or none for the plain base. A prompt keeps the last tokens that leave
-    the model room for ``max_new_tokens``; ConfigError if there is none.
+    the model room for ``max_new_tokens``; ConfigError if there is none. ``show``, for one prompt,
+    gets the text piece by piece.
     """
     pad = base.tokenizer.pad_token_id
     room = base.limit(1 << 30).tokens - max_new_tokens
@@ -61,6 +66,10 @@ def generate(
         pad_token_id=pad,
         eos_token_id=_end_tokens(base),
     )
+    streamer = None
+    if show is not None:
+        streamer = transformers.TextStreamer(base.tokenizer, True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: show(text)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for first in range(0, len(order), batch_size):
@@ -74,6 +83,7 @@ def generate(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=settings,
+                streamer=streamer,
             )
         for place, answer in zip(places, answers[:, width:], strict=True):
             texts[place] = base.tokenizer.decode(answer, skip_special_tokens=True)

@@ -1,0 +1,71 @@
+"""``rolora chat``: write to a run's model, and read what it answered before training and after."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rolora.cli.options import Overrides
+from rolora.cli.printing import err_console, working
+from rolora.errors import DataError, printable
+
+
+def chat(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 128,
+    json: Annotated[bool, typer.Option("--json", help="print each turn as a JSON line")] = False,
+) -> None:
+    """Talk to a finished run's model: the base's answer before training, then the adapter's after.
+
+    Lines are read from standard input until its end (Ctrl-D). With a chat template each of the two
+    sees the conversation that it had itself. A run that was trained on prompts and completions, or
+    whose tokenizer has no template, takes each line as a prompt.
+    """
+    from rolora.run.chat import speakers
+
+    with working("loading the model"):
+        both = speakers(path, model, overrides or [])
+    if both.template is None:
+        err_console.print("note: each line is a prompt by itself, as in training")
+    said: dict[str, list[str]] = {who: [] for who in both.adapters}
+    for line in _lines():
+        if not json and not sys.stdin.isatty():
+            print(printable(f"\nyou     {line}", keep="\n\t"))
+        for who, texts in said.items():
+            texts.append(line)
+            if not json:
+                print(f"{who:8}", end="", flush=True)
+            texts.append(both.answer(who, texts, max_new_tokens, None if json else _show))
+            if not json:
+                print()
+        if json:
+            answers = {who: texts[-1] for who, texts in said.items()}
+            print(dumps({"prompt": line, **answers}, ensure_ascii=False), flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, or piped in, line by line; blank lines are left out."""
+    asking = "\nyou     " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(asking)
+            line.encode()  # some locales let any byte pass
+        except EOFError:
+            return
+        except UnicodeError:
+            raise DataError("standard input is not UTF-8 text") from None
+        if line.strip():
+            yield line
+
+
+def _show(piece: str) -> None:
+    print(printable(piece, keep="\n\t"), end="", flush=True)
