@@ -44,6 +44,7 @@ def write_csv(path: Path, head: list[str], rows: list[list[str]], **form: Any) -
 def made(source: str, tmp_path: Path, **options: Any) -> tuple[RunConfig, list[str], str]:
     """The configuration that init writes, what it says, and the file's text."""
     out = tmp_path / "made.toml"
+    options.setdefault("model", "model")
     notes = write_template(source, out, **options)
     return load_config(out), notes, out.read_text()
 

@@ -27,6 +27,7 @@ from rolora.cli.theory import theory
 from rolora.errors import EXIT_CODES, ConfigError, ModelNotHere, NotHere, RoloraError, printable
 
 if TYPE_CHECKING:
+    from rolora.run.experiment import Experiment
     from rolora.run.runs import Run
 
 app = typer.Typer(
@@ -244,11 +245,10 @@ def partition(
     json: Json = False,
 ) -> None:
     """Show which client holds which rows, and save a picture of it. Trains nothing."""
-    from rolora.cli.tables import masked_text, split_table
+    from rolora.cli.tables import split_table
     from rolora.config.load import load_config
     from rolora.report.figures import save_picture, split_figure
     from rolora.run.experiment import Experiment
-    from rolora.run.runs import training_masks
 
     settings = load_config(config, overrides or [])
     experiment = Experiment(settings)
@@ -257,9 +257,7 @@ def partition(
     save_picture(split_figure(table), picture)
     show(json, table, split_table(table, rows.test.num_rows), f"\npicture   {picture}")
     if show_masks:
-        with working("loading the tokenizer"):
-            masked = training_masks(experiment, 3)
-        out_console.print(masked_text(masked))
+        _show_masks(experiment, 3)
 
 
 @app.command()
@@ -295,7 +293,10 @@ def plan(
 
 @app.command()
 def init(
-    data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
+    data: Annotated[
+        str,
+        typer.Argument(help="your rows: a file, folder or pattern, a hub name, or glue/mnli"),
+    ],
     out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
     model: Annotated[
         str, typer.Option(help="the base model: a folder, hub:NAME or a .gguf file")
@@ -306,13 +307,37 @@ def init(
     encoding: Annotated[
         str | None, typer.Option(help="of text files; left out: it is found")
     ] = None,
+    trainer: Annotated[
+        Path | None,
+        typer.Option("--from", help="take settings from this YAML file of trl sft, dpo or kto"),
+    ] = None,
 ) -> None:
-    """Look at the columns of your file and write a commented configuration for it."""
+    """Look at your rows, write a commented configuration for them, and show what it would do."""
+    from rolora.cli.tables import split_table
+    from rolora.config.load import load_config
     from rolora.run.config_template import write_template
+    from rolora.run.experiment import Experiment
 
-    for note in write_template(data, out, model, delimiter, encoding):
+    for note in write_template(data, out, model, delimiter, encoding, trainer):
         out_console.print(f"note: {note}")
-    out_console.print(printable(f"wrote {out}; next: rolora partition {out}"))
+    out_console.print(printable(f"wrote {out}"))
+    experiment = Experiment(load_config(str(out)))
+    out_console.print(split_table(experiment.rows.table(), experiment.rows.test.num_rows))
+    if (
+        experiment.kind.head == "causal_lm"
+        and (experiment.config.root / experiment.config.model.path).exists()
+    ):
+        _show_masks(experiment, 2)
+    out_console.print("\nnext: " + printable(f"rolora run {out}"))
+
+
+def _show_masks(experiment: Experiment, rows: int) -> None:
+    from rolora.cli.tables import masked_text
+    from rolora.run.runs import training_masks
+
+    with working("loading the tokenizer"):
+        masked = training_masks(experiment, rows)
+    out_console.print(masked_text(masked))
 
 
 app.command()(theory)
