@@ -40,6 +40,7 @@ WIDE = {
     "test_flower_internals",
     "test_flower_strategy",
     "test_fuzz",
+    "test_glue",
     "test_harness",
     "test_hostile_files",
     "test_hostile_models",

@@ -164,7 +164,10 @@ def _look(source: str, delimiter: str | None, encoding: str | None, theirs: Trai
     own = guess_clients(table, used)
     task = glue["task"] if glue else ""
     found = Found(train, {}, table, guess, form, own, len(set(owners)), task)
-    held = {} if files else _held_out(found, theirs.text("dataset_test_split"))
+    wanted = theirs.text("dataset_test_split")
+    if task:  # the test split has no answers
+        wanted = wanted or ("validation_matched" if task == "mnli" else "validation")
+    held = {} if files else _held_out(found, wanted)
     return replace(found, held=held)
 
 
@@ -343,7 +346,7 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
             "optimizer": ("adamw", ""),
             "lr": (start.lr, "try several: the best rate depends on method and data"),
         },
-        "eval": {"every": (max(1, rounds // 4), "rounds")},
+        "eval": {"every": (_every(rounds), "rounds")},
     }
     for key, value in GLUE.get(found.glue, {}).items():
         table, _, name = key.partition(".")
@@ -352,6 +355,11 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
             "GLUE's metric" if table == "eval" else "its F1 is measured",
         )
     return sections
+
+
+def _every(rounds: int) -> int:
+    """Rounds between some four evaluations: odd, for both kinds of RoLoRA's rounds in turn."""
+    return rounds // 4 | 1
 
 
 def _split(found: Found, rows: int) -> tuple[Lines, int]:
@@ -396,7 +404,7 @@ def _take_over(sections: dict[str, Lines], found: Found, theirs: Trainer, notes:
     cohort = max(1, math.ceil(train["participation"][0] * clients))
     if rounds := theirs.rounds(found.table.num_rows, cohort, steps, batch):
         train["rounds"] = (rounds, "as many rows in all as TRL's file has; rolora counts rounds")
-        sections["eval"]["every"] = (max(1, rounds // 4), "rounds")
+        sections["eval"]["every"] = (_every(rounds), "rounds")
     if warmup := theirs.warmup(train["rounds"][0], steps):
         train["warmup_rounds"] = (warmup, "from the warm-up of TRL's file")
 
