@@ -106,6 +106,7 @@ def test_what_is_not_taken_over_is_said_with_its_reason_here_and_in_the_file(
     _, notes = made(tmp_path, SFT, chats())
     said = [note for note in notes if note.startswith("trl.yaml: ")]
     assert said == [
+        "trl.yaml: dataset_name: trl-lib/Capybara is not taken: the rows are those that init is given",  # noqa: E501
         "trl.yaml: packing: True is not taken: rolora pads nothing, and joins no rows",
         "trl.yaml: eval_strategy: steps is not taken: eval.every counts rounds",
         "trl.yaml: output_dir: out is not taken: name the run's folder with rolora run --out",

@@ -93,7 +93,7 @@ NUMBERS = {
 }
 # taken where the model, the rows and the rounds are known
 ELSEWHERE = {
-    *("model_name_or_path", "model_revision", "dataset_name", "dataset_config"),
+    *("model_name_or_path", "model_revision"),
     *("dataset_train_split", "dataset_test_split", "gradient_accumulation_steps"),
     *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps"),
 }
@@ -146,6 +146,8 @@ ALWAYS: Mapping[str, Callable[[Any], bool]] = {
     "use_dora": lambda value: not value,
 }
 INSTEAD = {
+    "dataset_name": "the rows are those that init is given",
+    "dataset_config": "the rows are those that init is given",
     "use_peft": "rolora always trains LoRA",
     "completion_only_loss": "rolora trains on completions alone",
     "assistant_only_loss": "rolora trains on the assistant's turns alone",
