@@ -48,6 +48,7 @@ WIDE = {
     "test_hostile_coordinator",
     "test_hostile_sites",
     "test_hostile_updates",
+    "test_init_inputs",
     "test_joining",
     "test_memory",
     "test_method_runs",
@@ -76,6 +77,7 @@ WIDE = {
     "test_tables_of_tokens",
     "test_tasks",
     "test_theory",
+    "test_trl_config",
     "test_wiretap",
     "test_workers",
 }

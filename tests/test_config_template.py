@@ -45,7 +45,7 @@ def made(source: str, tmp_path: Path, **options: Any) -> tuple[RunConfig, list[s
     """The configuration that init writes, what it says, and the file's text."""
     out = tmp_path / "made.toml"
     options.setdefault("model", "model")
-    notes = write_template(source, out, **options)
+    notes, _ = write_template(source, out, **options)
     return load_config(out), notes, out.read_text()
 
 

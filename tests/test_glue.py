@@ -110,7 +110,7 @@ def test_the_mismatched_set_of_mnli_is_evaluated_by_the_command_that_init_names(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.tiny_bert(hub / "model")
-    notes = write_template("glue/mnli", hub / "a.toml", "model")
+    notes, _ = write_template("glue/mnli", hub / "a.toml", "model")
     (note,) = [note for note in notes if "mismatched" in note]
     *_, data, override = note.split()
     config = load_config(hub / "a.toml", ["train.rounds=2", "partition.clients=2"])

@@ -56,7 +56,7 @@ def made(folder: Path, yaml: str, rows: list[dict[str, object]]) -> tuple[RunCon
     (folder / "trl.yaml").write_text(yaml)
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = folder / "made.toml"
-    notes = write_template(str(folder / "rows.jsonl"), out, trainer=folder / "trl.yaml")
+    notes, _ = write_template(str(folder / "rows.jsonl"), out, trainer=folder / "trl.yaml")
     return load_config(out), notes
 
 

@@ -314,14 +314,12 @@ def init(
 ) -> None:
     """Look at your rows, write a commented configuration for them, and show what it would do."""
     from rolora.cli.tables import split_table
-    from rolora.config.load import load_config
     from rolora.run.config_template import write_template
-    from rolora.run.experiment import Experiment
 
-    for note in write_template(data, out, model, delimiter, encoding, trainer):
+    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
+    for note in notes:
         out_console.print(f"note: {note}")
     out_console.print(printable(f"wrote {out}"))
-    experiment = Experiment(load_config(str(out)))
     out_console.print(split_table(experiment.rows.table(), experiment.rows.test.num_rows))
     if (
         experiment.kind.head == "causal_lm"

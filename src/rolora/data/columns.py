@@ -49,7 +49,7 @@ def _describe(table: pa.Table, name: str) -> Column:
     if is_text(kind) or is_number(kind) or pa.types.is_boolean(kind):
         distinct = pc.count_distinct(values).as_py()
         length = _mean(pc.utf8_length(values.cast(pa.string())))
-        whole = not pa.types.is_floating(kind) or pc.all(pc.equal(values, pc.round(values))).as_py()
+        whole = _is_whole(values)
         found: Kind = "number" if is_number(kind) else "text"
         if whole and 2 <= distinct <= 100 and 2 * distinct <= rows and length <= 40:
             found = "category"
@@ -68,8 +68,9 @@ def _nested(name: str, values: Sequence[Any]) -> Column:
         flat = not any(isinstance(value, list | dict) for value in values)
         return Column(name, "text" if values and flat else "other", distinct, example, 0.0)
     items = [item for value in lists for item in value]
-    chat = all(isinstance(i, dict) and any(turn <= i.keys() for turn in TURNS) for i in items)
-    found: Kind = "messages" if items and chat else "list"
+    # one that is no turn is named where chats are read
+    chat = any(isinstance(i, dict) and any(turn <= i.keys() for turn in TURNS) for i in items)
+    found: Kind = "messages" if chat else "list"
     return Column(name, found, distinct, example, len(items) / len(lists))
 
 
@@ -198,7 +199,8 @@ def guess_columns(table: pa.Table) -> Guess:
     text = _text_columns([column for column in columns if column.name not in used])
     if chosen and text:
         return task, {"text": text, "label": chosen}
-    if alone := called(TEXT[:1], "text"):
+    judged_by = {*LABEL, *SCORE, *CLASS} & {_bare(column.name) for column in columns}
+    if (alone := called(TEXT[:1], "text")) and not judged_by:
         return "causal_lm", {"completion": alone}
     seen = ", ".join(f"{column.name} ({column.kind})" for column in columns)
     raise DataError(
@@ -250,9 +252,16 @@ def _fractional(table: pa.Table, name: str | None) -> str | None:
     """``name`` if a number in this column is not whole."""
     if name is None:
         return None
-    values = as_numbers(decoded(table[name]).drop_null())
-    whole = pc.all(pc.equal(values, pc.round(values))).as_py()
-    return None if whole else name
+    return None if _is_whole(as_numbers(decoded(table[name]).drop_null())) else name
+
+
+def _is_whole(values: pa.ChunkedArray) -> bool:
+    """Whether no number in it has a fraction; NaN is none."""
+    if not pa.types.is_floating(values.type):
+        return True
+    return (
+        pc.all(pc.or_(pc.is_nan(values), pc.equal(values, pc.round(values)))).as_py() is not False
+    )
 
 
 def _is_switch(table: pa.Table, name: str) -> bool:

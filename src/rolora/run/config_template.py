@@ -28,6 +28,7 @@ from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, DataError, printable
 from rolora.files import from_home, write_file
 from rolora.network import HUB
+from rolora.run.experiment import Experiment
 from rolora.run.trl_config import Trainer, read_trainer
 from rolora.tasks.registry import TASKS, TaskKind, task_kind
 
@@ -116,14 +117,14 @@ def write_template(
     delimiter: str | None = None,
     encoding: str | None = None,
     trainer: Path | None = None,
-) -> list[str]:
+) -> tuple[list[str], Experiment]:
     """Look at the rows of ``source`` and write a configuration to ``out``.
 
     ``source``: a file, a folder, a pattern of files, a hub name, or a task of GLUE's ("glue/mnli").
     ``delimiter`` and ``encoding`` of text files are found where they are left out. ``trainer``: a
-    YAML file of TRL's, whose settings are taken over. Returns what a user should know, a line each.
-    Raises ConfigError if ``out`` exists or an argument is wrong, DataError if no task fits the
-    columns.
+    YAML file of TRL's, whose settings are taken over. Returns what a user should know, a line each,
+    and the experiment, whose rows have been read and split. Raises ConfigError if ``out`` exists or
+    an argument is wrong, DataError if no task fits the columns or the rows cannot be split.
     """
     if out.exists():
         raise ConfigError(f"{out} exists and is not overwritten: name another file with --out")
@@ -135,9 +136,11 @@ def write_template(
     sections = _sections(found, source, out, _model(found, model, theirs, out, notes))
     _take_over(sections, found, theirs, notes)
     text = _text(sections, found, out, notes)
-    make_config(tomllib.loads(text), root=out.parent)  # a value of TRL's may be none of ours
+    experiment = Experiment(make_config(tomllib.loads(text), root=out.parent))
+    labels = found.kind.labels(experiment.rows.train, experiment.columns, source)
+    found.kind.vocabulary(labels, source)
     write_file(out, text)
-    return notes
+    return notes, experiment
 
 
 def _look(source: str, delimiter: str | None, encoding: str | None, theirs: Trainer) -> Found:
@@ -250,6 +253,10 @@ def _notes(found: Found) -> list[str]:
             f"{printable(label)} is a column's name and a value in it: if the file has no line of "
             "names, add one"
         )
+    labels = next((c for c in describe(table) if c.name == label), None)
+    if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
+        many = f"{labels.distinct} values in {table.num_rows} rows"
+        notes.append(f"{printable(labels.name)} has {many}: few rows to learn each from")
     if chosen.keys() == {"completion"}:
         notes.append(
             f"{printable(str(chosen['completion']))} is learned as it is, without a prompt"
