@@ -190,13 +190,14 @@ def _held_out(found: Found, wanted: str) -> dict[str, str]:
     many test splits on the hub have no answers.
     """
     source, root = found.train["train"], Path()
-    places = {split: (source, split) for split in tables.splits_of(source, root=root)}
     own = Path(source)
     if own.is_file() and own.name.startswith("train"):  # test.csv beside train.csv
         beside = {end: own.with_name(end + own.name.removeprefix("train")) for end in _HELD_OUT}
         places = {end: (str(path), "train") for end, path in beside.items() if path.is_file()}
-    for name in [wanted] if wanted else [name for name in _HELD_OUT if name in places]:
-        place, split = places.get(name, (source, name))
+    else:
+        splits = [wanted] if wanted else tables.splits_of(source, root=root)
+        places = {split: (source, split) for split in splits}
+    for place, split in [places[name] for name in (wanted, *_HELD_OUT) if name in places]:
         table = tables.read_table(place, root=root, form=found.form, split=split)
         if not (set(found.used) <= set(table.column_names) and _is_answered(found, table)):
             continue
