@@ -219,7 +219,7 @@ def test_a_text_without_a_prompt_is_trained_on_whole_and_cannot_be_continued(bas
     assert found.targets[1:].all()
     assert task.predict is not None
     with pytest.raises(ConfigError, match="nothing that could be continued"):
-        task.predict(table, "rows", None, 8)
+        task.predict(table, "rows", lambda examples: examples.tokens, 8)
 
 
 def test_a_row_too_long_keeps_its_end_and_is_counted(base: Base) -> None:
@@ -428,8 +428,8 @@ def test_the_likeliest_choice_is_picked_by_sum_and_by_mean_per_token(base: Base)
 def test_the_right_choice_is_told_by_its_letter_its_name_its_number_or_its_text(
     base: Base,
 ) -> None:
-    named = [{"text": ["heart", "Paris"], "label": ["1", "2"]}] * 2
-    listed = [["heart", "Paris"]] * 5
+    named: list[Any] = [{"text": ["heart", "Paris"], "label": ["1", "2"]}] * 2
+    listed: list[Any] = [["heart", "Paris"]] * 5
     right: list[list[Any]] = [["2", "1"], ["B", "1", 1, "Paris", "heart"]]
     found = []
     for options, answers in zip((named, listed), right, strict=True):

@@ -391,9 +391,10 @@ def _split(found: Found, rows: int) -> tuple[Lines, int]:
 
 
 def _tokens(found: Found) -> float:
-    """Tokens of a row, roughly: a quarter of its letters."""
+    """Tokens of a row, roughly: a quarter of its letters; both completions are behind a prompt."""
     some = found.table.slice(0, 200)
-    letters = [len(str(cell)) for name in found.used for cell in tables.cells(some, name)]
+    again = _each(found.guess[1].get("prompt", [])) if found.kind.compares else []
+    letters = [len(str(cell)) for n in (*found.used, *again) for cell in tables.cells(some, n)]
     return max(sum(letters) / 4 / int(some.num_rows), 1.0)
 
 
