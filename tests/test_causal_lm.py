@@ -16,6 +16,7 @@ from transformers import GraniteConfig, GraniteForCausalLM
 from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.seeding import generator
 from rolora.data.examples import Examples, collate
+from rolora.data.readers import kept
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings
@@ -192,6 +193,33 @@ def test_a_chat_is_trained_on_assistant_turns_with_their_end_marks(base: Base) -
     )
     turns = trained_text(base, examples).split("·")
     assert [turn for turn in turns if turn] == ["sat on the mat<|im_end|>\n", "looked<|im_end|>\n"]
+
+
+def test_of_chats_in_two_columns_only_the_completion_s_turns_are_trained_on(base: Base) -> None:
+    """As if the answers in the prompt had weight 0."""
+    before = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "a film"},
+        {"role": "user", "content": "and now?"},
+    ]
+    after = [{"role": "assistant", "content": "the dog"}]
+    silent = [before[0], {**before[1], "weight": 0}, before[2]]
+    two = causal_lm.causal_lm(base, prompt="prompt", completion="completion", max_length=64)
+    one = causal_lm.causal_lm(base, messages="messages", max_length=64)
+    found = two.encode(pa.table({"prompt": [before], "completion": [after]}), "rows")
+    expected = one.encode(pa.table({"messages": [[*silent, *after]]}), "rows")
+    assert found.tokens.equal(expected.tokens)
+    assert found.targets.equal(expected.targets)
+
+
+def test_a_text_without_a_prompt_is_trained_on_whole_and_cannot_be_continued(base: Base) -> None:
+    task = causal_lm.causal_lm(base, completion="text", max_length=64)
+    table = pa.table({"text": ["the cat sat"]})
+    found = task.encode(table, "rows")
+    assert found.targets[1:].all()
+    assert task.predict is not None
+    with pytest.raises(ConfigError, match="nothing that could be continued"):
+        task.predict(table, "rows", lambda examples: examples.tokens, 8)
 
 
 def test_a_row_too_long_keeps_its_end_and_is_counted(base: Base) -> None:
@@ -395,6 +423,27 @@ def test_the_likeliest_choice_is_picked_by_sum_and_by_mean_per_token(base: Base)
     assert metrics["choice_accuracy"] == pytest.approx(1 / 3 + 1 / 3)
     assert metrics["choice_accuracy_norm"] == 0.0
     assert metrics["loss"] == pytest.approx((3.0 + 3.0 + 1.0) / 3)
+
+
+def test_the_right_choice_is_told_by_its_letter_its_name_its_number_or_its_text(
+    base: Base,
+) -> None:
+    named: list[Any] = [{"text": ["heart", "Paris"], "label": ["1", "2"]}] * 2
+    listed: list[Any] = [["heart", "Paris"]] * 5
+    right: list[list[Any]] = [["2", "1"], ["B", "1", 1, "Paris", "heart"]]
+    found = []
+    for options, answers in zip((named, listed), right, strict=True):
+        table = pa.table(
+            {
+                "q": ["the capital"] * len(answers),
+                "options": kept(options),
+                "right": kept(answers),
+            }
+        )
+        tested = choice_task(base).encode_test(table, "test")
+        assert tested.answers is not None
+        found.append(tested.answers.tolist())
+    assert found == [[1, 0], [1, 1, 1, 1, 0]]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
         ("device=cuda", 2, "device = 'cpu'"),
         ("train.lr=1e30", 1, "is not finite in round"),
         ("eval.metric=f2", 2, "eval.metric 'f2'"),
-        ("model.task=causal_lm", 2, "data.prompt and data.completion, or data.messages"),
+        ("model.task=causal_lm", 2, "data.completion, or data.messages"),
         ("aggregate.quorum=9", 2, "quorum"),
     ],
 )

@@ -7,7 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rolora.data.columns import Column, describe, guess_columns
+from rolora.data.columns import (
+    Column,
+    describe,
+    guess_clients,
+    guess_columns,
+    names_client,
+)
 from rolora.errors import DataError
 
 STORY = "a story that goes on for a while, number {}"
@@ -161,6 +167,34 @@ def test_the_example_shows_numbers_as_written() -> None:
             ("preference", {"prompt": "prompt", "completion": "completion", "label": "label"}),
         ),
         (
+            {"prompt": SHORT, "completion": YES_NO},
+            ("causal_lm", {"prompt": "prompt", "completion": "completion"}),
+        ),
+        (
+            {"instruction": ["Classify."] * 8, "input": LONG, "output": YES_NO},
+            ("causal_lm", {"prompt": ["instruction", "input"], "completion": "output"}),
+        ),
+        ({"text": LONG, "url": SHORT}, ("causal_lm", {"completion": "text"})),
+        (
+            {"prompt": CHAT, "completion": CHAT},
+            ("causal_lm", {"prompt": "prompt", "completion": "completion"}),
+        ),
+        (
+            {
+                "question_stem": LONG,
+                "choices": [{"text": ["x", "y"], "label": ["A", "B"]}] * 8,
+                "answerKey": ["A", "B"] * 4,
+            },
+            (
+                "choice",
+                {"prompt": "question_stem", "choices": "choices", "answer": "answerKey"},
+            ),
+        ),
+        (
+            {"ctx": LONG, "endings": [["a", "b"]] * 8, "label": ["0", "1"] * 4},
+            ("choice", {"prompt": "ctx", "choices": "endings", "answer": "label"}),
+        ),
+        (
             {"question": SHORT, "choices": [["a", "b"]] * 8, "answer": [0, 1] * 4},
             ("choice", {"prompt": "question", "choices": "choices", "answer": "answer"}),
         ),
@@ -170,6 +204,34 @@ def test_the_task_and_its_columns_are_guessed(
     columns: dict[str, Any], expected: tuple[str, Any]
 ) -> None:
     assert guess_columns(pa.table(columns)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "found"),
+    [
+        ("hospital", ["a", "b"] * 16, True),
+        ("userId", list(range(4)) * 8, True),
+        ("Speakers", [f"s{n}" for n in range(4)] * 8, True),
+        ("hospital", list(range(8)) * 4, False),  # too few rows each
+        ("hospital", ["a"] * 32, False),
+        ("hospital", ["a", "b", ""] * 10 + ["a", "b"], False),
+        ("hospital", ["a", "b", None] * 10 + ["a", "b"], False),
+        ("split", ["train", "test"] * 16, False),
+        ("statement", ["a", "b"] * 16, False),
+        ("kind", ["a", "b"] * 16, False),
+    ],
+)
+def test_a_client_s_column_is_told_by_a_word_of_its_name_and_several_rows_a_value(
+    name: str, values: list[Any], found: bool
+) -> None:
+    table = pa.table({"text": LONG * 4, "label": YES_NO * 4, name: values})
+    own = guess_clients(table, ["text", "label"])
+    assert (own[:1] != [] and names_client(own[0].name)) == found
+
+
+def test_a_client_s_column_is_never_one_that_is_learned() -> None:
+    table = pa.table({"text": LONG * 4, "language": YES_NO * 4})
+    assert guess_clients(table, ["text", "language"]) == []
 
 
 def test_a_table_that_fits_no_task_is_refused_with_what_was_seen() -> None:

@@ -15,8 +15,10 @@ import pytest
 from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
+from rolora.demo.sources import SOURCES
 from rolora.errors import ConfigError, printable
-from rolora.run.config_template import write_template
+from rolora.run.config_template import _DECODER, _ENCODER, write_template
+from rolora.run.experiment import Experiment
 
 HOSTILE = (
     "two\nlines",
@@ -44,7 +46,8 @@ def write_csv(path: Path, head: list[str], rows: list[list[str]], **form: Any) -
 def made(source: str, tmp_path: Path, **options: Any) -> tuple[RunConfig, list[str], str]:
     """The configuration that init writes, what it says, and the file's text."""
     out = tmp_path / "made.toml"
-    notes = write_template(source, out, **options)
+    options.setdefault("model", "model")
+    notes, _ = write_template(source, out, **options)
     return load_config(out), notes, out.read_text()
 
 
@@ -143,3 +146,90 @@ def test_parts_of_one_set_are_not_taken_for_clients(tmp_path: Path) -> None:
     (tmp_path / "made.toml").unlink()
     config, *_ = made(str(tmp_path / "site-*.parquet"), tmp_path)
     assert config.partition.scheme == "files"
+
+
+def write_rows(path: Path, count: int = 40) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [[f"a text that is long {row}", str(row % 2)] for row in range(count)]
+    return write_csv(path, ["text", "label"], rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        (("in/berlin.csv", "in/rome.csv"), "in/*.csv"),
+        (("in/berlin/a.csv", "in/rome/b.csv"), "in/*/"),
+    ],
+)
+def test_a_folder_of_a_file_or_folder_for_each_site_has_a_client_for_each(
+    tmp_path: Path, names: tuple[str, ...], pattern: str
+) -> None:
+    for name in names:
+        write_rows(tmp_path / name)
+    config, *_ = made(str(tmp_path / "in"), tmp_path)
+    assert (config.partition.scheme, config.data.train) == ("files", pattern)
+    assert set(Experiment(config).rows.shards) == {"berlin", "rome"}
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "dev"])
+def test_test_rows_that_come_beside_the_training_rows_are_used(tmp_path: Path, name: str) -> None:
+    write_rows(tmp_path / "in" / "train.csv", 40)
+    write_rows(tmp_path / "in" / f"{name}.csv", 7)
+    for source in ("in/train.csv", "in"):
+        (tmp_path / "made.toml").unlink(missing_ok=True)
+        config, *_ = made(str(tmp_path / source), tmp_path)
+        rows = Experiment(config).rows
+        assert (rows.train.num_rows, rows.test.num_rows) == (40, 7)
+
+
+def test_test_rows_without_answers_are_left_alone(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in" / "train.csv", 40)
+    write_csv(tmp_path / "in" / "test.csv", ["text", "label"], [["a text", ""]] * 9)
+    config, *_ = made(str(tmp_path / "in" / "train.csv"), tmp_path)
+    assert config.data.test == 0.2
+
+
+def test_a_column_that_names_a_site_makes_clients_and_is_said(tmp_path: Path) -> None:
+    rows = [[f"site {row % 3}", f"a text that is long {row}", str(row % 2)] for row in range(60)]
+    source = write_csv(tmp_path / "a.csv", ["site", "text", "label"], rows)
+    config, notes, _ = made(source, tmp_path)
+    assert (config.partition.scheme, config.partition.field) == ("by_field", "site")
+    assert notes == ["each of the 3 values of site is a client: a guess"]
+
+
+def test_a_small_set_has_few_clients_and_a_large_one_few_in_a_round(tmp_path: Path) -> None:
+    config, *_ = made(write_rows(tmp_path / "a.csv", 20), tmp_path)
+    assert config.partition.clients == 2
+    (tmp_path / "made.toml").unlink()
+    rows = [[f"u{row % 50}", f"a text that is long {row}", str(row % 2)] for row in range(500)]
+    source = write_csv(tmp_path / "b.csv", ["user", "text", "label"], rows)
+    config, *_ = made(source, tmp_path)
+    assert config.train.participation * 50 == 10
+
+
+def test_the_model_that_is_proposed_is_one_that_rolora_fetch_puts_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    out = tmp_path / "runs" / "a.toml"
+    notes, made = write_template(write_rows(tmp_path / "a.csv"), out)
+    assert notes == [
+        "--model is left out: the file names data/minilm, a small one; get it with: rolora fetch "
+        "minilm"
+    ]
+    assert (made.config.root / made.config.model.path).resolve() == tmp_path / "data" / "minilm"
+    for start, name in ((_ENCODER, "minilm"), (_DECODER, "smollm2")):
+        own = [str(Path("data") / name / made) for made in SOURCES[name].makes]
+        assert start.name == name
+        assert start.small in own
+
+
+def test_a_model_that_is_at_hand_is_named_without_more_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "minilm").mkdir(parents=True)
+    notes, made = write_template(write_rows(tmp_path / "a.csv"), tmp_path / "a.toml")
+    assert notes == ["--model is left out: the file names models/minilm, a small one"]
+    assert made.config.model.path == "models/minilm"

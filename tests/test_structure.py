@@ -53,6 +53,7 @@ FENCES: dict[str, set[str]] = {
     "sklearn": {"tasks"},
     "scipy": {"results", "tasks"},
     "psutil": {"training", "sites"},
+    "yaml": {"run"},
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},
     "filelock": {"files"},
@@ -138,7 +139,8 @@ def test_the_dependencies_are_the_libraries_that_are_imported() -> None:
     extras = project["optional-dependencies"]
     declared = project["dependencies"] + extras["flower"]
     names = {text.partition(">=")[0].replace("-", "_") for text in declared}
-    used = {"scikit_learn" if library == "sklearn" else library for library in FENCES}
+    package = {"sklearn": "scikit_learn", "yaml": "pyyaml"}
+    used = {package.get(library, library) for library in FENCES}
     assert names == used | INDIRECT
 
 

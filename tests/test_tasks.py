@@ -74,7 +74,7 @@ def test_a_task_of_an_installed_package_runs_by_its_name(tmp_path: Path) -> None
     [
         (["model.task=clasification"], "did you mean 'classification'?"),
         (["model.task=choice"], "needs data.prompt, data.choices and data.answer"),
-        (["model.task=causal_lm"], "needs either data.prompt and data.completion, or data.mess"),
+        (["model.task=causal_lm"], "needs either data.completion, or data.mess"),
         (["eval.metric=macro"], "eval.metric 'macro' is not measured by classification: did you"),
     ],
 )

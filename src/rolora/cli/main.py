@@ -301,7 +301,10 @@ def plan(
 
 @app.command()
 def init(
-    data: Annotated[str, typer.Argument(help="your rows: a file or a pattern of files")],
+    data: Annotated[
+        str,
+        typer.Argument(help="your rows: a file, folder or pattern, a hub name, or glue/mnli"),
+    ],
     out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
     model: Annotated[
         str, typer.Option(help="the base model: a folder, hub:NAME or a .gguf file")
@@ -312,14 +315,31 @@ def init(
     encoding: Annotated[
         str | None, typer.Option(help="of text files; left out: it is found")
     ] = None,
+    trainer: Annotated[
+        Path | None,
+        typer.Option("--from", help="take settings from this YAML file of trl sft, dpo or kto"),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Look at the columns of your file and write a commented configuration for it."""
+    """Look at your rows, write a commented configuration for them, and show what it would do."""
+    from rolora.cli.tables import masked_text, split_table
     from rolora.run.config_template import write_template
+    from rolora.run.runs import training_masks
 
-    notes = write_template(data, out, model, delimiter, encoding)
-    done = printable(f"wrote {out}; next: rolora partition {out}")
-    show(json, {"config": str(out), "notes": notes}, *(f"note: {note}" for note in notes), done)
+    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
+    table, config = experiment.rows.table(), experiment.config
+    made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
+    parts: list[RenderableType] = [
+        *(f"note: {note}" for note in notes),
+        printable(f"wrote {out}"),
+        split_table(table, experiment.rows.test.num_rows),
+    ]
+    if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
+        with working("loading the tokenizer"):
+            masked = training_masks(experiment, 2)
+        made["masks"] = masked
+        parts.append(masked_text(masked))
+    show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))
 
 
 app.command()(chat)

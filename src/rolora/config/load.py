@@ -128,7 +128,7 @@ def config_hash(config: RunConfig) -> str:
     that older versions do not know: a run that one of them has started can be resumed.
     """
     compares = task_kind(config.model.task).compares
-    pairs = {key for key in ("chosen", "rejected") if getattr(config.data, key) is None}
+    pairs = {key for key in ("chosen", "rejected", "positive") if getattr(config.data, key) is None}
     values = config.model_dump_json(
         exclude={
             "train": {"rounds", "bank", "workers", "cache"},

@@ -190,6 +190,9 @@ class DataConfig(Section):
     answer: str | None = Field(
         None, description="choice: the column of right answers (index, letter or text)"
     )
+    positive: str | None = Field(
+        None, description="classification: the label whose F1 is measured, as f1"
+    )
     max_length: int = Field(128, ge=2, description="tokens per row; longer rows are truncated")
     made_by: str | None = Field(
         None, description="how to get the rows; quoted in the error if they are missing"
@@ -598,6 +601,8 @@ class RunConfig(Section):
         if metric is not None and metric not in kind.metrics:
             hint = nearest(metric, kind.metrics)
             raise ConfigError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")
+        if metric == "f1" and self.data.positive is None:
+            raise ConfigError("eval.metric = 'f1' needs data.positive, the label that it is of")
         if self.partition.scheme == "by_field" and self.partition.field is None:
             raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"

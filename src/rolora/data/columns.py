@@ -1,11 +1,12 @@
-"""What the columns of a table hold, and which of them a run would use.
+"""What the columns of a table hold, which of them a run would use, and whose row each may be.
 
 The guess is for people to correct: it goes by common column names first, then by content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ def _describe(table: pa.Table, name: str) -> Column:
     if is_text(kind) or is_number(kind) or pa.types.is_boolean(kind):
         distinct = pc.count_distinct(values).as_py()
         length = _mean(pc.utf8_length(values.cast(pa.string())))
-        whole = not pa.types.is_floating(kind) or pc.all(pc.equal(values, pc.round(values))).as_py()
+        whole = _is_whole(values)
         found: Kind = "number" if is_number(kind) else "text"
         if whole and 2 <= distinct <= 100 and 2 * distinct <= rows and length <= 40:
             found = "category"
@@ -61,14 +62,22 @@ def _nested(name: str, values: Sequence[Any]) -> Column:
     """A column of lists, objects or values of several types."""
     distinct = len({repr(value) for value in values})
     example = " ".join(str(values[0]).split())[:60] if values else ""
+    values = [value["text"] if is_lettered(value) else value for value in values]
     lists = [value for value in values if isinstance(value, list)]
     if not values or len(lists) < len(values):
         flat = not any(isinstance(value, list | dict) for value in values)
         return Column(name, "text" if values and flat else "other", distinct, example, 0.0)
     items = [item for value in lists for item in value]
-    chat = all(isinstance(i, dict) and any(turn <= i.keys() for turn in TURNS) for i in items)
-    found: Kind = "messages" if items and chat else "list"
+    # one that is no turn is named where chats are read
+    chat = any(isinstance(i, dict) and any(turn <= i.keys() for turn in TURNS) for i in items)
+    found: Kind = "messages" if chat else "list"
     return Column(name, found, distinct, example, len(items) / len(lists))
+
+
+def is_lettered(value: Any) -> bool:
+    """Whether these are choices as ARC, OpenBookQA and CommonsenseQA have them: {text, label}."""
+    lettered = isinstance(value, dict) and value.keys() == {"text", "label"}
+    return lettered and all(isinstance(part, list) for part in value.values())
 
 
 def _mean(values: pa.ChunkedArray) -> float:
@@ -88,18 +97,28 @@ TEXT = ("text", "sentence", "content", "review", "tweet", "message", "comment", 
 LABEL = ("label", "labels", "class", "coarselabel")
 SCORE = ("score", "scores", "rating", "similarity", "relatedness", "value")
 CLASS = ("target", "category", "sentiment", "intent", "topic", "answer")
-PROMPT = ("prompt", "instruction", "question", "query", "problem", "input")
+PROMPT = ("prompt", "instruction", "question", "query", "problem", "input", "questionstem", "ctx")
 CONTEXT = ("input", "context")
 COMPLETION = ("completion", "response", "output", "answer", "target", "solution")
 CHOSEN = ("chosen", "preferred", "winner")
 REJECTED = ("rejected", "dispreferred", "loser")
+# TRL's, Alpaca's and Dolly's: a few different completions do not make them labels
+NAMED_PAIRS = (("prompt", "completion"), ("instruction", "output"), ("instruction", "response"))
 MESSAGES = ("messages", "conversations", "conversation", "chat", "dialog")
 TOOLS = ("tools", "functions")
 CHOICES = ("choices", "options", "endings", "answers")
 ANSWER = ("answer", "label", "answerkey", "target", "correct", "gold")
 
 SPLIT = ("split", "fold", "subset", "partition")
-
+# words in the names of columns that say whose row it is, or from where
+CLIENT = re.compile(
+    "account|agency|agent|annotator|author|bank|branch|cent(er|re)|city|client|clinic|company|"
+    "country|customer|department|device|domain|facility|hospital|institution|language|office|"
+    "organi[sz]ation|owner|patient|person|publisher|region|school|sensor|shop|site|source|speaker|"
+    "state|store|subject|team|tenant|user|worker|writer"
+)
+LEAST_ROWS = 8  # of a client, on average
+MOST_CLIENTS = 1000
 
 Guess = tuple[str, dict[str, str | list[str]]]
 
@@ -108,10 +127,11 @@ def guess_columns(table: pa.Table) -> Guess:
     """The task that a table seems to be for, and key of ``[data]`` -> its column or columns.
 
     In order: chosen and rejected completions; completions of prompts with a label of true or false;
-    a column of messages; a list of choices with an answer and a prompt; a prompt, of two
-    columns as in Alpaca and Dolly or of one, with a text completion and no column named like a
-    label; one or two texts with several classes a row, in a list or in columns of 0 and 1, with a
-    number that is not always whole, or with a class. Raises DataError if nothing fits.
+    a prompt and a completion that are both chats; a column of messages; a list of choices with an
+    answer and a prompt; a prompt, of two columns as in Alpaca and Dolly or of one, with a text
+    completion and no column named like a label; one or two texts with several classes a row, in a
+    list or in columns of 0 and 1, with a number that is not always whole, or with a class; a text
+    alone, which is learned as it is. Raises DataError if nothing fits.
     """
     columns = describe(table)
 
@@ -134,6 +154,8 @@ def guess_columns(table: pa.Table) -> Guess:
         return "preference", {"prompt": asked, "completion": said_to, "label": judged}
 
     chats = [column.name for column in columns if column.kind == "messages"]
+    if asked in chats and said_to in chats:
+        return "causal_lm", {"prompt": asked, "completion": said_to}
     if chats:
         tools = called(TOOLS, "list", "text", "category", "other")
         beside: dict[str, str | list[str]] = {"tools": tools} if tools else {}
@@ -146,6 +168,10 @@ def guess_columns(table: pa.Table) -> Guess:
 
     label = called(LABEL, "category", "number", "text")
     completion = called(COMPLETION, "text")
+    for first, second in NAMED_PAIRS:
+        both = called([first], "text", "category"), called([second], "text", "category")
+        if all(both) and not completion:
+            prompt, completion = both
     if prompt and completion and not label and prompt != completion:
         context = called(CONTEXT, "text", "category")
         if context and context not in (prompt, completion):
@@ -173,6 +199,9 @@ def guess_columns(table: pa.Table) -> Guess:
     text = _text_columns([column for column in columns if column.name not in used])
     if chosen and text:
         return task, {"text": text, "label": chosen}
+    judged_by = {*LABEL, *SCORE, *CLASS} & {_bare(column.name) for column in columns}
+    if (alone := called(TEXT[:1], "text")) and not judged_by:
+        return "causal_lm", {"completion": alone}
     seen = ", ".join(f"{column.name} ({column.kind})" for column in columns)
     raise DataError(
         "the columns are neither text and label or score, nor prompt and completion, nor messages, "
@@ -181,13 +210,58 @@ def guess_columns(table: pa.Table) -> Guess:
     )
 
 
+def guess_clients(table: pa.Table, used: Collection[str]) -> list[Column]:
+    """Columns whose values may say whose row each is, the likeliest first; not those of ``used``.
+
+    First those with one of the words ``CLIENT`` in their name, then other texts of few values. Each
+    has a value in every row, and of each value ``LEAST_ROWS`` rows on average.
+    """
+    found = [
+        column
+        for column in describe(table)
+        if column.name not in used
+        and _bare(column.name) not in SPLIT
+        and 2 <= column.distinct <= min(MOST_CLIENTS, table.num_rows // LEAST_ROWS)
+        and column.kind in ("text", "category", "number")
+        and _is_filled(decoded(table[column.name]))
+    ]
+    named = [column for column in found if names_client(column.name)]
+    others = [column for column in found if column.kind == "category" and column not in named]
+    return named + [c for c in others if is_text(as_numbers(decoded(table[c.name])).type)]
+
+
+def is_own_value(table: pa.Table, name: str) -> bool:
+    """Whether a column's name is also one of its values: a file without a line of names."""
+    values = decoded(table[name])
+    return is_text(values.type) and pc.any(pc.equal(values, name)).as_py() is True
+
+
+def names_client(name: str) -> bool:
+    """Whether one of the words of a column's name is one of ``CLIENT``."""
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    return any(CLIENT.fullmatch(word.lower().removesuffix("s")) for word in words)
+
+
+def _is_filled(values: pa.ChunkedArray) -> bool:
+    if values.null_count or not (is_text(values.type) or is_number(values.type)):
+        return False
+    return not pc.any(pc.equal(values.cast(pa.string()), "")).as_py()
+
+
 def _fractional(table: pa.Table, name: str | None) -> str | None:
     """``name`` if a number in this column is not whole."""
     if name is None:
         return None
-    values = as_numbers(decoded(table[name]).drop_null())
-    whole = pc.all(pc.equal(values, pc.round(values))).as_py()
-    return None if whole else name
+    return None if _is_whole(as_numbers(decoded(table[name]).drop_null())) else name
+
+
+def _is_whole(values: pa.ChunkedArray) -> bool:
+    """Whether no number in it has a fraction; NaN is none."""
+    if not pa.types.is_floating(values.type):
+        return True
+    return (
+        pc.all(pc.or_(pc.is_nan(values), pc.equal(values, pc.round(values)))).as_py() is not False
+    )
 
 
 def _is_switch(table: pa.Table, name: str) -> bool:

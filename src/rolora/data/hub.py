@@ -80,6 +80,18 @@ def read_hub(source: str, root: Path, split: str, offline: bool) -> pa.Table:
         ) from error
 
 
+def hub_splits(source: str) -> list[str]:
+    """The splits of a hub name, as its page lists them; none where it cannot be asked."""
+    name = HUB_NAME.fullmatch(source)
+    if name is None or not is_reachable(datasets.config.HF_ENDPOINT):
+        return []
+    try:
+        asked = datasets.get_dataset_split_names
+        return list(map(str, asked(name["name"], name["config"], revision=name["revision"])))
+    except Exception:  # the hub's client raises errors of several libraries
+        return []
+
+
 @contextlib.contextmanager
 def _told_offline(alone: bool) -> Iterator[None]:
     """``datasets`` in offline mode if ``alone``: it would otherwise retry for half a minute."""

@@ -438,9 +438,16 @@ def _not_encoded(data: bytes, encoding: str) -> str:
 
 
 def guess_encoding(data: bytes) -> str:
-    """The encoding of text: UTF-8 and UTF-16 are certain, else it is what Windows calls ANSI."""
+    """The encoding of text: UTF-8 and UTF-16 are certain, else it is what Windows calls ANSI.
+
+    UTF-16 without a mark at its beginning is known by letters of which each second byte is 0.
+    """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
+    head = data[:64]
+    for first, name in enumerate(("utf-16-be", "utf-16-le")):
+        if len(head) > 1 and not any(head[first::2]):
+            return name
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:

@@ -95,6 +95,7 @@ def read_table(
 
 SWITCH = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+SHARD = re.compile(r"-\d{3,}-of-\d{3,}\.")  # the usual names of the parts of one set of rows
 _SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
@@ -127,6 +128,43 @@ def _parts(folder: Path, source: str, split: str) -> list[str]:
         source,
         folder,
     )
+
+
+def splits_of(source: str, *, root: Path) -> list[str]:
+    """The splits that a source has; none if it is one set of rows, or does not tell."""
+    path = root / from_home(source)
+    if (path / _SAVED[0]).is_file():
+        return list(map(str, json.loads((path / _SAVED[0]).read_text()).get("splits", [])))
+    if path.is_dir():
+        names = [one.name for one in path.iterdir() if one.is_file() and kind_of(one.name)]
+        found = [_SPLIT.match(name) for name in names]
+        return sorted({match[1].lower() for match in found if match})
+    if path.exists() or is_glob(source, root=root):
+        return []
+    from rolora.data.hub import hub_splits
+
+    return hub_splits(source)
+
+
+def per_client(folder: str, *, root: Path) -> str | None:
+    """The pattern of a folder's files, or folders, if each seems to be of one client.
+
+    Files are, if there are several of one kind and neither split nor numbered part is in a name;
+    without files, folders of rows are.
+    """
+    path = root / from_home(folder)
+    if not path.is_dir() or any((path / name).is_file() for name in _SAVED):
+        return None
+    inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
+    names = [one.name for one in inside if one.is_file() and kind_of(one.name)]
+    ends = {name.removeprefix(_stem(name)) for name in names}
+    if not names:
+        own = [one for one in inside if one.is_dir()]
+        held = [[file for file in one.iterdir() if kind_of(file.name)] for one in own]
+        return f"{glob.escape(folder.rstrip('/'))}/*/" if len(own) > 1 and all(held) else None
+    if len(names) < 2 or len(ends) > 1 or any(_SPLIT.match(n) or SHARD.search(n) for n in names):
+        return None
+    return f"{glob.escape(folder.rstrip('/'))}/*{ends.pop()}"
 
 
 def _joined_files(names: Sequence[str], root: Path, form: TextForm) -> pa.Table:

@@ -3,38 +3,111 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rolora.config.load import make_config
 from rolora.data import tables
-from rolora.data.columns import Guess, describe, guess_columns
-from rolora.data.readers import guess_form
+from rolora.data.columns import (
+    Column,
+    Guess,
+    describe,
+    guess_clients,
+    guess_columns,
+    is_own_value,
+    names_client,
+)
+from rolora.data.readers import guess_form, kind_of
 from rolora.data.text_form import TextForm
-from rolora.errors import ConfigError, printable
-from rolora.files import write_file
-from rolora.tasks.registry import TASKS, task_kind
+from rolora.errors import ConfigError, DataError, printable
+from rolora.files import from_home, write_file
+from rolora.network import HUB
+from rolora.run.experiment import Experiment
+from rolora.run.trl_config import Trainer, read_trainer
+from rolora.tasks.registry import TASKS, TaskKind, task_kind
 
-# by the model's head: a small model, max_length, and a learning rate to begin with
-_START = {
-    "texts": ("sentence-transformers/all-MiniLM-L6-v2", 128, "5e-3"),
-    "causal_lm": ("HuggingFaceTB/SmolLM2-135M-Instruct", 512, "2e-3"),
+
+@dataclass(frozen=True)
+class Start:
+    """What to begin with, by the model's head: for minutes on two cores with the model ``small``.
+
+    ``small`` is what ``rolora fetch NAME`` puts into data/. ``tokens``: trained on in a whole run.
+    ``test_rows``: most rows of a share that is held out, which takes time at each evaluation.
+    """
+
+    small: str
+    name: str
+    max_length: int
+    lr: float
+    clients: int
+    local_steps: int
+    batch_size: int
+    tokens: int
+    test_rows: int
+
+
+_ENCODER = Start("data/minilm", "minilm", 128, 5e-3, 10, 5, 8, 200_000, 500)
+_SMOLLM2 = "data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_DECODER = Start(_SMOLLM2, "smollm2", 512, 5e-3, 4, 2, 4, 20_000, 100)
+_MODELS = ("data", "models")  # folders in which a model may be at hand
+
+# the metric of GLUE's tasks other than accuracy; the label that its F1 is of
+GLUE: Mapping[str, Mapping[str, str]] = {
+    "cola": {"eval.metric": "matthews"},
+    "sst2": {},
+    "mrpc": {"eval.metric": "f1", "data.positive": "equivalent"},
+    "qqp": {"eval.metric": "f1", "data.positive": "duplicate"},
+    "stsb": {"eval.metric": "pearson"},
+    "mnli": {},
+    "qnli": {},
+    "rte": {},
+    "wnli": {},
 }
+_GLUE = re.compile(rf"({HUB})?(nyu-mll/)?glue[/:](?P<task>\w+)(?P<revision>@[\w./-]+)?")
+MISMATCHED = "validation_mismatched"
+_HELD_OUT = ("test", "validation", "validation_matched", "valid", "val", "dev", "eval")
 
-_BY_LABEL = """\
-scheme = "dirichlet"              # iid | dirichlet | by_label | by_field
-clients = 10
-alpha = 0.5                       # the smaller, the more uneven"""
-_PREFERENCE = """
-[preference]
-loss = "{}"                      # dpo or ipo: chosen and rejected; kto: completion and label
-beta = 0.1                        # the larger, the closer it stays to the model before training
-"""
-_EVENLY = """\
-scheme = "iid"                    # or by_field with field = "a column"
-clients = 10"""
+Lines = dict[str, tuple[Any, str]]  # a key, or a comment in its place: its value, and a comment
+
+
+@dataclass(frozen=True)
+class Found:
+    """What init found.
+
+    ``train`` and ``held`` are keys of ``[data]``; ``clients`` counts files or folders of one client
+    each, or is 0; ``own`` lists the columns that may say whose row each is.
+    """
+
+    train: Mapping[str, str]
+    held: Mapping[str, str]
+    table: Any
+    guess: Guess
+    form: TextForm
+    own: Sequence[Column]
+    clients: int
+    glue: str
+
+    @property
+    def client(self) -> Column | None:
+        """The column that names each row's client, if one seems to."""
+        named = bool(self.own) and names_client(self.own[0].name) and not self.clients
+        return self.own[0] if named else None
+
+    @property
+    def kind(self) -> TaskKind:
+        """The kind of task that the columns are for."""
+        return task_kind(self.guess[0])
+
+    @property
+    def used(self) -> list[str]:
+        """The columns that the task reads."""
+        return [name for value in self.guess[1].values() for name in _each(value)]
 
 
 def write_template(
@@ -43,61 +116,171 @@ def write_template(
     model: str = "",
     delimiter: str | None = None,
     encoding: str | None = None,
-) -> list[str]:
-    """Look at the rows of ``source`` (a file or a pattern of files) and write a config to ``out``.
+    trainer: Path | None = None,
+) -> tuple[list[str], Experiment]:
+    """Look at the rows of ``source`` and write a configuration to ``out``.
 
-    ``delimiter`` and ``encoding`` of text files are found where they are left out. Returns what a
-    user should know of the guess, a line each. Raises ConfigError if ``out`` exists or an argument
-    is wrong, DataError if no task fits the columns.
+    ``source``: a file, a folder, a pattern of files, a hub name, or a task of GLUE's ("glue/mnli").
+    ``delimiter`` and ``encoding`` of text files are found where they are left out. ``trainer``: a
+    YAML file of TRL's, whose settings are taken over. Returns what a user should know, a line each,
+    and the experiment, whose rows have been read and split. Raises ConfigError if ``out`` exists or
+    an argument is wrong, DataError if no task fits the columns or the rows cannot be split.
     """
     if out.exists():
         raise ConfigError(f"{out} exists and is not overwritten: name another file with --out")
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
+    theirs = read_trainer(trainer) if trainer else Trainer()
+    found = _look(source, delimiter, encoding, theirs)
+    notes = [*_notes(found), *theirs.notes]
+    sections = _sections(found, source, out, _model(found, model, theirs, out, notes))
+    _take_over(sections, found, theirs, notes)
+    text = _text(sections, found, out, notes)
+    experiment = Experiment(make_config(tomllib.loads(text), root=out.parent))
+    labels = found.kind.labels(experiment.rows.train, experiment.columns, source)
+    found.kind.vocabulary(labels, source)
+    write_file(out, text)
+    return notes, experiment
+
+
+def _look(source: str, delimiter: str | None, encoding: str | None, theirs: Trainer) -> Found:
+    """Read the rows, and find where test rows are."""
     root = Path()
+    glue = _GLUE.fullmatch(source)
+    glue = None if Path(source).exists() else glue
+    if glue and glue["task"] not in GLUE:
+        raise ConfigError(f"GLUE has no task {glue['task']!r} with labels: {', '.join(GLUE)}")
+    if glue:
+        source = f"{HUB}nyu-mll/glue:{glue['task']}{glue['revision'] or ''}"
+    source = tables.per_client(source, root=root) or source
     files = list(tables.files_of(source, root=root)) if tables.is_glob(source, root=root) else []
-    found = guess_form(Path(files[0] if files else source))
-    form = TextForm(delimiter or found.delimiter, encoding or found.encoding)
+    form = _form(Path(files[0] if files else source), delimiter, encoding)
     owners: list[str] = []
-    if files and not all(_SHARD.search(name) for name in files):
+    split = theirs.text("dataset_train_split") or "train"
+    if files and not all(tables.SHARD.search(name) for name in files):
         table, owners = tables.read_clients(source, root=root, form=form)
     else:
-        table = tables.read_table(source, root=root, form=form)
-    if files or Path(source).exists():
-        source = os.path.relpath(source, out.parent)
-    if model and Path(model).exists():
-        model = os.path.relpath(model, out.parent)
+        table = tables.read_table(source, root=root, form=form, split=split)
+    train = {"train": source, **({"train_split": split} if split != "train" else {})}
     guess = guess_columns(table)
-    notes = _notes(table, guess, form)
-    write_file(out, _template(source, table, guess, form, len(set(owners)), model, out, notes))
-    return notes
+    used = [name for value in guess[1].values() for name in _each(value)]
+    own = guess_clients(table, used)
+    task = glue["task"] if glue else ""
+    found = Found(train, {}, table, guess, form, own, len(set(owners)), task)
+    wanted = theirs.text("dataset_test_split")
+    if task:  # the test split has no answers
+        wanted = wanted or ("validation_matched" if task == "mnli" else "validation")
+    held = {} if files else _held_out(found, wanted)
+    return replace(found, held=held)
 
 
-# the usual names of the parts of one set of rows
-_SHARD = re.compile(r"-\d{3,}-of-\d{3,}\.")
+def _form(path: Path, delimiter: str | None, encoding: str | None) -> TextForm:
+    """How the text of these rows is written, by the first file of a folder."""
+    while path.is_dir():
+        inside = sorted(path.iterdir())
+        path = next((one for one in inside if kind_of(one.name)), path / "none")
+    found = guess_form(path)
+    return TextForm(delimiter or found.delimiter, encoding or found.encoding)
 
 
-def _notes(table: Any, guess: Guess, form: TextForm) -> list[str]:
-    chosen = guess[1]
-    notes = [f"found {key} = {_toml(value)}" for key, value in _stated(form).items()]
-    used = {n for names in chosen.values() for n in ([names] if isinstance(names, str) else names)}
+def _held_out(found: Found, wanted: str) -> dict[str, str]:
+    """Keys of ``[data]`` for test rows that come with the training rows; empty if none do.
+
+    They have the columns and, where rows have classes, right answers that also occur in training:
+    many test splits on the hub have no answers.
+    """
+    source, root = found.train["train"], Path()
+    own = Path(source)
+    if own.is_file() and own.name.startswith("train"):  # test.csv beside train.csv
+        beside = {end: own.with_name(end + own.name.removeprefix("train")) for end in _HELD_OUT}
+        places = {end: (str(path), "train") for end, path in beside.items() if path.is_file()}
+    else:
+        splits = [wanted] if wanted else tables.splits_of(source, root=root)
+        places = {split: (source, split) for split in splits}
+    for place, split in [places[name] for name in (wanted, *_HELD_OUT) if name in places]:
+        table = tables.read_table(place, root=root, form=found.form, split=split)
+        if not (set(found.used) <= set(table.column_names) and _is_answered(found, table)):
+            continue
+        return {"test": place, **({} if split in ("train", "test") else {"test_split": split})}
+    return {}
+
+
+def _is_answered(found: Found, table: Any) -> bool:
+    if any(table[name].null_count for name in found.used):
+        return False
+    try:
+        known, asked = (found.kind.labels(t, found.guess[1], "") for t in (found.table, table))
+    except DataError:
+        return False
+    return set(asked) <= set(known)
+
+
+def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str]) -> str:
+    """The model's path for the file; without one, a small one that is at hand or can be fetched."""
+    start = _start(found.kind)
+    if not given and (named := theirs.text("model_name_or_path")):
+        at = theirs.text("model_revision")
+        given = named if Path(named).exists() else HUB + named + (f"@{at}" if at else "")
+    if not given:
+        small = Path(start.small)
+        rest = small.relative_to(small.parts[0])
+        own = [Path(folder) / rest for folder in _MODELS]
+        place = next((path for path in own if path.exists()), None)
+        what = f"--model is left out: the file names {place or small}, a small one"
+        notes.append(what if place else f"{what}; get it with: rolora fetch {start.name}")
+        return os.path.relpath(place or small, out.parent)
+    return os.path.relpath(given, out.parent) if Path(given).exists() else given
+
+
+def _start(kind: TaskKind) -> Start:
+    return _DECODER if kind.head == "causal_lm" else _ENCODER
+
+
+def _notes(found: Found) -> list[str]:
+    table, chosen = found.table, found.guess[1]
+    notes = [f"found {key} = {_toml(value)}" for key, value in _stated(found.form).items()]
+    used = list(found.used)
+    if client := found.client:
+        used.append(client.name)
+        notes.append(
+            f"each of the {client.distinct} values of {printable(client.name)} is a client: a guess"
+        )
     unused = [printable(name) for name in table.column_names if name not in used]
     if unused:
         notes.append(f"columns that are not used: {', '.join(unused)}")
-    if _joined(table, guess):
+    label = chosen.get("label")
+    if isinstance(label, str) and is_own_value(table, label):
+        notes.append(
+            f"{printable(label)} is a column's name and a value in it: if the file has no line of "
+            "names, add one"
+        )
+    labels = next((c for c in describe(table) if c.name == label), None)
+    if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
+        many = f"{labels.distinct} values in {table.num_rows} rows"
+        notes.append(f"{printable(labels.name)} has {many}: few rows to learn each from")
+    if chosen.keys() == {"completion"}:
+        notes.append(
+            f"{printable(str(chosen['completion']))} is learned as it is, without a prompt"
+        )
+    if _joined(found):
         notes.append(
             "separator stands between the two columns of the prompt and before the completion"
             if isinstance(chosen["prompt"], list)
             else "nothing stands between prompt and completion: set separator if the texts need a "
             "space or a line break there"
         )
+    if found.glue == "mnli" and found.held:
+        notes.append(
+            f"the mismatched set: rolora eval RUN --data {found.train['train']} "
+            f"data.test_split={MISMATCHED}"
+        )
     return notes
 
 
-def _joined(table: Any, guess: Guess) -> bool:
+def _joined(found: Found) -> bool:
     """Whether completions stand behind prompts that are texts."""
-    task, asked = guess[0], guess[1].get("prompt")
-    chats = [column.name for column in describe(table) if column.kind == "messages"]
+    task, asked = found.guess[0], found.guess[1].get("prompt")
+    chats = [column.name for column in describe(found.table) if column.kind == "messages"]
     return task in ("causal_lm", "preference") and asked is not None and asked not in chats
 
 
@@ -107,81 +290,164 @@ def _stated(form: TextForm) -> dict[str, str]:
     return {key: value for key, value in keys.items() if value not in (None, "utf-8")}
 
 
-def _template(
-    source: str,
-    table: Any,
-    guess: Guess,
-    form: TextForm,
-    clients: int,
-    model: str,
-    out: Path,
-    notes: Sequence[str],
-) -> str:
-    """The text of the config. ``clients``: the number of per-client files, or 0."""
-    task, chosen = guess
-    kind = task_kind(task)
-    small, length, rate = _START["causal_lm" if kind.head == "causal_lm" else "texts"]
-    seen = "\n".join(
-        f"#   {printable(c.name)}: {c.kind}, {c.distinct} distinct, for example "
-        f"{_toml(printable(c.example[:40]))}"
-        for c in describe(table)
-    )
-    seen += "".join(f"\n# {note}" for note in notes)
-    columns = "\n".join(f"{key} = {_toml(column)}" for key, column in chosen.items())
-    more = ""
-    if task == "preference":
-        more = _PREFERENCE.format("kto" if "completion" in chosen else "dpo")
-    if _joined(table, guess):
+def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lines]:
+    """The tables of the file, by name; "" has the keys before the first."""
+    task, chosen = found.guess
+    start, rows = _start(found.kind), found.table.num_rows
+    train = {key: _seen_from(out, value) for key, value in found.train.items()}
+    held: Lines = {key: (_seen_from(out, value), "") for key, value in found.held.items()}
+    if not held:
+        share = round(min(0.2, max(start.test_rows / rows, 0.001)), 3)
+        held = {"test": (share, "a share of the rows, or another file"), **held}
+        rows -= round(share * rows)
+    data: Lines = {
+        **{key: (value, "") for key, value in train.items()},
+        **{key: (value, "") for key, value in _stated(found.form).items()},
+        **held,
+        "# validation": (0.1, "for the best round and early stopping"),
+        **{key: (value, "") for key, value in chosen.items()},
+    }
+    if _joined(found):
         off = "" if isinstance(chosen["prompt"], list) else "# "
-        columns += f'\n{off}separator = "\\n"                # between the parts of each row'
-    written = "".join(f"\n{key} = {_toml(value)}" for key, value in _stated(form).items())
-    if clients:
-        split = f'scheme = "files"                  # {clients} files, one client each'
-    elif kind.head == "classification":
-        split = _BY_LABEL
-    else:
-        split = _EVENLY
-    return f"""\
-# A federated LoRA run. Any key can be overridden: rolora run {printable(out.name)} train.lr=1e-3
-name = {_toml(_name(source, out))}
-seed = 0
-device = "cpu"                    # cpu | cuda | mps
+        data[f"{off}separator"] = ("\n", "between the parts of each row")
+    data["max_length"] = (start.max_length, "tokens; longer rows are truncated")
+    split, clients = _split(found, rows)
+    cohort = min(clients, start.clients)
+    batch = max(1, min(start.batch_size, rows // clients))
+    tokens = cohort * start.local_steps * batch * min(_tokens(found), start.max_length)
+    rounds = max(6, min(40, 2 * round(start.tokens / tokens / 2)))
+    few = f"about {tokens * rounds:,.0f} tokens: minutes on two cores with a small model"
+    share = math.ceil(100 * cohort / clients) / 100
+    sections: dict[str, Lines] = {
+        "": {
+            "name": (_name(source, out), ""),
+            "seed": (0, ""),
+            "device": ("cpu", "cpu | cuda | mps"),
+        },
+        "model": {
+            "path": (model, "a folder, hub:NAME, or a .gguf file"),
+            "task": (task, " | ".join(TASKS.names())),
+            "dtype": ("auto", "fp32 | bf16 | auto"),
+        },
+        "lora": {
+            "rank": (4, ""),
+            "alpha": (8, ""),
+            "# target_modules": (["query", "value"], "left out: PEFT's default"),
+            "# layers": ("top:2", "adapters in the top layers alone: faster"),
+        },
+        "data": data,
+    }
+    if task == "preference":
+        judged = "kto" if "completion" in chosen else "dpo"
+        sections["preference"] = {
+            "loss": (judged, "dpo or ipo: chosen and rejected; kto: completion and label"),
+            "beta": (0.1, "the larger, the closer it stays to the model before training"),
+        }
+    sections |= {
+        "partition": split,
+        "method": {"name": ("rolora", "see: rolora methods")},
+        "train": {
+            "rounds": (rounds, few),
+            "participation": (share, "share of the clients in each round"),
+            "local_steps": (start.local_steps, "or local_epochs"),
+            "batch_size": (batch, ""),
+            "optimizer": ("adamw", ""),
+            "lr": (start.lr, "try several: the best rate depends on method and data"),
+        },
+        "eval": {"every": (_every(rounds), "rounds")},
+    }
+    for key, value in GLUE.get(found.glue, {}).items():
+        table, _, name = key.partition(".")
+        sections[table][name] = (
+            value,
+            "GLUE's metric" if table == "eval" else "its F1 is measured",
+        )
+    return sections
 
-[model]
-path = {_toml(model or small)}    # a folder, hub:NAME, or a .gguf file
-task = {_toml(task)}        # {" | ".join(TASKS.names())}
-dtype = "auto"                    # fp32 | bf16 | auto
 
-[lora]
-rank = 4
-alpha = 8
-# target_modules = ["query", "value"]   # left out: PEFT's default for the architecture
+def _every(rounds: int) -> int:
+    """Rounds between some four evaluations: odd, for both kinds of RoLoRA's rounds in turn."""
+    return rounds // 4 | 1
 
-[data]                            # columns found:
-{seen}
-train = {_toml(source)}{written}
-test = 0.2                        # a share of the rows, or another file
-# validation = 0.1                # for the best round and early stopping
-{columns}
-max_length = {length}                  # tokens; longer rows are truncated
-{more}
-[partition]
-{split}
 
-[method]
-name = "rolora"                   # see: rolora methods
+def _split(found: Found, rows: int) -> tuple[Lines, int]:
+    """The keys of ``[partition]``, and the number of clients."""
+    if found.clients:
+        return {"scheme": ("files", f"{found.clients} files, one client each")}, found.clients
+    usual = max(2, min(_start(found.kind).clients, rows // 8))
+    if client := found.client:
+        return {
+            "scheme": ("by_field", "a client for each value of field: a guess, by its name"),
+            "field": (client.name, f"{client.distinct} values; or scheme iid with clients = 10"),
+        }, client.distinct
+    other = f"by_field with field = {_toml(found.own[0].name if found.own else 'a column')}"
+    if found.kind.head == "classification":
+        return {
+            "scheme": ("dirichlet", f"iid | dirichlet | by_label, or {other}"),
+            "clients": (usual, ""),
+            "alpha": (0.5, "the smaller, the more uneven"),
+        }, usual
+    return {"scheme": ("iid", f"or {other}"), "clients": (usual, "")}, usual
 
-[train]
-rounds = 40
-participation = 1.0               # share of the clients in each round
-local_steps = 5                   # or local_epochs
-batch_size = 8
-optimizer = "adamw"
-lr = {rate}                         # try several: the best rate depends on method and data
 
-[eval]
-every = 5
-"""
+def _tokens(found: Found) -> float:
+    """Tokens of a row, roughly: a quarter of its letters; both completions are behind a prompt."""
+    some = found.table.slice(0, 200)
+    again = _each(found.guess[1].get("prompt", [])) if found.kind.compares else []
+    letters = [len(str(cell)) for n in (*found.used, *again) for cell in tables.cells(some, n)]
+    return max(sum(letters) / 4 / int(some.num_rows), 1.0)
+
+
+def _take_over(sections: dict[str, Lines], found: Found, theirs: Trainer, notes: list[str]) -> None:
+    """Put the settings of TRL's file into the tables, and say which do not go with the task."""
+    for key, (value, origin) in theirs.settings.items():
+        table, _, name = key.rpartition(".")
+        if table not in sections:
+            notes.append(f"{origin} is not taken: the task is {found.guess[0]}, not preference")
+            continue
+        sections[table].pop(f"# {name}", None)
+        sections[table][name] = (value, f"{origin} of TRL's file")
+    train = sections["train"]
+    steps, batch = train["local_steps"][0], train["batch_size"][0]
+    clients = _split(found, found.table.num_rows)[1]
+    cohort = max(1, math.ceil(train["participation"][0] * clients))
+    if rounds := theirs.rounds(found.table.num_rows, cohort, steps, batch):
+        train["rounds"] = (rounds, "as many rows in all as TRL's file has; rolora counts rounds")
+        sections["eval"]["every"] = (_every(rounds), "rounds")
+    if warmup := theirs.warmup(train["rounds"][0], steps):
+        train["warmup_rounds"] = (warmup, "from the warm-up of TRL's file")
+
+
+def _text(sections: Mapping[str, Lines], found: Found, out: Path, notes: Sequence[str]) -> str:
+    """The file."""
+    first = "# A federated LoRA run. Any key can be overridden: rolora run "
+    lines = [f"{first}{printable(out.name)} train.lr=1e-3"]
+    for table, keys in sections.items():
+        if table:
+            lines += ["", f"[{table}]"]
+        if table == "data":
+            lines[-1] = f"{'[data]':34}# columns found:"
+            lines += _seen(found)
+            lines += [f"# {note}" for note in notes]
+        for key, (value, comment) in keys.items():
+            line = f"{key} = {_toml(value)}"
+            lines.append(f"{line:32}  # {comment}" if comment else line)
+    return "\n".join(lines) + "\n"
+
+
+def _seen(found: Found) -> Iterator[str]:
+    for column in describe(found.table):
+        example = _toml(printable(column.example[:40]))
+        name = f"#   {printable(column.name)}: {column.kind}, {column.distinct} distinct"
+        yield f"{name}, for example {example}"
+
+
+def _seen_from(out: Path, source: str) -> str:
+    """A source as a file in the folder of ``out`` names it."""
+    if tables.is_glob(source, root=Path()) or (from_home(source)).exists():
+        end = "/" if source.endswith("/") else ""
+        return os.path.relpath(source, out.parent) + end
+    return source
 
 
 def _name(source: str, out: Path) -> str:
@@ -190,8 +456,12 @@ def _name(source: str, out: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", stem.replace("*", "all")).strip(".-") or "run"
 
 
-def _toml(value: str | list[str]) -> str:
-    # a JSON string or list of strings is also TOML, but for control characters that JSON leaves
+def _each(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _toml(value: Any) -> str:
+    # JSON of strings, lists and numbers is also TOML, but for control characters that JSON leaves
     return "".join(
         letter if letter.isprintable() else f"\\U{ord(letter):08x}"
         for letter in json.dumps(value, ensure_ascii=False)

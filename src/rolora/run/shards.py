@@ -109,8 +109,7 @@ def _load_rows(
         validation, left = _part(
             data.validation, "validation", train, left, partial(read, split="validation")
         )
-    held = [owners[row] for row in left.tolist()] if owners else []
-    split = _partition(data, how, train.take(left.tolist()), held, seed)
+    split = _partition(data, how, train, left, owners, seed)
     shards, held_out = {}, {}
     for client, chosen in split.shards.items():
         shards[client], kept = hold_out(left[chosen], data.client_test or 0, seed, client)
@@ -220,18 +219,26 @@ def _part(
 
 
 def _partition(
-    data: DataConfig, how: PartitionConfig, rows: Any, owners: Sequence[str], seed: int
+    data: DataConfig,
+    how: PartitionConfig,
+    train: Any,
+    left: Tensor,
+    owners: Sequence[str],
+    seed: int,
 ) -> Partition:
-    """``rows`` dealt out to clients; ``owners`` names each row's client, for scheme "files"."""
+    """The rows ``left`` of ``train`` (int64 indices) dealt out to clients, which get places in
+    ``left``; ``owners`` names the client of each row of ``train``, for scheme "files".
+
+    All of ``train`` is read, so that an error counts its rows.
+    """
     rng, at_least = generator(seed, "partition"), how.min_examples
     if how.scheme == "iid":
-        return partition.iid(rows.num_rows, how.clients, rng, min_examples=at_least)
-    if how.scheme == "files":
-        return partition.by_field(owners, min_examples=at_least)
-    if how.scheme == "by_field":
-        values = tables.texts(rows, how.field or "", data.train)
-        return partition.by_field(values, min_examples=at_least)
-    labels = tables.labels(rows, str(data.label), data.train)
+        return partition.iid(len(left), how.clients, rng, min_examples=at_least)
+    if how.scheme in ("files", "by_field"):
+        every = owners or tables.texts(train, how.field or "", data.train)
+        return partition.by_field([every[row] for row in left.tolist()], min_examples=at_least)
+    every = tables.labels(train, str(data.label), data.train)
+    labels = [every[row] for row in left.tolist()]
     if how.scheme == "by_label":
         k = how.labels_per_client
         return partition.by_label(labels, how.clients, k, rng, min_examples=at_least)

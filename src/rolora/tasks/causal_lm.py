@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import chain, repeat
 from typing import Any
 
@@ -16,7 +17,16 @@ from rolora.data import tables
 from rolora.data.examples import Batch, Examples, grouped
 from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
-from rolora.tasks.chats import Template, question, read_chats, require_answers
+from rolora.tasks.chats import (
+    Chat,
+    Template,
+    continued,
+    is_chat,
+    question,
+    read_chats,
+    require_answers,
+    require_template,
+)
 from rolora.tasks.generation import generate
 from rolora.tasks.registry import Task
 from rolora.tasks.spans import encode_marked, joined, places, prompts, require_offsets
@@ -40,7 +50,8 @@ def causal_lm(
     Give ``completion`` (behind the text of ``prompt``'s columns, if any; an end-of-text token
     follows it; for ``separator`` see ``tables.prompts``), or ``messages``, a column of chats (see
     ``read_chats``) written out by the tokenizer's chat template, which is given the column
-    ``tools`` and ``date`` as today's.
+    ``tools`` and ``date`` as today's. ``prompt`` and ``completion`` may hold chats, too; only turns
+    of the completion are learned then.
     Metrics: perplexity and loss (nats per token), over trained tokens only. Raises ConfigError
     where the tokenizer lacks offsets or a chat template, or the model's logits are not its output
     embedding's.
@@ -48,20 +59,29 @@ def causal_lm(
     require_offsets(base.tokenizer)
     if not base.outline:
         require_plain_logits(base.model)
-    if messages is not None and not base.tokenizer.chat_template:
-        raise ConfigError(
-            "the model's tokenizer has no chat template, so data.messages cannot be written out: "
-            "use data.prompt and data.completion"
-        )
+    if messages is not None:
+        require_template(base.tokenizer, messages)
+
+    def read(table: Any, source: str, *columns: str | Sequence[str] | None) -> list[Chat] | None:
+        """The chats in ``messages``, or in these columns one behind the other; None: texts."""
+        names = [messages] if messages is not None else [name for name in columns if name]
+        named = [name for name in names if isinstance(name, str)]
+        tables.require_columns(table, named, source)
+        if messages is None and not any(is_chat(table, name) for name in named):
+            return None
+        require_template(base.tokenizer, named[0])
+        if len(named) < len(names):
+            raise ConfigError("data.prompt names two columns, but these rows are chats: name one")
+        return reduce(continued, [read_chats(table, name, tools, source) for name in named])
 
     def encode(table: Any, source: str) -> Examples:
-        if completion is None:
-            chats = read_chats(table, str(messages), tools, source)
+        chats = read(table, source, prompt, completion)
+        if chats is not None:
             require_answers(chats)
             template = Template(base.tokenizer, date)
             rows = [template.marked(chat) for chat in chats]
         else:
-            ends = tables.texts(table, completion, source)
+            ends = tables.texts(table, str(completion), source)
             for text, place in zip(ends, places(source), strict=False):
                 if not text.strip():
                     raise DataError(f"{place}: {completion!r} is empty: there is nothing to learn")
@@ -69,8 +89,7 @@ def causal_lm(
             if prompt:
                 starts = tables.prompts(table, prompt, separator, source)
             rows = [[joined(*pair)] for pair in zip(starts, ends, strict=True)]
-        limit = base.limit(max_length).tokens
-        plain = completion is not None
+        limit, plain = base.limit(max_length).tokens, chats is None
         sizes = [len(parts) for parts in rows]
         named = chain.from_iterable(map(repeat, places(source), sizes))
         every = [part for parts in rows for part in parts]
@@ -78,13 +97,15 @@ def causal_lm(
         return found if max(sizes) == 1 else grouped(found, sizes)
 
     def predict(table: Any, source: str, _: Any, most: int) -> list[dict[str, Any]]:
-        if completion is None:
-            chats = read_chats(table, str(messages), tools, source)
+        if not (prompt or messages):
+            raise ConfigError("a text without data.prompt has nothing that could be continued")
+        chats = read(table, source, prompt)
+        if chats is not None:
             template = Template(base.tokenizer, date)
             starts = [template.write(question(chat), asking=True) for chat in chats]
         else:
             starts = tables.prompts(table, prompt or [], separator, source)
-        asked = prompts(base.tokenizer, starts, special=completion is not None)
+        asked = prompts(base.tokenizer, starts, special=chats is None)
         for ids, place in zip(asked, places(source), strict=False):
             if not ids:
                 raise DataError(f"{place}: {prompt!r} is empty: there is nothing to continue")

@@ -20,7 +20,7 @@ from unittest import mock
 from transformers.utils import chat_template_utils
 
 from rolora.data import tables
-from rolora.errors import DataError, nearest
+from rolora.errors import ConfigError, DataError, nearest
 from rolora.tasks.spans import Marked, places
 
 # who speaks in ShareGPT's "from", as a role
@@ -136,6 +136,32 @@ def read_chats(table: Any, messages: str, tools: str | None, source: str) -> lis
     return [
         _chat(turns, given, place)
         for turns, given, place in zip(chats, offered, places(source), strict=False)
+    ]
+
+
+def require_template(tokenizer: Any, column: str) -> None:
+    """Raise ConfigError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the model's tokenizer has no chat template, so the chats in {column!r} cannot be "
+            "written out: use data.prompt and data.completion, or the like, with columns of texts"
+        )
+
+
+def is_chat(table: Any, column: str) -> bool:
+    """Whether a column, which has to be there, holds chats rather than texts."""
+    return any(isinstance(cell, list) for cell in tables.cells(table, column))
+
+
+def continued(first: Sequence[Chat], then: Sequence[Chat]) -> list[Chat]:
+    """Each chat of ``first`` with the turns of ``then`` behind it, of which alone is learnt."""
+    return [
+        replace(
+            start,
+            turns=[*start.turns, *end.turns],
+            learnt=[len(start.turns) + number for number in end.learnt],
+        )
+        for start, end in zip(first, then, strict=True)
     ]
 
 

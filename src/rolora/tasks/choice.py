@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rolora.data import tables
+from rolora.data.columns import is_lettered
 from rolora.data.examples import Examples, grouped
 from rolora.errors import DataError
 from rolora.model.base import Base
@@ -54,8 +55,9 @@ def choice(
 ) -> Task:
     """The task of picking the right one of a row's choices.
 
-    ``choices`` is a column of lists of texts; ``answer`` gives the right one's position from 0,
-    its text, or its letter (where no choice is that very text). Metrics: see ``score``.
+    ``choices`` is a column of lists of texts, or of objects with such a list under "text" and the
+    choices' names under "label"; ``answer`` gives the right one's name, or its position from 0, its
+    text, or its letter (where no choice is that very text). Metrics: see ``score``.
     """
     require_offsets(base.tokenizer)
     if not base.outline:
@@ -120,6 +122,9 @@ def questions(
     )
     found = []
     for text, options, right, place in asked:
+        if is_lettered(options):
+            letters, options = options["label"], options["text"]
+            right = letters.index(right) if right in letters else right
         if (
             not isinstance(options, list)
             or len(options) < 2
@@ -140,6 +145,8 @@ def _position(answer: object, options: Sequence[str]) -> int | None:
     if isinstance(answer, str):
         if options.count(answer) == 1:
             return options.index(answer)
+        if answer.isascii() and answer.isdecimal():  # HellaSwag's
+            return _position(int(answer), options)
         letters = string.ascii_uppercase[: len(options)]
         return letters.index(answer) if len(answer) == 1 and answer in letters else None
     if isinstance(answer, bool) or not isinstance(answer, int | float):

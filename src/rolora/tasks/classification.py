@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rolora.data import tables
 from rolora.data.examples import Batch, Examples, flatten, moved, offsets_of
-from rolora.errors import DataError, nearest, one_line
+from rolora.errors import ConfigError, DataError, nearest, one_line
 from rolora.model.base import Base
 from rolora.tasks.registry import Task
 
@@ -22,12 +22,20 @@ ROWS_AT_ONCE = 1000  # through the tokenizer
 
 
 def classification(
-    base: Base, labels: Sequence[str], text: str | Sequence[str], label: str, max_length: int
+    base: Base,
+    labels: Sequence[str],
+    text: str | Sequence[str],
+    label: str,
+    max_length: int,
+    positive: str | None = None,
 ) -> Task:
     """The task of telling ``labels`` apart in column(s) ``text``.
 
-    Metrics: accuracy, macro_f1, matthews (scikit-learn) and loss (mean cross-entropy, nats).
+    Metrics: accuracy, macro_f1, matthews (scikit-learn) and loss (mean cross-entropy, nats); with
+    ``positive``, one of the labels, also f1, which is that label's. ConfigError for another.
     """
+    if positive is not None and positive not in labels:
+        raise ConfigError(f"data.positive {positive!r} is no label: {nearest(positive, labels)}")
 
     def targets(table: Any, source: str) -> Tensor:
         rows = [[name] for name in tables.labels(table, label, source)]
@@ -49,6 +57,7 @@ def classification(
             "macro_f1": _f1(truth, guess, "macro"),
             "matthews": _matthews(truth, guess),
             "loss": _mean(loss(outputs, examples.targets)),
+            **({} if positive is None else {"f1": _f1_of(labels.index(positive), truth, guess)}),
         }
 
     return _of_texts(base, text, max_length, targets, loss, score, predictions)
@@ -257,6 +266,10 @@ def _mean(each: Tensor) -> float:
 
 def _f1(truth: Any, guess: Any, average: str) -> float:
     return float(f1_score(truth, guess, average=average, zero_division=0))
+
+
+def _f1_of(place: int, truth: Any, guess: Any) -> float:
+    return _f1(truth == place, guess == place, "binary")
 
 
 def _matthews(truth: Any, guess: Any) -> float:

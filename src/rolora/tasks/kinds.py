@@ -20,7 +20,8 @@ def classification() -> TaskKind:
         name="classification",
         head="classification",
         columns=[("text", "label")],
-        metrics={"accuracy": True, "macro_f1": True, "matthews": True, "loss": False},
+        beside={"positive": "label"},
+        metrics={"accuracy": True, "macro_f1": True, "matthews": True, "loss": False, "f1": True},
         make=make,
     )
 
@@ -61,7 +62,7 @@ def regression() -> TaskKind:
 
 
 def causal_lm() -> TaskKind:
-    """Writing the completion of a prompt, or the assistant's turns of a chat."""
+    """Writing the completion of a prompt, a text alone, or the assistant's turns of a chat."""
 
     def make(base: Any, columns: Mapping[str, Any], labels: Sequence[str], limit: int) -> Task:
         from rolora.tasks.causal_lm import causal_lm
@@ -71,8 +72,13 @@ def causal_lm() -> TaskKind:
     return TaskKind(
         name="causal_lm",
         head="causal_lm",
-        columns=[("prompt", "completion"), ("messages",)],
-        beside={"tools": "messages", "date": "messages", "separator": "prompt"},
+        columns=[("completion",), ("messages",)],
+        beside={
+            "prompt": "completion",
+            "separator": "prompt",
+            "tools": "messages",
+            "date": ("messages", "completion"),
+        },
         metrics={"perplexity": False, "loss": False},
         answers={"exact_match": True, "answer_accuracy": True},
         make=make,

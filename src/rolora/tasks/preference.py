@@ -24,7 +24,14 @@ from rolora.errors import ConfigError, DataError
 from rolora.model.base import Base
 from rolora.tasks.causal_lm import loss as completion_loss
 from rolora.tasks.causal_lm import require_plain_logits
-from rolora.tasks.chats import Chat, Template, read_chats, says_something
+from rolora.tasks.chats import (
+    Chat,
+    Template,
+    is_chat,
+    read_chats,
+    require_template,
+    says_something,
+)
 from rolora.tasks.registry import Task, neighbour
 from rolora.tasks.spans import Marked, encode_marked, joined, places, require_offsets
 
@@ -62,12 +69,9 @@ def preference(
 
     def completions(table: Any, source: str) -> Examples:
         tables.require_columns(table, names, source)
-        plain = not any(isinstance(cell, list) for cell in tables.cells(table, names[0]))
-        if not plain and not base.tokenizer.chat_template:
-            raise ConfigError(
-                f"the model's tokenizer has no chat template, so the chats in {names[0]!r} cannot "
-                "be written out: use columns of text"
-            )
+        plain = not is_chat(table, names[0])
+        if not plain:
+            require_template(base.tokenizer, names[0])
 
         def read(names: Sequence[str]) -> tuple[Sequence[Any], Sequence[Sequence[Any]]]:
             if plain:

@@ -37,7 +37,8 @@ TASKS = Registry(
     },
 )
 
-NO_COLUMNS = ("separator", "date")  # keys of [data] that tasks read and that name no column
+# keys of [data] that tasks read and that name no column
+NO_COLUMNS = ("separator", "date", "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
