@@ -1,9 +1,14 @@
-"""The report page as Chromium lays it out, on a desktop and a phone, in light and in dark."""
+"""The report page as Chromium lays it out, on a desktop and a phone, in light and in dark.
+
+What axe-core finds is tested where it is installed: ``npm install axe-core``, here or in a folder
+of NODE_PATH.
+"""
 
 from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import ROOT
 from synthetic_runs import gallery
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+MODULES = [str(ROOT / "node_modules"), *os.environ.get("NODE_PATH", "").split(os.pathsep)]
+AXE = next(
+    filter(Path.is_file, (Path(folder) / "axe-core" / "axe.min.js" for folder in MODULES)), None
 )
 pytestmark = [
     pytest.mark.browser,
@@ -69,27 +79,37 @@ parent.document.body.textContent = JSON.stringify({
 """
 
 
+VIOLATIONS = """
+axe.run(document, {resultTypes: ["violations"]}).then(found => {
+  parent.document.body.textContent = JSON.stringify(
+    found.violations.flatMap(one => one.nodes.map(node => [one.id, node.html])));
+});
+"""
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return gallery(tmp_path_factory.mktemp("gallery"))
 
 
-def measured(page: Path, width: int, dark: bool, scratch: Path) -> dict[str, Any]:
-    """What MEASURE says of ``page`` in a frame ``width`` pixels wide.
+def answer(script: str, page: Path, width: int, dark: bool, scratch: Path) -> Any:
+    """What ``script``, run in ``page``, writes as JSON into the body of the parent document.
 
-    A frame, because a window is never narrower than 500 pixels.
+    The page is in a frame ``width`` pixels wide, because a window is never narrower than 500.
     """
     assert CHROMIUM is not None
     text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())  # it forbids scripts, ours too
-    text = text.replace("</body>", f"<script>{MEASURE}</script></body>").replace(
+    text = text.replace("</body>", f"<script>{script}</script></body>").replace(
         "<details>", "<details open>"
     )
     frame = f'<iframe srcdoc="{html.escape(text)}" style="width:{width}px;height:900px;border:0">'
     (scratch / "frame.html").write_text(f"<!doctype html><body>{frame}</iframe></body>")
     options = [
         *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
         f"--user-data-dir={scratch / 'profile'}",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--virtual-time-budget=60000",  # of simulated ms: time for promises
         *("--window-size=1400,1000", "--dump-dom", (scratch / "frame.html").as_uri()),
     ]
     done = subprocess.run(
@@ -97,8 +117,7 @@ def measured(page: Path, width: int, dark: bool, scratch: Path) -> dict[str, Any
     )
     body = re.search(r"<body>(.*)</body>", done.stdout, flags=re.DOTALL)
     assert body is not None, done.stderr
-    found: dict[str, Any] = json.loads(html.unescape(body[1]))
-    return found
+    return json.loads(html.unescape(body[1]))
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -107,7 +126,7 @@ def measured(page: Path, width: int, dark: bool, scratch: Path) -> dict[str, Any
 def test_nothing_overflows_overlaps_or_is_faint(
     pages: list[Path], number: int, width: int, dark: bool, tmp_path: Path
 ) -> None:
-    found = measured(pages[number], width, dark, tmp_path)
+    found = answer(MEASURE, pages[number], width, dark, tmp_path)
     assert (found["width"], found["dark"]) == (width, dark)
     assert found["texts"] > 30
     assert found["labels"] > 30
@@ -118,3 +137,12 @@ def test_nothing_overflows_overlaps_or_is_faint(
     assert found["small"] == []
     assert found["covering"] == []
     assert found["faint"] == []
+
+
+@pytest.mark.skipif(AXE is None, reason="no axe-core: npm install axe-core")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("number", range(3), ids=["three", "one", "eight"])
+def test_axe_finds_no_barrier(pages: list[Path], number: int, dark: bool, tmp_path: Path) -> None:
+    assert AXE is not None
+    script = AXE.read_text().replace("</script", r"<\/script") + VIOLATIONS
+    assert answer(script, pages[number], 390 if dark else 1280, dark, tmp_path) == []
