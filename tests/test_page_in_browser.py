@@ -32,7 +32,9 @@ pytestmark = [
 ]
 
 # Contrast as WCAG 2.2 defines it. What lies in .scroll or pre may be wider: it scrolls by itself.
+# Of a curve the figures against all axes are measured, not only the one that is shown.
 MEASURE = """
+document.querySelectorAll(".axes figure").forEach(figure => { figure.style.display = "block"; });
 const box = element => element.getBoundingClientRect();
 const short = element => element.textContent.trim().slice(0, 40);
 const parts = colour => colour.match(/[\\d.]+/g).map(Number);
@@ -54,8 +56,9 @@ const contrast = element => {
 };
 const all = [...document.querySelectorAll("main, main *")].filter(e => e.checkVisibility());
 const words = all.filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()));
-const labels = [...document.querySelectorAll("figure > svg")].map(
+const texts = [...document.querySelectorAll("figure > svg")].map(
   svg => [svg, [...svg.querySelectorAll("text")]]);
+const labels = texts.map(([svg, each]) => [svg, each.filter(t => !t.closest(".value"))]);
 const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
   && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3;  // a line box has empty edges
 parent.document.body.textContent = JSON.stringify({
@@ -66,7 +69,8 @@ parent.document.body.textContent = JSON.stringify({
   labels: labels.flatMap(([, texts]) => texts).length,
   outside: all.filter(e => !e.closest(".scroll *, pre"))
     .filter(e => box(e).left < -0.5 || box(e).right > innerWidth + 0.5).map(short),
-  leaving: labels.flatMap(([svg, texts]) => texts.filter(t =>
+  readouts: document.querySelectorAll(".value").length,
+  leaving: texts.flatMap(([svg, texts]) => texts.filter(t =>
     box(t).left < box(svg).left - 1 || box(t).right > box(svg).right + 1 ||
     box(t).top < box(svg).top - 1 || box(t).bottom > box(svg).bottom + 1)).map(short),
   overlapping: labels.flatMap(([, texts]) => texts.flatMap((a, i) =>
@@ -79,6 +83,14 @@ parent.document.body.textContent = JSON.stringify({
 """
 
 
+CHOOSE = """
+parent.document.body.textContent = JSON.stringify([...document.querySelectorAll(".axes")].map(
+  axes => [...axes.querySelectorAll("input")].map(input => {
+    input.click();
+    return [...axes.querySelectorAll("figure")].filter(e => e.checkVisibility())
+      .map(e => e.querySelector("h3").textContent);
+  })));
+"""
 VIOLATIONS = """
 axe.run(document, {resultTypes: ["violations"]}).then(found => {
   parent.document.body.textContent = JSON.stringify(
@@ -95,7 +107,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def answer(script: str, page: Path, width: int, dark: bool, scratch: Path) -> Any:
     """What ``script``, run in ``page``, writes as JSON into the body of the parent document.
 
-    The page is in a frame ``width`` pixels wide, because a window is never narrower than 500.
+    The page is in a frame ``width`` pixels wide, because a window is never narrower than 500. What
+    a reader can open is open.
     """
     assert CHROMIUM is not None
     text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())  # it forbids scripts, ours too
@@ -130,6 +143,7 @@ def test_nothing_overflows_overlaps_or_is_faint(
     assert (found["width"], found["dark"]) == (width, dark)
     assert found["texts"] > 30
     assert found["labels"] > 30
+    assert found["readouts"] > 30
     assert found["scrolls"] <= width
     assert found["outside"] == []
     assert found["leaving"] == []
@@ -137,6 +151,15 @@ def test_nothing_overflows_overlaps_or_is_faint(
     assert found["small"] == []
     assert found["covering"] == []
     assert found["faint"] == []
+
+
+def test_choosing_an_axis_shows_the_figure_against_it_and_no_other(
+    pages: list[Path], tmp_path: Path
+) -> None:
+    names = ("rounds", "megabytes sent", "seconds", "local steps")
+    assert answer(CHOOSE, pages[0], 1280, False, tmp_path) == [
+        [[f"{curve} against {name}"] for name in names] for curve in ("accuracy", "training loss")
+    ]
 
 
 @pytest.mark.skipif(AXE is None, reason="no axe-core: npm install axe-core")

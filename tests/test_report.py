@@ -139,7 +139,7 @@ def test_every_id_of_a_page_is_there_once_and_every_reference_has_its_target(htm
 def test_the_settings_of_every_run_are_on_the_page(runs: list[Path], html: str) -> None:
     shown = [tomllib.loads(text) for text in Page(html).text["pre"]]
     assert shown == [load_run(run).config for run in runs]
-    assert [f"{run.parent.name}/{run.name}" for run in runs] == Page(html).text["summary"]
+    assert [f"{run.parent.name}/{run.name}" for run in runs] == Page(html).text["summary"][1:]
 
 
 def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
@@ -190,6 +190,34 @@ def test_mean_and_worst_client_are_on_the_page_where_clients_were_measured(
     page = write_report([unmeasured], tmp_path / "page.html").read_text()
     assert "of each client" in html
     assert "accuracy of each client" not in page
+
+
+def test_a_point_of_a_curve_tells_what_was_spent_by_then_on_each_axis(
+    runs: list[Path], html: str
+) -> None:
+    lines = [
+        [json.loads(text) for text in (run / "rounds.jsonl").read_text().splitlines()]
+        for run in runs[:2]  # both seeds of rolora
+    ]
+    last = [own[-1]["metrics"]["accuracy"] for own in lines]
+    value = f"{sum(last) / 2:.3f} ± {abs(last[0] - last[1]) / 2**0.5:.3f}"
+    sent = sum(line["bytes_up"] for own in lines for line in own) / 2e6
+    seconds = sum(line["seconds"] for own in lines for line in own) / 2
+    shown = Page(html).text["text"]
+    assert f"rolora, round 10: {value}" in shown
+    assert f"rolora, {sent:.4g} MB: {value}" in shown
+    assert f"rolora, {seconds:.4g} s: {value}" in shown
+    assert f"rolora, 150 steps: {value}" in shown  # 10 rounds of 3 clients with 5 steps each
+    row = ["rolora", "10", f"{sent:.4g}", f"{seconds:.4g}", "150", value]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", html)]
+    assert any(cells[n : n + 6] == row for n in range(len(cells)))
+
+
+def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", "local", clients=6, rounds=10)
+    html = write_report([run], tmp_path / "page.html").read_text()
+    assert "accuracy against seconds" in html
+    assert "accuracy against megabytes" not in html
 
 
 def test_an_aggregation_error_of_zero_or_rounding_lies_in_the_exact_band() -> None:

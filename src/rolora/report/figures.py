@@ -75,6 +75,7 @@ class Series:
     """One method's line: the mean and, with several seeds, the sd at each x.
 
     ``style`` is the method's number, so that it looks the same in every figure of a page.
+    ``readouts`` are what a page says of each point while it is pointed at; "" for nothing.
     """
 
     style: int
@@ -82,6 +83,7 @@ class Series:
     mean: Sequence[float]
     sd: Sequence[float | None]
     finished: bool = True
+    readouts: Sequence[str] = ()
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -125,6 +127,15 @@ def _draw(axes: Any, series: Series, shift: float) -> None:
     if band:
         colour = PALETTE[series.style % len(PALETTE)]
         axes.fill_between(*zip(*band, strict=True), color=colour, alpha=0.15, lw=0)
+    points = [
+        (x, y, words)
+        for x, y, words in zip(series.x, series.mean, series.readouts, strict=False)
+        if words and math.isfinite(y)
+    ]
+    if points:
+        # Unseen, and wide enough for a finger; ``rolora.report.svg`` turns URLs into readouts.
+        x, y, urls = zip(*points, strict=True)
+        axes.scatter(x, y, s=150, color=INK, alpha=0, lw=0, urls=urls, zorder=3, clip_on=False)
 
 
 @styled

@@ -12,7 +12,7 @@ import tomli_w
 from rolora.errors import ConfigError
 from rolora.files import write_file
 from rolora.report import figures, narrative
-from rolora.report.pictures import are_finished, pictures
+from rolora.report.pictures import AXES, are_finished, pictures, values
 from rolora.report.svg import inline_svg
 from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
@@ -82,6 +82,8 @@ def render(
                 for n, (method, own) in enumerate(groups.items())
             },
             pictures=pictures(left, groups, metric, conclusions),
+            axes=[axis.label for axis in AXES],
+            values=values(groups, metric),
             rejected=_rejected(every),
             cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],
             configs=[(run.label, tomli_w.dumps(run.config)) for run in every],

@@ -21,6 +21,7 @@ def inline_svg(figure: Figure, name: str, description: str = "") -> str:
 
     Its id is ``name`` and ids within begin with it, its colours are ``THEME``'s, and it has no size
     of its own. It is announced as ``description``, or hidden from screen readers without one.
+    A link becomes a group of the class ``value``, which shows its URL as text; see ``_readout``.
     """
     root = ElementTree.fromstring(rendered(figure, "svg", facecolor="none"))
     for element in root.iter():
@@ -32,6 +33,8 @@ def inline_svg(figure: Figure, name: str, description: str = "") -> str:
         element.attrib.clear()
         for attribute, value in plain.items():
             element.set(attribute, _adopt(attribute, value, f"{name}-"))
+    for link in list(root.iter("a")):
+        _readout(link, root.attrib["viewBox"].split()[2])
     for attribute in ("width", "height", "version"):
         del root.attrib[attribute]
     root.set("id", name)
@@ -40,6 +43,18 @@ def inline_svg(figure: Figure, name: str, description: str = "") -> str:
     else:
         root.set("aria-hidden", "true")
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _readout(link: ElementTree.Element, right: str) -> None:
+    """Make a link a group of its shape and its URL as text, which ends at x = ``right``.
+
+    It needs no script: the page's style shows the text while the shape is pointed at.
+    """
+    words = link.attrib["href"]
+    link.tag, link.attrib = "g", {"class": "value"}
+    for shape in link.iter("use"):
+        shape.attrib.pop("style", None)
+    ElementTree.SubElement(link, "text", {"x": right, "y": "12"}).text = words
 
 
 def _bare(name: str) -> str:
@@ -57,4 +72,5 @@ def _adopt(attribute: str, value: str, prefix: str) -> str:
     if attribute != "style":
         return value
     value = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", value)
+    value = re.sub(r"font-family: [^;]*; ", "", value)
     return re.sub(r"#[0-9a-f]{6}", lambda hit: THEME.get(hit[0], hit[0]), value)
