@@ -135,7 +135,7 @@ def answer(script: str, page: Path, width: int, dark: bool, scratch: Path) -> An
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("number", range(3), ids=["three", "one", "eight"])
+@pytest.mark.parametrize("number", range(4), ids=["three", "one", "eight", "twenty"])
 def test_nothing_overflows_overlaps_or_is_faint(
     pages: list[Path], number: int, width: int, dark: bool, tmp_path: Path
 ) -> None:
@@ -164,7 +164,7 @@ def test_choosing_an_axis_shows_the_figure_against_it_and_no_other(
 
 @pytest.mark.skipif(AXE is None, reason="no axe-core: npm install axe-core")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("number", range(3), ids=["three", "one", "eight"])
+@pytest.mark.parametrize("number", range(4), ids=["three", "one", "eight", "twenty"])
 def test_axe_finds_no_barrier(pages: list[Path], number: int, dark: bool, tmp_path: Path) -> None:
     assert AXE is not None
     script = AXE.read_text().replace("</script", r"<\/script") + VIOLATIONS

@@ -213,6 +213,18 @@ def test_a_point_of_a_curve_tells_what_was_spent_by_then_on_each_axis(
     assert any(cells[n : n + 6] == row for n in range(len(cells)))
 
 
+def test_a_page_about_twenty_long_runs_is_smaller_than_five_megabytes(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"{number}", f"method_{number % 10}", seed=number // 10, rounds=1000)
+        for number in range(20)
+    ]
+    page = write_report(runs, tmp_path / "page.html")
+    assert page.stat().st_size < 5e6
+    assert "method_0, round 1000: " in page.read_text()
+    assert "Of more than 300 rounds, every n-th is drawn." in page.read_text()
+    assert "4 more" in Page(page.read_text()).text["summary"]  # of the ten methods of a ranking
+
+
 def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", "local", clients=6, rounds=10)
     html = write_report([run], tmp_path / "page.html").read_text()

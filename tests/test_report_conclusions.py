@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from synthetic_runs import cut_short
 
 from rolora.cli.results import show_results
 from rolora.errors import ConfigError, DataError
@@ -242,18 +243,11 @@ def test_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_is_reported_and_said_to_be_unfinished(tmp_path: Path) -> None:
-    run = write(tmp_path / "a", [0.1, 0.5, 0.6, 0.7])
-    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
-    (run / "rounds.jsonl").write_text("".join(lines[:2]))
+    run = cut_short(write(tmp_path / "a", [0.1, 0.5, 0.6, 0.7]), 1)
     page = write_report([run], tmp_path / "page.html").read_text()
     assert "No run is finished" in page
-    assert f"{tmp_path.name}/a has done 1 of 3 rounds (0.500 so far)" in page
-
-
-def shortened(run: Path, rounds: int) -> Path:
-    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
-    (run / "rounds.jsonl").write_text("".join(lines[: rounds + 1]))
-    return run
+    assert "<td>1 of 3</td><td>0.500</td>" in page
+    assert "Summary" not in page
 
 
 @pytest.mark.parametrize("rounds", [-1, 0, 1])
@@ -262,7 +256,7 @@ def test_an_unfinished_seed_is_in_no_mean_and_stands_apart_with_how_far_it_is(
 ) -> None:
     paths = [
         write(tmp_path / "r0", [0.1, 0.5, 0.8], seed=0),
-        shortened(write(tmp_path / "r1", [0.1, 0.2, 0.9], seed=1), rounds),
+        cut_short(write(tmp_path / "r1", [0.1, 0.2, 0.9], seed=1), rounds),
         write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit", seed=0),
     ]
     page = write_report(paths, tmp_path / "page.html").read_text()
@@ -273,7 +267,10 @@ def test_an_unfinished_seed_is_in_no_mean_and_stands_apart_with_how_far_it_is(
     }
     (apart,) = found["unfinished"]
     assert (apart["run"], apart["round"], apart["rounds"]) == ("r1", max(rounds, 0), 2)
-    assert f"{tmp_path.name}/r1 is unfinished and in no mean: it has done" in page
+    apart_on_page = page.split("Unfinished runs</h2>")[1].split("</table>")[0]
+    assert apart_on_page.count("<tr>") == 2  # the head, and the run
+    assert f">{tmp_path.name}/r1<" in apart_on_page
+    assert f"<td>{max(rounds, 0)} of 2</td>" in apart_on_page
     assert "sends nothing" not in page
     assert "stroke-dasharray: 3" not in page
     show_results(paths, False)
@@ -288,7 +285,7 @@ def test_a_method_without_a_finished_run_is_called_unfinished_and_drawn_dashed(
 ) -> None:
     paths = [
         write(tmp_path / "r0", [0.1, 0.5, 0.8]),
-        shortened(write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit"), 1),
+        cut_short(write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit"), 1),
     ]
     page = write_report(paths, tmp_path / "page.html").read_text()
     runs = [load_run(path) for path in paths]

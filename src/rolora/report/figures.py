@@ -146,7 +146,7 @@ def curves(
 
     The y axis is logarithmic if the values span more than a factor of 50, as perplexities do.
     """
-    figure, axes = new_figure()
+    figure, axes = new_figure(HEIGHT + 0.12 * max(0, len(series) - 8))
     for number, one in enumerate(series):
         _draw(axes, one, number / len(series))
     values = [v for one in series for v in one.mean if math.isfinite(v)]

@@ -25,6 +25,7 @@ from rolora.results.runs import (
 )
 from rolora.results.tuned import Tuning
 
+MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
 CUT_ROWS = 20  # of each run: the clients that were cut most
 
 
@@ -75,6 +76,8 @@ def render(
             metric=metric,
             direction=narrative.direction(metric),
             rows=summarise(runs),
+            unfinished=[(run, run.last(metric)) for run in found.unfinished],
+            most_places=MOST_PLACES,
             rounding=figures.ROUNDING,
             palette=list(enumerate(figures.PALETTE)),
             keys={

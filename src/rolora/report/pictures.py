@@ -14,7 +14,7 @@ from rolora.report import figures, narrative
 from rolora.report.figures import Series
 from rolora.report.narrative import Conclusion
 from rolora.report.svg import inline_svg
-from rolora.results.paired import CONFIDENCE
+from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
 from rolora.results.runs import MEGABYTE, RunRecord, mean_sd
 from rolora.tasks.registry import higher_is_better
@@ -22,7 +22,8 @@ from rolora.tasks.registry import higher_is_better
 Groups = Mapping[str, Sequence[RunRecord]]
 Values = dict[int, float]  # by round
 LOSS = "mean over the round's clients that tell it, weighted by their rows"
-READOUTS = 40  # of each line, so that a page of many runs stays small
+POINTS = 300  # of each line, and how many of them have a readout: for pages of few megabytes
+READOUTS = 40
 
 
 class Axis(NamedTuple):
@@ -111,10 +112,10 @@ def pictures(
             _band(groups, narrative.direction(metric)),
             _budget(runs, metric),
         ),
-        [_differences(groups, metric, conclusions)],
-        [_aggregation_error(groups)],
-        [_client_spread(groups, metric)],
         _curves("loss", "training loss", groups, _field("loss"), _band(groups, LOSS)),
+        [_differences(groups, metric, conclusions)],
+        [_client_spread(groups, metric)],
+        [_aggregation_error(groups)],
         *([split] for split in _splits(runs)),
     )
     each = ([picture for picture in same if picture is not None] for same in found)
@@ -147,7 +148,7 @@ def _series(
             for run in runs
         ]
         each = [values(run) for run in runs]
-        rounds = sorted(set.intersection(*(set(own) for own in each)))
+        rounds = _thinned(sorted(set.intersection(*(set(own) for own in each))), POINTS)
         xs = [mean_sd([own[round] for own in spent])[0] for round in rounds]
         if rounds and (axis is ROUNDS or xs[-1]):
             ys = [mean_sd([own[round] for own in each]) for round in rounds]
@@ -155,12 +156,17 @@ def _series(
                 f"{figures.elided(method, 14)}, {axis.unit.format(x)}: {form(*y)}"
                 for x, y in zip(xs, ys, strict=True)
             ]
-            every = math.ceil(len(rounds) / READOUTS)
-            last = len(rounds) - 1
-            told = [text if (last - n) % every == 0 else "" for n, text in enumerate(words)]
+            shown = set(_thinned(rounds, READOUTS))
+            told = [w if round in shown else "" for round, w in zip(rounds, words, strict=True)]
             means, sds = [mean for mean, _ in ys], [sd for _, sd in ys]
             found[method] = Series(style, xs, means, sds, are_finished(runs), told)
     return found
+
+
+def _thinned(rounds: Sequence[int], most: int) -> Sequence[int]:
+    """At most ``most`` of the rounds: the last, and evenly spaced ones before it."""
+    every = max(1, math.ceil(len(rounds) / most))
+    return rounds[(len(rounds) - 1) % every :: every] if rounds else rounds
 
 
 def _curves(
@@ -227,7 +233,12 @@ def _band(groups: Groups, first: str) -> str:
     text += " Lines are means over seeds, bands one standard deviation." if several else ""
     if not all(map(are_finished, groups.values())):
         text += " Dashed, with open markers: unfinished."
-    return text
+    return text + _thin(groups)
+
+
+def _thin(groups: Groups) -> str:
+    most = max(run.done for runs in groups.values() for run in runs)
+    return f" Of more than {POINTS} rounds, every n-th is drawn." if most > POINTS else ""
 
 
 def _budget(runs: Sequence[RunRecord], metric: str) -> float | None:
@@ -238,7 +249,13 @@ def _budget(runs: Sequence[RunRecord], metric: str) -> float | None:
 
 
 def _differences(groups: Groups, metric: str, conclusions: Sequence[Conclusion]) -> Picture | None:
-    paired = {one.title: one.differences for one in conclusions if one.differences}
+    paired: dict[str, Mapping[str, Difference]] = {}
+    for one in conclusions:
+        same = next((title for title, own in paired.items() if own == one.differences), None)
+        title = one.title if same is None else f"{same}, {one.title}"
+        if one.differences:
+            paired = {title if was == same else was: own for was, own in paired.items()}
+            paired[title] = one.differences
     if not paired:
         return None
     every = [difference for own in paired.values() for difference in own.values()]
@@ -269,6 +286,7 @@ def _aggregation_error(groups: Groups) -> Picture | None:
         figures.aggregation_errors(list(lines.values())),
         "How far the server's B·A is from the mean of the clients' B·A, relative to that mean. In "
         "the grey band the average is exact; lines there are spread only to be seen."
+        + _thin(groups)
         + _missing(groups, lines, "the server cannot know it"),
         tuple(lines),
     )

@@ -19,9 +19,10 @@ THEME = {colour: f"var(--series-{n})" for n, colour in enumerate(PALETTE)} | {
 def inline_svg(figure: Figure, name: str, description: str = "") -> str:
     """The figure as an ``<svg>`` element to stand inside an HTML page.
 
-    Its id is ``name`` and ids within begin with it, its colours are ``THEME``'s, and it has no size
-    of its own. It is announced as ``description``, or hidden from screen readers without one.
-    A link becomes a group of the class ``value``, which shows its URL as text; see ``_readout``.
+    Its id is ``name`` and ids within begin with it, its colours are ``THEME``'s, it has no size of
+    its own, and its places are rounded to 0.01 pt. It is announced as ``description``, or hidden
+    from screen readers without one. A link becomes a group of the class ``value`` with its URL
+    as text; see ``_readout``.
     """
     root = ElementTree.fromstring(rendered(figure, "svg", facecolor="none"))
     for element in root.iter():
@@ -68,6 +69,8 @@ def _adopt(attribute: str, value: str, prefix: str) -> str:
         return prefix + value
     if attribute == "href" and value.startswith("#"):
         return f"#{prefix}{value[1:]}"
+    if attribute in ("d", "x", "y", "transform"):
+        return re.sub(r"-?\d+\.\d+", lambda hit: f"{float(hit[0]):.2f}", value)
     value = value.replace("url(#", f"url(#{prefix}")
     if attribute != "style":
         return value
