@@ -18,7 +18,7 @@ from rolora.report.narrative import Conclusion, cautions, conclusions
 from rolora.report.page import write_report
 from rolora.results.export import export_results
 from rolora.results.ranking import rank_methods
-from rolora.results.runs import load_run, sorted_out, summarise
+from rolora.results.runs import load_run, sorted_out, summarise, worst_tenth
 
 MEGABYTE = 1_000_000
 
@@ -240,6 +240,19 @@ def test_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
     run = load_run(write(tmp_path / "a", [0.1, 0.6]))
     (row,) = summarise([run, load_run(tmp_path / "b" / ".." / "a"), run])
     assert (row.runs, row.final_sd) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "worst"), [("accuracy", (0.0 + 1 + 2) / 3), ("loss", (20.0 + 19 + 18) / 3)]
+)
+def test_the_worst_tenth_of_21_clients_are_the_three_that_have_the_worst_values(
+    tmp_path: Path, metric: str, worst: float
+) -> None:
+    run = write(tmp_path / "a", [0.1, 0.5])
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    lines[1]["client_metrics"] = {f"c{n}": {metric: 8 * n % 21} for n in range(21)}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert worst_tenth(load_run(run), metric) == pytest.approx(worst)
 
 
 def test_an_unfinished_run_is_reported_and_said_to_be_unfinished(tmp_path: Path) -> None:

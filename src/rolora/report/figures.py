@@ -194,11 +194,14 @@ def aggregation_errors(series: Sequence[Series]) -> Figure:
 
 @styled
 def client_spread(
-    clients: Mapping[str, Sequence[float]], styles: Mapping[str, int], metric: str, worst: Any
+    clients: Mapping[str, Sequence[float]],
+    worst: Mapping[str, float],
+    styles: Mapping[str, int],
+    metric: str,
 ) -> Figure:
     """A strip for each method: a dot for each value, its area the number of clients with it.
 
-    A vertical bar marks the mean, a triangle the worst client (``worst`` is ``min`` or ``max``).
+    A vertical bar marks the mean, a triangle the mean of the worst tenth, which is ``worst``.
     """
     most = max(max(Counter(round(v, 3) for v in own).values()) for own in clients.values())
     figure, axes = new_figure(0.7 + 0.52 * len(clients))
@@ -207,10 +210,10 @@ def client_spread(
         counts = Counter(round(value, 3) for value in values if math.isfinite(value))
         sizes = [max(4.0, 130 * count / most) for count in counts.values()]
         axes.scatter(list(counts), [row] * len(counts), s=sizes, color=colour, alpha=0.45, lw=0)
-        mean, low = sum(values) / len(values), worst(values)
+        mean, low = sum(values) / len(values), worst[method]
         axes.plot([mean, mean], [row - 0.24, row + 0.24], color=INK, linewidth=2.2)
         axes.plot([low], [row], marker="^", mfc="none", mec=INK, markersize=9, ls="none")
-        words = f"{elided(method, 22)}: mean {mean:.3f}, worst {low:.3f}"
+        words = f"{elided(method, 18)}: mean {mean:.3f}, worst tenth {low:.3f}"
         axes.text(0, row - 0.3, words, va="bottom", transform=axes.get_yaxis_transform())
     axes.set_ylim(len(clients) - 0.6, -0.85)
     axes.set_yticks([])
@@ -246,6 +249,7 @@ def forest_plot(
     axes.set_ylim(y - 0.5, -0.35)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(f"{metric}, minus that of {elided(reference, 24)}")
     return figure
 

@@ -26,6 +26,7 @@ from rolora.results.runs import (
 from rolora.results.tuned import Tuning
 
 MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
+REJECTED_ROWS = 100
 CUT_ROWS = 20  # of each run: the clients that were cut most
 
 
@@ -60,6 +61,7 @@ def render(
     runs, metric, groups = found.finished, found.metric, found.methods
     conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
     left = runs or found.unfinished
+    rejected = _rejected(every)
     names = {run.name for run in left}
     return (
         templates()
@@ -87,7 +89,8 @@ def render(
             pictures=pictures(left, groups, metric, conclusions),
             axes=[axis.label for axis in AXES],
             values=values(groups, metric),
-            rejected=_rejected(every),
+            rejected=rejected[:REJECTED_ROWS],
+            more_rejected=len(rejected[REJECTED_ROWS:]),
             cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],
             configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
             **_provenance(every),
@@ -114,14 +117,26 @@ def templates() -> jinja2.Environment:
     return environment
 
 
-def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, str]]:
-    """(run, client, reason, rounds) of all rejected updates."""
+def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, int, str]]:
+    """(run, client, reason, how often, rounds) of all rejected updates, the most frequent first."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         for line in run.rounds:
             for client, reason in line["rejected"].items():
                 found.setdefault((run.label, client, reason), []).append(line["round"])
-    return [(*what, ", ".join(map(str, rounds))) for what, rounds in found.items()]
+    most = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [(*what, len(rounds), spans(rounds)) for what, rounds in most]
+
+
+def spans(rounds: Sequence[int]) -> str:
+    """'1-3, 7': ascending numbers, with those that follow each other as a span."""
+    found: list[list[int]] = []
+    for round in rounds:
+        if found and round == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], round]
+        else:
+            found.append([round])
+    return ", ".join("-".join(map(str, span)) for span in found)
 
 
 def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from rolora.report.narrative import Conclusion
 from rolora.report.svg import inline_svg
 from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
-from rolora.results.runs import MEGABYTE, RunRecord, mean_sd
-from rolora.tasks.registry import higher_is_better
+from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, worst_tenth
 
 Groups = Mapping[str, Sequence[RunRecord]]
 Values = dict[int, float]  # by round
@@ -293,25 +292,23 @@ def _aggregation_error(groups: Groups) -> Picture | None:
 
 
 def _client_spread(groups: Groups, metric: str) -> Picture | None:
-    clients = {}
+    clients, worst = {}, {}
     for method, runs in groups.items():
-        if not are_finished(runs):
-            continue
-        last = [[line for line in run.rounds if line["metrics"]][-1] for run in runs]
-        held = [own for line in last for own in line["client_metrics"].values()]
-        if values := [own[metric] for own in held if metric in own]:
-            clients[method] = values
+        tenths = [worst_tenth(run, metric) for run in runs]
+        known = [tenth for tenth in tenths if tenth is not None]
+        if are_finished(runs) and len(known) == len(runs):
+            clients[method] = [value for run in runs for value in client_values(run, metric)]
+            worst[method] = mean_sd(known)[0]
     if not clients:
         return None
-    worst = min if higher_is_better(metric) else max
     return Picture(
         "clients",
         f"{metric} of each client",
         f"{metric} of each client for {', '.join(clients)}",
-        figures.client_spread(clients, _styles(groups), metric, worst),
+        figures.client_spread(clients, worst, _styles(groups), metric),
         "On each client's own held-out rows, at the last evaluation, clients of all seeds together."
-        " A dot's area is the number of clients; bar: mean; triangle: worst client."
-        + _missing(groups, clients, "its clients were not measured"),
+        " A dot's area is the number of clients; bar: mean; triangle: mean of the worst tenth of "
+        "a run's clients, over seeds." + _missing(groups, clients, "its clients were not measured"),
     )
 
 
