@@ -83,6 +83,16 @@ parent.document.body.textContent = JSON.stringify({
 """
 
 
+CUT_OFF = """
+const all = [...document.querySelectorAll("main *")].filter(e => e.checkVisibility());
+parent.document.body.textContent = JSON.stringify({
+  controls: all.filter(e => e.matches("legend, label")).length,
+  tables: all.filter(e => e.matches("table")).length,
+  outside: all.filter(e => e.getBoundingClientRect().right > innerWidth + 0.5
+      || ["auto", "scroll"].includes(getComputedStyle(e).overflowX)
+      && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent.trim().slice(0, 40)),
+});
+"""
 CHOOSE = """
 parent.document.body.textContent = JSON.stringify([...document.querySelectorAll(".axes")].map(
   axes => [...axes.querySelectorAll("input")].map(input => {
@@ -160,6 +170,17 @@ def test_choosing_an_axis_shows_the_figure_against_it_and_no_other(
     assert answer(CHOOSE, pages[0], 1280, False, tmp_path) == [
         [[f"{curve} against {name}"] for name in names] for curve in ("accuracy", "training loss")
     ]
+
+
+@pytest.mark.parametrize("number", range(4), ids=["three", "one", "eight", "twenty"])
+def test_on_paper_nothing_is_cut_off_and_no_control_is_printed(
+    pages: list[Path], number: int, tmp_path: Path
+) -> None:
+    printed = tmp_path / "printed.html"
+    printed.write_text(pages[number].read_text().replace("@media print", "@media all"))
+    found = answer(CUT_OFF, printed, 718, False, tmp_path)  # pixels of A4 between its margins
+    assert found["tables"] >= 2
+    assert (found["outside"], found["controls"]) == ([], 0)
 
 
 @pytest.mark.skipif(AXE is None, reason="no axe-core: npm install axe-core")

@@ -243,7 +243,7 @@ def forest_plot(
                 axes.plot(difference.interval, [y, y], linewidth=2.4, color=colour)
             marker = MARKERS[styles[method] % len(MARKERS)]
             axes.plot([difference.mean], [y], marker=marker, markersize=7, ls="none", color=colour)
-            axes.text(0, y - 0.17, elided(method, 40), va="bottom", transform=across)
+            axes.text(0, y - 0.23, elided(method, 40), va="bottom", transform=across)
             y += 1
     axes.axvline(0, color=INK, linewidth=1, linestyle=DOTTED)
     axes.set_ylim(y - 0.5, -0.35)
