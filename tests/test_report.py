@@ -170,12 +170,16 @@ def test_every_split_is_on_the_page_once_with_the_runs_that_trained_on_it(
 
 
 def client_values(runs: Sequence[Path], method: str) -> list[float]:
-    last = [json.loads((run / "rounds.jsonl").read_text().splitlines()[-1]) for run in runs]
-    return [
-        own["accuracy"]
-        for run, line in zip(runs, last, strict=True)
-        for own in line["client_metrics"].values()
+    """The mean of the evaluations after round 5, of B, and round 10, of A."""
+    each = [
+        [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+        for run in runs
         if run.name.startswith(method)
+    ]
+    return [
+        (lines[5]["client_metrics"][client]["accuracy"] + own["accuracy"]) / 2
+        for lines in each
+        for client, own in lines[10]["client_metrics"].items()
     ]
 
 

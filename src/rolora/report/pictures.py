@@ -306,9 +306,9 @@ def _client_spread(groups: Groups, metric: str) -> Picture | None:
         f"{metric} of each client",
         f"{metric} of each client for {', '.join(clients)}",
         figures.client_spread(clients, worst, _styles(groups), metric),
-        "On each client's own held-out rows, at the last evaluation, clients of all seeds together."
-        " A dot's area is the number of clients; bar: mean; triangle: mean of the worst tenth of "
-        "a run's clients, over seeds." + _missing(groups, clients, "its clients were not measured"),
+        "On each client's own held-out rows, at the end; clients of all seeds together. A dot's "
+        "area is the number of clients; bar: mean; triangle: mean of the worst tenth of a run's "
+        "clients, over seeds." + _missing(groups, clients, "its clients were not measured"),
     )
 
 

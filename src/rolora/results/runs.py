@@ -399,9 +399,13 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
 
 
 def client_values(run: RunRecord, metric: str) -> list[float]:
-    """The metric of each client on its own held-out rows, at the last evaluation."""
-    evaluated = [line["client_metrics"] for line in run.rounds if line["metrics"]]
-    return [own[metric] for own in evaluated[-1].values() if metric in own] if evaluated else []
+    """The last score of each client on its own held-out rows: a mean over phases, as ``scores``."""
+    latest: dict[str, dict[str, float]] = {}
+    for line in run.rounds:
+        for client, own in line["client_metrics"].items():
+            if line["round"] and metric in own:
+                latest.setdefault(client, {})[_phase(line)] = own[metric]
+    return [statistics.fmean(phases.values()) for phases in latest.values()]
 
 
 def worst_tenth(run: RunRecord, metric: str) -> float | None:
