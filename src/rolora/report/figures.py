@@ -155,8 +155,7 @@ def curves(
         title += " (log)"
     if budget is not None:
         axes.axvline(budget, color=INK, linewidth=1, linestyle=DOTTED)
-    if xlabel == "round":
-        axes.xaxis.set_major_locator(_whole(6))
+    axes.xaxis.set_major_locator(_whole(6) if xlabel == "round" else MaxNLocator(5))
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     return figure
