@@ -1,7 +1,8 @@
 """Run folders that look as real ones do, made of a formula and no training.
 
 ``python tests/synthetic_runs.py FOLDER`` writes some there, and a page for each kind of reader:
-three methods with three seeds, one run, and eight methods with 200 clients and unkind names.
+three methods with three seeds, one run, eight methods with 200 clients and unkind names, and twenty
+methods of which some are unfinished.
 """
 
 from __future__ import annotations
@@ -87,6 +88,13 @@ def write_run(
     ]
     (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def cut_short(run: Path, rounds: int) -> Path:
+    """The same folder, as it was after so many rounds."""
+    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (run / "rounds.jsonl").write_text("".join(lines[: rounds + 1]))
+    return run
 
 
 def _partition(ids: Sequence[str], labels: Sequence[str], seed: int) -> dict[str, Any]:
@@ -178,7 +186,7 @@ PUBLISHED = {
 
 
 def gallery(folder: Path) -> list[Path]:
-    """Run folders under ``folder`` and three pages about them; the pages' paths."""
+    """Run folders under ``folder`` and four pages about them; the pages' paths."""
     from rolora.report.page import write_report
     from rolora.results.published import Published
     from rolora.results.tuned import Tuning
@@ -210,10 +218,16 @@ def gallery(folder: Path) -> list[Path]:
         )
         for number, (method, extra) in enumerate(eight.items())
     ]
+    twenty = [
+        write_run(folder / "twenty" / name, name) for name in (f"method_{n}" for n in range(20))
+    ]
+    for run in twenty[::7]:
+        cut_short(run, 12)
     return [
         write_report(three, folder / "three.html", tuning, published),
         write_report([one], folder / "one.html"),
         write_report(many, folder / "eight.html"),
+        write_report(twenty, folder / "twenty.html"),
     ]
 
 

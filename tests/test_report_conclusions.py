@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from synthetic_runs import cut_short
 
 from rolora.cli.results import show_results
 from rolora.errors import ConfigError, DataError
@@ -17,7 +18,7 @@ from rolora.report.narrative import Conclusion, cautions, conclusions
 from rolora.report.page import write_report
 from rolora.results.export import export_results
 from rolora.results.ranking import rank_methods
-from rolora.results.runs import load_run, sorted_out, summarise
+from rolora.results.runs import load_run, sorted_out, summarise, worst_tenth
 
 MEGABYTE = 1_000_000
 
@@ -241,19 +242,25 @@ def test_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
     assert (row.runs, row.final_sd) == (1, None)
 
 
+@pytest.mark.parametrize(
+    ("metric", "worst"), [("accuracy", (0.0 + 1 + 2) / 3), ("loss", (20.0 + 19 + 18) / 3)]
+)
+def test_the_worst_tenth_of_21_clients_are_the_three_that_have_the_worst_values(
+    tmp_path: Path, metric: str, worst: float
+) -> None:
+    run = write(tmp_path / "a", [0.1, 0.5])
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    lines[1]["client_metrics"] = {f"c{n}": {metric: 8 * n % 21} for n in range(21)}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert worst_tenth(load_run(run), metric) == pytest.approx(worst)
+
+
 def test_an_unfinished_run_is_reported_and_said_to_be_unfinished(tmp_path: Path) -> None:
-    run = write(tmp_path / "a", [0.1, 0.5, 0.6, 0.7])
-    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
-    (run / "rounds.jsonl").write_text("".join(lines[:2]))
+    run = cut_short(write(tmp_path / "a", [0.1, 0.5, 0.6, 0.7]), 1)
     page = write_report([run], tmp_path / "page.html").read_text()
     assert "No run is finished" in page
-    assert f"{tmp_path.name}/a has done 1 of 3 rounds (0.500 so far)" in page
-
-
-def shortened(run: Path, rounds: int) -> Path:
-    lines = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
-    (run / "rounds.jsonl").write_text("".join(lines[: rounds + 1]))
-    return run
+    assert "<td>1 of 3</td><td>0.500</td>" in page
+    assert "Summary" not in page
 
 
 @pytest.mark.parametrize("rounds", [-1, 0, 1])
@@ -262,7 +269,7 @@ def test_an_unfinished_seed_is_in_no_mean_and_stands_apart_with_how_far_it_is(
 ) -> None:
     paths = [
         write(tmp_path / "r0", [0.1, 0.5, 0.8], seed=0),
-        shortened(write(tmp_path / "r1", [0.1, 0.2, 0.9], seed=1), rounds),
+        cut_short(write(tmp_path / "r1", [0.1, 0.2, 0.9], seed=1), rounds),
         write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit", seed=0),
     ]
     page = write_report(paths, tmp_path / "page.html").read_text()
@@ -273,7 +280,10 @@ def test_an_unfinished_seed_is_in_no_mean_and_stands_apart_with_how_far_it_is(
     }
     (apart,) = found["unfinished"]
     assert (apart["run"], apart["round"], apart["rounds"]) == ("r1", max(rounds, 0), 2)
-    assert f"{tmp_path.name}/r1 is unfinished and in no mean: it has done" in page
+    apart_on_page = page.split("Unfinished runs</h2>")[1].split("</table>")[0]
+    assert apart_on_page.count("<tr>") == 2  # the head, and the run
+    assert f">{tmp_path.name}/r1<" in apart_on_page
+    assert f"<td>{max(rounds, 0)} of 2</td>" in apart_on_page
     assert "sends nothing" not in page
     assert "stroke-dasharray: 3" not in page
     show_results(paths, False)
@@ -288,7 +298,7 @@ def test_a_method_without_a_finished_run_is_called_unfinished_and_drawn_dashed(
 ) -> None:
     paths = [
         write(tmp_path / "r0", [0.1, 0.5, 0.8]),
-        shortened(write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit"), 1),
+        cut_short(write(tmp_path / "f0", [0.1, 0.4, 0.6], method="fedit"), 1),
     ]
     page = write_report(paths, tmp_path / "page.html").read_text()
     runs = [load_run(path) for path in paths]

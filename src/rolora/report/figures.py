@@ -75,6 +75,7 @@ class Series:
     """One method's line: the mean and, with several seeds, the sd at each x.
 
     ``style`` is the method's number, so that it looks the same in every figure of a page.
+    ``readouts`` are what a page says of each point while it is pointed at; "" for nothing.
     """
 
     style: int
@@ -82,6 +83,7 @@ class Series:
     mean: Sequence[float]
     sd: Sequence[float | None]
     finished: bool = True
+    readouts: Sequence[str] = ()
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -125,6 +127,15 @@ def _draw(axes: Any, series: Series, shift: float) -> None:
     if band:
         colour = PALETTE[series.style % len(PALETTE)]
         axes.fill_between(*zip(*band, strict=True), color=colour, alpha=0.15, lw=0)
+    points = [
+        (x, y, words)
+        for x, y, words in zip(series.x, series.mean, series.readouts, strict=False)
+        if words and math.isfinite(y)
+    ]
+    if points:
+        # Unseen, and wide enough for a finger; ``rolora.report.svg`` turns URLs into readouts.
+        x, y, urls = zip(*points, strict=True)
+        axes.scatter(x, y, s=150, color=INK, alpha=0, lw=0, urls=urls, zorder=3, clip_on=False)
 
 
 @styled
@@ -135,7 +146,7 @@ def curves(
 
     The y axis is logarithmic if the values span more than a factor of 50, as perplexities do.
     """
-    figure, axes = new_figure()
+    figure, axes = new_figure(HEIGHT + 0.12 * max(0, len(series) - 8))
     for number, one in enumerate(series):
         _draw(axes, one, number / len(series))
     values = [v for one in series for v in one.mean if math.isfinite(v)]
@@ -144,8 +155,7 @@ def curves(
         title += " (log)"
     if budget is not None:
         axes.axvline(budget, color=INK, linewidth=1, linestyle=DOTTED)
-    if xlabel == "round":
-        axes.xaxis.set_major_locator(_whole(6))
+    axes.xaxis.set_major_locator(_whole(6) if xlabel == "round" else MaxNLocator(5))
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     return figure
@@ -183,11 +193,14 @@ def aggregation_errors(series: Sequence[Series]) -> Figure:
 
 @styled
 def client_spread(
-    clients: Mapping[str, Sequence[float]], styles: Mapping[str, int], metric: str, worst: Any
+    clients: Mapping[str, Sequence[float]],
+    worst: Mapping[str, float],
+    styles: Mapping[str, int],
+    metric: str,
 ) -> Figure:
     """A strip for each method: a dot for each value, its area the number of clients with it.
 
-    A vertical bar marks the mean, a triangle the worst client (``worst`` is ``min`` or ``max``).
+    A vertical bar marks the mean, a triangle the mean of the worst tenth, which is ``worst``.
     """
     most = max(max(Counter(round(v, 3) for v in own).values()) for own in clients.values())
     figure, axes = new_figure(0.7 + 0.52 * len(clients))
@@ -196,10 +209,10 @@ def client_spread(
         counts = Counter(round(value, 3) for value in values if math.isfinite(value))
         sizes = [max(4.0, 130 * count / most) for count in counts.values()]
         axes.scatter(list(counts), [row] * len(counts), s=sizes, color=colour, alpha=0.45, lw=0)
-        mean, low = sum(values) / len(values), worst(values)
+        mean, low = sum(values) / len(values), worst[method]
         axes.plot([mean, mean], [row - 0.24, row + 0.24], color=INK, linewidth=2.2)
         axes.plot([low], [row], marker="^", mfc="none", mec=INK, markersize=9, ls="none")
-        words = f"{elided(method, 22)}: mean {mean:.3f}, worst {low:.3f}"
+        words = f"{elided(method, 18)}: mean {mean:.3f}, worst tenth {low:.3f}"
         axes.text(0, row - 0.3, words, va="bottom", transform=axes.get_yaxis_transform())
     axes.set_ylim(len(clients) - 0.6, -0.85)
     axes.set_yticks([])
@@ -229,12 +242,13 @@ def forest_plot(
                 axes.plot(difference.interval, [y, y], linewidth=2.4, color=colour)
             marker = MARKERS[styles[method] % len(MARKERS)]
             axes.plot([difference.mean], [y], marker=marker, markersize=7, ls="none", color=colour)
-            axes.text(0, y - 0.17, elided(method, 40), va="bottom", transform=across)
+            axes.text(0, y - 0.23, elided(method, 40), va="bottom", transform=across)
             y += 1
     axes.axvline(0, color=INK, linewidth=1, linestyle=DOTTED)
     axes.set_ylim(y - 0.5, -0.35)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(f"{metric}, minus that of {elided(reference, 24)}")
     return figure
 

@@ -159,13 +159,9 @@ def conclusions(runs: Sequence[RunRecord]) -> list[Conclusion]:
 
 
 def nothing_finished(runs: Runs) -> Conclusion:
-    """That there is no result yet, and how far each run is."""
-    far = [
-        f"{run.label} has done {run.done} of {run.planned} rounds"
-        + ("" if (value := run.last(runs.metric)) is None else f" ({format_metric(value)} so far)")
-        for run in runs.unfinished
-    ]
-    return Conclusion("unfinished", "", "No run is finished", f"{runs.metric}: {'; '.join(far)}.")
+    """That there is no result yet."""
+    text = f"There is no result yet. How far each run is, with its {runs.metric} so far, is below."
+    return Conclusion("unfinished", "", "No run is finished", text)
 
 
 def _same(one: Conclusion, other: Conclusion) -> bool:
@@ -284,7 +280,7 @@ def direction(metric: str) -> str:
 
 def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str]:
     """What makes a comparison uneven: different settings, rows or versions, runs that
-    stood still or are unfinished.
+    stood still or diverged.
 
     Keys that are ``tuned`` for each method, and options of methods, may differ.
     """
@@ -320,10 +316,5 @@ def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str
             notes.append(
                 f"{run.label} diverged and is left out of every mean, which flatters {run.method}: "
                 f"{run.diverged}"
-            )
-        elif not run.finished:
-            notes.append(
-                f"{run.label} is unfinished and in no mean: it has done {run.done} of "
-                f"{run.planned} rounds."
             )
     return notes

@@ -12,7 +12,7 @@ import tomli_w
 from rolora.errors import ConfigError
 from rolora.files import write_file
 from rolora.report import figures, narrative
-from rolora.report.pictures import are_finished, pictures
+from rolora.report.pictures import AXES, are_finished, pictures, values
 from rolora.report.svg import inline_svg
 from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
@@ -25,6 +25,8 @@ from rolora.results.runs import (
 )
 from rolora.results.tuned import Tuning
 
+MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
+REJECTED_ROWS = 100
 CUT_ROWS = 20  # of each run: the clients that were cut most
 
 
@@ -59,6 +61,7 @@ def render(
     runs, metric, groups = found.finished, found.metric, found.methods
     conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
     left = runs or found.unfinished
+    rejected = _rejected(every)
     names = {run.name for run in left}
     return (
         templates()
@@ -75,6 +78,8 @@ def render(
             metric=metric,
             direction=narrative.direction(metric),
             rows=summarise(runs),
+            unfinished=[(run, run.last(metric)) for run in found.unfinished],
+            most_places=MOST_PLACES,
             rounding=figures.ROUNDING,
             palette=list(enumerate(figures.PALETTE)),
             keys={
@@ -82,7 +87,10 @@ def render(
                 for n, (method, own) in enumerate(groups.items())
             },
             pictures=pictures(left, groups, metric, conclusions),
-            rejected=_rejected(every),
+            axes=[axis.label for axis in AXES],
+            values=values(groups, metric),
+            rejected=rejected[:REJECTED_ROWS],
+            more_rejected=len(rejected[REJECTED_ROWS:]),
             cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],
             configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
             **_provenance(every),
@@ -109,14 +117,26 @@ def templates() -> jinja2.Environment:
     return environment
 
 
-def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, str]]:
-    """(run, client, reason, rounds) of all rejected updates."""
+def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, int, str]]:
+    """(run, client, reason, how often, rounds) of all rejected updates, the most frequent first."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         for line in run.rounds:
             for client, reason in line["rejected"].items():
                 found.setdefault((run.label, client, reason), []).append(line["round"])
-    return [(*what, ", ".join(map(str, rounds))) for what, rounds in found.items()]
+    most = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [(*what, len(rounds), spans(rounds)) for what, rounds in most]
+
+
+def spans(rounds: Sequence[int]) -> str:
+    """'1-3, 7': ascending numbers, with those that follow each other as a span."""
+    found: list[list[int]] = []
+    for round in rounds:
+        if found and round == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], round]
+        else:
+            found.append([round])
+    return ", ".join("-".join(map(str, span)) for span in found)
 
 
 def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -11,20 +14,69 @@ from rolora.report import figures, narrative
 from rolora.report.figures import Series
 from rolora.report.narrative import Conclusion
 from rolora.report.svg import inline_svg
-from rolora.results.paired import CONFIDENCE
+from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
-from rolora.results.runs import RunRecord, mean_sd
-from rolora.tasks.registry import higher_is_better
+from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, worst_tenth
 
 Groups = Mapping[str, Sequence[RunRecord]]
-Points = dict[int, tuple[float, float]]  # round -> (x, y)
+Values = dict[int, float]  # by round
+LOSS = "mean over the round's clients that tell it, weighted by their rows"
+POINTS = 300  # of each line, and how many of them have a readout: for pages of few megabytes
+READOUTS = 40
+
+
+class Axis(NamedTuple):
+    """What a curve can be drawn against.
+
+    ``spent`` gives what a run had spent by the end of each line of ``rounds.jsonl``; ``unit`` is a
+    format of one such value.
+    """
+
+    name: str
+    label: str
+    unit: str
+    spent: Callable[[RunRecord], Iterable[float]]
+    note: str = ""
+
+
+def _sum(spent: Callable[[Mapping[str, Any]], float]) -> Callable[[RunRecord], Iterator[float]]:
+    return lambda run: accumulate(map(spent, run.rounds))
+
+
+ROUNDS = Axis("rounds", "round", "round {:.4g}", lambda run: (line["round"] for line in run.rounds))
+AXES = (
+    ROUNDS,
+    Axis(
+        "megabytes sent",
+        "MB sent up, all clients",
+        "{:,.4g} MB",
+        _sum(lambda line: line["bytes_up"] / MEGABYTE),
+        " The fair axis where communication is the cost: all that clients have uploaded.",
+    ),
+    Axis(
+        "seconds",
+        "seconds",
+        "{:,.4g} s",
+        _sum(lambda line: line["seconds"]),
+        " As long as the rounds took, evaluation included, on the machines that ran them.",
+    ),
+    Axis(
+        "local steps",
+        "local steps, all clients",
+        "{:,.0f} steps",
+        _sum(lambda line: sum(one.get("steps", 0) for one in line.get("clients", {}).values())),
+        " Optimizer steps of all clients; one that trains a single factor costs less than one "
+        "that trains both.",
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Picture:
     """A figure of the page; ``methods`` are the entries of its legend.
 
-    ``name`` is the id of its SVG element, ``description`` what a screen reader announces.
+    ``name`` is the id of its SVG element, ``description`` what a screen reader announces. ``axis``
+    tells apart the figures of one curve, of which the reader chooses one.
     """
 
     name: str
@@ -33,6 +85,7 @@ class Picture:
     figure: Figure
     caption: str
     methods: tuple[str, ...] = ()
+    axis: str = ""
 
     @property
     def svg(self) -> str:
@@ -47,38 +100,124 @@ def are_finished(runs: Sequence[RunRecord]) -> bool:
 
 def pictures(
     runs: Sequence[RunRecord], groups: Groups, metric: str, conclusions: Sequence[Conclusion]
-) -> list[Picture]:
-    """All figures for which these runs have numbers."""
-    found = (
-        _metric_by_round(groups, metric),
-        _metric_by_megabyte(runs, groups, metric),
-        _differences(groups, metric, conclusions),
-        _aggregation_error(groups),
-        _client_spread(groups, metric),
-        _training_loss(groups),
-        *_splits(runs),
+) -> list[list[Picture]]:
+    """All figures for which these runs have numbers; those of a list differ in their axis only."""
+    found: Sequence[Sequence[Picture | None]] = (
+        _curves(
+            "metric",
+            metric,
+            groups,
+            _metric(metric),
+            _band(groups, narrative.direction(metric)),
+            _budget(runs, metric),
+        ),
+        _curves("loss", "training loss", groups, _field("loss"), _band(groups, LOSS)),
+        [_differences(groups, metric, conclusions)],
+        [_client_spread(groups, metric)],
+        [_aggregation_error(groups)],
+        *([split] for split in _splits(runs)),
     )
-    return [picture for picture in found if picture is not None]
+    each = ([picture for picture in same if picture is not None] for same in found)
+    return [same for same in each if same]
 
 
-def _series(groups: Groups, points: Callable[[RunRecord], Points]) -> dict[str, Series]:
-    """The mean line of each method, over the rounds that all of its seeds have."""
+def _metric(metric: str) -> Callable[[RunRecord], Values]:
+    return lambda run: {int(point.round): point.value for point in run.curve(metric)}
+
+
+def _field(key: str) -> Callable[[RunRecord], Values]:
+    """A field of the lines of ``rounds.jsonl``, where it is known."""
+    return lambda run: {line["round"]: line[key] for line in run.rounds if line[key] is not None}
+
+
+def _series(
+    groups: Groups,
+    values: Callable[[RunRecord], Values],
+    axis: Axis = ROUNDS,
+    form: Callable[[float, float | None], str] = narrative.format_metric,
+) -> dict[str, Series]:
+    """The mean line of each method, over the rounds that all of its seeds have.
+
+    Those that spend nothing on this axis have none.
+    """
     found = {}
     for style, (method, runs) in enumerate(groups.items()):
-        each = [points(run) for run in runs]
-        rounds = sorted(set.intersection(*(set(own) for own in each)))
-        if rounds:
-            xs = [mean_sd([own[round][0] for own in each])[0] for round in rounds]
-            ys = [mean_sd([own[round][1] for own in each]) for round in rounds]
+        spent = [
+            dict(zip((line["round"] for line in run.rounds), axis.spent(run), strict=True))
+            for run in runs
+        ]
+        each = [values(run) for run in runs]
+        rounds = _thinned(sorted(set.intersection(*(set(own) for own in each))), POINTS)
+        xs = [mean_sd([own[round] for own in spent])[0] for round in rounds]
+        if rounds and (axis is ROUNDS or xs[-1]):
+            ys = [mean_sd([own[round] for own in each]) for round in rounds]
+            words = [
+                f"{figures.elided(method, 14)}, {axis.unit.format(x)}: {form(*y)}"
+                for x, y in zip(xs, ys, strict=True)
+            ]
+            shown = set(_thinned(rounds, READOUTS))
+            told = [w if round in shown else "" for round, w in zip(rounds, words, strict=True)]
             means, sds = [mean for mean, _ in ys], [sd for _, sd in ys]
-            found[method] = Series(style, xs, means, sds, are_finished(runs))
+            found[method] = Series(style, xs, means, sds, are_finished(runs), told)
     return found
 
 
-def _by_round(run: RunRecord, key: str) -> Points:
-    """A field of the lines of ``rounds.jsonl``, where it is known."""
-    values = ((line["round"], line[key]) for line in run.rounds)
-    return {round: (round, value) for round, value in values if value is not None}
+def _thinned(rounds: Sequence[int], most: int) -> Sequence[int]:
+    """At most ``most`` of the rounds: the last, and evenly spaced ones before it."""
+    every = max(1, math.ceil(len(rounds) / most))
+    return rounds[(len(rounds) - 1) % every :: every] if rounds else rounds
+
+
+def _curves(
+    name: str,
+    title: str,
+    groups: Groups,
+    values: Callable[[RunRecord], Values],
+    caption: str,
+    budget: float | None = None,
+) -> list[Picture]:
+    """The same values against each axis; ``budget`` is one of megabytes."""
+    found = []
+    for number, axis in enumerate(AXES):
+        lines = _series(groups, values, axis)
+        if not lines:
+            continue
+        mark = budget if axis.name == "megabytes sent" else None
+        text = caption + axis.note
+        if mark is not None:
+            sent = narrative.format_megabytes(mark)
+            text += f" Dotted: {sent} MB, the most that all methods have sent."
+        why = "its seeds share no evaluated round" if axis is ROUNDS else f"it has no {axis.name}"
+        found.append(
+            Picture(
+                f"{name}-{number}",
+                f"{title} against {axis.name}",
+                f"{title} against {axis.name} for {', '.join(lines)}",
+                figures.curves(list(lines.values()), title, axis.label, budget=mark),
+                text + _missing(groups, lines, why),
+                tuple(lines),
+                axis.name,
+            )
+        )
+    return found
+
+
+def values(groups: Groups, metric: str) -> list[tuple[str, ...]]:
+    """What the curves of ``metric`` say when pointed at, for who cannot point.
+
+    (method, round, megabytes, seconds, local steps, value) of each point.
+    """
+    each = [_series(groups, _metric(metric), axis) for axis in AXES]
+    return [
+        (
+            method,
+            *(f"{own[method].x[n]:,.4g}" if method in own else "0" for own in each),
+            narrative.format_metric(line.mean[n], line.sd[n]),
+        )
+        for method, line in each[0].items()
+        for n, told in enumerate(line.readouts)
+        if told
+    ]
 
 
 def _missing(groups: Groups, drawn: Iterable[str], why: str) -> str:
@@ -86,56 +225,36 @@ def _missing(groups: Groups, drawn: Iterable[str], why: str) -> str:
     return f" Not drawn, because {why}: {', '.join(absent)}." if absent else ""
 
 
-def _band(groups: Groups) -> str:
+def _band(groups: Groups, first: str) -> str:
+    """``first``, and what bands and dashes are."""
     several = any(len(runs) > 1 for runs in groups.values())
-    text = " Lines are means over seeds, bands one standard deviation." if several else ""
+    text = f"{first[0].upper()}{first[1:]}."
+    text += " Lines are means over seeds, bands one standard deviation." if several else ""
     if not all(map(are_finished, groups.values())):
         text += " Dashed, with open markers: unfinished."
-    return text
+    return text + _thin(groups)
 
 
-def _metric_by_round(groups: Groups, metric: str) -> Picture:
-    lines = _series(
-        groups, lambda run: {int(p.round): (p.round, p.value) for p in run.curve(metric)}
-    )
-    return Picture(
-        "rounds",
-        f"{metric} against rounds",
-        f"{metric} against rounds for {', '.join(lines)}",
-        figures.curves(list(lines.values()), metric, "round"),
-        f"{narrative.direction(metric).capitalize()}.{_band(groups)}"
-        + _missing(groups, lines, "its seeds share no evaluated round"),
-        tuple(lines),
-    )
+def _thin(groups: Groups) -> str:
+    most = max(run.done for runs in groups.values() for run in runs)
+    return f" Of more than {POINTS} rounds, every n-th is drawn." if most > POINTS else ""
 
 
-def _metric_by_megabyte(runs: Sequence[RunRecord], groups: Groups, metric: str) -> Picture | None:
-    def points(run: RunRecord) -> Points:
-        curve = run.curve(metric)
-        return {int(p.round): (p.up, p.value) for p in curve} if curve[-1].up else {}
-
-    lines = _series(groups, points)
-    if not lines:
-        return None
+def _budget(runs: Sequence[RunRecord], metric: str) -> float | None:
+    """The megabytes at which methods are compared; None without a second method."""
     finished = [run for run in runs if run.finished]
     ranking = rank_methods(finished, metric, "megabytes") if finished else None
-    budget = ranking.budget if ranking is not None and len(ranking.places) > 1 else None
-    caption = "The fair axis where communication is the cost: all that clients have uploaded."
-    if budget is not None:
-        sent = narrative.format_megabytes(budget)
-        caption += f" Dotted: {sent} MB, the most that all methods have sent."
-    return Picture(
-        "megabytes",
-        f"{metric} against megabytes sent",
-        f"{metric} against megabytes sent up for {', '.join(lines)}",
-        figures.curves(list(lines.values()), metric, "MB sent up, all clients", budget=budget),
-        caption + _missing(groups, lines, "it sends nothing"),
-        tuple(lines),
-    )
+    return ranking.budget if ranking is not None and len(ranking.places) > 1 else None
 
 
 def _differences(groups: Groups, metric: str, conclusions: Sequence[Conclusion]) -> Picture | None:
-    paired = {one.title: one.differences for one in conclusions if one.differences}
+    paired: dict[str, Mapping[str, Difference]] = {}
+    for one in conclusions:
+        same = next((title for title, own in paired.items() if own == one.differences), None)
+        title = one.title if same is None else f"{same}, {one.title}"
+        if one.differences:
+            paired = {title if was == same else was: own for was, own in paired.items()}
+            paired[title] = one.differences
     if not paired:
         return None
     every = [difference for own in paired.values() for difference in own.values()]
@@ -156,7 +275,7 @@ def _differences(groups: Groups, metric: str, conclusions: Sequence[Conclusion])
 
 
 def _aggregation_error(groups: Groups) -> Picture | None:
-    lines = _series(groups, lambda run: _by_round(run, "aggregation_error"))
+    lines = _series(groups, _field("aggregation_error"), form=lambda mean, _: f"{mean:.1e}")
     if not lines:
         return None
     return Picture(
@@ -166,45 +285,30 @@ def _aggregation_error(groups: Groups) -> Picture | None:
         figures.aggregation_errors(list(lines.values())),
         "How far the server's B·A is from the mean of the clients' B·A, relative to that mean. In "
         "the grey band the average is exact; lines there are spread only to be seen."
+        + _thin(groups)
         + _missing(groups, lines, "the server cannot know it"),
         tuple(lines),
     )
 
 
 def _client_spread(groups: Groups, metric: str) -> Picture | None:
-    clients = {}
+    clients, worst = {}, {}
     for method, runs in groups.items():
-        if not are_finished(runs):
-            continue
-        last = [[line for line in run.rounds if line["metrics"]][-1] for run in runs]
-        held = [own for line in last for own in line["client_metrics"].values()]
-        if values := [own[metric] for own in held if metric in own]:
-            clients[method] = values
+        tenths = [worst_tenth(run, metric) for run in runs]
+        known = [tenth for tenth in tenths if tenth is not None]
+        if are_finished(runs) and len(known) == len(runs):
+            clients[method] = [value for run in runs for value in client_values(run, metric)]
+            worst[method] = mean_sd(known)[0]
     if not clients:
         return None
-    worst = min if higher_is_better(metric) else max
     return Picture(
         "clients",
         f"{metric} of each client",
         f"{metric} of each client for {', '.join(clients)}",
-        figures.client_spread(clients, _styles(groups), metric, worst),
-        "On each client's own held-out rows, at the last evaluation, clients of all seeds together."
-        " A dot's area is the number of clients; bar: mean; triangle: worst client."
-        + _missing(groups, clients, "its clients were not measured"),
-    )
-
-
-def _training_loss(groups: Groups) -> Picture | None:
-    lines = _series(groups, lambda run: _by_round(run, "loss"))
-    if not lines:
-        return None
-    return Picture(
-        "loss",
-        "Training loss",
-        f"training loss of each round for {', '.join(lines)}",
-        figures.curves(list(lines.values()), "training loss", "round"),
-        f"Mean over the round's clients that tell it, weighted by their rows.{_band(groups)}",
-        tuple(lines),
+        figures.client_spread(clients, worst, _styles(groups), metric),
+        "On each client's own held-out rows, at the end; clients of all seeds together. A dot's "
+        "area is the number of clients; bar: mean; triangle: mean of the worst tenth of a run's "
+        "clients, over seeds." + _missing(groups, clients, "its clients were not measured"),
     )
 
 

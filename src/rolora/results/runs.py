@@ -201,7 +201,8 @@ class Summary:
     ``final_mean`` is the last score (see ``RunRecord.scores``), ``best_mean`` the best one,
     ``final_sd`` the sample standard deviation (None for a single run). Megabytes are 10⁶ bytes over
     the whole run and all clients; ``trained_rows`` is ``Point.rows`` at the end;
-    ``aggregation_error`` is the mean over rounds (None if unknown).
+    ``aggregation_error`` is the mean over rounds (None if unknown); ``worst_tenth_mean`` and its sd
+    are of the function ``worst_tenth`` (None if a run has not measured its clients).
     """
 
     method: str
@@ -217,6 +218,8 @@ class Summary:
     trained_rows: float
     aggregation_error: float | None
     seconds: float
+    worst_tenth_mean: float | None
+    worst_tenth_sd: float | None
 
 
 def load_run(path: str | Path) -> RunRecord:
@@ -375,6 +378,8 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
     best = [max(each, key=lambda value: gain(metric, value)) for each in values]
     lines = [line for run in runs for line in run.rounds]
     errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
+    tenths = [tenth for run in runs if (tenth := worst_tenth(run, metric)) is not None]
+    worst, worst_sd = mean_sd(tenths) if len(tenths) == len(runs) else (None, None)
     return Summary(
         method=method,
         seeds=tuple(sorted(run.seed for run in runs)),
@@ -389,7 +394,25 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
         trained_rows=statistics.fmean(curve[-1].rows for curve in curves),
         aggregation_error=statistics.fmean(errors) if errors else None,
         seconds=sum(line["seconds"] for line in lines) / len(runs),
+        worst_tenth_mean=worst,
+        worst_tenth_sd=worst_sd,
     )
+
+
+def client_values(run: RunRecord, metric: str) -> list[float]:
+    """The last score of each client on its own held-out rows: a mean over phases, as ``scores``."""
+    latest: dict[str, dict[str, float]] = {}
+    for line in run.rounds:
+        for client, own in line["client_metrics"].items():
+            if line["round"] and metric in own:
+                latest.setdefault(client, {})[_phase(line)] = own[metric]
+    return [statistics.fmean(phases.values()) for phases in latest.values()]
+
+
+def worst_tenth(run: RunRecord, metric: str) -> float | None:
+    """The mean over the worst tenth of ``client_values``, of one at least; None without any."""
+    values = sorted(client_values(run, metric), key=lambda value: gain(metric, value))
+    return statistics.fmean(values[: math.ceil(len(values) / 10)]) if values else None
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
