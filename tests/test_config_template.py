@@ -175,11 +175,27 @@ def test_a_folder_of_a_file_or_folder_for_each_site_has_a_client_for_each(
 def test_test_rows_that_come_beside_the_training_rows_are_used(tmp_path: Path, name: str) -> None:
     write_rows(tmp_path / "in" / "train.csv", 40)
     write_rows(tmp_path / "in" / f"{name}.csv", 7)
-    for source in ("in/train.csv", "in"):
+    write_rows(tmp_path / "other" / "films_train.csv", 40)
+    write_rows(tmp_path / "other" / f"films_{name}.csv", 7)
+    for source in ("in/train.csv", "in", "other/films_train.csv", "other"):
         (tmp_path / "made.toml").unlink(missing_ok=True)
         config, *_ = made(str(tmp_path / source), tmp_path)
         rows = Experiment(config).rows
         assert (rows.train.num_rows, rows.test.num_rows) == (40, 7)
+
+
+def test_test_rows_that_are_the_training_rows_are_noted(tmp_path: Path) -> None:
+    config, *_ = made(write_rows(tmp_path / "a.csv", 20), tmp_path)
+    assert "training rows" not in Experiment(config).rows.note
+    data = config.data.model_copy(update={"test": config.data.train})
+    rows = Experiment(config.model_copy(update={"data": data})).rows
+    assert "the test rows are the training rows" in rows.note
+
+
+def test_a_file_whose_name_is_not_unicode_is_refused_in_one_line(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "caf\udce9.csv", 20)
+    with pytest.raises(ConfigError, match="is not valid Unicode"):
+        made(source, tmp_path)
 
 
 def test_test_rows_without_answers_are_left_alone(tmp_path: Path) -> None:

@@ -191,14 +191,16 @@ def _held_out(found: Found, wanted: str) -> dict[str, str]:
     """
     source, root = found.train["train"], Path()
     own = Path(source)
-    if own.is_file() and own.name.startswith("train"):  # test.csv beside train.csv
-        beside = {end: own.with_name(end + own.name.removeprefix("train")) for end in _HELD_OUT}
+    if own.is_file() and "train" in own.name:  # x_test.csv beside x_train.csv
+        beside = {end: own.with_name(own.name.replace("train", end, 1)) for end in _HELD_OUT}
         places = {end: (str(path), "train") for end, path in beside.items() if path.is_file()}
     else:
         splits = [wanted] if wanted else tables.splits_of(source, root=root)
         places = {split: (source, split) for split in splits}
     for place, split in [places[name] for name in (wanted, *_HELD_OUT) if name in places]:
         table = tables.read_table(place, root=root, form=found.form, split=split)
+        if table.equals(found.table):  # the source has no splits
+            continue
         if not (set(found.used) <= set(table.column_names) and _is_answered(found, table)):
             continue
         return {"test": place, **({} if split in ("train", "test") else {"test_split": split})}
@@ -407,6 +409,10 @@ def _take_over(sections: dict[str, Lines], found: Found, theirs: Trainer, notes:
             continue
         sections[table].pop(f"# {name}", None)
         sections[table][name] = (value, f"{origin} of TRL's file")
+    if (wanted := theirs.text("dataset_test_split")) and not found.held:
+        notes.append(
+            f"dataset_test_split: {printable(wanted)} is not taken: there is none that has answers"
+        )
     train = sections["train"]
     steps, batch = train["local_steps"][0], train["batch_size"][0]
     clients = _split(found, found.table.num_rows)[1]
@@ -461,8 +467,8 @@ def _each(value: str | list[str]) -> list[str]:
 
 
 def _toml(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ConfigError(f"{printable(text)} is not valid Unicode, so a TOML file cannot name it")
     # JSON of strings, lists and numbers is also TOML, but for control characters that JSON leaves
-    return "".join(
-        letter if letter.isprintable() else f"\\U{ord(letter):08x}"
-        for letter in json.dumps(value, ensure_ascii=False)
-    )
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)
