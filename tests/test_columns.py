@@ -198,6 +198,10 @@ def test_the_example_shows_numbers_as_written() -> None:
             {"question": SHORT, "choices": [["a", "b"]] * 8, "answer": [0, 1] * 4},
             ("choice", {"prompt": "question", "choices": "choices", "answer": "answer"}),
         ),
+        (  # Amazon's: what people gave, not the column with the fewest values
+            {"rating": [1, 2, 3, 4] * 8, "text": LONG * 4, "verified": ["True", "False"] * 16},
+            ("classification", {"text": "text", "label": "rating"}),
+        ),
     ],
 )
 def test_the_task_and_its_columns_are_guessed(
@@ -218,6 +222,9 @@ def test_the_task_and_its_columns_are_guessed(
         ("hospital", ["a", "b", None] * 10 + ["a", "b"], False),
         ("split", ["train", "test"] * 16, False),
         ("statement", ["a", "b"] * 16, False),
+        ("country_code", ["a", "b"] * 16, True),
+        ("person_age", [30, 40] * 16, False),
+        ("source_text", ["a", "b"] * 16, False),
         ("kind", ["a", "b"] * 16, False),
     ],
 )
