@@ -246,7 +246,7 @@ def test_a_table_that_fits_no_task_is_refused_with_what_was_seen() -> None:
         guess_columns(pa.table({"label": LONG}))
     with pytest.raises(DataError) as caught:
         guess_columns(pa.table({"id": list(range(8)), "blob": LONG}))
-    assert "id (number), blob (text); name them in [data]" in str(caught.value)
+    assert "id (number), blob (text); rename columns so, or write" in str(caught.value)
 
 
 def test_a_column_for_each_class_is_a_label_and_none_of_them_is_left_out() -> None:

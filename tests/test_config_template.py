@@ -213,6 +213,12 @@ def test_a_column_that_names_a_site_makes_clients_and_is_said(tmp_path: Path) ->
     assert notes == ["each of the 3 values of site is a client: a guess"]
 
 
+def test_rows_that_may_have_no_label_are_noted(tmp_path: Path) -> None:
+    rows = [[f"a text that is long {row}", str(row % 3 - 1)] for row in range(60)]
+    _, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
+    assert [note for note in notes if note.startswith("label is -1 in some rows")]
+
+
 def test_a_small_set_has_few_clients_and_a_large_one_few_in_a_round(tmp_path: Path) -> None:
     config, *_ = made(write_rows(tmp_path / "a.csv", 20), tmp_path)
     assert config.partition.clients == 2

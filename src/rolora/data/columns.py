@@ -207,7 +207,7 @@ def guess_columns(table: pa.Table) -> Guess:
     raise DataError(
         "the columns are neither text and label or score, nor prompt and completion, nor messages, "
         "nor chosen and rejected: "
-        f"{seen}; name them in [data]"
+        f"{seen}; rename columns so, or write the configuration by hand, with their names in [data]"
     )
 
 

@@ -256,6 +256,12 @@ def _notes(found: Found) -> list[str]:
             f"{printable(label)} is a column's name and a value in it: if the file has no line of "
             "names, add one"
         )
+    source = found.train["train"]
+    if found.guess[0] == "classification" and "-1" in tables.labels(table, str(label), source):
+        notes.append(
+            f"{printable(str(label))} is -1 in some rows, which makes a class: where that means "
+            "that a row has no label, remove the row"
+        )
     labels = next((c for c in describe(table) if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
         many = f"{labels.distinct} values in {table.num_rows} rows"
