@@ -205,6 +205,25 @@ def test_test_rows_without_answers_are_left_alone(tmp_path: Path) -> None:
     assert config.data.test == 0.2
 
 
+@pytest.mark.parametrize(
+    ("row", "answers", "none"),
+    [
+        ({"sentence1": "a", "sentence2": "b"}, ("score", [0.5, 1.0, 2.5]), -1.0),
+        ({"text": "a text"}, ("labels", [["a"], ["b"], ["a", "b"]]), []),
+        ({"ctx": "a text", "endings": ["a", "b", "c"]}, ("label", ["0", "1", "2"]), ""),
+    ],
+)
+def test_test_rows_with_one_value_for_an_answer_are_left_alone(
+    tmp_path: Path, row: dict[str, Any], answers: tuple[str, list[Any]], none: Any
+) -> None:
+    name, values = answers
+    known = [{**row, name: value} for value in values * 20]
+    for split, rows in (("train", known), ("test", [{**row, name: none}] * 30)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config, *_ = made(str(tmp_path / "train.jsonl"), tmp_path)
+    assert isinstance(config.data.test, float)
+
+
 def test_a_column_that_names_a_site_makes_clients_and_is_said(tmp_path: Path) -> None:
     rows = [[f"site {row % 3}", f"a text that is long {row}", str(row % 2)] for row in range(60)]
     source = write_csv(tmp_path / "a.csv", ["site", "text", "label"], rows)

@@ -208,6 +208,11 @@ def _held_out(found: Found, wanted: str) -> dict[str, str]:
 
 
 def _is_answered(found: Found, table: Any) -> bool:
+    """Whether these rows seem to have right answers: all there, known, and not all the same."""
+    keys = ("label", "answer", "completion")
+    answers = [name for key in keys for name in _each(found.guess[1].get(key, []))]
+    if answers and all(column.distinct < 2 for column in describe(table.select(answers))):
+        return False
     if any(table[name].null_count for name in found.used):
         return False
     try:
