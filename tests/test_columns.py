@@ -223,6 +223,7 @@ def test_the_task_and_its_columns_are_guessed(
         ("split", ["train", "test"] * 16, False),
         ("statement", ["a", "b"] * 16, False),
         ("country_code", ["a", "b"] * 16, True),
+        ("user_ids", ["a", "b"] * 16, True),
         ("person_age", [30, 40] * 16, False),
         ("source_text", ["a", "b"] * 16, False),
         ("kind", ["a", "b"] * 16, False),

@@ -117,7 +117,7 @@ CLIENT = re.compile(
     "organi[sz]ation|owner|patient|person|publisher|region|school|sensor|shop|site|source|speaker|"
     "state|store|subject|team|tenant|user|worker|writer"
 )
-KEYS = ("id", "name", "code", "key", "number", "no", "hash")
+KEYS = ("id", "uuid", "name", "code", "key", "number", "num", "no", "index", "hash")
 LEAST_ROWS = 8  # of a client, on average
 MOST_CLIENTS = 1000
 
@@ -214,8 +214,8 @@ def guess_columns(table: pa.Table) -> Guess:
 def guess_clients(table: pa.Table, used: Collection[str]) -> list[Column]:
     """Columns whose values may say whose row each is, the likeliest first; not those of ``used``.
 
-    First those that ``names_client`` finds, then other texts of few values. Each
-    has a value in every row, and of each value ``LEAST_ROWS`` rows on average.
+    First those that ``names_client`` finds, then other texts of few values. Each has a value in
+    every row, and of each value ``LEAST_ROWS`` rows on average.
     """
     found = [
         column
@@ -242,9 +242,9 @@ def names_client(name: str) -> bool:
 
     So "patient_id" names a client, and "patient_age" does not.
     """
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    words = [word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
     last = next((word for word in reversed(words) if word not in KEYS), "")
-    return CLIENT.fullmatch(last.removesuffix("s")) is not None
+    return CLIENT.fullmatch(last) is not None
 
 
 def _is_filled(values: pa.ChunkedArray) -> bool:
