@@ -189,6 +189,16 @@ def test_a_quantized_base_stays_so_whatever_it_computes_in(tmp_path: Path) -> No
         assert config.model.dtype == "nf4"
 
 
+@pytest.mark.parametrize(
+    ("line", "both"), [("lora_r: 32", (32, 32)), ("lora_alpha: 8", (16, 8)), ("seed: 1", (4, 8))]
+)
+def test_rank_and_alpha_come_from_trl_together(
+    tmp_path: Path, line: str, both: tuple[int, int]
+) -> None:
+    config, _ = made(tmp_path, line, chats())
+    assert (config.lora.rank, config.lora.alpha) == both
+
+
 def test_accumulation_without_the_batch_size_that_it_multiplies_is_not_taken(
     tmp_path: Path,
 ) -> None:

@@ -60,6 +60,8 @@ def read_trainer(path: Path) -> Trainer:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} holds no settings of TRL's: one KEY: VALUE a line")
     values = {key: value for key, value in values.items() if value is not None}
+    if SCALE.keys() & values.keys():
+        values = {**SCALE, **values}
     for key in sorted(NUMBERS & values.keys()):
         values[key] = _number(path, key, values[key])
     settings: dict[str, tuple[Any, str]] = {}
@@ -97,6 +99,7 @@ def _number(path: Path, key: str, value: Any) -> float:
     return int(number) if number.is_integer() else number
 
 
+SCALE = {"lora_r": 16, "lora_alpha": 32}  # TRL's defaults; both set the size of each step
 NUMBERS = {
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
     *("num_train_epochs", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
