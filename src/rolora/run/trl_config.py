@@ -74,7 +74,7 @@ def read_trainer(path: Path) -> Trainer:
             del values[key]
         if isinstance(found, str):
             # a few lines of YAML can stand for more than memory holds
-            shown = value[:60] if isinstance(value, str) else reprlib.repr(value)
+            shown = reprlib.repr(value) if isinstance(value, list | dict) else str(value)[:60]
             notes.append(printable(f"{path.name}: {key}: {shown} is not taken: {found}"))
         elif found is not None:
             settings[found[0]] = (found[1], key)
