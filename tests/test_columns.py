@@ -198,6 +198,10 @@ def test_the_example_shows_numbers_as_written() -> None:
             {"question": SHORT, "choices": [["a", "b"]] * 8, "answer": [0, 1] * 4},
             ("choice", {"prompt": "question", "choices": "choices", "answer": "answer"}),
         ),
+        (  # Amazon's: what people gave, not the column with the fewest values
+            {"rating": [1, 2, 3, 4] * 8, "text": LONG * 4, "verified": ["True", "False"] * 16},
+            ("classification", {"text": "text", "label": "rating"}),
+        ),
     ],
 )
 def test_the_task_and_its_columns_are_guessed(
@@ -218,6 +222,10 @@ def test_the_task_and_its_columns_are_guessed(
         ("hospital", ["a", "b", None] * 10 + ["a", "b"], False),
         ("split", ["train", "test"] * 16, False),
         ("statement", ["a", "b"] * 16, False),
+        ("country_code", ["a", "b"] * 16, True),
+        ("user_ids", ["a", "b"] * 16, True),
+        ("person_age", [30, 40] * 16, False),
+        ("source_text", ["a", "b"] * 16, False),
         ("kind", ["a", "b"] * 16, False),
     ],
 )
@@ -239,7 +247,7 @@ def test_a_table_that_fits_no_task_is_refused_with_what_was_seen() -> None:
         guess_columns(pa.table({"label": LONG}))
     with pytest.raises(DataError) as caught:
         guess_columns(pa.table({"id": list(range(8)), "blob": LONG}))
-    assert "id (number), blob (text); name them in [data]" in str(caught.value)
+    assert "id (number), blob (text); rename columns so, or write" in str(caught.value)
 
 
 def test_a_column_for_each_class_is_a_label_and_none_of_them_is_left_out() -> None:

@@ -175,11 +175,27 @@ def test_a_folder_of_a_file_or_folder_for_each_site_has_a_client_for_each(
 def test_test_rows_that_come_beside_the_training_rows_are_used(tmp_path: Path, name: str) -> None:
     write_rows(tmp_path / "in" / "train.csv", 40)
     write_rows(tmp_path / "in" / f"{name}.csv", 7)
-    for source in ("in/train.csv", "in"):
+    write_rows(tmp_path / "other" / "films_train.csv", 40)
+    write_rows(tmp_path / "other" / f"films_{name}.csv", 7)
+    for source in ("in/train.csv", "in", "other/films_train.csv", "other"):
         (tmp_path / "made.toml").unlink(missing_ok=True)
         config, *_ = made(str(tmp_path / source), tmp_path)
         rows = Experiment(config).rows
         assert (rows.train.num_rows, rows.test.num_rows) == (40, 7)
+
+
+def test_test_rows_that_are_the_training_rows_are_noted(tmp_path: Path) -> None:
+    config, *_ = made(write_rows(tmp_path / "a.csv", 20), tmp_path)
+    assert "training rows" not in Experiment(config).rows.note
+    data = config.data.model_copy(update={"test": config.data.train})
+    rows = Experiment(config.model_copy(update={"data": data})).rows
+    assert "the test rows are the training rows" in rows.note
+
+
+def test_a_file_whose_name_is_not_unicode_is_refused_in_one_line(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "caf\udce9.csv", 20)
+    with pytest.raises(ConfigError, match="is not valid Unicode"):
+        made(source, tmp_path)
 
 
 def test_test_rows_without_answers_are_left_alone(tmp_path: Path) -> None:
@@ -189,12 +205,37 @@ def test_test_rows_without_answers_are_left_alone(tmp_path: Path) -> None:
     assert config.data.test == 0.2
 
 
+@pytest.mark.parametrize(
+    ("row", "answers", "none"),
+    [
+        ({"sentence1": "a", "sentence2": "b"}, ("score", [0.5, 1.0, 2.5]), -1.0),
+        ({"text": "a text"}, ("labels", [["a"], ["b"], ["a", "b"]]), []),
+        ({"ctx": "a text", "endings": ["a", "b", "c"]}, ("label", ["0", "1", "2"]), ""),
+    ],
+)
+def test_test_rows_with_one_value_for_an_answer_are_left_alone(
+    tmp_path: Path, row: dict[str, Any], answers: tuple[str, list[Any]], none: Any
+) -> None:
+    name, values = answers
+    known = [{**row, name: value} for value in values * 20]
+    for split, rows in (("train", known), ("test", [{**row, name: none}] * 30)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config, *_ = made(str(tmp_path / "train.jsonl"), tmp_path)
+    assert isinstance(config.data.test, float)
+
+
 def test_a_column_that_names_a_site_makes_clients_and_is_said(tmp_path: Path) -> None:
     rows = [[f"site {row % 3}", f"a text that is long {row}", str(row % 2)] for row in range(60)]
     source = write_csv(tmp_path / "a.csv", ["site", "text", "label"], rows)
     config, notes, _ = made(source, tmp_path)
     assert (config.partition.scheme, config.partition.field) == ("by_field", "site")
     assert notes == ["each of the 3 values of site is a client: a guess"]
+
+
+def test_rows_that_may_have_no_label_are_noted(tmp_path: Path) -> None:
+    rows = [[f"a text that is long {row}", str(row % 3 - 1)] for row in range(60)]
+    _, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
+    assert [note for note in notes if note.startswith("label is -1 in some rows")]
 
 
 def test_a_small_set_has_few_clients_and_a_large_one_few_in_a_round(tmp_path: Path) -> None:

@@ -64,9 +64,11 @@ def test_the_commands_in_a_file_of_deploy_parse(file: Path) -> None:
 
 def test_each_pod_is_confined_and_a_site_never_runs_twice() -> None:
     for one in containers():
-        if one["name"] != "keys":
-            assert one["securityContext"]["readOnlyRootFilesystem"]
-            assert one["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert one["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
     (site,) = (one for one in DOCUMENTS if one["kind"] == "Deployment")
     assert (site["spec"]["replicas"], site["spec"]["strategy"]["type"]) == (1, "Recreate")
 

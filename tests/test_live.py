@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,6 +137,15 @@ def test_the_frame_runs_its_own_script_alone(whole: Path) -> None:
         connection.close()
     assert "script-src 'sha256-" in policy
     assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
+
+
+def test_an_address_of_ipv6_is_served(whole: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with live_server(whole, "::1", 0) as server:
+        assert server.server_address[0] == "::1"
 
 
 def test_what_cannot_be_served_is_refused_in_one_line(whole: Path, tmp_path: Path) -> None:

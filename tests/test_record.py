@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,15 @@ from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.ledger import Held, Ledger
 from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import append_line, being_written, new_folder, sweep, write_file
+from rolora.files import (
+    append_line,
+    being_written,
+    is_locked,
+    locked,
+    new_folder,
+    sweep,
+    write_file,
+)
 from rolora.run.folder import RunFolder, line
 from rolora.training.rounds import Best, RoundResult, RunState
 
@@ -282,6 +292,17 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_one_after_it(tmp_path: Path)
     path.write_text("one\ntw")
     append_line(path, "three")
     assert path.read_text() == "one\ntw\nthree\n"
+
+
+def test_who_only_looks_at_a_lock_keeps_nobody_from_it(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    path.touch()
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with locked(path):
+            assert is_locked(path)
+    assert not is_locked(path)
 
 
 def test_a_sweep_goes_by_no_clock_where_the_folder_is_locked(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -130,6 +131,7 @@ def test_settings_of_another_task_are_not_taken(tmp_path: Path) -> None:
         ("learning_rate: fast", "learning_rate is 'fast', not a number"),
         ("seed: true", "seed is True, not a number"),
         ("lora_r: -1", "lora.rank"),
+        (f"learning_rate: 1{'0' * 400}", "not a number"),
         ("learning_rate: .nan", "learning_rate is nan, not a number"),
         ("!!python/object/apply:os.system [exit]", "is not valid YAML"),
     ],
@@ -150,6 +152,64 @@ def test_a_loss_that_rolora_lacks_is_said_with_those_it_has(tmp_path: Path) -> N
     assert (
         "trl.yaml: loss_type: hinge is not taken: preference.loss is one of dpo, ipo, kto" in notes
     )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run_name: 2024-01-01",
+        "lora_target_modules: {a: b}",
+        "lora_target_modules: [[a]]",
+        "gradient_checkpointing: .nan",
+        "model_revision: {a: b}",
+    ],
+)
+def test_a_value_that_is_no_text_number_or_list_of_texts_is_not_taken(
+    tmp_path: Path, line: str
+) -> None:
+    _, notes = made(tmp_path, line, chats())
+    (note,) = [note for note in notes if line.partition(":")[0] + ": " in note]
+    assert note.endswith("is not taken: rolora takes texts, numbers and lists of texts")
+
+
+def test_a_small_file_that_stands_for_more_than_memory_holds_is_not_written_out(
+    tmp_path: Path,
+) -> None:
+    names = "abcdefghijkl"
+    lines = [f"{to}: &{to} [{', '.join([f'*{of}'] * 9)}]" for of, to in itertools.pairwise(names)]
+    _, notes = made(tmp_path, "\n".join(["a: &a [lol]", *lines]), chats())
+    assert len([note for note in notes if "is not taken" in note]) == len(names)
+
+
+def test_a_quantized_base_stays_so_whatever_it_computes_in(tmp_path: Path) -> None:
+    lines = ["bf16: true", "load_in_4bit: true"]
+    for order in (lines, lines[::-1]):
+        (tmp_path / "made.toml").unlink(missing_ok=True)
+        config, _ = made(tmp_path, "\n".join(order), chats())
+        assert config.model.dtype == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("line", "both"), [("lora_r: 32", (32, 32)), ("lora_alpha: 8", (16, 8)), ("seed: 1", (4, 8))]
+)
+def test_rank_and_alpha_come_from_trl_together(
+    tmp_path: Path, line: str, both: tuple[int, int]
+) -> None:
+    config, _ = made(tmp_path, line, chats())
+    assert (config.lora.rank, config.lora.alpha) == both
+
+
+def test_accumulation_without_the_batch_size_that_it_multiplies_is_not_taken(
+    tmp_path: Path,
+) -> None:
+    _, notes = made(tmp_path, "gradient_accumulation_steps: 4", chats())
+    assert any("gradient_accumulation_steps: 4 is not taken" in note for note in notes)
+
+
+def test_the_rows_of_one_file_are_not_taken_for_its_test_split(tmp_path: Path) -> None:
+    config, notes = made(tmp_path, "dataset_test_split: test", chats())
+    assert config.data.test == 0.2
+    assert any(note.startswith("dataset_test_split: test is not taken") for note in notes)
 
 
 def test_a_model_given_beside_the_file_goes_first(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rolora.errors import ConfigError
 
 TEMPORARY = ".part-"
 DOOMED = ".old-"  # a folder under this prefix is being deleted
+LOOK = 0.2  # seconds; ``is_locked`` holds a lock for much less
 
 
 def from_home(path: str | Path) -> Path:
@@ -185,7 +186,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=-1 if wait else LOOK, poll_interval=LOOK / 10)
     except Timeout:
         raise ConfigError(f"{path.parent} is in use by another process") from None
     try:

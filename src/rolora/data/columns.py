@@ -95,7 +95,7 @@ TEXT_PAIRS = (
 )
 TEXT = ("text", "sentence", "content", "review", "tweet", "message", "comment", "question", "body")
 LABEL = ("label", "labels", "class", "coarselabel")
-SCORE = ("score", "scores", "rating", "similarity", "relatedness", "value")
+SCORE = ("score", "scores", "rating", "stars", "similarity", "relatedness", "value")
 CLASS = ("target", "category", "sentiment", "intent", "topic", "answer")
 PROMPT = ("prompt", "instruction", "question", "query", "problem", "input", "questionstem", "ctx")
 CONTEXT = ("input", "context")
@@ -117,6 +117,7 @@ CLIENT = re.compile(
     "organi[sz]ation|owner|patient|person|publisher|region|school|sensor|shop|site|source|speaker|"
     "state|store|subject|team|tenant|user|worker|writer"
 )
+KEYS = ("id", "uuid", "name", "code", "key", "number", "num", "no", "index", "hash")
 LEAST_ROWS = 8  # of a client, on average
 MOST_CLIENTS = 1000
 
@@ -185,7 +186,7 @@ def guess_columns(table: pa.Table) -> Guess:
         if column.kind == "category" and _bare(column.name) not in SPLIT
     ]
     fewest = min(categories, key=lambda column: column.distinct).name if categories else None
-    named = label or called(CLASS, "category")
+    named = label or called((*CLASS, *SCORE), "category")
     switches = [column.name for column in reversed(categories) if _is_switch(table, column.name)]
     task = "classification"
     chosen: str | list[str] | None = named or fewest
@@ -206,15 +207,15 @@ def guess_columns(table: pa.Table) -> Guess:
     raise DataError(
         "the columns are neither text and label or score, nor prompt and completion, nor messages, "
         "nor chosen and rejected: "
-        f"{seen}; name them in [data]"
+        f"{seen}; rename columns so, or write the configuration by hand, with their names in [data]"
     )
 
 
 def guess_clients(table: pa.Table, used: Collection[str]) -> list[Column]:
     """Columns whose values may say whose row each is, the likeliest first; not those of ``used``.
 
-    First those with one of the words ``CLIENT`` in their name, then other texts of few values. Each
-    has a value in every row, and of each value ``LEAST_ROWS`` rows on average.
+    First those that ``names_client`` finds, then other texts of few values. Each has a value in
+    every row, and of each value ``LEAST_ROWS`` rows on average.
     """
     found = [
         column
@@ -237,9 +238,13 @@ def is_own_value(table: pa.Table, name: str) -> bool:
 
 
 def names_client(name: str) -> bool:
-    """Whether one of the words of a column's name is one of ``CLIENT``."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
-    return any(CLIENT.fullmatch(word.lower().removesuffix("s")) for word in words)
+    """Whether the last word of a column's name, before "id" or the like, is one of ``CLIENT``.
+
+    So "patient_id" names a client, and "patient_age" does not.
+    """
+    words = [word.lower().removesuffix("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    last = next((word for word in reversed(words) if word not in KEYS), "")
+    return CLIENT.fullmatch(last) is not None
 
 
 def _is_filled(values: pa.ChunkedArray) -> bool:

@@ -96,17 +96,17 @@ def read_table(
 SWITCH = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
 _SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
 SHARD = re.compile(r"-\d{3,}-of-\d{3,}\.")  # the usual names of the parts of one set of rows
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
 def _parts(folder: Path, source: str, split: str) -> list[str]:
     """The files in a folder that are one set of rows, sorted.
 
-    Where names begin with a split's, as the hub's do ("train-00000-of-00002.parquet"), those of
+    Where names have a split's in them, as the hub's do ("train-00000-of-00002.parquet"), those of
     ``split``: test rows must not be trained on.
     """
     names = sorted(one.name for one in folder.iterdir() if one.is_file() and kind_of(one.name))
-    splits = {name: found[1].lower() for name in names if (found := _SPLIT.match(name))}
+    splits = {name: found[1].lower() for name in names if (found := _SPLIT.search(name))}
     if splits:
         if split not in splits.values():
             hint = nearest(split, set(splits.values()))
@@ -137,7 +137,7 @@ def splits_of(source: str, *, root: Path) -> list[str]:
         return list(map(str, json.loads((path / _SAVED[0]).read_text()).get("splits", [])))
     if path.is_dir():
         names = [one.name for one in path.iterdir() if one.is_file() and kind_of(one.name)]
-        found = [_SPLIT.match(name) for name in names]
+        found = [_SPLIT.search(name) for name in names]
         return sorted({match[1].lower() for match in found if match})
     if path.exists() or is_glob(source, root=root):
         return []
@@ -162,7 +162,7 @@ def per_client(folder: str, *, root: Path) -> str | None:
         own = [one for one in inside if one.is_dir()]
         held = [[file for file in one.iterdir() if kind_of(file.name)] for one in own]
         return f"{glob.escape(folder.rstrip('/'))}/*/" if len(own) > 1 and all(held) else None
-    if len(names) < 2 or len(ends) > 1 or any(_SPLIT.match(n) or SHARD.search(n) for n in names):
+    if len(names) < 2 or len(ends) > 1 or any(_SPLIT.search(n) or SHARD.search(n) for n in names):
         return None
     return f"{glob.escape(folder.rstrip('/'))}/*{ends.pop()}"
 

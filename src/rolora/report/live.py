@@ -13,6 +13,7 @@ import html
 import ipaddress
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +41,10 @@ Version = tuple[object, ...]
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # streams of events end with the process
+
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of browsers that have left."""
@@ -67,7 +73,7 @@ def live_server(path: Path, host: str, port: int) -> ThreadingHTTPServer:
 
     frame = Path(__file__).with_name("live.html").read_text(encoding="utf-8")
     try:
-        return _Server((host, port), _handler(host, frame, page, lambda: events(path)))
+        return _Server(host, port, _handler(host, frame, page, lambda: events(path)))
     except OSError as error:
         raise ConfigError(
             f"cannot serve on {host}:{port} ({error.strerror or error}): choose another --port, or "
@@ -86,7 +92,11 @@ def events(path: Path) -> Iterator[str]:
         if (version := _version(path)) != last:
             last, said = version, time.monotonic()
             one = listed(path)
-            hint = f"; continue with: rolora resume {path}" if one.state == "not finished" else ""
+            hint = (
+                f"; continue with: rolora resume {quote(str(path))}"
+                if one.state == "not finished"
+                else ""
+            )
             yield f"{one.name or path.name}: {one.how_far}{hint}"
         elif time.monotonic() > said + BEAT:
             said = time.monotonic()

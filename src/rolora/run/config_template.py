@@ -191,14 +191,16 @@ def _held_out(found: Found, wanted: str) -> dict[str, str]:
     """
     source, root = found.train["train"], Path()
     own = Path(source)
-    if own.is_file() and own.name.startswith("train"):  # test.csv beside train.csv
-        beside = {end: own.with_name(end + own.name.removeprefix("train")) for end in _HELD_OUT}
+    if own.is_file() and "train" in own.name:  # x_test.csv beside x_train.csv
+        beside = {end: own.with_name(own.name.replace("train", end, 1)) for end in _HELD_OUT}
         places = {end: (str(path), "train") for end, path in beside.items() if path.is_file()}
     else:
         splits = [wanted] if wanted else tables.splits_of(source, root=root)
         places = {split: (source, split) for split in splits}
     for place, split in [places[name] for name in (wanted, *_HELD_OUT) if name in places]:
         table = tables.read_table(place, root=root, form=found.form, split=split)
+        if table.equals(found.table):  # the source has no splits
+            continue
         if not (set(found.used) <= set(table.column_names) and _is_answered(found, table)):
             continue
         return {"test": place, **({} if split in ("train", "test") else {"test_split": split})}
@@ -206,6 +208,11 @@ def _held_out(found: Found, wanted: str) -> dict[str, str]:
 
 
 def _is_answered(found: Found, table: Any) -> bool:
+    """Whether these rows seem to have right answers: all there, known, and not all the same."""
+    keys = ("label", "answer", "completion")
+    answers = [name for key in keys for name in _each(found.guess[1].get(key, []))]
+    if answers and all(column.distinct < 2 for column in describe(table.select(answers))):
+        return False
     if any(table[name].null_count for name in found.used):
         return False
     try:
@@ -253,6 +260,12 @@ def _notes(found: Found) -> list[str]:
         notes.append(
             f"{printable(label)} is a column's name and a value in it: if the file has no line of "
             "names, add one"
+        )
+    source = found.train["train"]
+    if found.guess[0] == "classification" and "-1" in tables.labels(table, str(label), source):
+        notes.append(
+            f"{printable(str(label))} is -1 in some rows, which makes a class: where that means "
+            "that a row has no label, remove the row"
         )
     labels = next((c for c in describe(table) if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
@@ -407,6 +420,10 @@ def _take_over(sections: dict[str, Lines], found: Found, theirs: Trainer, notes:
             continue
         sections[table].pop(f"# {name}", None)
         sections[table][name] = (value, f"{origin} of TRL's file")
+    if (wanted := theirs.text("dataset_test_split")) and not found.held:
+        notes.append(
+            f"dataset_test_split: {printable(wanted)} is not taken: there is none that has answers"
+        )
     train = sections["train"]
     steps, batch = train["local_steps"][0], train["batch_size"][0]
     clients = _split(found, found.table.num_rows)[1]
@@ -461,8 +478,8 @@ def _each(value: str | list[str]) -> list[str]:
 
 
 def _toml(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ConfigError(f"{printable(text)} is not valid Unicode, so a TOML file cannot name it")
     # JSON of strings, lists and numbers is also TOML, but for control characters that JSON leaves
-    return "".join(
-        letter if letter.isprintable() else f"\\U{ord(letter):08x}"
-        for letter in json.dumps(value, ensure_ascii=False)
-    )
+    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in text)

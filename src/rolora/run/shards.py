@@ -116,6 +116,8 @@ def _load_rows(
         if len(kept):
             held_out[client] = kept
     notes = [split.note]
+    if test.equals(train):
+        notes.append("the test rows are the training rows: metrics say nothing about other rows")
     if how.scheme != "files" and tables.is_glob(data.train, root=root):
         notes.append(
             f"the files of {data.train} are one set of rows, split anew ({how.scheme}); "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,32 +60,46 @@ def read_trainer(path: Path) -> Trainer:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} holds no settings of TRL's: one KEY: VALUE a line")
     values = {key: value for key, value in values.items() if value is not None}
+    if SCALE.keys() & values.keys():
+        values = {**SCALE, **values}
     for key in sorted(NUMBERS & values.keys()):
         values[key] = _number(path, key, values[key])
     settings: dict[str, tuple[Any, str]] = {}
     notes = []
-    for key, value in values.items():
-        if key in ELSEWHERE:
-            continue
-        found = _taken(key, value, values)
+    for key in sorted(values, key=lambda key: key.startswith("load_in_")):  # outweighs their dtype
+        if _is_plain(value := values[key]):
+            found = None if key in ELSEWHERE else _taken(key, value, values)
+        else:
+            found = INSTEAD.get(key, "rolora takes texts, numbers and lists of texts")
+            del values[key]
         if isinstance(found, str):
-            notes.append(printable(f"{path.name}: {key}: {str(value)[:60]} is not taken: {found}"))
+            # a few lines of YAML can stand for more than memory holds
+            shown = reprlib.repr(value) if isinstance(value, list | dict) else str(value)[:60]
+            notes.append(printable(f"{path.name}: {key}: {shown} is not taken: {found}"))
         elif found is not None:
             settings[found[0]] = (found[1], key)
     return Trainer(values, settings, tuple(notes))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text, a number, or a list of texts."""
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _number(path: Path, key: str, value: Any) -> float:
     """A number, also one such as 1e-4, which is text to YAML."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"{path}: {key} is {value!r}, not a number")
+        raise ConfigError(f"{path}: {key} is {reprlib.repr(value)}, not a number")
     return int(number) if number.is_integer() else number
 
 
+SCALE = {"lora_r": 16, "lora_alpha": 32}  # TRL's defaults; both set the size of each step
 NUMBERS = {
     *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
     *("num_train_epochs", "warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "seed"),
@@ -94,7 +109,7 @@ NUMBERS = {
 # taken where the model, the rows and the rounds are known
 ELSEWHERE = {
     *("model_name_or_path", "model_revision"),
-    *("dataset_train_split", "dataset_test_split", "gradient_accumulation_steps"),
+    *("dataset_train_split", "dataset_test_split"),
     *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps"),
 }
 PLAIN = {
@@ -174,6 +189,9 @@ def _taken(key: str, value: Any, values: Mapping[str, Any]) -> Taken | str | Non
         return PLAIN[key], value
     if key == "per_device_train_batch_size":
         return "train.batch_size", value * values.get("gradient_accumulation_steps", 1)
+    if key == "gradient_accumulation_steps":
+        given = "per_device_train_batch_size" in values
+        return None if given else "per_device_train_batch_size, which it multiplies, is left out"
     if key == "run_name":
         return "name", value
     if key == "lora_target_modules":
