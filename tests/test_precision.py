@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,16 @@ def test_a_run_on_a_quantised_base_trains_or_says_what_it_needs(tmp_path: Path, 
     assert last < before
     again = runs.resume(tmp_path / "run", rounds=5)
     assert list(again.rounds())[-1].round == 5
+
+
+def test_time_that_other_programs_take_is_not_counted_and_threads_stay_as_they_were() -> None:
+    threads, seen = torch.get_num_threads(), list[int]()
+
+    def step() -> float:
+        seen.append(torch.get_num_threads())
+        time.sleep(0.2)
+        return 1.5
+
+    seconds, loss = precision.timed(step)
+    assert seconds < 0.1
+    assert (loss, seen, torch.get_num_threads()) == (1.5, [1], threads)
