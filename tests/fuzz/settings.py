@@ -75,7 +75,7 @@ def target(data: bytes) -> None:
             site = read_site(file)
             assert site.roles.keys() <= set(ROLES)
             for path in (site.folder, site.path(site.key), site.path(site.certificates)):
-                assert path is None or path.name
+                assert path is None or path.is_absolute()
             return
         config = load_config(file)
     except ConfigError:
