@@ -80,13 +80,15 @@ Lines = dict[str, tuple[Any, str]]  # a key, or a comment in its place: its valu
 class Found:
     """What init found.
 
-    ``train`` and ``held`` are keys of ``[data]``; ``clients`` counts files or folders of one client
-    each, or is 0; ``own`` lists the columns that may say whose row each is.
+    ``train`` and ``held`` are keys of ``[data]``; ``columns`` are those of ``table``, of which
+    ``own`` may say whose row each is; ``clients`` counts files or folders of one client each, or is
+    0.
     """
 
     train: Mapping[str, str]
     held: Mapping[str, str]
     table: Any
+    columns: Sequence[Column]
     guess: Guess
     form: TextForm
     own: Sequence[Column]
@@ -107,7 +109,7 @@ class Found:
     @property
     def used(self) -> list[str]:
         """The columns that the task reads."""
-        return [name for value in self.guess[1].values() for name in _each(value)]
+        return _read(self.guess)
 
 
 def write_template(
@@ -163,10 +165,10 @@ def _look(source: str, delimiter: str | None, encoding: str | None, theirs: Trai
         table = tables.read_table(source, root=root, form=form, split=split)
     train = {"train": source, **({"train_split": split} if split != "train" else {})}
     guess = guess_columns(table)
-    used = [name for value in guess[1].values() for name in _each(value)]
-    own = guess_clients(table, used)
+    own = guess_clients(table, _read(guess))
     task = glue["task"] if glue else ""
-    found = Found(train, {}, table, guess, form, own, len(set(owners)), task)
+    columns = describe(table)
+    found = Found(train, {}, table, columns, guess, form, own, len(set(owners)), task)
     wanted = theirs.text("dataset_test_split")
     if task:  # the test split has no answers
         wanted = wanted or ("validation_matched" if task == "mnli" else "validation")
@@ -267,7 +269,7 @@ def _notes(found: Found) -> list[str]:
             f"{printable(str(label))} is -1 in some rows, which makes a class: where that means "
             "that a row has no label, remove the row"
         )
-    labels = next((c for c in describe(table) if c.name == label), None)
+    labels = next((c for c in found.columns if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
         many = f"{labels.distinct} values in {table.num_rows} rows"
         notes.append(f"{printable(labels.name)} has {many}: few rows to learn each from")
@@ -293,7 +295,7 @@ def _notes(found: Found) -> list[str]:
 def _joined(found: Found) -> bool:
     """Whether completions stand behind prompts that are texts."""
     task, asked = found.guess[0], found.guess[1].get("prompt")
-    chats = [column.name for column in describe(found.table) if column.kind == "messages"]
+    chats = [column.name for column in found.columns if column.kind == "messages"]
     return task in ("causal_lm", "preference") and asked is not None and asked not in chats
 
 
@@ -453,7 +455,7 @@ def _text(sections: Mapping[str, Lines], found: Found, out: Path, notes: Sequenc
 
 
 def _seen(found: Found) -> Iterator[str]:
-    for column in describe(found.table):
+    for column in found.columns:
         example = _toml(printable(column.example[:40]))
         name = f"#   {printable(column.name)}: {column.kind}, {column.distinct} distinct"
         yield f"{name}, for example {example}"
@@ -471,6 +473,11 @@ def _name(source: str, out: Path) -> str:
     """A name for the run that any file system takes."""
     stem = out.stem if out.stem != "rolora" else Path(source).name.partition(".")[0]
     return re.sub(r"[^\w.-]+", "-", stem.replace("*", "all")).strip(".-") or "run"
+
+
+def _read(guess: Guess) -> list[str]:
+    """The columns that the task reads."""
+    return [name for value in guess[1].values() for name in _each(value)]
 
 
 def _each(value: str | list[str]) -> list[str]:
