@@ -10,6 +10,7 @@ from the ``.published.json`` next to the experiment's configuration.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,10 +307,17 @@ class Contrast:
 
 
 def at(cell: Record, method: str, axis: str) -> tuple[dict[int, float], dict[int, float]]:
-    """The scores of the study's first method and of this one at an equal budget, by seed."""
+    """The scores of the study's first method and of this one at an equal budget, by seed.
+
+    More is better: a perplexity counts as minus its logarithm, so that 0.01 is one per cent of it.
+    """
     (budget,) = (one for one in cell["pairs"][method] if one["equal"] == axis)
+    falls = cell["metric"] == "perplexity"
     scores = {
-        place["method"]: dict(zip(place["seeds"], place["values"], strict=True))
+        place["method"]: {
+            seed: -math.log(value) if falls else value
+            for seed, value in zip(place["seeds"], place["values"], strict=True)
+        }
         for place in budget["places"]
     }
     return scores[cell["reference"]], scores[method]
@@ -333,9 +341,10 @@ def others(cell: Record) -> list[str]:
 
 
 def contrasts(records: Records) -> Iterator[Contrast]:
-    """The registered questions of E1, E3 and of kept moments, for the cells that have been run."""
+    """The registered questions, for the cells that have been run."""
     for study, key, name in (
         ("e1", "partition.clients", "{} clients"),
+        ("e2", "partition.clients", "{} clients"),
         ("e3", "train.schedule", "{} rate"),
     ):
         for value, cell in cells_of(records[study], key).items():
@@ -344,13 +353,14 @@ def contrasts(records: Records) -> Iterator[Contrast]:
             best = strongest(cell, others(cell))
             question = f"the turn − `{label(best)}`, equal bytes"
             yield Contrast(where, question, *at(cell, best, "megabytes"))
-    plain, kept = cells_of(records["kept"], "train.keep_moments").values()
-    ours = final(kept, "rolora")
-    yield Contrast("TREC", "kept moments − fresh ones, RoLoRA", ours, final(plain, "rolora"))
-    for cell, way in ((plain, "fresh"), (kept, "kept")):
-        best = strongest(cell, others(cell))
-        question = f"RoLoRA with kept moments − `{best}` with {way} ones, equal bytes"
-        yield Contrast("TREC", question, ours, at(cell, best, "megabytes")[1])
+    for study, where in (("kept", "TREC"), ("e4", "E4, six people")):
+        plain, kept = cells_of(records[study], "train.keep_moments").values()
+        ours = final(kept, "rolora")
+        yield Contrast(where, "kept moments − fresh ones, RoLoRA", ours, final(plain, "rolora"))
+        for cell, way in ((plain, "fresh"), (kept, "kept")):
+            best = strongest(cell, others(cell))
+            question = f"RoLoRA with kept moments − `{best}` with {way} ones, equal bytes"
+            yield Contrast(where, question, ours, at(cell, best, "megabytes")[1])
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -377,15 +387,19 @@ def answers(records: Records) -> list[str]:
 
 def by_budget(records: Records) -> list[str]:
     """RoLoRA with the cure of each study, less the usual alternatives, at two equal budgets."""
-    uneven = "questions, 20 uneven clients"
     settings = [
-        (f"digits, {clients} even clients", "`turn=1.0`", cell)
-        for clients, cell in cells_of(records["e1"], "partition.clients").items()
+        (f"{rows}, {clients} even clients", "`turn=1.0`", cell)
+        for rows, study in (("digits", "e1"), ("questions, frozen head", "e2"))
+        for clients, cell in cells_of(records[study], "partition.clients").items()
     ]
     for schedule, cell in cells_of(records["e3"], "train.schedule").items():
         settings.append((f"digits, one digit a client, {schedule} rate", "`turn=1.0`", cell))
-    *_, kept = cells_of(records["kept"], "train.keep_moments").values()
-    settings.append((uneven, "kept moments", kept))
+    for rows_of, study in (
+        ("questions, 20 uneven clients", "kept"),
+        ("six people's lines (per cent of perplexity)", "e4"),
+    ):
+        *_, kept = cells_of(records[study], "train.keep_moments").values()
+        settings.append((rows_of, "kept moments", kept))
     rows = [
         [where, cure, f"`{label(method)}`", *(signed(less(cell, method, axis)) for axis in AXES)]
         for where, cure, cell in settings
@@ -495,26 +509,50 @@ def moments(records: Records) -> list[str]:
     """Each method with fresh and with kept moments, and its swing."""
     record = records["kept"]
     rows = []
-    for method in record["methods"]:
-        for way, cell in cells_of(record, "train.keep_moments").items():
-            row = next(row for row in cell["methods"] if row["method"] == method)
-            late, up = lately(cell["curves"][method].values()), f"{row['megabytes_up']:.1f}"
-            score = scored(cell, method, record)
-            moments = {"True": "kept", "False": "fresh"}[way]
-            rows.append([f"`{method}`", moments, rate(cell, method), score, late, up])
+    for method, way, cell, row in by_moments(record):
+        late, up = lately(cell["curves"][method].values()), f"{row['megabytes_up']:.1f}"
+        score = scored(cell, method, record)
+        rows.append([f"`{method}`", way, rate(cell, method), score, late, up])
     head = ["method", "moments", "rate, head's ratio", "accuracy, %"]
     head += [LATELY, "MB up"]
+    return [*table(head, rows), "", setting(record)]
+
+
+def by_moments(record: Record) -> Iterator[tuple[str, str, Record, Record]]:
+    """(method, "fresh" or "kept", cell, the method's results in it), for a study of moments."""
+    for method in record["methods"]:
+        for way, cell in zip(
+            ("fresh", "kept"), cells_of(record, "train.keep_moments").values(), strict=True
+        ):
+            row = next(row for row in cell["methods"] if row["method"] == method)
+            yield method, way, cell, row
+
+
+def language(records: Records) -> list[str]:
+    """E4: perplexities, and RoLoRA with the same moments less each method, in per cent of it."""
+    record = records["e4"]
+    rows = []
+    for method, way, cell, row in by_moments(record):
+        usual = method == cell["reference"]
+        apart = ["", ""] if usual else [signed(less(cell, method, axis)) for axis in AXES]
+        score = f"{row['final_mean']:.2f} ± {row['final_sd']:.2f}"
+        up = f"{row['megabytes_up']:.1f}"
+        rows.append([f"`{method}`", way, rate(cell, method), score, *apart, up])
+    head = ["method", "moments", "rate", "perplexity"]
+    head += [f"`rolora`'s lead, {name}, %" for name in AXES.values()] + ["MB up"]
     return [*table(head, rows), "", setting(record)]
 
 
 # table -> the studies that it needs, and how it is made from them
 TABLES: Mapping[str, Table] = {
     "spent": ((), spent),
-    "answers": (("e1", "e3", "kept"), answers),
+    "answers": (("e1", "e2", "e3", "e4", "kept"), answers),
     "e1": (("e1",), lambda records: in_columns(records["e1"], "partition.clients")),
     "e1-inexact": (("e1", "e1-transfer"), inexact),
     "e1-transfer": (("e1", "e1-transfer"), transferred),
+    "e2": (("e2",), lambda records: in_columns(records["e2"], "partition.clients")),
     "e3": (("e3",), heterogeneous),
+    "e4": (("e4",), language),
     "kept": (("kept",), moments),
     "mnist-epochs": (("mnist-epochs",), lambda records: broken_map(records["mnist-epochs"])),
     "mnist-rank": (("mnist-rank",), lambda records: broken_map(records["mnist-rank"])),
