@@ -38,7 +38,7 @@ from rolora.demo.sources import KINDS, in_test, write_rows
 
 SPEAKERS = ("Chandler", "Joey", "Monica", "Phoebe", "Rachel", "Ross")
 TRANSCRIPTS = "orangecontrib/text/datasets/friends-transcripts.tab"
-MOST = {"train": 600, "test": 25}  # rows of a speaker
+MOST = {"train": 150, "test": 25}  # rows of a speaker
 BIG_BENCH = "bigbench-1.0.0/bigbench/benchmark_tasks"
 LINES = re.compile(r'In the preceding conversation, were the sentences "(.*)" and "(.*)" *$')
 Pair = tuple[str, dict[str, str]]  # what decides which side a row is on, and the row
