@@ -499,6 +499,20 @@ def swings(record: Record, key: str) -> list[str]:
     return table([LATELY, *cells], rows)
 
 
+def bounds(records: Records) -> list[str]:
+    """E3's rows in one place, and every client for itself."""
+    record = records["e3-bounds"]
+    cells = cells_of(record, "train.schedule")
+    rows = [
+        [
+            f"`{method}`",
+            *(f"{scored(c, method, record)} ({rate(c, method)})" for c in cells.values()),
+        ]
+        for method in record["methods"]
+    ]
+    return [*table(["accuracy, % (rate)", *cells], rows), "", setting(record)]
+
+
 def heterogeneous(records: Records) -> list[str]:
     """E3: scores, differences and swings, for each schedule."""
     columns = in_columns(records["e3"], "train.schedule")
@@ -552,6 +566,7 @@ TABLES: Mapping[str, Table] = {
     "e1-transfer": (("e1", "e1-transfer"), transferred),
     "e2": (("e2",), lambda records: in_columns(records["e2"], "partition.clients")),
     "e3": (("e3",), heterogeneous),
+    "e3-bounds": (("e3-bounds",), bounds),
     "e4": (("e4",), language),
     "kept": (("kept",), moments),
     "mnist-epochs": (("mnist-epochs",), lambda records: broken_map(records["mnist-epochs"])),
