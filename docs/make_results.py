@@ -355,12 +355,13 @@ def contrasts(records: Records) -> Iterator[Contrast]:
             yield Contrast(where, question, *at(cell, best, "megabytes"))
     for study, where in (("kept", "TREC"), ("e4", "E4, six people")):
         plain, kept = cells_of(records[study], "train.keep_moments").values()
-        ours = final(kept, "rolora")
-        yield Contrast(where, "kept moments − fresh ones, RoLoRA", ours, final(plain, "rolora"))
+        ours, fresh = final(kept, "rolora"), final(plain, "rolora")
+        yield Contrast(where, "kept moments − fresh ones, RoLoRA", ours, fresh)
         for cell, way in ((plain, "fresh"), (kept, "kept")):
             best = strongest(cell, others(cell))
             question = f"RoLoRA with kept moments − `{best}` with {way} ones, equal bytes"
-            yield Contrast(where, question, ours, at(cell, best, "megabytes")[1])
+            ours, theirs = at(kept, best, "megabytes")[0], at(cell, best, "megabytes")[1]
+            yield Contrast(where, question, ours, theirs)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
