@@ -347,6 +347,8 @@ def contrasts(records: Records) -> Iterator[Contrast]:
         ("e2", "partition.clients", "{} clients"),
         ("e3", "train.schedule", "{} rate"),
     ):
+        if study not in records:
+            continue
         for value, cell in cells_of(records[study], key).items():
             where = f"{study.upper()}, {name.format(value)}"
             yield Contrast(where, "the turn − RoLoRA", *at(cell, "rolora", "megabytes"))
@@ -391,6 +393,7 @@ def by_budget(records: Records) -> list[str]:
     settings = [
         (f"{rows}, {clients} even clients", "`turn=1.0`", cell)
         for rows, study in (("digits", "e1"), ("questions, frozen head", "e2"))
+        if study in records
         for clients, cell in cells_of(records[study], "partition.clients").items()
     ]
     for schedule, cell in cells_of(records["e3"], "train.schedule").items():
@@ -561,7 +564,7 @@ def language(records: Records) -> list[str]:
 # table -> the studies that it needs, and how it is made from them
 TABLES: Mapping[str, Table] = {
     "spent": ((), spent),
-    "answers": (("e1", "e2", "e3", "e4", "kept"), answers),
+    "answers": (("e1", "e3", "e4", "kept"), answers),
     "e1": (("e1",), lambda records: in_columns(records["e1"], "partition.clients")),
     "e1-inexact": (("e1", "e1-transfer"), inexact),
     "e1-transfer": (("e1", "e1-transfer"), transferred),
