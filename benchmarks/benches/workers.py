@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from benchmarks.job import configuration, lengthened, write_job
 from benchmarks.place import Place
 
-CLIENTS, ROWS, LENGTH, ROUNDS = 16, 4, 64, 4
+CLIENTS, ROWS, LENGTH, ROUNDS = 16, 4, 64, 2
 
 
 def run(place: Place) -> None:
