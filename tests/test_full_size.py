@@ -182,15 +182,15 @@ def test_a_step_at_full_width_takes_the_memory_that_was_planned(tmp_path: Path, 
         assert plan.peak - place.planned.weights == pytest.approx(peak, rel=0.15)
 
 
-def long_rows(folder: Path, task: str, layers: int) -> RunConfig:
-    """A model of a billion parameters with so many of its 16 layers, and rows of 4,096 tokens."""
+def long_rows(folder: Path, task: str, layers: int, tokens: int = 4096) -> RunConfig:
+    """A model of a billion parameters with so many of its 16 layers, and rows of so many tokens."""
     layout = transformers.AutoConfig.for_model("llama", **LLAMA_3_2_1B, num_hidden_layers=layers)
     layout.save_pretrained(folder / "model")
     tables = {
         "offline": True,
         "model": {"path": "model", "task": task, "dtype": "bf16"},
         "lora": {"rank": 8},
-        "data": {"train": "away.csv", "max_length": 4096},
+        "data": {"train": "away.csv", "max_length": tokens},
         "partition": {"clients": 1},
         "train": {"rounds": 2, "local_steps": 1, "batch_size": 1, "bank": 1, "recompute": True},
     }
@@ -211,9 +211,11 @@ def test_logits_of_a_long_row_are_never_all_in_memory(tmp_path: Path, task: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["causal_lm", "preference"])
-def test_a_step_on_a_long_row_takes_the_memory_that_was_planned(tmp_path: Path, task: str) -> None:
-    config = long_rows(tmp_path, task, layers=2)
+@pytest.mark.parametrize(("task", "tokens"), [("causal_lm", 4096), ("preference", 1024)])
+def test_a_step_on_a_long_row_takes_the_memory_that_was_planned(
+    tmp_path: Path, task: str, tokens: int
+) -> None:
+    config = long_rows(tmp_path, task, 2, tokens)
     shape = estimate_run(Experiment(config))
     (planned,) = make_plan(Experiment(config)).methods
     layout = transformers.AutoConfig.from_pretrained(tmp_path / "model")
