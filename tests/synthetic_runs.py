@@ -86,6 +86,11 @@ def write_run(
         _line(number, rng, ids, known, goal, metric, every, rounds, per_client, rejected or {})
         for number in range(rounds + 1)
     ]
+    rows = {label: 3 + 7 * place for place, label in enumerate(labels)}
+    (path / "axes.json").write_text(json.dumps({"labels": rows}))
+    for line in lines:
+        if rows and line["metrics"]:
+            line["recall"] = [round(rng.uniform(0, goal), 4) for _ in rows]
     (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 

@@ -233,6 +233,43 @@ def test_a_page_about_twenty_long_runs_is_smaller_than_five_megabytes(tmp_path: 
     assert "4 more" in Page(page.read_text()).text["summary"]  # of the ten methods of a ranking
 
 
+def test_the_recall_of_each_label_is_on_the_page_the_least_found_first(
+    runs: list[Path], html: str
+) -> None:
+    found = {}
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+        phases = lines[5]["recall"], lines[10]["recall"]  # of B, and of A
+        found[run.name] = [sum(pair) / 2 for pair in zip(*phases, strict=True)]
+    means = {
+        method: [
+            sum(pair) / 2
+            for pair in zip(found[f"{method}-seed0"], found[f"{method}-seed1"], strict=True)
+        ]
+        for method in ("rolora", "fedit")
+    }
+    labels = json.loads((runs[0] / "axes.json").read_text())["labels"]
+    order = sorted(range(len(labels)), key=lambda n: means["rolora"][n] + means["fedit"][n])
+    shown = html.split("Recall of each label</h2>")[1].split("</table>")[0]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
+    assert cells[::4] == [list(labels)[n] for n in order]
+    assert cells[1::4] == [str(list(labels.values())[n]) for n in order]
+    for place, n in enumerate(order):
+        for column, method in enumerate(("rolora", "fedit")):
+            assert cells[4 * place + 2 + column].startswith(f"{means[method][n]:.3f} ± ")
+
+
+def test_a_page_stays_small_with_150_labels_and_so_does_a_round(tmp_path: Path) -> None:
+    labels = [f"an_intent_with_a_long_name_{n}" for n in range(150)]
+    runs = [
+        write_run(tmp_path / f"{n}", f"method_{n}", rounds=10, labels=labels, per_client=False)
+        for n in range(10)
+    ]
+    line = json.loads((runs[0] / "rounds.jsonl").read_text().splitlines()[-1])
+    assert len(json.dumps(line["recall"])) < 1500  # bytes: names are in axes.json, once
+    assert write_report(runs, tmp_path / "page.html").stat().st_size < 5e6
+
+
 def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", "local", clients=6, rounds=10)
     html = write_report([run], tmp_path / "page.html").read_text()

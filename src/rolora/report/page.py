@@ -14,9 +14,11 @@ from rolora.files import write_file
 from rolora.report import figures, narrative
 from rolora.report.pictures import AXES, are_finished, pictures, values
 from rolora.report.svg import inline_svg
+from rolora.results.labels import label_recalls
 from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
     RunRecord,
+    by_method,
     cuts,
     differing,
     load_run,
@@ -61,7 +63,7 @@ def render(
     runs, metric, groups = found.finished, found.metric, found.methods
     conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
     left = runs or found.unfinished
-    rejected = _rejected(every)
+    rejected, labels = _rejected(every), label_recalls(by_method(runs))
     names = {run.name for run in left}
     return (
         templates()
@@ -89,6 +91,8 @@ def render(
             pictures=pictures(left, groups, metric, conclusions),
             axes=[axis.label for axis in AXES],
             values=values(groups, metric),
+            labels=labels,
+            recalled=list(dict.fromkeys(method for one in labels for method in one.methods)),
             rejected=rejected[:REJECTED_ROWS],
             more_rejected=len(rejected[REJECTED_ROWS:]),
             cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],

@@ -53,7 +53,8 @@ class RunRecord:
     """The content of a run folder.
 
     ``method`` is the method's name with its options; ``config`` is nested as in the TOML file;
-    ``rounds`` are the lines of ``rounds.jsonl``; ``diverged`` is the message of a run whose loss
+    ``rounds`` are the lines of ``rounds.jsonl``, whose lists are over what ``axes`` names;
+    ``diverged`` is the message of a run whose loss
     became NaN or infinite, else None.
     """
 
@@ -65,6 +66,7 @@ class RunRecord:
     provenance: dict[str, Any]
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
+    axes: dict[str, Any]
     diverged: str | None = None
 
     @property
@@ -89,7 +91,7 @@ class RunRecord:
         if (patience := how.get("patience")) is None or not held:
             return False
         metric = how.get("metric", next(iter(held[0]["validation"])))
-        found = ((_phase(line), line["validation"][metric]) for line in held)
+        found = ((phase(line), line["validation"][metric]) for line in held)
         gains = [gain(metric, value) for value in over_phases(found)]
         return bool(len(gains) - 1 - gains.index(max(gains)) >= patience)
 
@@ -110,7 +112,7 @@ class RunRecord:
         counts, so that no method is judged by the one that its run happens to end on. Of a method
         with one phase this is the curve.
         """
-        phases = {line["round"]: _phase(line) for line in self.rounds}
+        phases = {line["round"]: phase(line) for line in self.rounds}
         first: list[Point] = []
         later: list[Point] = []
         for point in self.curve(metric):
@@ -141,7 +143,7 @@ def over_phases(values: Iterable[tuple[str, float]]) -> list[float]:
     return means
 
 
-def _phase(line: Mapping[str, Any]) -> str:
+def phase(line: Mapping[str, Any]) -> str:
     """What was trained in the round of this line."""
     return "+".join(line.get("factors", ()))
 
@@ -246,9 +248,25 @@ def load_run(path: str | Path) -> RunRecord:
     if options:
         method += f" ({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
     rounds = tuple(_read_rounds(files[1]))
+    axes = _read_axes(folder / "axes.json", rounds)
     marker = folder / "diverged.txt"
     diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
-    return RunRecord(folder, name, method, seed, config, provenance, rounds, partition, diverged)
+    return RunRecord(
+        folder, name, method, seed, config, provenance, rounds, partition, axes, diverged
+    )
+
+
+def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the lists of these lines are over. DataError unless they are as long."""
+    axes: dict[str, Any] = {"labels": {}}
+    try:
+        if file.is_file():
+            axes = dict(json.loads(file.read_text(encoding="utf-8")))
+        for line in rounds:
+            dict(zip(dict(axes["labels"]), line.get("recall", axes["labels"]), strict=True))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged, or of another run ({error!r})") from None
+    return axes
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
@@ -405,7 +423,7 @@ def client_values(run: RunRecord, metric: str) -> list[float]:
     for line in run.rounds:
         for client, own in line["client_metrics"].items():
             if line["round"] and metric in own:
-                latest.setdefault(client, {})[_phase(line)] = own[metric]
+                latest.setdefault(client, {})[phase(line)] = own[metric]
     return [statistics.fmean(phases.values()) for phases in latest.values()]
 
 

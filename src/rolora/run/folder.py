@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load, save
@@ -30,11 +31,14 @@ KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained 
 
 
 def line(result: RoundResult) -> dict[str, Any]:
-    """A round's line in ``rounds.jsonl``."""
+    """A round's line in ``rounds.jsonl``; what its lists are over, ``axes.json`` has once."""
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     del values["advanced"], values["reason"], values["state"]
     if not result.cut:
         del values["cut"]  # most rules cut nobody
+    values["recall"] = [round(share, 4) for share in result.recall.values()]
+    if not result.recall:
+        del values["recall"]  # of no labels, or not evaluated
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
     return values
 
@@ -99,12 +103,22 @@ class RunFolder:
         return self.report.is_file() or self.diverged.is_file()
 
     @classmethod
-    def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
-        """A new run folder. ConfigError if ``path`` exists: nothing is overwritten."""
+    def create(
+        cls,
+        path: Path,
+        config: str,
+        partition: Mapping[str, Any],
+        axes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> RunFolder:
+        """A new run folder; for ``axes`` see ``Experiment.axes``.
+
+        ConfigError if ``path`` exists: nothing is overwritten.
+        """
         require_new(path)
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)
             (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
+            (part / "axes.json").write_text(json.dumps(axes, indent=1) + "\n")
             (part / "rounds.jsonl").touch()
             (part / "checkpoints").mkdir()
         return cls(path)

@@ -160,7 +160,7 @@ def start(
         experiment.compute_anew()
     drawn = {"server_seed": experiment.config.server_seed}
     text = dump_config(config.model_copy(update=drawn), provenance(experiment), path)
-    folder = RunFolder.create(path, text, experiment.partition)
+    folder = RunFolder.create(path, text, experiment.partition, experiment.axes)
     return Run(experiment, folder, experiment.start, tuple(experiment.notes))
 
 
