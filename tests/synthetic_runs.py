@@ -87,8 +87,20 @@ def write_run(
         for number in range(rounds + 1)
     ]
     rows = {label: 3 + 7 * place for place, label in enumerate(labels)}
-    (path / "axes.json").write_text(json.dumps({"labels": rows}))
-    for line in lines:
+    layers = [f"base_model.model.encoder.layer.{n}.attention.self.query" for n in range(6)]
+    (path / "axes.json").write_text(json.dumps({"labels": rows, "layers": layers}))
+    for number, line in enumerate(lines):
+        if line["metrics"] and method != "local":
+            line["layers"] = {
+                "norm_A": [round(1 + 0.1 * n + 0.05 * number, 3) for n in range(6)],
+                "norm_B": [round(0.04 * number * (1 + n), 3) for n in range(6)],
+                "effective_rank": [
+                    None if number == 0 or n == 5 else round(1 + 0.4 * n + rng.random(), 3)
+                    for n in range(6)
+                ],
+            }
+            if method == "centralized":
+                del line["layers"]["effective_rank"]
         if rows and line["metrics"]:
             line["recall"] = [round(rng.uniform(0, goal), 4) for _ in rows]
     (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -139,7 +139,7 @@ def test_every_id_of_a_page_is_there_once_and_every_reference_has_its_target(htm
 def test_the_settings_of_every_run_are_on_the_page(runs: list[Path], html: str) -> None:
     shown = [tomllib.loads(text) for text in Page(html).text["pre"]]
     assert shown == [load_run(run).config for run in runs]
-    assert [f"{run.parent.name}/{run.name}" for run in runs] == Page(html).text["summary"][1:]
+    assert [f"{run.parent.name}/{run.name}" for run in runs] == Page(html).text["summary"][-4:]
 
 
 def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
@@ -268,6 +268,21 @@ def test_a_page_stays_small_with_150_labels_and_so_does_a_round(tmp_path: Path) 
     line = json.loads((runs[0] / "rounds.jsonl").read_text().splitlines()[-1])
     assert len(json.dumps(line["recall"])) < 1500  # bytes: names are in axes.json, once
     assert write_report(runs, tmp_path / "page.html").stat().st_size < 5e6
+
+
+def test_the_median_and_range_over_layers_are_on_the_page_and_each_layer_in_a_table(
+    runs: list[Path], html: str
+) -> None:
+    assert "rolora, round 10: 1.75 (1.5 to 2)" in Page(html).text["text"]  # norms of A
+    assert "fedit, round 10: 1.4 (0.4 to 2.4)" in Page(html).text["text"]  # norms of B
+    last = [json.loads((r / "rounds.jsonl").read_text().splitlines()[-1]) for r in runs[:2]]
+    rank = sum(line["layers"]["effective_rank"][0] for line in last) / 2
+    shown = html.split("by layer, at the end</summary>")[1].split("</table>")[0]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
+    layer = "encoder.layer.0.attention.self.query"
+    assert cells[:5] == [layer, "rolora", f"{rank:.3g}", "1.5", "0.4"]
+    assert cells[5 * 5 + 1 : 5 * 5 + 5] == ["rolora", "not defined", "2", "2.4"]
+    assert len(cells) == 2 * 6 * 5
 
 
 def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rolora.report import figures, narrative
 from rolora.report.pictures import AXES, are_finished, pictures, values
 from rolora.report.svg import inline_svg
 from rolora.results.labels import label_recalls
+from rolora.results.layers import MEASURES, last_layers
 from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
     RunRecord,
@@ -92,6 +93,8 @@ def render(
             axes=[axis.label for axis in AXES],
             values=values(groups, metric),
             labels=labels,
+            layers=last_layers(by_method(runs)),
+            measures={measure: title for measure, (title, _) in MEASURES.items()},
             recalled=list(dict.fromkeys(method for one in labels for method in one.methods)),
             rejected=rejected[:REJECTED_ROWS],
             more_rejected=len(rejected[REJECTED_ROWS:]),

@@ -258,13 +258,16 @@ def load_run(path: str | Path) -> RunRecord:
 
 def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the lists of these lines are over. DataError unless they are as long."""
-    axes: dict[str, Any] = {"labels": {}}
+    axes: dict[str, Any] = {"labels": {}, "layers": []}
     try:
         if file.is_file():
             axes = dict(json.loads(file.read_text(encoding="utf-8")))
+        labels, layers = dict(axes["labels"]), list(axes["layers"])
         for line in rounds:
-            dict(zip(dict(axes["labels"]), line.get("recall", axes["labels"]), strict=True))
-    except (ValueError, KeyError, TypeError) as error:
+            dict(zip(labels, line.get("recall", labels), strict=True))
+            for values in line.get("layers", {}).values():
+                dict(zip(layers, values, strict=True))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is damaged, or of another run ({error!r})") from None
     return axes
 

@@ -672,7 +672,10 @@ class Experiment:
         table, source = self._held(self.config.eval.rows)
         rows = self.kind.classes(table, self.columns, source) if self.kind.labelled else []
         counts = Counter(name for row in rows for name in row)
-        return {"labels": {label: counts[label] for label in self.labels if counts[label]}}
+        return {
+            "labels": {label: counts[label] for label in self.labels if counts[label]},
+            "layers": self.start.server.adapter.layers(),
+        }
 
     def prepare(self) -> None:
         """Make all parts that a run needs. Refusals that take no model come first."""

@@ -34,11 +34,14 @@ def line(result: RoundResult) -> dict[str, Any]:
     """A round's line in ``rounds.jsonl``; what its lists are over, ``axes.json`` has once."""
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     del values["advanced"], values["reason"], values["state"]
-    if not result.cut:
-        del values["cut"]  # most rules cut nobody
     values["recall"] = [round(share, 4) for share in result.recall.values()]
-    if not result.recall:
-        del values["recall"]  # of no labels, or not evaluated
+    values["layers"] = {
+        what: [None if value is None else float(f"{value:.4g}") for value in own.values()]
+        for what, own in result.layers.items()
+    }
+    for key in ("cut", "recall", "layers"):
+        if not values[key]:
+            del values[key]  # most rules cut nobody, and most rounds are not evaluated
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
     return values
 

@@ -24,6 +24,7 @@ from rolora.algorithm.ledger import (
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
+from rolora.algorithm.spectrum import layer_measures
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
 from rolora.training.engine import Engine, Evaluation, Job
@@ -61,8 +62,9 @@ class RoundResult:
 
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
     payload over all clients, as it is encoded; those of round 0 are the gradients of all clients,
-    if the method starts from them. ``recall``: see ``Evaluation``. ``cut``: see
-    ``rolora.algorithm.step.RoundReport``. ``reason``: why an attempt has not advanced.
+    if the method starts from them. ``recall``: see ``Evaluation``; ``layers``: see
+    ``rolora.algorithm.spectrum``; ``cut``: see ``rolora.algorithm.step.RoundReport``. ``reason``:
+    why an attempt has not advanced.
     """
 
     round: int
@@ -76,6 +78,7 @@ class RoundResult:
     validation: Metrics = field(default_factory=dict)
     client_metrics: Mapping[str, Metrics] = field(default_factory=dict)
     recall: Metrics = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     aggregation_error: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
@@ -320,6 +323,7 @@ def _evaluated(run: Federation, result: RoundResult) -> RoundResult:
         validation=found.validation,
         client_metrics=client_metrics,
         recall=found.recall,
+        layers=layer_measures(state.server.adapter, run.method.personal_roles),
         state=state,
     )
 
