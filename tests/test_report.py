@@ -88,6 +88,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
         options={HOSTILE: HOSTILE},
         rejected={HOSTILE: HOSTILE},
     )
+    said = dict.fromkeys(("prompt", "expected", "before"), HOSTILE)
+    (run / "samples.json").write_text(json.dumps([{**said, "after": "\n"}]))
     return write_report([run], folder / "page.html").read_text()
 
 
@@ -125,6 +127,7 @@ def test_hostile_names_are_shown_as_they_are(hostile: str) -> None:
     assert page.text["title"] == [f"{HOSTILE} · rolora"]
     assert [cell for cell in page.text["td"] if cell == HOSTILE] == [HOSTILE] * 2  # client, reason
     assert f"{HOSTILE} ({HOSTILE}={HOSTILE})" in page.text["span"]
+    assert page.text["dd"] == [HOSTILE, HOSTILE, HOSTILE, ""]
     assert {elided(HOSTILE, 16), "$x_1$"} <= set(page.text["text"])
 
 
@@ -283,6 +286,21 @@ def test_the_median_and_range_over_layers_are_on_the_page_and_each_layer_in_a_ta
     assert cells[:5] == [layer, "rolora", f"{rank:.3g}", "1.5", "0.4"]
     assert cells[5 * 5 + 1 : 5 * 5 + 5] == ["rolora", "not defined", "2", "2.4"]
     assert len(cells) == 2 * 6 * 5
+
+
+def test_answers_before_and_after_are_side_by_side_each_in_the_direction_of_its_text(
+    tmp_path: Path,
+) -> None:
+    runs = [write_run(tmp_path / name, name, rounds=10) for name in ("rolora", "fedit")]
+    for run, answer in zip(runs, (" باريس", "Paris\nof course"), strict=True):
+        one = {"prompt": "what?\nsay:", "expected": "Paris", "before": "", "after": answer}
+        (run / "samples.json").write_text(json.dumps([one]))
+    html = write_report(runs, tmp_path / "page.html").read_text()
+    page = Page(html)
+    assert page.text["dt"] == ["prompt", "expected", "before", "rolora, after", "fedit, after"]
+    assert page.text["dd"] == ["what?\nsay:", "Paris", "", "باريس", "Paris\nof course"]
+    assert "nothing: the text ended at once" in page.text["span"]
+    assert [own.get("dir") for tag, own in page.tags if tag == "dd"] == ["auto"] * 5
 
 
 def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from rolora.results.runs import (
     sorted_out,
     summarise,
 )
+from rolora.results.samples import side_by_side
 from rolora.results.tuned import Tuning
 
 MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
@@ -92,6 +93,7 @@ def render(
             pictures=pictures(left, groups, metric, conclusions),
             axes=[axis.label for axis in AXES],
             values=values(groups, metric),
+            samples=side_by_side(by_method(runs)),
             labels=labels,
             layers=last_layers(by_method(runs)),
             measures={measure: title for measure, (title, _) in MEASURES.items()},

@@ -54,7 +54,7 @@ class RunRecord:
 
     ``method`` is the method's name with its options; ``config`` is nested as in the TOML file;
     ``rounds`` are the lines of ``rounds.jsonl``, whose lists are over what ``axes`` names;
-    ``diverged`` is the message of a run whose loss
+    ``samples``: see ``rolora.run.samples``; ``diverged`` is the message of a run whose loss
     became NaN or infinite, else None.
     """
 
@@ -67,6 +67,7 @@ class RunRecord:
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
     axes: dict[str, Any]
+    samples: tuple[dict[str, str], ...] = ()
     diverged: str | None = None
 
     @property
@@ -252,7 +253,17 @@ def load_run(path: str | Path) -> RunRecord:
     marker = folder / "diverged.txt"
     diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
     return RunRecord(
-        folder, name, method, seed, config, provenance, rounds, partition, axes, diverged
+        folder,
+        name,
+        method,
+        seed,
+        config,
+        provenance,
+        rounds,
+        partition,
+        axes,
+        _read_samples(folder / "samples.json"),
+        diverged,
     )
 
 
@@ -270,6 +281,15 @@ def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is damaged, or of another run ({error!r})") from None
     return axes
+
+
+def _read_samples(file: Path) -> tuple[dict[str, str], ...]:
+    try:
+        every = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        keys = ("prompt", "expected", "before", "after")
+        return tuple({key: str(one[key]) for key in keys} for one in every)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error!r})") from None
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:

@@ -85,6 +85,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def samples(self) -> Path:
+        """What a finished language model wrote for a few prompts; see ``rolora.run.samples``."""
+        return self.path / "samples.json"
+
+    @property
     def report(self) -> Path:
         """The report of a finished run, which is written last."""
         return self.path / "report.html"
