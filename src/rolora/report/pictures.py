@@ -18,6 +18,7 @@ from rolora.report.svg import inline_svg
 from rolora.results.layers import MEASURES, known
 from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
+from rolora.results.robustness import SUCCESS
 from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, worst_tenth
 
 Groups = Mapping[str, Sequence[RunRecord]]
@@ -122,6 +123,7 @@ def pictures(
         [_client_spread(groups, metric)],
         [_aggregation_error(groups)],
         [_layers(groups, measure) for measure in MEASURES],
+        [_attack_success(groups)],
         *([split] for split in _splits(runs)),
     )
     each = ([picture for picture in same if picture is not None] for same in found)
@@ -313,6 +315,22 @@ def _aggregation_error(groups: Groups) -> Picture | None:
         "the grey band the average is exact; lines there are spread only to be seen."
         + _thin(groups)
         + _missing(groups, lines, "the server cannot know it"),
+        tuple(lines),
+    )
+
+
+def _attack_success(groups: Groups) -> Picture | None:
+    lines = _series(groups, _metric(SUCCESS))
+    if not lines:
+        return None
+    return Picture(
+        "success",
+        "Attack success",
+        f"attack success over rounds for {', '.join(lines)}",
+        figures.curves(list(lines.values()), "attack success", ROUNDS.label),
+        "How often the model gives the answers that the attack is after. "
+        + _band(groups, "lower is better")
+        + _missing(groups, lines, "no attack on it is after certain answers"),
         tuple(lines),
     )
 

@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rolora.algorithm.step import MOSTLY
 from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
 
@@ -147,39 +146,6 @@ def over_phases(values: Iterable[tuple[str, float]]) -> list[float]:
 def phase(line: Mapping[str, Any]) -> str:
     """What was trained in the round of this line."""
     return "+".join(line.get("factors", ()))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a robust rule treated one client: in ``rounds`` rounds it used its update.
-
-    In ``mostly`` of them it cut it by more than half; ``mean`` is the share cut, over all of them.
-    """
-
-    client: str
-    rounds: int
-    mostly: int
-    mean: float
-
-    @property
-    def in_most_rounds(self) -> bool:
-        """Whether it was mostly cut in more than half of its rounds."""
-        return 2 * self.mostly > self.rounds
-
-
-def cuts(run: RunRecord) -> list[Cut]:
-    """Every client whose updates came, most cut first; empty if the run's rule cuts nobody."""
-    shares: dict[str, list[float]] = {}
-    for line in run.rounds:
-        for client in line.get("clients", {}):
-            shares.setdefault(client, []).append(line.get("cut", {}).get(client, 0.0))
-    if not any(map(any, shares.values())):
-        return []
-    found = [
-        Cut(client, len(own), sum(share > MOSTLY for share in own), statistics.fmean(own))
-        for client, own in shares.items()
-    ]
-    return sorted(found, key=lambda one: (-one.mean, one.client))
 
 
 def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | None) -> int:
