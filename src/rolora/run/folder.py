@@ -14,7 +14,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import load, save
@@ -116,7 +115,7 @@ class RunFolder:
         path: Path,
         config: str,
         partition: Mapping[str, Any],
-        axes: Mapping[str, Any] = MappingProxyType({}),
+        axes: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """A new run folder; for ``axes`` see ``Experiment.axes``.
 
@@ -126,7 +125,8 @@ class RunFolder:
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)
             (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
-            (part / "axes.json").write_text(json.dumps(axes, indent=1) + "\n")
+            if axes is not None:
+                (part / "axes.json").write_text(json.dumps(axes, indent=1) + "\n")
             (part / "rounds.jsonl").touch()
             (part / "checkpoints").mkdir()
         return cls(path)
