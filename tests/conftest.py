@@ -74,6 +74,7 @@ WIDE = {
     "test_report_conclusions",
     "test_robust_runs",
     "test_runs",
+    "test_samples",
     "test_scale",
     "test_server_optimizers",
     "test_several_labels",

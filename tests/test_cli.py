@@ -285,7 +285,7 @@ def test_what_interrupts_a_command_names_the_very_command_that_continues(
     }
     if command in ("resume", "eval"):
         runs.start(config, out)
-    places = {"eval": "rolora.run.evaluation.evaluate_adapter", "loading": "rolora.run.runs.start"}
+    places = {"eval": "rolora.run.evaluation.evaluate_each", "loading": "rolora.run.runs.start"}
     ready = Demo(site, out, (0, 1))
     monkeypatch.setattr("rolora.demo.side_by_side.prepare_demo", lambda folder, llm: ready)
 

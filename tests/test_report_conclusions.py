@@ -351,6 +351,9 @@ def damage(run: Path, how: str) -> None:
             (run / "partition.json").write_text('{"clients": []}')
         case "no labels":
             (run / "partition.json").write_text('{"clients": [{"num_examples": 1}]}')
+        case "other labels":
+            (run / "axes.json").write_text('{"labels": {"one": 2}}')
+            rounds.write_text(rounds.read_text().replace("{", '{"recall": [0.5, 1.0], ', 1))
         case "gone":
             config.unlink()
 
@@ -368,6 +371,7 @@ def damage(run: Path, how: str) -> None:
         ("no method", DataError, "config.toml or partition.json is damaged"),
         ("no clients", DataError, "lists no clients"),
         ("no labels", DataError, "config.toml or partition.json is damaged"),
+        ("other labels", DataError, "axes.json is damaged, or of another run"),
         ("gone", ConfigError, "is not a run folder: config.toml is missing"),
     ],
 )

@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_cli import rolora
 from tiny_site import make_site, write_rows
 
 from rolora.config.load import load_config
@@ -32,7 +34,7 @@ def finish(run: runs.Run) -> Path:
     return run.folder.path
 
 
-def lines(path: Path) -> list[dict[str, object]]:
+def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
 
 
@@ -50,6 +52,7 @@ def test_a_run_leaves_the_folder_that_the_documentation_promises(whole: Path) ->
     assert names == {
         "config.toml",
         "partition.json",
+        "axes.json",
         "rounds.jsonl",
         "checkpoints",
         "adapter",
@@ -57,6 +60,19 @@ def test_a_run_leaves_the_folder_that_the_documentation_promises(whole: Path) ->
     }
     assert [entry["round"] for entry in lines(whole)] == [0, 1, 2, 3, 4]
     assert [entry["factors"] for entry in lines(whole)[1:3]] == [["B", "head"], ["A", "head"]]
+
+
+def test_the_recall_of_all_labels_by_their_rows_is_the_accuracy_of_each_evaluation(
+    whole: Path,
+) -> None:
+    rows = json.loads((whole / "axes.json").read_text())["labels"]
+    assert rows == {"bad": 4, "cat": 4, "good": 4}
+    evaluated = [entry for entry in lines(whole) if entry["metrics"]]
+    assert [entry["round"] for entry in evaluated] == [0, 2, 4]
+    for entry in evaluated:
+        found = sum(r * n for r, n in zip(entry["recall"], rows.values(), strict=True)) / 12
+        assert found == pytest.approx(entry["metrics"]["accuracy"], abs=1e-4)
+    assert not any("recall" in entry for entry in lines(whole) if not entry["metrics"])
 
 
 def test_every_round_of_rolora_is_exact(whole: Path) -> None:
@@ -245,6 +261,17 @@ def test_an_adapter_is_evaluated_by_itself_as_in_its_run(site: Path, whole: Path
     metrics = evaluate_adapter(whole, str(site.parent / "test.csv"))
     assert metrics == lines(whole)[-1]["metrics"]
     assert evaluate_adapter(whole / "adapter", str(site.parent / "test.csv")) == metrics
+
+
+def test_eval_prints_the_recall_of_each_label_in_its_json(
+    site: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = site.parent / "test.csv"
+    code, out, _ = rolora(monkeypatch, capsys, "eval", whole, "--data", data, "--json")
+    recall = json.loads(out).pop("recall")
+    assert code == 0
+    assert list(recall) == ["bad", "cat", "good"]
+    assert [round(share, 4) for share in recall.values()] == lines(whole)[-1]["recall"]
 
 
 def test_rows_with_some_of_a_run_s_labels_are_evaluated_by_the_run_s_own_names(

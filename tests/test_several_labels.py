@@ -22,7 +22,7 @@ from rolora.data.examples import collate
 from rolora.data.tables import label_sets, numbers
 from rolora.errors import ConfigError, DataError
 from rolora.run import runs
-from rolora.run.evaluation import evaluate_adapter
+from rolora.run.evaluation import evaluate_adapter, evaluate_each
 from rolora.run.experiment import Experiment
 from rolora.run.prediction import predict
 
@@ -136,6 +136,19 @@ def test_metrics_of_several_labels_count_labels_and_whole_rows(place: Path, tmp_
     whole = sum(one == other for one, other in zip(found, truth, strict=True)) / 16
     assert 0 < whole < 1
     assert (metrics["micro_f1"], metrics["subset_accuracy"]) == pytest.approx((f1, whole))
+
+
+def test_the_recall_of_a_label_is_over_the_rows_that_have_it_among_others(
+    place: Path, tmp_path: Path
+) -> None:
+    run = trained(place, tmp_path / "run", "text", "train.rounds=12")
+    found = [set(one["labels"]) for one in predict(run, str(place / "test.csv"))]
+    truth = [set(filter(None, row(number)[1].split("+"))) for number in range(16)]
+    ((_, scored),) = evaluate_each(run, {"test": str(place / "test.csv")})
+    assert set(scored.recall) == set(WORDS)
+    for label, share in scored.recall.items():
+        having = [one for one, other in zip(found, truth, strict=True) if label in other]
+        assert share == sum(label in one for one in having) / len(having)
 
 
 def test_text_lists_and_columns_of_0_and_1_say_the_same(place: Path, tmp_path: Path) -> None:

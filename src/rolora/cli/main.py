@@ -164,19 +164,20 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a finished run, or an adapter folder, on other rows."""
-    from rolora.cli.results import sets_table
+    from rolora.cli.results import scores, sets_table
     from rolora.data.tables import files_of, is_glob
-    from rolora.run.evaluation import evaluate_adapter, evaluate_each
+    from rolora.run.evaluation import evaluate_each
 
     if is_glob(data, root=Path()):
         sets = {name: file for file, name in files_of(data, root=Path()).items()}
         with working(f"loading and evaluating on {len(sets)} sets of rows"):
             found = dict(evaluate_each(path, sets, model, overrides or []))
-        show(json, found, sets_table(found))
+        metrics = {name: one.metrics for name, one in found.items()}
+        show(json, {name: scores(one) for name, one in found.items()}, sets_table(metrics))
         return
     with working("loading and evaluating"):
-        metrics = evaluate_adapter(path, data, model, overrides or [])
-    show(json, metrics, *(f"{name:20} {value:.4f}" for name, value in metrics.items()))
+        ((_, one),) = evaluate_each(path, {data: data}, model, overrides or [])
+    show(json, scores(one), *(f"{name:20} {value:.4f}" for name, value in one.metrics.items()))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -37,6 +38,7 @@ from rolora.results.runs import (
     summarise,
 )
 from rolora.results.tuned import Tuning
+from rolora.training.engine import Evaluation
 
 
 def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:
@@ -191,6 +193,11 @@ def _published(published: Published, runs: Sequence[RunRecord]) -> list[Renderab
     rows = [[r.method, *r.cells(published.digits)] for r in beside_published(published, runs)]
     title = f"{published.metric} beside {published.source}: {published.setting}"
     return [_bold(title), table(["method", f"ours, {published.unit}", "published"], rows)]
+
+
+def scores(found: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON: its metrics and, where there are labels, the recall of each."""
+    return {**found.metrics, **({"recall": found.recall} if found.recall else {})}
 
 
 def sets_table(found: Mapping[str, Mapping[str, float]]) -> Table:

@@ -458,6 +458,13 @@ class EvalConfig(Section):
         description="causal_lm: a regular expression; its first match in 32 generated tokens is "
         "compared with that in the completion, as answer_accuracy instead of exact_match",
     )
+    samples: int = Field(
+        3,
+        ge=0,
+        le=5,
+        description="causal_lm: number of test prompts that the report shows, with the answers "
+        "before and after training; 0: the report has no text of yours",
+    )
     metric: str | None = Field(
         None, description="chooses the best round; left out: the task's main metric"
     )

@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rolora.algorithm.step import MOSTLY
 from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
 
@@ -53,7 +52,8 @@ class RunRecord:
     """The content of a run folder.
 
     ``method`` is the method's name with its options; ``config`` is nested as in the TOML file;
-    ``rounds`` are the lines of ``rounds.jsonl``; ``diverged`` is the message of a run whose loss
+    ``rounds`` are the lines of ``rounds.jsonl``, whose lists are over what ``axes`` names;
+    ``samples``: see ``rolora.run.samples``; ``diverged`` is the message of a run whose loss
     became NaN or infinite, else None.
     """
 
@@ -65,6 +65,8 @@ class RunRecord:
     provenance: dict[str, Any]
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
+    axes: dict[str, Any]
+    samples: tuple[dict[str, str], ...] = ()
     diverged: str | None = None
 
     @property
@@ -89,7 +91,7 @@ class RunRecord:
         if (patience := how.get("patience")) is None or not held:
             return False
         metric = how.get("metric", next(iter(held[0]["validation"])))
-        found = ((_phase(line), line["validation"][metric]) for line in held)
+        found = ((phase(line), line["validation"][metric]) for line in held)
         gains = [gain(metric, value) for value in over_phases(found)]
         return bool(len(gains) - 1 - gains.index(max(gains)) >= patience)
 
@@ -110,7 +112,7 @@ class RunRecord:
         counts, so that no method is judged by the one that its run happens to end on. Of a method
         with one phase this is the curve.
         """
-        phases = {line["round"]: _phase(line) for line in self.rounds}
+        phases = {line["round"]: phase(line) for line in self.rounds}
         first: list[Point] = []
         later: list[Point] = []
         for point in self.curve(metric):
@@ -141,42 +143,9 @@ def over_phases(values: Iterable[tuple[str, float]]) -> list[float]:
     return means
 
 
-def _phase(line: Mapping[str, Any]) -> str:
+def phase(line: Mapping[str, Any]) -> str:
     """What was trained in the round of this line."""
     return "+".join(line.get("factors", ()))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a robust rule treated one client: in ``rounds`` rounds it used its update.
-
-    In ``mostly`` of them it cut it by more than half; ``mean`` is the share cut, over all of them.
-    """
-
-    client: str
-    rounds: int
-    mostly: int
-    mean: float
-
-    @property
-    def in_most_rounds(self) -> bool:
-        """Whether it was mostly cut in more than half of its rounds."""
-        return 2 * self.mostly > self.rounds
-
-
-def cuts(run: RunRecord) -> list[Cut]:
-    """Every client whose updates came, most cut first; empty if the run's rule cuts nobody."""
-    shares: dict[str, list[float]] = {}
-    for line in run.rounds:
-        for client in line.get("clients", {}):
-            shares.setdefault(client, []).append(line.get("cut", {}).get(client, 0.0))
-    if not any(map(any, shares.values())):
-        return []
-    found = [
-        Cut(client, len(own), sum(share > MOSTLY for share in own), statistics.fmean(own))
-        for client, own in shares.items()
-    ]
-    return sorted(found, key=lambda one: (-one.mean, one.client))
 
 
 def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | None) -> int:
@@ -246,9 +215,47 @@ def load_run(path: str | Path) -> RunRecord:
     if options:
         method += f" ({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
     rounds = tuple(_read_rounds(files[1]))
+    axes = _read_axes(folder / "axes.json", rounds)
     marker = folder / "diverged.txt"
     diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
-    return RunRecord(folder, name, method, seed, config, provenance, rounds, partition, diverged)
+    return RunRecord(
+        folder,
+        name,
+        method,
+        seed,
+        config,
+        provenance,
+        rounds,
+        partition,
+        axes,
+        _read_samples(folder / "samples.json"),
+        diverged,
+    )
+
+
+def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the lists of these lines are over. DataError unless they are as long."""
+    axes: dict[str, Any] = {"labels": {}, "layers": []}
+    try:
+        if file.is_file():
+            axes = dict(json.loads(file.read_text(encoding="utf-8")))
+        labels, layers = dict(axes["labels"]), list(axes["layers"])
+        for line in rounds:
+            dict(zip(labels, line.get("recall", labels), strict=True))
+            for values in line.get("layers", {}).values():
+                dict(zip(layers, values, strict=True))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is damaged, or of another run ({error!r})") from None
+    return axes
+
+
+def _read_samples(file: Path) -> tuple[dict[str, str], ...]:
+    try:
+        every = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        keys = ("prompt", "expected", "before", "after")
+        return tuple({key: str(one[key]) for key in keys} for one in every)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({error!r})") from None
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
@@ -405,7 +412,7 @@ def client_values(run: RunRecord, metric: str) -> list[float]:
     for line in run.rounds:
         for client, own in line["client_metrics"].items():
             if line["round"] and metric in own:
-                latest.setdefault(client, {})[_phase(line)] = own[metric]
+                latest.setdefault(client, {})[phase(line)] = own[metric]
     return [statistics.fmean(phases.values()) for phases in latest.values()]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -40,12 +41,12 @@ from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.attacked import Attacked
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
-from rolora.training.local import evaluate, first_gradient
+from rolora.training.local import first_gradient, outputs
 from rolora.training.memory import SHARE, BankPlan, free_bytes, phases, plan_bank, worker_bytes
 from rolora.training.precision import is_wide, lower
 from rolora.training.processes import Processes, usable_cores
 from rolora.training.reference import references
-from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
+from rolora.training.rounds import Federation, RunState, cohort_size
 from rolora.training.settings import LocalSettings
 
 MEASURED = 256  # training rows of which dtype "auto" may time steps
@@ -625,46 +626,56 @@ class Experiment:
 
         Under an attack that is after certain answers, ``attack_success`` is how often it gets them.
         """
-        metrics = self._scored("test", adapter, answers)
+        found = self._scored("test", adapter, answers)
         if self.asked is not None:
-            found = self._scored("asked", adapter, answers=0)
-            metrics = {**metrics, "attack_success": found["accuracy"]}
+            success = self._scored("asked", adapter, answers=0).metrics["accuracy"]
+            found = replace(found, metrics={**found.metrics, "attack_success": success})
         if self.config.eval.rows == "validation":
-            return Evaluation(metrics, metrics)
+            return replace(found, validation=found.metrics)
         if self.validation is None:
-            return Evaluation(metrics)
-        return Evaluation(metrics, self._scored("validation", adapter, answers=0))
+            return found
+        held = self._scored("validation", adapter, answers=0)
+        return replace(found, validation=held.metrics)
 
     def score(
         self, examples: Examples, adapter: AdapterState, answers: int | None = None
-    ) -> Metrics:
+    ) -> Evaluation:
         """The task's metrics of an adapter; with ``answers`` (left out: ``eval.generate``) also
         those of the answers generated for so many rows."""
-        metrics = evaluate(self.base, self.task, examples, adapter)
-        return self._answered(metrics, examples, adapter, answers)
+        with self.base.holding(adapter):
+            found = outputs(self.base, self.task, examples)
+        return self._judged(found, examples, adapter, answers)
 
-    def _scored(self, rows: str, adapter: AdapterState, answers: int | None) -> Metrics:
+    def _scored(self, rows: str, adapter: AdapterState, answers: int | None) -> Evaluation:
         """``score`` on these rows of the run ("test", ...), by its worker processes if any."""
         examples: Examples = getattr(self, rows)
         if self.worker_pool is None:
             return self.score(examples, adapter, answers)
-        metrics = self.task.score(self.worker_pool.outputs(rows, adapter), examples)
-        return self._answered(metrics, examples, adapter, answers)
+        return self._judged(self.worker_pool.outputs(rows, adapter), examples, adapter, answers)
 
-    def _answered(
-        self,
-        metrics: dict[str, float],
-        examples: Examples,
-        adapter: AdapterState,
-        answers: int | None,
-    ) -> Metrics:
-        """These metrics, and those of generated answers."""
-        how = self.config.eval
+    def _judged(
+        self, outputs: Tensor, examples: Examples, adapter: AdapterState, answers: int | None
+    ) -> Evaluation:
+        """What these outputs of the adapter are worth, with what generated answers are."""
+        how, task = self.config.eval, self.task
+        metrics = task.score(outputs, examples)
         count = how.generate if answers is None else answers
         if count and self.kind.answers:
             with self.base.holding(adapter):
                 metrics |= answer_metrics(self.base, examples, count, how.answer)
-        return metrics
+        recall = task.recall(outputs, examples) if task.recall else {}
+        return Evaluation(metrics, recall=recall)
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What the lists in a round's line are over, as the run folder records it."""
+        table, source = self._held(self.config.eval.rows)
+        rows = self.kind.classes(table, self.columns, source) if self.kind.labelled else []
+        counts = Counter(name for row in rows for name in row)
+        return {
+            "labels": {label: counts[label] for label in self.labels if counts[label]},
+            "layers": self.start.server.adapter.layers(),
+        }
 
     def prepare(self) -> None:
         """Make all parts that a run needs. Refusals that take no model come first."""

@@ -30,11 +30,17 @@ KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained 
 
 
 def line(result: RoundResult) -> dict[str, Any]:
-    """A round's line in ``rounds.jsonl``."""
+    """A round's line in ``rounds.jsonl``; what its lists are over, ``axes.json`` has once."""
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     del values["advanced"], values["reason"], values["state"]
-    if not result.cut:
-        del values["cut"]  # most rules cut nobody
+    values["recall"] = [round(share, 4) for share in result.recall.values()]
+    values["layers"] = {
+        what: [None if value is None else float(f"{value:.4g}") for value in own.values()]
+        for what, own in result.layers.items()
+    }
+    for key in ("cut", "recall", "layers"):
+        if not values[key]:
+            del values[key]  # most rules cut nobody, and most rounds are not evaluated
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
     return values
 
@@ -78,6 +84,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def samples(self) -> Path:
+        """What a finished language model wrote for a few prompts; see ``rolora.run.samples``."""
+        return self.path / "samples.json"
+
+    @property
     def report(self) -> Path:
         """The report of a finished run, which is written last."""
         return self.path / "report.html"
@@ -99,12 +110,23 @@ class RunFolder:
         return self.report.is_file() or self.diverged.is_file()
 
     @classmethod
-    def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
-        """A new run folder. ConfigError if ``path`` exists: nothing is overwritten."""
+    def create(
+        cls,
+        path: Path,
+        config: str,
+        partition: Mapping[str, Any],
+        axes: Mapping[str, Any] | None = None,
+    ) -> RunFolder:
+        """A new run folder; for ``axes`` see ``Experiment.axes``.
+
+        ConfigError if ``path`` exists: nothing is overwritten.
+        """
         require_new(path)
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)
             (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
+            if axes is not None:
+                (part / "axes.json").write_text(json.dumps(axes, indent=1) + "\n")
             (part / "rounds.jsonl").touch()
             (part / "checkpoints").mkdir()
         return cls(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -34,6 +35,7 @@ from rolora.results.runs import load_run
 from rolora.run.environment import git_commit, processor
 from rolora.run.experiment import Experiment, dated
 from rolora.run.folder import RunFolder, line, require_new
+from rolora.run.samples import samples
 from rolora.run.tracking import require_trackers, tracking
 from rolora.tasks.spans import masks
 from rolora.training.engine import Engine
@@ -94,6 +96,8 @@ class Run:
         adapter = state.best.adapter if state.best else state.server.adapter
         round = state.best.round if state.best else state.server.round
         base, method = self.experiment.base, self.experiment.method
+        if written := samples(self.experiment, adapter):
+            write_file(self.folder.samples, json.dumps(written, indent=1) + "\n")
         config = pinned(self.experiment.config, _chosen(self.experiment))
         notes = {
             "rolora": version("rolora"),
@@ -160,7 +164,7 @@ def start(
         experiment.compute_anew()
     drawn = {"server_seed": experiment.config.server_seed}
     text = dump_config(config.model_copy(update=drawn), provenance(experiment), path)
-    folder = RunFolder.create(path, text, experiment.partition)
+    folder = RunFolder.create(path, text, experiment.partition, experiment.axes)
     return Run(experiment, folder, experiment.start, tuple(experiment.notes))
 
 
@@ -209,6 +213,7 @@ def resume(
             raise ConfigError(f"{path} has already done {state.server.round} rounds")
         if rounds is not None:
             folder.report.unlink(missing_ok=True)  # marks the end, which now lies ahead
+            folder.samples.unlink(missing_ok=True)
         if rounds is not None or overrides or root is not None:
             write_file(folder.config, dump_config(config, origin, folder.path))
     for key, what in _ALIKE.items():

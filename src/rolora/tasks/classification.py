@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import scipy.stats
@@ -60,7 +61,13 @@ def classification(
             **({} if positive is None else {"f1": _f1_of(labels.index(positive), truth, guess)}),
         }
 
-    return _of_texts(base, text, max_length, targets, loss, score, predictions)
+    def recall(outputs: Tensor, examples: Examples) -> dict[str, float]:
+        truth = examples.targets
+        found = truth[outputs.argmax(dim=1) == truth]
+        return _shares(labels, *(of.bincount(minlength=len(labels)) for of in (found, truth)))
+
+    task = _of_texts(base, text, max_length, targets, loss, score, predictions)
+    return replace(task, recall=recall)
 
 
 def multi_label(
@@ -106,7 +113,12 @@ def multi_label(
             "loss": _mean(loss(outputs, examples.targets)),
         }
 
-    return _of_texts(base, text, max_length, targets, loss, score, predictions)
+    def recall(outputs: Tensor, examples: Examples) -> dict[str, float]:
+        truth = examples.targets > 0
+        return _shares(labels, *(of.sum(dim=0) for of in (truth & (outputs >= 0), truth)))
+
+    task = _of_texts(base, text, max_length, targets, loss, score, predictions)
+    return replace(task, recall=recall)
 
 
 def regression(base: Base, text: str | Sequence[str], label: str, max_length: int) -> Task:
@@ -253,6 +265,12 @@ def logits(model: Any, batch: Batch) -> Tensor:
     else:
         result = model(**batch.inputs).logits
     return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
+
+
+def _shares(labels: Sequence[str], found: Tensor, rows: Tensor) -> dict[str, float]:
+    """Label -> found / rows, for labels with rows; both (labels,)."""
+    each = zip(labels, found.tolist(), rows.tolist(), strict=True)
+    return {label: hits / count for label, hits, count in each if count}
 
 
 def _named(shares: Tensor, labels: Sequence[str]) -> list[dict[str, float]]:

@@ -53,6 +53,8 @@ class Task:
     returns the metrics of an ``encode_test``. ``predict(table, source, outputs, max_new_tokens)``
     gives a dict per table row, which needs no right answer, while the bank holds the adapter;
     ``outputs(examples)`` gives (rows, width) for them. None: the task makes no predictions.
+    ``recall(outputs, examples)`` maps each label that rows of an ``encode_test`` have, in the order
+    of the labels, to the share of these rows for which it is predicted. None: there are no labels.
     """
 
     encode: Callable[[Any, str], Examples]
@@ -61,6 +63,7 @@ class Task:
     outputs: Callable[[Any, Batch], Tensor]
     score: Callable[[Tensor, Examples], dict[str, float]]
     predict: Predict | None = None
+    recall: Callable[[Tensor, Examples], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from rolora.algorithm.ledger import (
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
+from rolora.algorithm.spectrum import layer_measures
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
 from rolora.training.engine import Engine, Evaluation, Job
@@ -61,7 +62,8 @@ class RoundResult:
 
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
     payload over all clients, as it is encoded; those of round 0 are the gradients of all clients,
-    if the method starts from them. ``cut``: see ``rolora.algorithm.step.RoundReport``. ``reason``:
+    if the method starts from them. ``recall``: see ``Evaluation``; ``layers``: see
+    ``rolora.algorithm.spectrum``; ``cut``: see ``rolora.algorithm.step.RoundReport``. ``reason``:
     why an attempt has not advanced.
     """
 
@@ -75,6 +77,8 @@ class RoundResult:
     metrics: Metrics = field(default_factory=dict)
     validation: Metrics = field(default_factory=dict)
     client_metrics: Mapping[str, Metrics] = field(default_factory=dict)
+    recall: Metrics = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     aggregation_error: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
@@ -304,6 +308,7 @@ def _evaluated(run: Federation, result: RoundResult) -> RoundResult:
         found = Evaluation(
             _mean([one.server.metrics for one in each if one.server.metrics]),
             _mean([one.server.validation for one in each if one.server.validation]),
+            _mean([one.server.recall for one in each if one.server.recall]),
         )
     if not found.metrics:
         found = run.evaluate(state.server.adapter)
@@ -317,6 +322,8 @@ def _evaluated(run: Federation, result: RoundResult) -> RoundResult:
         metrics=found.metrics,
         validation=found.validation,
         client_metrics=client_metrics,
+        recall=found.recall,
+        layers=layer_measures(state.server.adapter, run.method.personal_roles),
         state=state,
     )
 
