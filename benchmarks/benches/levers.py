@@ -7,7 +7,7 @@ rows in the same order, and the accuracy at the end is in the record.
 
 from __future__ import annotations
 
-from benchmarks.job import configuration, write_job
+from benchmarks.job import configuration
 from benchmarks.place import Place
 
 TOP = 2  # a third of MiniLM's 6 layers
@@ -33,10 +33,7 @@ def run(place: Place) -> None:
             cache=str(place.scratch / "cache"),
             lr=1e-2,
         )
-        name = f"levers-{layers.replace(':', '')}"
-        folders[layers] = write_job(
-            config, place.scratch / name, rounds, threads=place.threads, actors=place.cores
-        )
+        folders[layers] = place.job(config, f"levers-{layers.replace(':', '')}", rounds)
     few = folders[f"top:{TOP}"]
     parties = [
         place.party("rolora_run", few, "auto", name="rolora"),
