@@ -671,15 +671,17 @@ class Experiment:
         for part in ("method", "labels", "federation", "start", "test", "validation", "data"):
             getattr(self, part)
 
-    def compute_anew(self) -> None:
-        """Forget what has the bits of so many threads: a first gradient, and the outputs before
-        training that rows come with."""
-        parts = ["start"]
-        if self.kind.compares:
-            rows = ("task", "encoded", "examples", "test", "validation", "asked")
-            parts += [*rows, "engine", "worker_pool", "federation"]
-        for part in parts:
-            vars(self).pop(part, None)
+    def reloaded(self) -> Experiment:
+        """The same run with the rows and the model that are loaded; everything else is made again.
+
+        For another number of threads, on which the last bits of a first gradient and of the
+        outputs before training depend.
+        """
+        loaded = {"rows", "labels", "base", "_loaded", "bank", "executor", "processes"}
+        if not self.kind.compares:  # then tokens are only tokens
+            loaded |= {"encoded", "test", "validation", "asked"}
+        parts: Any = {name: part for name, part in vars(self).items() if name in loaded}
+        return Experiment(self.config, self.clients, **parts)
 
     @cached_property
     def notes(self) -> Sequence[str]:

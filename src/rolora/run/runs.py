@@ -157,7 +157,8 @@ def start(
     many = torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ
     if several and many:  # each process has a core
         torch.set_num_threads(1)
-        experiment.compute_anew()
+        experiment = experiment.reloaded()
+        experiment.prepare()
     drawn = {"server_seed": experiment.config.server_seed}
     text = dump_config(config.model_copy(update=drawn), provenance(experiment), path)
     folder = RunFolder.create(path, text, experiment.partition)
