@@ -16,13 +16,8 @@ from rolora.data.examples import Batch, Examples, collate
 from rolora.errors import NotHere
 from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.meta_model import Outline, outline
-from rolora.run.experiment import (
-    Experiment,
-    base_dtype,
-    local_settings,
-    lora_settings,
-    revisits,
-)
+from rolora.run.experiment import Experiment
+from rolora.run.settings import base_dtype, local_settings, lora_settings, revisits
 from rolora.run.shards import Rows
 from rolora.tasks.registry import TaskKind
 from rolora.training.rounds import cohort_size

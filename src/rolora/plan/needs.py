@@ -24,8 +24,9 @@ from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig, TrainConfig
 from rolora.plan.dry_run import Untrained
 from rolora.plan.estimate import Estimate, estimate_run
-from rolora.run.experiment import Experiment, require_turns
+from rolora.run.experiment import Experiment
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
+from rolora.run.refusals import require_turns
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
 from rolora.training.memory import PROCESS, bank_size, free_bytes

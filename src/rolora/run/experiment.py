@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,21 +17,23 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Role
 from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
-from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
+from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
 from rolora.attacks.attack import ATTACKS, NO_ATTACK, Attack, bad_clients
-from rolora.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
+from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
 from rolora.data.labels import in_order, label_name
-from rolora.errors import ConfigError, nearest
+from rolora.errors import ConfigError
 from rolora.files import from_home
-from rolora.methods import get_method, method_names
+from rolora.methods import get_method
 from rolora.model.base import Base, load_base
 from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
-from rolora.model.peft import WEIGHTS, LoraSettings, read_adapter
+from rolora.model.peft import WEIGHTS, read_adapter
 from rolora.model.prefix import kept_below
+from rolora.run.refusals import require_clients, require_supported
+from rolora.run.settings import base_dtype, local_settings, lora_settings, revisits
 from rolora.run.shards import Rows, load_rows, neighboured, rewritten, spoiled
 from rolora.run.workers import InWorkers, Part, WorkerPool
 from rolora.tasks.generation import answer_metrics
@@ -178,56 +179,8 @@ class Experiment:
         """
         config = self.config
         method = get_method(config.method.name, **config.method.options)
-        if not isinstance(config.lora.rank, int) and not method.heterogeneous_ranks:
-            able = [name for name in method_names() if get_method(name).heterogeneous_ranks]
-            raise ConfigError(
-                f"{method.name} does not support clients of different ranks: set lora.rank to one "
-                f"number, or use one of {', '.join(able)}"
-            )
-        optimizers = [name for name, _ in config.aggregate.rules if name in SERVER_OPTIMIZERS]
-        if optimizers and not method.supports_server_optimizer:
-            able = [name for name in method_names() if get_method(name).supports_server_optimizer]
-            raise ConfigError(
-                f"{method.name} does not support the server optimizer {optimizers[0]!r}, since its "
-                "server does more than average what clients send: remove it, or use one of "
-                f"{', '.join(able)}"
-            )
-        names = [name for name, _ in config.aggregate.rules]
-        rule = next((name for name in names if name in ("nnm", "bucketing")), names[-1])
-        uneven = not isinstance(config.lora.rank, int)
-        if rule != "mean" and (method.sparse_upload or (uneven and not method.whole_products)):
-            raise ConfigError(
-                f"{method.name} averages pieces that not every client sends, and {rule!r} would "
-                "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
-                "rolora with one lora.rank"
-            )
-        if self.aggregation.reducer.least > 1 and not method.federated:
-            raise ConfigError(
-                f"{method.name} trains on the rows of all clients together, so {rule!r} has nobody "
-                "to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
-            )
-        if self.attack is not None:
-            self._refuse_attack(method, self.attack)
-        if config.train.keep_moments and method.resets_factors:
-            raise ConfigError(
-                f"{method.name} makes new factors each round, so what an optimizer knew of the old "
-                "ones means nothing: set train.keep_moments to false"
-            )
-        require_turns(method, config.train, {})  # of each client once its rows are known
+        require_supported(method, config, self.aggregation, self.attack)
         return freeze_head(method) if config.model.head == "freeze" else method
-
-    def _refuse_attack(self, method: Method, attack: Attack) -> None:
-        """ConfigError for an attack that this method or these settings leave no room for."""
-        forges = attack.forge is not None
-        if not method.federated or (forges and not method.shared(1)):
-            raise ConfigError(
-                f"{method.name} combines nothing that clients send, so there is nothing to "
-                "attack: remove [attack]"
-            )
-        if forges and not isinstance(self.config.lora.rank, int):
-            raise ConfigError(
-                "[attack] forges updates from the moves of all clients: set lora.rank to one number"
-            )
 
     @cached_property
     def settings(self) -> LocalSettings:
@@ -448,28 +401,8 @@ class Experiment:
         """
         if self.clients is None:
             raise ValueError("training needs a folder for the clients' state")
-        self.config.lora.ranks(self.rows.shards)
         sizes = {client: len(rows) for client, rows in self.rows.shards.items()}
-        require_turns(self.method, self.config.train, sizes)
-        trusted = self.config.aggregate.trusted
-        if trusted is not None and trusted not in sizes:
-            raise ConfigError(
-                f"aggregate.trusted = {trusted!r} is no client of this run: "
-                f"{nearest(trusted, sizes)}"
-            )
-        if (quorum := self.config.aggregate.quorum) > self.cohort:
-            raise ConfigError(
-                f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
-                f"(train.participation of {len(self.rows.shards)} clients)"
-            )
-        least = self.aggregation.reducer.least
-        if least > self.cohort and self.method.federated:
-            names = [name for name, _ in self.config.aggregate.rules]
-            raise ConfigError(
-                f"aggregate.reducer {names} needs {least} updates a round to withstand "
-                f"{self.config.aggregate.byzantine} bad ones (aggregate.byzantine), but a cohort "
-                f"has {self.cohort} (train.participation of {len(self.rows.shards)} clients)"
-            )
+        require_clients(self.method, self.config, self.aggregation, sizes, self.cohort)
         kind = Debug if self.config.train.engine == "debug" else InProcess
         here = kind(
             self.base,
@@ -786,77 +719,3 @@ def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Exa
         ):
             digest.update(b"" if tensor is None else tensor.numpy().data)
     return digest.hexdigest()[:32]
-
-
-def base_dtype(wanted: str, device: str) -> torch.dtype:
-    """What the base is loaded in for this ``model.dtype``, before any measurement."""
-    half = wanted == "bf16" or (wanted == "auto" and device == "cuda")
-    return torch.bfloat16 if half else torch.float32
-
-
-def lora_settings(lora: LoraConfig) -> LoraSettings:
-    """Where and how large the configured adapters are."""
-    targets = lora.target_modules
-    return LoraSettings(
-        rank=lora.largest,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
-        rslora=lora.rslora,
-    )
-
-
-def dated(config: RunConfig, day: datetime.date | str | None = None) -> RunConfig:
-    """The configuration with the date that chat templates are given: its own, else ``day``, else
-    today. Unchanged for a run that cannot have chats."""
-    data, kind = config.data, task_kind(config.model.task)
-    if data.date is not None or not kind.goes_with("date", kind.chosen(dict(data))):
-        return config
-    given = {**data.model_dump(), "date": day or datetime.date.today()}
-    return config.model_copy(update={"data": DataConfig.model_validate(given)})
-
-
-def local_settings(train: TrainConfig) -> LocalSettings:
-    """How the configured clients train in a round."""
-    steps = 5 if train.local_steps is None and train.local_epochs is None else train.local_steps
-    return LocalSettings(
-        steps=steps,
-        epochs=train.local_epochs,
-        batch_size=train.batch_size,
-        optimizer=train.optimizer,
-        weight_decay=train.weight_decay,
-        momentum=train.momentum,
-        max_grad_norm=train.max_grad_norm,
-        b_lr_ratio=train.b_lr_ratio,
-        head_lr_ratio=train.head_lr_ratio,
-    )
-
-
-def require_turns(method: Method, train: TrainConfig, sizes: Mapping[str, int]) -> None:
-    """ConfigError if a client takes one step a round where factors take turns between steps.
-
-    ``sizes``: client -> its number of rows, by which epochs count their steps.
-    """
-    settings = local_settings(train)
-    if method.trainable(1, 0) == method.trainable(1, 1):
-        return
-    if train.local_steps == 1:
-        raise ConfigError(
-            f"{method.name} alternates factors between local steps: set train.local_steps to at "
-            "least 2"
-        )
-    for client, rows in sizes.items():
-        if settings.num_steps(rows) == 1:
-            raise ConfigError(
-                f"{method.name} alternates factors between local steps, but client {client!r} with "
-                f"{rows} rows takes one a round: set train.local_epochs to at least 2, or lower "
-                "train.batch_size"
-            )
-
-
-def revisits(train: TrainConfig, sizes: Sequence[int]) -> bool:
-    """Whether training sees each row at least once on average; ``sizes`` are those of shards."""
-    settings = local_settings(train)
-    visits = sum(settings.num_steps(size) * min(size, train.batch_size) for size in sizes)
-    return train.rounds * train.participation * visits >= sum(sizes)

@@ -32,8 +32,9 @@ from rolora.report.card import Source, card
 from rolora.report.page import write_report
 from rolora.results.runs import load_run
 from rolora.run.environment import git_commit, processor
-from rolora.run.experiment import Experiment, dated
+from rolora.run.experiment import Experiment
 from rolora.run.folder import RunFolder, line, require_new
+from rolora.run.settings import dated
 from rolora.run.tracking import require_trackers, tracking
 from rolora.tasks.spans import masks
 from rolora.training.engine import Engine

@@ -19,7 +19,7 @@ from rolora.config.schema import AttackConfig, DataConfig, RunConfig
 from rolora.errors import RoloraError
 from rolora.files import make_folder, write_file
 from rolora.flower.message import LABEL_LENGTH, REASONS
-from rolora.run.experiment import local_settings
+from rolora.run.settings import local_settings
 from rolora.run.shards import hold_out
 from rolora.sites.site_config import ROLES, SiteConfig
 from rolora.tasks.registry import NO_COLUMNS, task_kind

@@ -48,7 +48,8 @@ from rolora.flower.message import (
 )
 from rolora.flower.versions import PROTOCOL, versions
 from rolora.model.base import layout, tokenizer_digest
-from rolora.run.experiment import Experiment, require_turns
+from rolora.run.experiment import Experiment
+from rolora.run.refusals import require_turns
 from rolora.run.shards import Rows, hold_out, neighboured
 from rolora.sites.gate import leave
 from rolora.sites.policy import (

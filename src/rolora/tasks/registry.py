@@ -28,12 +28,11 @@ TASKS = Registry(
     kind="task",
     group="rolora.tasks",
     own={
-        "classification": "rolora.tasks.kinds:classification",
-        "multi_label": "rolora.tasks.kinds:multi_label",
-        "regression": "rolora.tasks.kinds:regression",
-        "causal_lm": "rolora.tasks.kinds:causal_lm",
-        "choice": "rolora.tasks.kinds:choice",
-        "preference": "rolora.tasks.kinds:preference",
+        name: f"rolora.tasks.kinds:{name}"
+        for name in (
+            *("classification", "multi_label", "regression"),
+            *("causal_lm", "choice", "preference"),
+        )
     },
 )
 
