@@ -1,9 +1,9 @@
 """What travels in a round, counted to the byte, and which tensors each client holds.
 
-Up travels a client's update, as it is encoded, and before the first round a gradient, if the method
-starts from one. Down travels every tensor that the client should
-have and does not hold: in the steady state of an alternating method the other factor, which was
-averaged in the round before; for a client that missed rounds, both.
+A client sends its encoded update and, before the first round, a gradient if the method starts from
+one. It receives every tensor that it should have and does not hold: in the steady state of an
+alternating method the other factor, which was averaged in the round before; after missing rounds,
+both factors.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class _Reduce:
 
 
 class _BelowQuorum(Exception):
-    """The updates do not do, or nothing usable came of them: the round does not advance."""
+    """The updates, or what came of them, cannot be used: the round does not advance."""
 
 
 def step(

@@ -97,7 +97,7 @@ def _show(
 
 
 def follow_all(queue: Iterable[QueuedRun]) -> None:
-    """Run the whole queue, showing each round and, once, how long the whole takes.
+    """Run the whole queue, showing each round and, once, an estimate of the total time.
 
     A run that diverges is reported and skipped. Raises BudgetSpent when the budget is used up.
     """
@@ -110,7 +110,7 @@ def follow_all(queue: Iterable[QueuedRun]) -> None:
 
 
 def _follow_queued(queued: QueuedRun, said: set[str]) -> None:
-    """Run one of the queue; ``said`` are the notes that were printed for earlier ones."""
+    """Run one run of the queue; ``said``: the notes printed for earlier ones."""
     run, outlook, name = queued.run, queued.outlook, queued.planned.path.name
     done = list(queued.done)
 

@@ -126,7 +126,7 @@ def queue_all(
             loaded = _loaded(run.experiment, planned.config)
             yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
-                raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
+                raise RoloraError(f"{planned.path} did not finish: start again to continue")
             done = [*done, *rounds_done([planned])[len(before) :]]
 
 

@@ -89,7 +89,7 @@ class Estimate:
         return int(config.hidden_size)
 
     def batch(self, clients: int) -> Batch:
-        """A batch for so many clients: of ``DRAWS`` draws the one with the most tokens."""
+        """A batch for this many clients: the one with the most tokens of ``DRAWS`` draws."""
         rng = generator(self.experiment.config.seed, "plan")
         size = clients * self._train.batch_size
         drawn = torch.randint(len(self.examples), (DRAWS, size), generator=rng)
@@ -104,7 +104,7 @@ class Estimate:
         return replace(batch, prefix=prefix)
 
     def cost(self, start: AdapterState, roles: Roles, clients: int) -> StepCost | None:
-        """The cost of a step of so many clients; None if the model cannot run on shapes alone.
+        """The cost of a step of this many clients; None if the model cannot run on shapes alone.
 
         Computed once per layout, since methods that train the same tensors share it.
         """

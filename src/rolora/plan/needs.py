@@ -261,7 +261,7 @@ def _dry_run(
     config, sizes = run.experiment.config, run.sizes
     rules, weights = compose(config.aggregate.rules), config.aggregate.weights
     alike = config.train.participation == 1 and isinstance(config.lora.rank, int)
-    if alike and not start.only(frozenset({"delta"})):  # what a delta grows by hangs on the cohort
+    if alike and not start.only(frozenset({"delta"})):  # a delta grows with the cohort
         sizes = dict(itertools.islice(sizes.items(), max(ALIKE, rules.least)))
     cohort = cohort_size(len(sizes), config.train.participation)
     affordable = DRY_BYTES // (cohort * start.num_bytes())

@@ -35,10 +35,10 @@ from rolora.tasks.registry import TASKS, TaskKind, task_kind
 
 @dataclass(frozen=True)
 class Start:
-    """What to begin with, by the model's head: for minutes on two cores with the model ``small``.
+    """Settings to start with, by the model's head: minutes on two cores with the model ``small``.
 
     ``small`` is what ``rolora fetch NAME`` puts into data/. ``tokens``: trained on in a whole run.
-    ``test_rows``: most rows of a share that is held out, which takes time at each evaluation.
+    ``test_rows``: the most rows to hold out, since each evaluation takes time.
     """
 
     small: str
@@ -55,7 +55,7 @@ class Start:
 _ENCODER = Start("data/minilm", "minilm", 128, 5e-3, 10, 5, 8, 200_000, 500)
 _SMOLLM2 = "data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DECODER = Start(_SMOLLM2, "smollm2", 512, 5e-3, 4, 2, 4, 20_000, 100)
-_MODELS = ("data", "models")  # folders in which a model may be at hand
+_MODELS = ("data", "models")  # folders that may already have a model
 
 # the metric of GLUE's tasks other than accuracy; the label that its F1 is of
 GLUE: Mapping[str, Mapping[str, str]] = {
@@ -225,7 +225,7 @@ def _is_answered(found: Found, table: Any) -> bool:
 
 
 def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str]) -> str:
-    """The model's path for the file; without one, a small one that is at hand or can be fetched."""
+    """The model's path for the file; if none is given, a small one that can be fetched."""
     start = _start(found.kind)
     if not given and (named := theirs.text("model_name_or_path")):
         at = theirs.text("model_revision")
@@ -235,7 +235,7 @@ def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str
         rest = small.relative_to(small.parts[0])
         own = [Path(folder) / rest for folder in _MODELS]
         place = next((path for path in own if path.exists()), None)
-        what = f"--model is left out: the file names {place or small}, a small one"
+        what = f"no --model given: the file names {place or small}, a small model"
         notes.append(what if place else f"{what}; get it with: rolora fetch {start.name}")
         return os.path.relpath(place or small, out.parent)
     return os.path.relpath(given, out.parent) if Path(given).exists() else given
@@ -252,37 +252,37 @@ def _notes(found: Found) -> list[str]:
     if client := found.client:
         used.append(client.name)
         notes.append(
-            f"each of the {client.distinct} values of {printable(client.name)} is a client: a guess"
+            f"a guess: each of the {client.distinct} values of {printable(client.name)} is a client"
         )
     unused = [printable(name) for name in table.column_names if name not in used]
     if unused:
-        notes.append(f"columns that are not used: {', '.join(unused)}")
+        notes.append(f"unused columns: {', '.join(unused)}")
     label = chosen.get("label")
     if isinstance(label, str) and is_own_value(table, label):
         notes.append(
-            f"{printable(label)} is a column's name and a value in it: if the file has no line of "
-            "names, add one"
+            f"{printable(label)} is both a column's name and a value in it: if the file has no "
+            "header row, add one"
         )
     source = found.train["train"]
     if found.guess[0] == "classification" and "-1" in tables.labels(table, str(label), source):
         notes.append(
-            f"{printable(str(label))} is -1 in some rows, which makes a class: where that means "
-            "that a row has no label, remove the row"
+            f"{printable(str(label))} is -1 in some rows, which counts as a class: if it "
+            "means that a row has no label, remove those rows"
         )
     labels = next((c for c in found.columns if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
         many = f"{labels.distinct} values in {table.num_rows} rows"
-        notes.append(f"{printable(labels.name)} has {many}: few rows to learn each from")
+        notes.append(f"{printable(labels.name)} has {many}: few rows to learn each value from")
     if chosen.keys() == {"completion"}:
         notes.append(
             f"{printable(str(chosen['completion']))} is learned as it is, without a prompt"
         )
     if _joined(found):
         notes.append(
-            "separator stands between the two columns of the prompt and before the completion"
+            "separator goes between the two columns of the prompt and before the completion"
             if isinstance(chosen["prompt"], list)
-            else "nothing stands between prompt and completion: set separator if the texts need a "
-            "space or a line break there"
+            else "prompt and completion are joined without a separator: set one if the texts need "
+            "a space or a line break between them"
         )
     if found.glue == "mnli" and found.held:
         notes.append(
@@ -293,14 +293,14 @@ def _notes(found: Found) -> list[str]:
 
 
 def _joined(found: Found) -> bool:
-    """Whether completions stand behind prompts that are texts."""
+    """Whether completions follow prompts that are texts."""
     task, asked = found.guess[0], found.guess[1].get("prompt")
     chats = [column.name for column in found.columns if column.kind == "messages"]
     return task in ("causal_lm", "preference") and asked is not None and asked not in chats
 
 
 def _stated(form: TextForm) -> dict[str, str]:
-    """The keys of [data] that say how text is written, where it is not the usual way."""
+    """The keys of [data] for text that is not written in the usual way."""
     keys = {"delimiter": form.delimiter, "encoding": form.encoding}
     return {key: value for key, value in keys.items() if value not in (None, "utf-8")}
 
@@ -381,7 +381,7 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
 
 
 def _every(rounds: int) -> int:
-    """Rounds between some four evaluations: odd, for both kinds of RoLoRA's rounds in turn."""
+    """For about four evaluations; odd, so that they follow both kinds of RoLoRA's rounds."""
     return rounds // 4 | 1
 
 
@@ -414,17 +414,17 @@ def _tokens(found: Found) -> float:
 
 
 def _take_over(sections: dict[str, Lines], found: Found, theirs: Trainer, notes: list[str]) -> None:
-    """Put the settings of TRL's file into the tables, and say which do not go with the task."""
+    """Put the settings of TRL's file into the tables, with a note on those the task cannot use."""
     for key, (value, origin) in theirs.settings.items():
         table, _, name = key.rpartition(".")
         if table not in sections:
-            notes.append(f"{origin} is not taken: the task is {found.guess[0]}, not preference")
+            notes.append(f"{origin} is not used: the task is {found.guess[0]}, not preference")
             continue
         sections[table].pop(f"# {name}", None)
         sections[table][name] = (value, f"{origin} of TRL's file")
     if (wanted := theirs.text("dataset_test_split")) and not found.held:
         notes.append(
-            f"dataset_test_split: {printable(wanted)} is not taken: there is none that has answers"
+            f"dataset_test_split: {printable(wanted)} is not used: it is missing or has no answers"
         )
     train = sections["train"]
     steps, batch = train["local_steps"][0], train["batch_size"][0]

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run: every part is made once, when first asked for."""
+"""From a configuration to the objects of a run: each part is made once, when first needed."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class Parts(TypedDict, total=False):
 
 
 class Experiment:
-    """A configured run. Each part is made when it is first asked for, and kept.
+    """A configured run. Each part is made when it is first needed, and kept.
 
-    ``clients`` is the folder of the clients' own state, needed only for training. Parts that are
-    already at hand are given by name: the base model of an earlier run of the same model, labels
+    ``clients`` is the folder of the clients' own state, needed only for training. Parts that
+    already exist are given by name: the base model of an earlier run with the same model, labels
     and LoRA settings; the labels that sites have agreed on; another engine. Making a part raises
-    ConfigError or DataError, in one line, for what the user has to change.
+    ConfigError or DataError, whose one line says what to change.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Experiment:
         scheme = given.partition.scheme
         if scheme in ("dirichlet", "by_label") and self.kind.head in ("multi_label", "regression"):
             raise ConfigError(
-                f"partition.scheme = {scheme!r} goes by the one class of each row, which task "
+                f"partition.scheme = {scheme!r} needs one class per row, which task "
                 f"{self.kind.name!r} does not have: use 'iid', 'by_field' or 'files'"
             )
         rows = load_rows(
@@ -157,13 +157,13 @@ class Experiment:
 
     @cached_property
     def labels(self) -> Sequence[str]:
-        """The class labels, in the order of the model's outputs; empty for a task without."""
+        """The class labels, in the order of the model's outputs; empty if the task has none."""
         source = self.config.data.train
         found = self.kind.labels(self.rows.train, self.columns, source)
         return self.ordered(self.kind.vocabulary(found, source))
 
     def ordered(self, labels: Sequence[str]) -> Sequence[str]:
-        """These labels in the order of the checkpoint's outputs, where it names just these."""
+        """These labels in the order of the checkpoint's outputs, if it has exactly these."""
         config = self.config
         return tuple(
             in_order_of_checkpoint(
@@ -184,7 +184,7 @@ class Experiment:
 
     @cached_property
     def settings(self) -> LocalSettings:
-        """How clients train; they keep their optimisers' state of all that some round trains."""
+        """How clients train, and of which roles they keep the optimiser's state."""
         train = self.config.train
         rounds = range(1, train.rounds + 1) if train.keep_moments else ()
         kept = frozenset[Role]().union(*(self.method.trained(round) for round in rounds))
@@ -196,7 +196,7 @@ class Experiment:
         return self._loaded[0]
 
     def load_base(self) -> Base:
-        """The base model anew. Without a measurement, dtype "auto" is bf16 on CUDA, else fp32.
+        """Load the base model. Without a measurement, dtype "auto" is bf16 on CUDA, otherwise fp32.
 
         ConfigError for a device that is missing or does not support the dtype.
         """
@@ -572,7 +572,7 @@ class Experiment:
         self, examples: Examples, adapter: AdapterState, answers: int | None = None
     ) -> Metrics:
         """The task's metrics of an adapter; with ``answers`` (left out: ``eval.generate``) also
-        those of the answers generated for so many rows."""
+        those of the answers generated for that many rows."""
         metrics = evaluate(self.base, self.task, examples, adapter)
         return self._answered(metrics, examples, adapter, answers)
 
@@ -628,7 +628,7 @@ class Experiment:
             found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
         if self.attack is not None:
             found.append(
-                f"an experiment: {', '.join(sorted(self._bad(self.rows)))} attack the others "
+                f"an experiment: bad clients {', '.join(sorted(self._bad(self.rows)))} attack "
                 f"({config.attack.name})"
             )
         limit = self.base.limit(config.data.max_length)
@@ -649,7 +649,7 @@ class Experiment:
         if self.config.train.workers != 1 or self.executor is not None:
             found.append(
                 f"{self.groups} groups of clients a round, {self.workers} trained at a time, each "
-                "in a process (train.bank sets their size)"
+                "in its own process (train.bank sets the size of a group)"
             )
         found.append(self._one_phase())
         if self.method.personal_roles:
@@ -684,7 +684,7 @@ class Experiment:
 
 
 def ready(task: Task, finish: Callable[[Examples, str], Examples]) -> Task:
-    """The task, of which all examples are what ``finish(examples, source)`` makes of them."""
+    """The task, with ``finish(examples, source)`` applied to all examples that it encodes."""
 
     def finished(encode: Callable[[Any, str], Examples]) -> Callable[[Any, str], Examples]:
         return lambda table, source: finish(encode(table, source), source)

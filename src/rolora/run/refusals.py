@@ -42,13 +42,13 @@ def require_supported(
     if rule != "mean" and (method.sparse_upload or (uneven and not method.whole_products)):
         raise ConfigError(
             f"{method.name} averages pieces that not every client sends, and {rule!r} would "
-            "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
-            "rolora with one lora.rank"
+            "count a missing piece as a vote for no change: set aggregate.reducer to 'mean', or "
+            "use rolora with one lora.rank"
         )
     if aggregation.reducer.least > 1 and not method.federated:
         raise ConfigError(
-            f"{method.name} trains on the rows of all clients together, so {rule!r} has nobody "
-            "to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
+            f"{method.name} trains on the rows of all clients together, so {rule!r} has no "
+            "one to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
         )
     forges = attack is not None and attack.forge is not None
     if attack is not None and (not method.federated or (forges and not method.shared(1))):
@@ -62,8 +62,8 @@ def require_supported(
         )
     if config.train.keep_moments and method.resets_factors:
         raise ConfigError(
-            f"{method.name} makes new factors each round, so what an optimizer knew of the old "
-            "ones means nothing: set train.keep_moments to false"
+            f"{method.name} makes new factors each round, so the optimizer's state of "
+            "the old ones is useless: set train.keep_moments to false"
         )
     require_turns(method, config.train, {})  # of each client once its rows are known
 
@@ -84,7 +84,7 @@ def require_clients(
     how, drawn = config.aggregate, f"(train.participation of {len(sizes)} clients)"
     if how.trusted is not None and how.trusted not in sizes:
         raise ConfigError(
-            f"aggregate.trusted = {how.trusted!r} is no client of this run: "
+            f"aggregate.trusted = {how.trusted!r} is not a client of this run: "
             f"{nearest(how.trusted, sizes)}"
         )
     if how.quorum > cohort:

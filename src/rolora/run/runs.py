@@ -59,7 +59,7 @@ class Run:
 
         At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
         updates as they arrive. A loss that is not finite ends the run and is recorded in its
-        folder. ConfigError if the folder is in use, or has gone on since this run was opened.
+        folder. ConfigError if the folder is in use, or has advanced since this run was opened.
         """
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
@@ -67,11 +67,11 @@ class Run:
         with self.folder.locked(), self.experiment.closing_workers(), track as tracked:
             if self.folder.newest != self.checkpoint:
                 raise ConfigError(
-                    f"{self.folder.path} has gone on since this run was opened: resume it anew"
+                    f"{self.folder.path} has advanced since this run was opened: resume it again"
                 )
             worker_pool = self.experiment.worker_pool
             if worker_pool is not None and self.state.server.round < federation.rounds:
-                worker_pool.begin()  # loading is no part of a round
+                worker_pool.begin()  # loading is not part of a round
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state
@@ -250,7 +250,7 @@ def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bo
     ConfigError for a task that learns from whole rows.
     """
     if experiment.kind.head != "causal_lm":
-        raise ConfigError(f"{experiment.kind.name} is learned by whole rows: there are no masks")
+        raise ConfigError(f"{experiment.kind.name} trains on whole rows: there are no masks")
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
     examples = experiment.task_on(base).encode(table, source)
@@ -258,7 +258,7 @@ def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bo
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
-    """What a run was made with: versions, commit, processor, threads, hashes of the data."""
+    """What a run depends on: versions, commit, processor, threads, hashes of the data."""
     packages = ("rolora", "torch", "transformers", "peft", "datasets", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {
@@ -282,7 +282,7 @@ _SAME = {
     "init_from": "the adapter of lora.init_from",
     "config": "the configuration",
 }
-_ALIKE = {"versions": "set of library versions", "cpu": "processor", "prefix": "use of the cache"}
+_ALIKE = {"versions": "library versions", "cpu": "processor", "prefix": "use of the cache"}
 
 
 def _chosen(experiment: Experiment) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A site's part of a run: it answers four questions, and keeps its rows and state on its disk.
+"""A site's part of a run: it answers four questions, and its rows and state stay on its disk.
 
 ``Site.answer`` maps a question to an answer. What a site has received and sent is in its state
 folder, one file per round, so a new process can answer the next question, or the same one again.
-Rows, tokens and personal tensors never leave the site. What does passes ``gate.leave``, and is
-listed in ``outgoing.log``; ``policy`` holds the coordinator to what the operator agreed to.
+Rows, tokens and personal tensors never leave the site. Whatever leaves passes ``gate.leave`` and is
+listed in ``outgoing.log``; ``policy`` enforces what the operator agreed to.
 
 ====== ====================================== ==========================================
 asks   the coordinator sends                  the site answers

@@ -35,7 +35,7 @@ def classification(
     ``positive``, one of the labels, also f1, which is that label's. ConfigError for another.
     """
     if positive is not None and positive not in labels:
-        raise ConfigError(f"data.positive {positive!r} is no label: {nearest(positive, labels)}")
+        raise ConfigError(f"data.positive {positive!r} is not a label: {nearest(positive, labels)}")
 
     def targets(table: Any, source: str) -> Tensor:
         rows = [[name] for name in tables.labels(table, label, source)]

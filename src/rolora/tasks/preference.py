@@ -231,7 +231,7 @@ def _chats(
         for cell, place in zip(tables.cells(table, name), places(source), strict=False):
             if not isinstance(cell, list):
                 raise DataError(
-                    f"{place}: {name!r} is no list of messages, but {names[0]!r} holds such lists: "
+                    f"{place}: {name!r} is not a list of messages, but {names[0]!r} holds lists: "
                     "give all as texts, or all as messages; a prompt that the chats begin with is "
                     "left out of [data]"
                 )
