@@ -126,8 +126,8 @@ def test_settings_of_another_task_are_not_taken(tmp_path: Path) -> None:
     ("yaml", "says"),
     [
         ("a: [1", "is not valid YAML"),
-        ("- a\n- b", "holds no settings of TRL's"),
-        ("", "holds no settings of TRL's"),
+        ("- a\n- b", "has no settings of TRL"),
+        ("", "has no settings of TRL"),
         ("learning_rate: fast", "learning_rate is 'fast', not a number"),
         ("seed: true", "seed is True, not a number"),
         ("lora_r: -1", "lora.rank"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import cached_property, partial
@@ -80,7 +79,16 @@ class Experiment:
     already exist are given by name: the base model of an earlier run with the same model, labels
     and LoRA settings; the labels that sites have agreed on; another engine. Making a part raises
     ConfigError or DataError, whose one line says what to change.
+
+    ``run``: the run's name at its sites, "" on one machine. ``spare``: clients asked in excess of
+    the cohort. ``executor`` runs the worker processes, wherever they are; without it, processes of
+    this machine do: ``processes``, which outlive the run, or else its own.
     """
+
+    run: str = ""
+    spare: int = 0
+    executor: Executor | None = None
+    processes: Processes | None = None
 
     def __init__(
         self, config: RunConfig, clients: Path | None = None, **given: Unpack[Parts]
@@ -308,11 +316,6 @@ class Experiment:
         return data_hash(self.shards, self.labels, self.examples, *held)
 
     @cached_property
-    def run(self) -> str:
-        """The run's name at its sites; "" for a run on one machine."""
-        return ""
-
-    @cached_property
     def cohort(self) -> int:
         """Clients of a round, all of them with rows here."""
         return cohort_size(len(self.rows.shards), self.config.train.participation)
@@ -421,16 +424,6 @@ class Experiment:
             return engine
         return Attacked(engine, self.attack, self._bad(self.rows), self.aggregation)
 
-    @cached_property
-    def executor(self) -> Executor | None:
-        """What runs the worker processes, wherever they are; None: processes of this machine."""
-        return None
-
-    @cached_property
-    def processes(self) -> Processes | None:
-        """Processes of this machine that outlive the run; None: it starts and ends its own."""
-        return None
-
     @property
     def groups(self) -> int:
         """How many groups of clients a round has."""
@@ -485,26 +478,12 @@ class Experiment:
             self.executor or self.processes,
         )
 
-    @contextlib.contextmanager
-    def closing_workers(self) -> Iterator[None]:
-        """Processes that work for this run end with the block."""
-        try:
-            yield
-        finally:
-            if self.worker_pool is not None:
-                self.worker_pool.close()
-
     @property
     def dtype(self) -> str:
         """``model.dtype``, as "auto" is resolved on this machine."""
         if (wanted := self.config.model.dtype) != "auto":
             return wanted
         return "bf16" if self.base.dtype == torch.bfloat16 else "fp32"
-
-    @cached_property
-    def spare(self) -> int:
-        """Clients asked in excess of the cohort."""
-        return 0
 
     @cached_property
     def aggregation(self) -> Aggregation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
@@ -64,14 +65,15 @@ class Run:
         federation = self.experiment.federation
         federation = replace(federation, engine=watch(federation.engine))
         track = tracking(self.experiment.config, self.folder)
-        with self.folder.locked(), self.experiment.closing_workers(), track as tracked:
+        pool = self.experiment.worker_pool
+        workers = contextlib.nullcontext() if pool is None else contextlib.closing(pool)
+        with self.folder.locked(), workers, track as tracked:
             if self.folder.newest != self.checkpoint:
                 raise ConfigError(
                     f"{self.folder.path} has advanced since this run was opened: resume it again"
                 )
-            worker_pool = self.experiment.worker_pool
-            if worker_pool is not None and self.state.server.round < federation.rounds:
-                worker_pool.begin()  # loading is not part of a round
+            if pool is not None and self.state.server.round < federation.rounds:
+                pool.begin()  # loading is not part of a round
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,9 @@ NUMBERS = {
     *("lora_r", "lora_alpha", "lora_dropout", "max_length", "max_seq_length"),
     *("beta", "label_smoothing"),
 }
-# used where the model, the rows and the rounds are known
+# used where the model, the rows and the rounds are known, or clear from the task
 ELSEWHERE = {
+    "lora_task_type",
     *("model_name_or_path", "model_revision"),
     *("dataset_train_split", "dataset_test_split"),
     *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps"),
@@ -127,21 +128,14 @@ PLAIN = {
     "label_smoothing": "preference.label_smoothing",
     "seed": "seed",
 }
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 WORDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "lr_scheduler_type": (
         "train.schedule",
-        {
-            "linear": "linear",
-            "cosine": "cosine",
-            "constant": "constant",
-            "constant_with_warmup": "constant",
-        },
+        {word: word.removesuffix("_with_warmup") for word in SCHEDULES},
     ),
     "loss_type": ("preference.loss", {"sigmoid": "dpo", "ipo": "ipo", "kto": "kto"}),
-    "dtype": (
-        "model.dtype",
-        {"bfloat16": "bf16", "float32": "fp32", "auto": "auto"},
-    ),
+    "dtype": ("model.dtype", {"bfloat16": "bf16", "float32": "fp32", "auto": "auto"}),
 }
 WORDS = {**WORDS, "torch_dtype": WORDS["dtype"]}
 ON: Mapping[str, Taken] = {
@@ -149,16 +143,10 @@ ON: Mapping[str, Taken] = {
     "load_in_4bit": ("model.dtype", "nf4"),
     "load_in_8bit": ("model.dtype", "int8"),
 }
-# what rolora always does: value -> whether it asks for just that
-ALWAYS: Mapping[str, Callable[[Any], bool]] = {
-    "use_peft": bool,
-    "completion_only_loss": bool,
-    "assistant_only_loss": bool,
-    "trust_remote_code": lambda value: not value,
-    "lora_task_type": lambda value: True,
-    "packing": lambda value: not value,
-    "fp16": lambda value: not value,
-    "use_dora": lambda value: not value,
+# what rolora always does, or never
+ALWAYS = {
+    **dict.fromkeys(("use_peft", "completion_only_loss", "assistant_only_loss"), True),
+    **dict.fromkeys(("trust_remote_code", "packing", "fp16", "use_dora"), False),
 }
 INSTEAD = {
     "dataset_name": "the rows are those given to init",
@@ -208,6 +196,6 @@ def _taken(key: str, value: Any, values: Mapping[str, Any]) -> Taken | str | Non
         return f"{name} is one of {', '.join(dict.fromkeys(words.values()))}"
     if key in ON:
         return ON[key] if value else None
-    if key in ALWAYS and ALWAYS[key](value):
+    if ALWAYS.get(key) is bool(value):
         return None
     return INSTEAD.get(key, "rolora has no such setting")

@@ -1,4 +1,4 @@
-"""What is predicted for whole texts: a class, any number of classes, or a number."""
+"""Predictions for whole texts: a class, any number of classes, or a number."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def _matthews(truth: Any, guess: Any) -> float:
 
 
 def _correlation(measure: Any, truth: Tensor, guess: Tensor) -> float:
-    # scipy warns where a side is constant or not finite
+    # scipy warns if a side is constant or not finite
     for side in (truth, guess):
         if not side.isfinite().all() or (side == side[0]).all():
             return 0.0

@@ -1,4 +1,4 @@
-"""What can be learned: kinds of task by name, and the record of functions that a task is.
+"""Kinds of task by name, and the task itself, a record of functions.
 
 A kind is known before any model is loaded: the columns it reads, the model it needs, its metrics.
 Its task turns rows into tokens, a model's outputs into a loss, and outputs into metrics. An

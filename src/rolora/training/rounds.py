@@ -171,7 +171,7 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     An attempt below the quorum yields a result that has not ``advanced``, and the round is tried
     again with a new cohort. A caller that saves every yielded ``state`` before it asks for the next
     result can be killed at any moment and continue from the last one. Raises NoQuorum after
-    ``run.max_attempts`` attempts at one round (a resumed run starts counting anew) and ConfigError
+    ``run.max_attempts`` attempts at one round (a resumed run counts from 0) and ConfigError
     if validation does not measure ``run.metric``.
 
     A federation on your own model: an engine that knows the clients and trains a cohort.
