@@ -599,7 +599,7 @@ class RunConfig(Section):
             hint = nearest(metric, kind.metrics)
             raise ConfigError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")
         if metric == "f1" and self.data.positive is None:
-            raise ConfigError("eval.metric = 'f1' needs data.positive, the label whose F1 is measured")
+            raise ConfigError("eval.metric = 'f1' needs data.positive, the label to measure")
         if self.partition.scheme == "by_field" and self.partition.field is None:
             raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"
