@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rolora.algorithm.adapter import Failure, Update
 from rolora.config.load import (
     PLACES,
     config_hash,
@@ -38,7 +39,6 @@ from rolora.run.folder import RunFolder, line, require_new
 from rolora.run.settings import dated
 from rolora.run.tracking import require_trackers, tracking
 from rolora.tasks.spans import masks
-from rolora.training.engine import Engine
 from rolora.training.local import NonFiniteLoss
 from rolora.training.rounds import RoundResult, RunState, federate
 
@@ -54,16 +54,15 @@ class Run:
     checkpoint: str = ""
 
     def rounds(
-        self, watch: Callable[[Engine], Engine] = lambda engine: engine
+        self, arrived: Callable[[Update | Failure], None] = lambda reply: None
     ) -> Generator[RoundResult]:
         """Train; each round is on disk before it is yielded.
 
-        At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
-        updates as they arrive. A loss that is not finite ends the run and is recorded in its
+        At the end the adapter and the report are written. ``arrived`` is called with each client's
+        reply as it comes. A loss that is not finite ends the run and is recorded in its
         folder. ConfigError if the folder is in use, or has advanced since this run was opened.
         """
-        federation = self.experiment.federation
-        federation = replace(federation, engine=watch(federation.engine))
+        federation = replace(self.experiment.federation, arrived=arrived)
         track = tracking(self.experiment.config, self.folder)
         pool = self.experiment.worker_pool
         workers = contextlib.nullcontext() if pool is None else contextlib.closing(pool)
