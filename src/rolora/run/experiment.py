@@ -466,12 +466,7 @@ class Experiment:
             "asked": self.asked,
         }
         return WorkerPool(
-            Part(
-                Experiment,
-                config.model_copy(update=changes),
-                tuple(self.labels),
-                self.base.digest,
-            ),
+            Part(config.model_copy(update=changes), tuple(self.labels), self.base.digest),
             {name: given for name, given in rows.items() if given is not None},
             self.clients.parent,
             self.workers,
