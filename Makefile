@@ -13,7 +13,7 @@
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on; STUDY=e1 for one
 # make docs      the pages as a site in build/site, links checked; make docs-serve shows it
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
-# make bench     measurements beside other programs, about 30 minutes; docs/performance.md
+# make bench     measurements beside other programs, about 40 minutes; docs/performance.md
 # make check-gpu right results, speed and memory on this machine's GPU, 8 minutes; REHEARSE=1 on a CPU
 VENV ?= .venv
 PYTHON ?= python3

@@ -1,4 +1,7 @@
-"""A client step on a base in bfloat16 against float32, with attention in either where it counts."""
+"""A client step on a base in bfloat16 against float32, with attention in either where it counts.
+
+Then what the operators of a step take in both.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +36,8 @@ def run(place: Place) -> None:
         place.party("rolora_step", folders["bf16"], "lowest", name="bfloat16, attention too"),
     ]
     place.measured("bfloat16", parties, 9, clients=CLIENTS, rows=ROWS, tokens=ROWS * LENGTH)
+    profiles = [
+        place.party("rolora_step", folders["fp32"], "profiled", name="float32"),
+        place.party("rolora_step", folders["bf16"], "profiled", name="bfloat16"),
+    ]
+    place.measured("operators", profiles, 3, clients=CLIENTS, rows=ROWS, tokens=ROWS * LENGTH)
