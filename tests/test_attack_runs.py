@@ -122,7 +122,7 @@ def test_a_run_names_its_bad_clients_and_the_rule_cuts_them(site: Path, tmp_path
     run = start(load_config(site, told), tmp_path / "run")
     list(run.rounds())
     (bad,) = bad_clients(run.experiment.rows.shards, 1, 0)
-    assert f"an experiment: {bad} attack the others (gauss)" in run.notes
+    assert f"an experiment: bad clients {bad} attack (gauss)" in run.notes
     record = load_run(tmp_path / "run")
     assert [one.client for one in cuts(record) if one.in_most_rounds] == [bad]
     assert attackers(record) == {bad}

@@ -61,7 +61,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
         ("partition.clients=600", 3, "600"),
         ("data.test=strange.csv", 3, "label 'ugly' does not occur in the training data"),
         ("data.train=parts/site-*.csv", 3, "there is no folder"),
-        ("partition.scheme=files", 2, "partition.scheme = 'files' goes with a data.train pattern"),
+        ("partition.scheme=files", 2, "partition.scheme = 'files' needs a data.train pattern"),
         ("data.delimiter=;;", 2, "delimiter ';;' is not one ASCII character"),
         ("data.encoding=utf-9", 2, "encoding 'utf-9' is not known to Python"),
         ("model.path=./nowhere", 2, "model folder './nowhere' does not exist"),

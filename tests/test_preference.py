@@ -245,7 +245,7 @@ DOG = {"role": "assistant", "content": "the dog"}
         ({"chosen": [USER, BOT], "rejected": [BOT]}, "'chosen' must end with one message"),
         ({"chosen": [USER, BOT], "rejected": [USER, USER]}, "'rejected' must end with one"),
         ({"chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": " "}]}, "'rejected' is e"),
-        ({"chosen": [USER, BOT], "rejected": "text"}, "'rejected' is no list of messages"),
+        ({"chosen": [USER, BOT], "rejected": "text"}, "'rejected' is not a list of messages"),
         ({"chosen": [USER, BOT], "rejected": [USER, {"role": "assistant"}]}, "message 2 has no"),
         ({"chosen": [BOT], "rejected": [DOG]}, "'chosen' must end with one message"),
     ],

@@ -36,7 +36,7 @@ SUSPECT = ["aggregate.byzantine=1", "train.participation=1.0", "eval.every=9"]
 TRUSTING = ["aggregate.reducer=fltrust", "aggregate.trusted=client-001", "eval.every=9"]
 KEYS = {10: "site-ann", 11: "site-bob", 12: "site-cy"}
 REFUSED = {
-    "centralized": "trains on the rows of all clients together, so 'nnm' has nobody to leave out",
+    "centralized": "trains on the rows of all clients together, so 'nnm' has no one to leave out",
     "lora_a2": "averages pieces that not every client sends",
 }
 every_method = pytest.mark.parametrize("name", method_names())
@@ -301,7 +301,7 @@ def test_a_run_of_which_too_few_clients_answer_says_how_many_it_needs(
         ),
         (
             ["aggregate.trusted=client-01"],
-            "client-01' is no client of this run: did you mean 'client-",
+            "client-01' is not a client of this run: did you mean 'client-",
         ),
         (["aggregate.trusted="], "aggregate.trusted: String should have at least 1 character"),
         (

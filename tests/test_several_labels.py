@@ -193,7 +193,7 @@ def test_a_partition_by_class_is_refused_where_a_row_has_no_one_class(
     place: Path, kind: str, scheme: str
 ) -> None:
     config = configuration(place, *KINDS[kind], f"partition.scheme={scheme}")
-    with pytest.raises(ConfigError, match=rf"'{scheme}' goes by the one class of each row"):
+    with pytest.raises(ConfigError, match=rf"'{scheme}' needs one class per row"):
         _ = Experiment(config).rows
 
 
@@ -266,13 +266,13 @@ def test_labels_of_a_row_are_read_from_lists_json_and_separated_text(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["a+b", "a"], "is no list of names in row 1"),
-        (['["a"]', '{"a": 1}'], "is no list of names in row 2"),
-        (['["a", null]'], "is no list of names in row 1"),
+        (["a+b", "a"], "is not a list of names in row 1"),
+        (['["a"]', '{"a": 1}'], "is not a list of names in row 2"),
+        (['["a", null]'], "is not a list of names in row 1"),
         ([["a"], None], "is missing in row 2"),
-        ([[1.5]], "is no list of names in row 1"),
-        ([3, 4], "is no list of names in row 1"),
-        (["[" * 100_000], "is no list of names in row 1"),
+        ([[1.5]], "is not a list of names in row 1"),
+        ([3, 4], "is not a list of names in row 1"),
+        (["[" * 100_000], "is not a list of names in row 1"),
     ],
 )
 def test_what_is_no_list_of_labels_is_refused_by_row(values: list[Any], message: str) -> None:

@@ -5,7 +5,7 @@ Then what the operators of a step take in both.
 
 from __future__ import annotations
 
-from benchmarks.job import configuration, lengthened, write_job
+from benchmarks.job import configuration, lengthened
 from benchmarks.place import Place
 
 CLIENTS, ROWS, LENGTH = 8, 4, 32
@@ -29,13 +29,7 @@ def run(place: Place) -> None:
             local_steps=1,
             batch_size=ROWS,
         )
-        folders[dtype] = write_job(
-            config,
-            place.scratch / f"dtype-{dtype}",
-            2,
-            threads=place.threads,
-            actors=place.cores,
-        )
+        folders[dtype] = place.job(config, f"dtype-{dtype}", 2)
     parties = [
         place.party("rolora_step", folders["fp32"], "packed", name="float32"),
         place.party("rolora_step", folders["bf16"], "packed", name="bfloat16"),

@@ -11,7 +11,7 @@ import contextlib
 import subprocess
 from collections.abc import Iterator
 
-from benchmarks.job import configuration, lengthened, write_job
+from benchmarks.job import configuration, lengthened
 from benchmarks.place import Place
 
 CLIENTS, ROWS, LENGTH, ROUNDS = 16, 4, 64, 2
@@ -33,9 +33,7 @@ def run(place: Place) -> None:
         batch_size=ROWS,
         eval={"every": 1000},
     )
-    folder = write_job(
-        config, place.scratch / "workers", ROUNDS, threads=place.threads, actors=place.cores
-    )
+    folder = place.job(config, "workers", ROUNDS)
     parties = [
         place.party("rolora_run", folder, 4, name="one process"),
         place.party("rolora_run", folder, 4, "train.workers=2", name="two workers"),

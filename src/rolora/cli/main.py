@@ -68,7 +68,7 @@ def run(
     ] = None,
     suspicious: Annotated[
         int | None,
-        typer.Option(min=1, help="clients of a round that may send anything; cut them"),
+        typer.Option(min=1, help="withstand this many malicious clients in each round"),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -113,7 +113,7 @@ def resume(
 ) -> None:
     """Continue a run from its last checkpoint, as if it had never stopped.
 
-    It stays the same run wherever its files are: hashes tell whether they are the same.
+    Its files may have moved: hashes tell whether they are still the same.
     """
     from rolora.run import runs
     from rolora.run.folder import RunFolder
@@ -157,7 +157,7 @@ def evaluate(
     ],
     data: Annotated[
         str,
-        typer.Option(help="rows with the run's columns; a pattern measures each file separately"),
+        typer.Option(help="rows with the run's columns; with a pattern, each file separately"),
     ],
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
@@ -185,14 +185,14 @@ def predict(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
     ],
-    data: Annotated[str, typer.Option(help="rows with the run's columns but for right answers")],
+    data: Annotated[str, typer.Option(help="rows with the run's columns, without right answers")],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="a .csv or .jsonl file; default: print JSON lines")
     ] = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="causal_lm: most tokens of a completion")
+        int, typer.Option(min=1, help="causal_lm: maximum tokens in a completion")
     ] = 128,
 ) -> None:
     """Write what a finished run, or an adapter folder, predicts for each of your rows."""
@@ -215,7 +215,7 @@ def export(
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
     ],
     merged: Annotated[
-        Path | None, typer.Option(help="a new folder for the base with the adapter in its weights")
+        Path | None, typer.Option(help="a new folder for the base with the adapter merged into it")
     ] = None,
     gguf: Annotated[
         Path | None, typer.Option(help="a file for the adapter alone, for llama.cpp's --lora")
@@ -228,7 +228,7 @@ def export(
     from rolora.run import export
 
     if merged is None and gguf is None:
-        raise ConfigError("name what to write: --merged FOLDER, --gguf FILE, or both")
+        raise ConfigError("choose what to write: --merged FOLDER, --gguf FILE, or both")
     with working("loading the base and writing"):
         export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
     made = {"merged": merged, "gguf": gguf}
@@ -288,7 +288,7 @@ def plan(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Estimate the memory, traffic, work and disk of a run. Fetches no weights, trains nothing."""
+    """Estimate the memory, traffic, compute and disk of a run. Downloads no weights."""
     from rolora.cli.tables import plan_text
     from rolora.config.load import load_config
     from rolora.plan.needs import make_plan
@@ -311,10 +311,10 @@ def init(
         str, typer.Option(help="the base model: a folder, hub:NAME or a .gguf file")
     ] = "",
     delimiter: Annotated[
-        str | None, typer.Option(help="between the values of a csv; left out: it is found")
+        str | None, typer.Option(help="the delimiter of a CSV file; default: detected")
     ] = None,
     encoding: Annotated[
-        str | None, typer.Option(help="of text files; left out: it is found")
+        str | None, typer.Option(help="the encoding of text files; default: detected")
     ] = None,
     trainer: Annotated[
         Path | None,
@@ -322,7 +322,7 @@ def init(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Look at your rows, write a commented configuration for them, and show what it would do."""
+    """Look at your rows, write a commented configuration, and show how it splits them."""
     from rolora.cli.tables import masked_text, split_table
     from rolora.run.config_template import write_template
     from rolora.run.runs import training_masks
@@ -376,7 +376,7 @@ def main() -> None:
         signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, _interrupt)
-    # a forked worker that raised in the middle of a library's code would leave its locks held
+    # a forked worker that raised inside a library would leave the library's locks held
     for number in (signal.SIGTERM, signal.SIGHUP):
         usual = partial(signal.signal, number, signal.SIG_DFL)
         os.register_at_fork(after_in_child=usual)

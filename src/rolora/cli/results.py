@@ -54,7 +54,7 @@ def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:
 
 
 def _unfinished(runs: Runs) -> list[RenderableType]:
-    """A line for each run that has not ended, which is in no mean."""
+    """A line for each run that has not ended; such runs are not part of any mean."""
     lines: list[RenderableType] = []
     for run in runs.unfinished:
         value = run.last(runs.metric)
@@ -123,7 +123,7 @@ def robustness_text(cells: Sequence[Cell], metric: str) -> Group:
             for attack in dict.fromkeys(cell.attack for cell in own)
         ]
         rows += [
-            [f"{cell.attack} got its way", *(_success(c) for c in own if c.attack == cell.attack)]
+            [f"{cell.attack} succeeded", *(_success(c) for c in own if c.attack == cell.attack)]
             for cell in own
             if cell.success is not None and cell.method == methods[0]
         ]

@@ -1,7 +1,7 @@
 """Right-padded rows as tokens end to end, and attention on them.
 
 Linear layers, norms and activations treat every token alike, so they run on packed tokens as they
-are. Attention alone sees where rows begin and end: it pads rows of like length for itself.
+are. Only attention needs to know where rows begin and end: it pads rows of similar length itself.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def _trained(
     trained = Experiment(make_config(settings, [*moved, *overrides], root=root), labels=labels)
     places = {"init_from": own.lora.init_from}
     if trained.config.lora.model_copy(update=places) != own.lora:
-        raise ConfigError(f"the keys of [lora] are those of {folder}: leave them as they are")
+        raise ConfigError(f"the keys of [lora] are those of {folder} and cannot be changed")
     method = trained.method
     if method.personal_roles:
         kept = "+".join(sorted(method.personal_roles))

@@ -1,4 +1,4 @@
-"""What is predicted for whole texts: a class, any number of classes, or a number."""
+"""Predictions for whole texts: a class, any number of classes, or a number."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def classification(
     ``positive``, one of the labels, also f1, which is that label's. ConfigError for another.
     """
     if positive is not None and positive not in labels:
-        raise ConfigError(f"data.positive {positive!r} is no label: {nearest(positive, labels)}")
+        raise ConfigError(f"data.positive {positive!r} is not a label: {nearest(positive, labels)}")
 
     def targets(table: Any, source: str) -> Tensor:
         rows = [[name] for name in tables.labels(table, label, source)]
@@ -297,7 +297,7 @@ def _matthews(truth: Any, guess: Any) -> float:
 
 
 def _correlation(measure: Any, truth: Tensor, guess: Tensor) -> float:
-    # scipy warns where a side is constant or not finite
+    # scipy warns if a side is constant or not finite
     for side in (truth, guess):
         if not side.isfinite().all() or (side == side[0]).all():
             return 0.0

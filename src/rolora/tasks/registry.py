@@ -1,4 +1,4 @@
-"""What can be learned: kinds of task by name, and the record of functions that a task is.
+"""Kinds of task by name, and the task itself, a record of functions.
 
 A kind is known before any model is loaded: the columns it reads, the model it needs, its metrics.
 Its task turns rows into tokens, a model's outputs into a loss, and outputs into metrics. An
@@ -28,12 +28,11 @@ TASKS = Registry(
     kind="task",
     group="rolora.tasks",
     own={
-        "classification": "rolora.tasks.kinds:classification",
-        "multi_label": "rolora.tasks.kinds:multi_label",
-        "regression": "rolora.tasks.kinds:regression",
-        "causal_lm": "rolora.tasks.kinds:causal_lm",
-        "choice": "rolora.tasks.kinds:choice",
-        "preference": "rolora.tasks.kinds:preference",
+        name: f"rolora.tasks.kinds:{name}"
+        for name in (
+            *("classification", "multi_label", "regression"),
+            *("causal_lm", "choice", "preference"),
+        )
     },
 )
 
