@@ -215,7 +215,11 @@ def export(
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
     ],
     merged: Annotated[
-        Path | None, typer.Option(help="a new folder for the base with the adapter merged into it")
+        Path | None,
+        typer.Option(
+            help="a new folder for the base with the adapter in its weights; for a GGUF base also "
+            "a new .gguf file"
+        ),
     ] = None,
     gguf: Annotated[
         Path | None, typer.Option(help="a file for the adapter alone, for llama.cpp's --lora")

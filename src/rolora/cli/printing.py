@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic_core import to_jsonable_python
 from rich.console import Console, RenderableType
 from rich.progress import track
 from rich.table import Table
@@ -44,10 +45,15 @@ def table(
     return made
 
 
+def json_text(value: object) -> str:
+    """The value as JSON, in which a number that is NaN or infinite is null, as JSON has neither."""
+    return json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2)
+
+
 def show(as_json: bool, value: object, *parts: RenderableType) -> None:
     """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read."""
     if as_json:
-        print(json.dumps(value, indent=2))
+        print(json_text(value))
     else:
         for part in parts:
             out_console.print(part)

@@ -90,7 +90,7 @@ def keys(
 
     say = _notify if json else out_console.print
     if not folder.exists():
-        if host is None:
+        if not host:
             raise ConfigError("a new federation needs --host, where sites reach this machine")
         made = FederationFolder.create(folder, host, port)
         say(f"made {folder}: a CA, and a server certificate for {host}")

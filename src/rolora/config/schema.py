@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -35,12 +34,10 @@ Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
 RankTable = Annotated[dict[str, AtLeastOne], Field(min_length=1)]
 
 
-class Section(BaseModel):
+class Section(
+    BaseModel, extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+):
     """A table of the TOML file. Unknown keys are errors; values are frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
-    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -253,10 +250,8 @@ class PartitionConfig(Section):
     min_examples: int = Field(1, ge=1, description="fewest rows of a client")
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(BaseModel, extra="allow", frozen=True):
     """``[method]``: the method's name; the other keys are that method's options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = Field("rolora", description="see rolora methods; the other keys are its options")
 
@@ -492,11 +487,9 @@ class WireConfig(Section):
     )
 
 
-class AttackConfig(BaseModel):
+# an override nan is a number to TOML, and an attack to us
+class AttackConfig(BaseModel, extra="allow", frozen=True, coerce_numbers_to_str=True):
     """``[attack]``: bad clients, to measure how a run withstands them; on one machine only."""
-
-    # an override nan is a number to TOML, and an attack to us
-    model_config = ConfigDict(extra="allow", frozen=True, coerce_numbers_to_str=True)
 
     name: str = Field(
         NO_ATTACK, description="see docs/robustness.md; the other keys are its options"
