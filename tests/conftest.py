@@ -138,7 +138,7 @@ def quick() -> Iterator[None]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with a model and rows under the names that the documents use."""
-    tiny_bert(tmp_path / "models" / "minilm")
+    tiny_bert(tmp_path / "data" / "minilm")
     write_rows(tmp_path / "mydata.csv", 60)
     monkeypatch.chdir(tmp_path)
     return tmp_path

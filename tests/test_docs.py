@@ -17,7 +17,6 @@ import pytest
 import torch
 from documents import PAGES, ROOT, blocks, section
 from scripts import script
-from tiny import tiny_bert
 from tiny_site import write_rows
 
 from rolora.algorithm.codec import Format, encode
@@ -169,7 +168,6 @@ def test_the_commands_and_the_python_of_the_readme_run_in_their_order(here: Path
 
 @pytest.mark.slow
 def test_the_commands_of_the_quickstart_run_in_their_order(here: Path) -> None:
-    tiny_bert(here / "data" / "minilm")
     (here / "data" / "trec").mkdir()
     for name in ("train", "test"):
         write_rows(here / "data" / "trec" / f"{name}.csv", 60)
@@ -193,7 +191,7 @@ def test_the_commands_of_the_quickstart_run_in_their_order(here: Path) -> None:
     ids=lambda page: page.name,
 )
 def test_the_python_of_a_page_runs(page: Path, here: Path) -> None:
-    call("rolora", "init", "mydata.csv", "--model", "models/minilm")
+    call("rolora", "init", "mydata.csv", "--model", "data/minilm")
     names: dict[str, object] = {}
     for text in runnable(page):
         exec(compile(text, page.name, "exec"), names)
@@ -238,7 +236,7 @@ def test_the_reducer_and_the_task_of_contributing_are_used_by_name(here: Path) -
     ]
     (info / "entry_points.txt").write_text("\n".join(lines))
     path = os.pathsep.join([str(here), str(ROOT / "src")])
-    call("rolora", "init", "mydata.csv", "--model", "models/minilm", PYTHONPATH=path)
+    call("rolora", "init", "mydata.csv", "--model", "data/minilm", PYTHONPATH=path)
     chosen = ("model.task=error_rate", "aggregate.reducer=midrange")
     short = ("train.rounds=1", "partition.clients=3")
     call("rolora", "run", "rolora.toml", *chosen, *short, PYTHONPATH=path)
