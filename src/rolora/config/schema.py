@@ -401,7 +401,7 @@ class TrainConfig(Section):
         1,
         description="processes that train a round's groups of clients at the same time, each with "
         "one thread, or as many as OMP_NUM_THREADS says; auto: as many as the cores and the free "
-        "memory allow, on CUDA one for each visible card",
+        "memory allow, on CUDA one for each visible GPU",
     )
     recompute: bool = Field(
         False, description="recompute layers in the backward pass: less memory, more time"
