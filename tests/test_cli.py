@@ -410,6 +410,14 @@ def test_the_help_names_every_exit_code(
         assert str(code) in out
 
 
+def test_the_help_shows_every_command_in_a_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = rolora(monkeypatch, capsys, "--help")
+    assert "─ Use the adapter ─" in out
+    assert "─ Commands ─" not in out
+
+
 def test_partition_shows_the_split_and_saves_a_picture(
     site: Path,
     tmp_path: Path,

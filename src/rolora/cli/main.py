@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
     from rolora.run.runs import Run
 
+# the panels of --help, in their order
+TRAIN, LOOK, USE = "Train", "Look", "Use the adapter"
+SITES, TRY = "Across sites", "Data and demos"
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,7 +62,108 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
+def init(
+    data: Annotated[
+        str,
+        typer.Argument(help="your rows: a file, folder or pattern, a hub name, or glue/mnli"),
+    ],
+    out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help="the base model: a folder, hub:NAME or a .gguf file; default: a small one of "
+            "rolora fetch"
+        ),
+    ] = "",
+    delimiter: Annotated[
+        str | None, typer.Option(help="the delimiter of a CSV file; default: detected")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="the encoding of text files; default: detected")
+    ] = None,
+    trainer: Annotated[
+        Path | None,
+        typer.Option("--from", help="take settings from this YAML file of trl sft, dpo or kto"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Look at your rows, write a commented configuration, and show how it splits them."""
+    from rolora.cli.tables import masked_text, split_table
+    from rolora.run.config_template import write_template
+    from rolora.run.runs import training_masks
+
+    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
+    table, config = experiment.rows.table(), experiment.config
+    made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
+    parts: list[RenderableType] = [
+        *(f"note: {note}" for note in notes),
+        printable(f"wrote {out}"),
+        split_table(table, experiment.rows.test.num_rows),
+    ]
+    if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
+        with working("loading the tokenizer"):
+            masked = training_masks(experiment, 2)
+        made["masks"] = masked
+        parts.append(masked_text(masked))
+    show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))
+
+
+@app.command(rich_help_panel=TRAIN)
+def partition(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    picture: Annotated[Path, typer.Option(help="the picture to save: .png or .svg")] = Path(
+        "partition.png"
+    ),
+    show_masks: Annotated[
+        bool, typer.Option("--show-masks", help="show which tokens of some rows are trained on")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show which client holds which rows, and save a picture of it. Trains nothing."""
+    from rolora.cli.tables import masked_text, split_table
+    from rolora.config.load import load_config
+    from rolora.report.figures import save_picture, split_figure
+    from rolora.run.experiment import Experiment
+    from rolora.run.runs import training_masks
+
+    settings = load_config(config, overrides or [])
+    experiment = Experiment(settings)
+    rows = experiment.rows
+    table = rows.table()
+    save_picture(split_figure(table), picture)
+    parts: list[RenderableType] = [split_table(table, rows.test.num_rows), f"\npicture   {picture}"]
+    if show_masks:
+        with working("loading the tokenizer"):
+            masked = training_masks(experiment, 3)
+        table = {**table, "masks": masked}
+        parts.append(masked_text(masked))
+    show(json, table, *parts)
+
+
+@app.command(rich_help_panel=TRAIN)
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None, typer.Option(help="methods, comma-separated; default: the configured one")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Estimate the memory, traffic, compute and disk of a run. Downloads no weights."""
+    from rolora.cli.tables import plan_text
+    from rolora.config.load import load_config
+    from rolora.plan.needs import make_plan
+    from rolora.run.experiment import Experiment
+
+    settings = load_config(config, overrides or [])
+    with working("running a step on shapes alone"):
+        made = make_plan(Experiment(settings), names(methods))
+    show(json, dataclasses.asdict(made), plan_text(made))
+
+
+@app.command(rich_help_panel=TRAIN)
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -95,7 +200,7 @@ def run(
         _follow(started, json)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def resume(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
     places: Annotated[
@@ -132,11 +237,11 @@ def resume(
         _follow(resumed, json)
 
 
-app.command()(compare)
-app.command()(attack)
+app.command(rich_help_panel=TRAIN)(compare)
+app.command(rich_help_panel=TRAIN)(attack)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(
     paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
     out: Annotated[Path, typer.Option(help="the HTML page to write")] = Path("report.html"),
@@ -150,7 +255,17 @@ def report(
     show_results(paths, json, f"\nreport   {out}")
 
 
-@app.command("eval")
+@app.command(rich_help_panel=LOOK)
+def methods(json: Json = False) -> None:
+    """List the methods: what each trains and sends, and its paper."""
+    from rolora.cli.tables import methods_table
+    from rolora.plan.method_table import describe_methods
+
+    rows = describe_methods()
+    show(json, [dataclasses.asdict(row) for row in rows], methods_table(rows))
+
+
+@app.command("eval", rich_help_panel=USE)
 def evaluate(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
@@ -180,7 +295,7 @@ def evaluate(
     show(json, scores(one), *(f"{name:20} {value:.4f}" for name, value in one.metrics.items()))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def predict(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
@@ -209,7 +324,7 @@ def predict(
         out_console.print(f"wrote {len(found)} predictions to {out}")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
@@ -240,123 +355,16 @@ def export(
     show(json, written, *(printable(f"wrote {out}") for out in written.values()))
 
 
-@app.command()
-def partition(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    picture: Annotated[Path, typer.Option(help="the picture to save: .png or .svg")] = Path(
-        "partition.png"
-    ),
-    show_masks: Annotated[
-        bool, typer.Option("--show-masks", help="show which tokens of some rows are trained on")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Show which client holds which rows, and save a picture of it. Trains nothing."""
-    from rolora.cli.tables import masked_text, split_table
-    from rolora.config.load import load_config
-    from rolora.report.figures import save_picture, split_figure
-    from rolora.run.experiment import Experiment
-    from rolora.run.runs import training_masks
-
-    settings = load_config(config, overrides or [])
-    experiment = Experiment(settings)
-    rows = experiment.rows
-    table = rows.table()
-    save_picture(split_figure(table), picture)
-    parts: list[RenderableType] = [split_table(table, rows.test.num_rows), f"\npicture   {picture}"]
-    if show_masks:
-        with working("loading the tokenizer"):
-            masked = training_masks(experiment, 3)
-        table = {**table, "masks": masked}
-        parts.append(masked_text(masked))
-    show(json, table, *parts)
-
-
-@app.command()
-def methods(json: Json = False) -> None:
-    """List the methods: what each trains and sends, and its paper."""
-    from rolora.cli.tables import methods_table
-    from rolora.plan.method_table import describe_methods
-
-    rows = describe_methods()
-    show(json, [dataclasses.asdict(row) for row in rows], methods_table(rows))
-
-
-@app.command()
-def plan(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    methods: Annotated[
-        str | None, typer.Option(help="methods, comma-separated; default: the configured one")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Estimate the memory, traffic, compute and disk of a run. Downloads no weights."""
-    from rolora.cli.tables import plan_text
-    from rolora.config.load import load_config
-    from rolora.plan.needs import make_plan
-    from rolora.run.experiment import Experiment
-
-    settings = load_config(config, overrides or [])
-    with working("running a step on shapes alone"):
-        made = make_plan(Experiment(settings), names(methods))
-    show(json, dataclasses.asdict(made), plan_text(made))
-
-
-@app.command()
-def init(
-    data: Annotated[
-        str,
-        typer.Argument(help="your rows: a file, folder or pattern, a hub name, or glue/mnli"),
-    ],
-    out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
-    model: Annotated[
-        str, typer.Option(help="the base model: a folder, hub:NAME or a .gguf file")
-    ] = "",
-    delimiter: Annotated[
-        str | None, typer.Option(help="the delimiter of a CSV file; default: detected")
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="the encoding of text files; default: detected")
-    ] = None,
-    trainer: Annotated[
-        Path | None,
-        typer.Option("--from", help="take settings from this YAML file of trl sft, dpo or kto"),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Look at your rows, write a commented configuration, and show how it splits them."""
-    from rolora.cli.tables import masked_text, split_table
-    from rolora.run.config_template import write_template
-    from rolora.run.runs import training_masks
-
-    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
-    table, config = experiment.rows.table(), experiment.config
-    made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
-    parts: list[RenderableType] = [
-        *(f"note: {note}" for note in notes),
-        printable(f"wrote {out}"),
-        split_table(table, experiment.rows.test.num_rows),
-    ]
-    if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
-        with working("loading the tokenizer"):
-            masked = training_masks(experiment, 2)
-        made["masks"] = masked
-        parts.append(masked_text(masked))
-    show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))
-
-
-app.command()(chat)
-app.command("runs")(list_runs)
-app.command()(watch)
-app.command()(env)
-app.command()(theory)
-app.command()(demo)
-app.command()(fetch)
-app.command()(site)
-app.add_typer(federation, name="federation")
-app.command()(doctor)
+app.command(rich_help_panel=USE)(chat)
+app.command("runs", rich_help_panel=LOOK)(list_runs)
+app.command(rich_help_panel=LOOK)(watch)
+app.command(rich_help_panel=LOOK)(env)
+app.command(rich_help_panel=SITES)(site)
+app.add_typer(federation, name="federation", rich_help_panel=SITES)
+app.command(rich_help_panel=SITES)(doctor)
+app.command(rich_help_panel=TRY)(fetch)
+app.command(rich_help_panel=TRY)(demo)
+app.command(rich_help_panel=TRY)(theory)
 
 
 def _follow(run: Run, as_json: bool) -> None:
