@@ -21,6 +21,7 @@ from rolora.report.figures import (
     ROUNDING,
     Series,
     aggregation_errors,
+    curves,
     elided,
     key,
     save_picture,
@@ -156,6 +157,13 @@ def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
     cells = Page(html).text["td"]
     assert (cells.count("2.13.0"), cells.count("2.14.1")) == (4, 1)
     assert "secret-project" not in html
+
+
+@pytest.mark.parametrize("rounds", [[4], [3, 4], [1, 2, 3]])
+def test_the_axis_of_rounds_has_whole_numbers_alone(rounds: list[float]) -> None:
+    lines = [Series(0, rounds, [0.5] * len(rounds), [None] * len(rounds))]
+    (axes,) = curves(lines, "accuracy", "round").axes
+    assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 def test_every_split_is_on_the_page_once_with_the_runs_that_trained_on_it(

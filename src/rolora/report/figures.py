@@ -317,7 +317,7 @@ def _label_mix(axes: Any, clients: Sequence[Any], rows: Sequence[Sequence[str]])
 
 def _whole(most: int) -> MaxNLocator:
     """At most ``most`` steps of 1, 2, 5, 10, ..."""
-    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
+    return MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def elided(text: str, width: int) -> str:

@@ -173,7 +173,9 @@ def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:
     apart = differing(tables)
     rows = zip(runs, tables, strict=True)
     return {
-        "shared": [f"{name} {tables[0][name]}" for name in names if name not in apart],
+        "shared": [
+            f"{n} {v}" for n in names if n not in apart and (v := tables[0][n]) not in ("", None)
+        ],
         "provenance_names": apart,
         "provenance": [(run.label, [table.get(n, "") for n in apart]) for run, table in rows],
     }

@@ -25,7 +25,7 @@ Groups = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[int, Any]  # by round
 # a round's values of all seeds -> its place on the line, the band there, and both in words
 OverSeeds = Callable[[Sequence[Any]], tuple[float, tuple[float, float] | None, str]]
-LOSS = "mean over the round's clients that tell it, weighted by their rows"
+LOSS = "mean over the round's clients that report it, weighted by their rows"
 POINTS = 300  # of each line, and how many of them have a readout: for pages of few megabytes
 READOUTS = 40
 
@@ -387,7 +387,9 @@ def _split(runs: Sequence[RunRecord], number: int, of: int) -> Picture:
     partition = runs[0].partition
     sizes = [client["num_examples"] for client in partition["clients"]]
     dropped = partition.get("dropped", 0)
-    caption = f"{len(sizes)} clients hold {min(sizes):,} to {max(sizes):,} rows each."
+    least, most = min(sizes), max(sizes)
+    rows = f"{least:,} rows each" if least == most else f"{least:,} to {most:,} rows each"
+    caption = f"{len(sizes)} clients hold {rows}."
     for note in (partition.get("note"), dropped and f"{dropped:,} rows are held by no client"):
         caption += f" {note[0].upper()}{note[1:]}." if note else ""
     if of > 1:
@@ -395,7 +397,7 @@ def _split(runs: Sequence[RunRecord], number: int, of: int) -> Picture:
     return Picture(
         f"split-{number}",
         "Who holds which rows" + (f" ({number + 1} of {of})" if of > 1 else ""),
-        f"training rows of {len(sizes)} clients, {min(sizes)} to {max(sizes)} rows each",
+        f"training rows of {len(sizes)} clients, {rows}",
         figures.split_figure(partition),
         caption,
     )
