@@ -72,9 +72,19 @@ def show_result(path: Path, as_json: bool) -> None:
 
 def results_table(rows: Sequence[Summary]) -> Table:
     """A row for each method."""
-    metric = f"{rows[0].metric if rows else 'metric'} (mean ± sd)"
+    several = any(len(row.seeds) > 1 for row in rows)
+    metric = (rows[0].metric if rows else "metric") + (" (mean ± sd)" if several else "")
     return table(
-        ["method", metric, "seeds", "best", "MB up", "MB down", "agg. error", "s"],
+        [
+            "method",
+            metric,
+            "seeds" if several else "seed",
+            "best",
+            "MB up",
+            "MB down",
+            "agg. error",
+            "s",
+        ],
         [
             [
                 row.method,

@@ -102,7 +102,7 @@ def kept_below(base: Base, examples: Examples, folder: Path) -> tuple[Examples, 
         reason = error.strerror or str(error)
         return examples, f"frozen layers run in every step: {folder} cannot be used ({reason})"
     layers, size = base.stack.lowest, prefix.num_bytes / 1e6
-    return found, f"the {layers} layers below the adapters run once: {size:.1f} MB in {folder}"
+    return found, f"outputs of the layers below the adapters ({layers}): {size:.1f} MB in {folder}"
 
 
 def with_prefix(base: Base, examples: Examples, prefix: Prefix) -> Examples:

@@ -193,7 +193,8 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
     batch = max(1, min(start.batch_size, rows // clients))
     tokens = cohort * start.local_steps * batch * min(_tokens(found), start.max_length)
     rounds = max(6, min(40, 2 * round(start.tokens / tokens / 2)))
-    few = f"about {tokens * rounds:,.0f} tokens: minutes on two cores with a small model"
+    seen = float(f"{tokens * rounds:.2g}")
+    few = f"about {seen:,.0f} tokens: minutes on two cores with a small model"
     share = math.ceil(100 * cohort / clients) / 100
     sections: dict[str, Lines] = {
         "": {

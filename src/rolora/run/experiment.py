@@ -654,8 +654,8 @@ class Experiment:
             return ""
         trained = "+".join(sorted(seen.pop() - {"head"}))
         return (
-            f"every evaluation comes after a round that trains {trained}: with another eval.every, "
-            "such as an odd one, scores are means over evaluations of both kinds"
+            f"every evaluation follows a round that trains {trained}, so scores leave out the "
+            f"other rounds: try an odd eval.every below {rounds}"
         )
 
     def _without_text(self) -> int:

@@ -66,8 +66,14 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     found = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
     found.writeheader()
     for row in flat:
-        found.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+        found.writerow({key: _cell(value) for key, value in row.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return json.dumps(value)
+    return f"{value:.7g}" if isinstance(value, float) else value  # the digits of a float32
 
 
 _WRITERS = {".csv": _csv, ".jsonl": _jsonl}
