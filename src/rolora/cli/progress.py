@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from rolora.algorithm.adapter import Failure, Update
-from rolora.cli.printing import err_console
+from rolora.cli.printing import err_console, working
 from rolora.comparison.budget import Outlook, Timing
 from rolora.comparison.queue import QueuedRun
 from rolora.errors import printable
@@ -77,7 +78,10 @@ def follow_all(queue: Iterable[QueuedRun]) -> None:
     A run that diverges is reported and skipped. Raises BudgetSpent when the budget is used up.
     """
     said: set[str] = set()
-    for queued in queue:
+    rest = iter(queue)
+    with working("loading the model and the data"):
+        first = list(islice(rest, 1))
+    for queued in chain(first, rest):
         try:
             _follow_queued(queued, said)
         except NonFiniteLoss as error:
