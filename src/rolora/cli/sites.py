@@ -174,7 +174,7 @@ def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = N
     from rolora.cli.results import show_result
     from rolora.sites.submit import run_remotely
 
-    with working(f"running on {settings.federation.on}"):
+    with working("running across sites"):
         run_remotely(settings, out, _notify, rounds)
     show_result(out, as_json)
 
