@@ -63,7 +63,7 @@ class Written(BaseModel, strict=True, frozen=True):
     after: str
 
 
-_AXES, _SAMPLES = TypeAdapter(Axes), TypeAdapter(list[Written])
+_AXES, _SAMPLES = TypeAdapter(Axes), TypeAdapter(tuple[Written, ...])
 
 
 class Point(NamedTuple):
@@ -98,7 +98,7 @@ class RunRecord:
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
     axes: Axes
-    samples: Sequence[Written] = ()
+    samples: tuple[Written, ...] = ()
     diverged: str | None = None
 
     @property
@@ -259,7 +259,7 @@ def load_run(path: str | Path) -> RunRecord:
         rounds,
         partition,
         _read_axes(folder / "axes.json", rounds),
-        _read(folder / "samples.json", _SAMPLES, []),
+        _read(folder / "samples.json", _SAMPLES, ()),
         diverged,
     )
 
