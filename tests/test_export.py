@@ -176,7 +176,7 @@ def test_a_classifier_s_adapter_is_not_written_as_gguf(
     assert "an adapter of a 'bert' cannot be written as GGUF" in err
     code, _, err = rolora(monkeypatch, capsys, "export", run)
     assert code == 2
-    assert "name what to write" in err
+    assert "choose what to write" in err
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
         export(run, merged=tmp_path / "there")
@@ -184,6 +184,8 @@ def test_a_classifier_s_adapter_is_not_written_as_gguf(
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
         export(run, gguf=file)
     assert file.read_text() == "precious"
+    with pytest.raises(ConfigError, match="name two files"):
+        export(run, merged=tmp_path / "one.gguf", gguf=tmp_path / "one.gguf")
 
 
 def as_gguf(folder: Path, file: Path, packed: str = "F32") -> None:

@@ -27,7 +27,7 @@ from rolora.config.load import config_hash, load_config
 from rolora.errors import ConfigError, NoQuorum
 from rolora.methods import get_method, method_names
 from rolora.report.page import spans, write_report
-from rolora.results.defence import Cut, cuts
+from rolora.results.defence import Cut, cuts, defence
 from rolora.results.runs import load_run
 from rolora.run import runs
 
@@ -413,6 +413,22 @@ def test_a_client_that_is_cut_in_most_rounds_is_named_on_the_page(tmp_path: Path
     assert "Whose updates were cut" in page
     assert f"<td>{len(took)}</td><td>{spans(took, 8)}</td><td>90%</td>" in page
     assert "<th>attacks</th>" not in page  # of clients that are real, nobody knows
+
+
+def test_a_site_that_did_not_answer_is_not_counted_as_one_that_the_rule_stopped(
+    tmp_path: Path,
+) -> None:
+    path = with_cuts(tmp_path / "run", {"client-001": 0.9})
+    with (path / "config.toml").open("a") as file:
+        file.write('[aggregate]\nreducer = "median"\n')
+    met = defence(load_run(path))
+    assert met is not None
+    assert met.honest[0] > 0
+    silent = "not needed: 2 others answered first (federation.spare)"
+    told, rounds = f'"rejected": {{"x": "{silent}"}}', path / "rounds.jsonl"
+    rounds.write_text(rounds.read_text().replace('"rejected": {}', told))
+    assert load_run(path).rounds[-1]["rejected"] == {"x": silent}
+    assert defence(load_run(path)) == met
 
 
 def test_spans_of_rounds_say_how_many_are_left_out() -> None:

@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from test_cli import rolora
 from tiny_site import make_site, write_rows
 
-from rolora.config.load import load_config
+from rolora.comparison.grid import plan
+from rolora.config.load import config_hash, load_config
 from rolora.errors import ConfigError
 from rolora.model.peft import read_adapter
+from rolora.results.runs import by_method, load_run
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
 
@@ -359,3 +361,39 @@ def test_a_run_with_a_table_of_ranks_resumes_and_is_reported(site: Path, tmp_pat
     *_, last = runs.resume(tmp_path / "run").rounds()
     assert last.round == 2
     assert "LoRA of rank 1 to 3" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_that_has_no_axes_yet_is_resumed_to_the_same_adapter_and_page(
+    site: Path, whole: Path, tmp_path: Path
+) -> None:
+    list(itertools.islice(runs.start(load_config(site), tmp_path / "old").rounds(), 2))
+    folder = tmp_path / "old"
+    (folder / "axes.json").unlink()
+    (folder / "config.toml").write_text(
+        (folder / "config.toml").read_text().replace("samples = 3\n", "")
+    )
+    first, second = lines(folder)
+    del first["recall"], first["layers"]
+    (folder / "rounds.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    path = finish(runs.resume(folder))
+    assert adapter_hash(path) == adapter_hash(whole)
+    assert (path / "axes.json").read_bytes() == (whole / "axes.json").read_bytes()
+    assert "Recall of each label" in (path / "report.html").read_text()
+
+
+def test_how_many_answers_a_page_shows_is_no_setting_that_tells_runs_apart(
+    site: Path, tmp_path: Path
+) -> None:
+    few, none = (load_config(site, [f"eval.samples={n}"]) for n in (3, 0))
+    assert config_hash(few) == config_hash(none)
+    assert plan(few, {"rolora": ()}, [0]).record() == plan(none, {"rolora": ()}, [0]).record()
+    each = [
+        load_run(finish(runs.start(config, tmp_path / f"seed{seed}")))
+        for seed, config in enumerate(
+            (
+                load_config(site, ["seed=0", "eval.samples=0", "train.rounds=1"]),
+                load_config(site, ["seed=1", "train.workers=2", "train.rounds=1"]),
+            )
+        )
+    ]
+    assert list(by_method(each)) == ["rolora"]

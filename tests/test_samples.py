@@ -68,3 +68,18 @@ def test_no_text_of_a_row_is_kept_if_none_is_wanted_or_the_adapter_is_not_whole(
     place: Path, tmp_path: Path, override: str
 ) -> None:
     assert not (finished(place, tmp_path / "run", override) / "samples.json").exists()
+
+
+def test_a_model_that_cannot_answer_costs_the_page_and_not_the_adapter(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: object) -> list[str]:
+        raise RuntimeError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rolora.run.samples.generate", fails)
+        with pytest.raises(RuntimeError, match="no answer"):
+            finished(place, tmp_path / "run")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    list(rolora.resume(tmp_path / "run").rounds())
+    assert read(tmp_path / "run")

@@ -255,6 +255,7 @@ def test_a_base_that_was_trained_for_another_problem_keeps_nothing_of_it(
         (['["a", 2]', "[]"], None, [["a", "2"], []]),
         ([["a", "b"], []], None, [["a", "b"], []]),
         ([[1, 2], [3]], None, [["1", "2"], ["3"]]),
+        (["a+b+a"], "+", [["a", "b"]]),  # a row is counted once for each of its labels
     ],
 )
 def test_labels_of_a_row_are_read_from_lists_json_and_separated_text(

@@ -395,7 +395,7 @@ def labels(table: pa.Table, column: str, source: str) -> list[str]:
 def label_sets(
     table: pa.Table, column: str | Sequence[str], separator: str | None, source: str
 ) -> list[list[str]]:
-    """The classes of each row, which may have any number of them.
+    """The classes of each row, each once; a row may have any number of them.
 
     ``column`` holds lists of names, also as JSON text, or text with ``separator`` between names; or
     it lists columns of 0 and 1, which are called like their classes. Raises DataError for anything
@@ -415,7 +415,7 @@ def label_sets(
                 "text, set data.separator to what separates them; for columns of 0 and 1, "
                 "list them in data.label"
             )
-        found.append([name for name in each if name is not None])
+        found.append(list(dict.fromkeys(name for name in each if name is not None)))
     return found
 
 

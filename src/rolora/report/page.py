@@ -64,9 +64,9 @@ def render(
     found = sorted_out(every)
     runs, metric, groups = found.finished, found.metric, found.methods
     conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
-    left = runs or found.unfinished
+    left, finished = runs or found.unfinished, by_method(runs)
     defended = [(run.label, one) for run in every if (one := defence(run))]
-    rejected, labels = _rejected(every), label_recalls(by_method(runs))
+    rejected, labels = _rejected(every), label_recalls(finished)
     names = {run.name for run in left}
     return (
         templates()
@@ -94,9 +94,9 @@ def render(
             pictures=pictures(left, groups, metric, conclusions),
             axes=[axis.label for axis in AXES],
             values=values(groups, metric),
-            samples=side_by_side(by_method(runs)),
+            samples=side_by_side(finished),
             labels=labels,
-            layers=last_layers(by_method(runs)),
+            layers=last_layers(finished),
             measures={measure: title for measure, (title, _) in MEASURES.items()},
             recalled=list(dict.fromkeys(method for one in labels for method in one.methods)),
             rejected=rejected[:REJECTED_ROWS],

@@ -24,14 +24,14 @@ def recalls(run: RunRecord) -> dict[str, float]:
     trained = [line for line in run.rounds if line["round"] and "recall" in line]
     latest = {phase(line): line["recall"] for line in trained}
     means = map(statistics.fmean, zip(*latest.values(), strict=True))
-    return dict(zip(run.axes["labels"], means, strict=True)) if latest else {}
+    return dict(zip(run.axes.labels, means, strict=True)) if latest else {}
 
 
 def label_recalls(groups: Mapping[str, Sequence[RunRecord]]) -> list[LabelRecall]:
     """All labels, the least found first; of methods all of whose runs recorded them."""
     each = {method: [recalls(run) for run in runs] for method, runs in groups.items()}
     known = {method: own for method, own in each.items() if all(own)}
-    rows = [run.axes["labels"] for method in known for run in groups[method]]
+    rows = [run.axes.labels for method in known for run in groups[method]]
     found = []
     for label in dict.fromkeys(label for one in rows for label in one):
         having = {m: [run[label] for run in own if label in run] for m, own in known.items()}

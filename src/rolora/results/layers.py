@@ -44,7 +44,7 @@ def last_layers(groups: Mapping[str, Sequence[RunRecord]]) -> list[Layer]:
         for run in runs:
             measured = [line["layers"] for line in run.rounds if "layers" in line]
             for measure, values in (measured or [{}])[-1].items():
-                for layer, value in zip(run.axes["layers"], values, strict=True):
+                for layer, value in zip(run.axes.layers, values, strict=True):
                     if value is not None:
                         seen.setdefault(layer, {}).setdefault(measure, []).append(value)
         for layer, own in seen.items():

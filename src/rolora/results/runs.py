@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
@@ -19,18 +21,49 @@ from rolora.tasks.registry import higher_is_better
 FIRST = ("accuracy", "choice_accuracy", "answer_accuracy", "exact_match")
 LAST = ("perplexity", "loss")
 MEGABYTE = 1e6  # bytes
+T = TypeVar("T")
+# keys that runs of one group may differ in: what tells seeds apart, and what changes no result
+IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"}
 
-_ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "round": int,
-    "metrics": dict,
-    "client_metrics": dict,
-    "loss": (int, float, type(None)),
-    "aggregation_error": (int, float, type(None)),
-    "bytes_up": int,
-    "bytes_down": int,
-    "seconds": (int, float),
-    "rejected": dict,
-}
+
+class Line(BaseModel, strict=True):
+    """A line of ``rounds.jsonl``, as far as it is read."""
+
+    round: int
+    metrics: dict[str, float]
+    client_metrics: dict[str, dict[str, float]]
+    loss: float | None
+    aggregation_error: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    rejected: dict[str, str]
+    factors: list[str] = []
+    clients: dict[str, dict[str, float]] = {}
+    validation: dict[str, float] = {}
+    cut: dict[str, float] = {}
+    recall: list[float] = []
+    layers: dict[str, list[float | None]] = {}
+
+
+class Axes(BaseModel, strict=True, frozen=True):
+    """Label -> its rows among those that are evaluated on, and the adapted layers: what ``recall``
+    and ``layers`` of a line are over, in this order."""
+
+    labels: dict[str, int] = {}
+    layers: list[str] = []
+
+
+class Written(BaseModel, strict=True, frozen=True):
+    """What a language model wrote for one test prompt; see ``rolora.run.samples``."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+_AXES, _SAMPLES = TypeAdapter(Axes), TypeAdapter(tuple[Written, ...])
 
 
 class Point(NamedTuple):
@@ -53,8 +86,7 @@ class RunRecord:
 
     ``method`` is the method's name with its options; ``config`` is nested as in the TOML file;
     ``rounds`` are the lines of ``rounds.jsonl``, whose lists are over what ``axes`` names;
-    ``samples``: see ``rolora.run.samples``; ``diverged`` is the message of a run whose loss
-    became NaN or infinite, else None.
+    ``diverged`` is the message of a run whose loss became NaN or infinite, else None.
     """
 
     path: Path
@@ -65,8 +97,8 @@ class RunRecord:
     provenance: dict[str, Any]
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
-    axes: dict[str, Any]
-    samples: tuple[dict[str, str], ...] = ()
+    axes: Axes
+    samples: tuple[Written, ...] = ()
     diverged: str | None = None
 
     @property
@@ -215,7 +247,6 @@ def load_run(path: str | Path) -> RunRecord:
     if options:
         method += f" ({', '.join(f'{key}={value}' for key, value in sorted(options.items()))})"
     rounds = tuple(_read_rounds(files[1]))
-    axes = _read_axes(folder / "axes.json", rounds)
     marker = folder / "diverged.txt"
     diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
     return RunRecord(
@@ -227,35 +258,36 @@ def load_run(path: str | Path) -> RunRecord:
         provenance,
         rounds,
         partition,
-        axes,
-        _read_samples(folder / "samples.json"),
+        _read_axes(folder / "axes.json", rounds),
+        _read(folder / "samples.json", _SAMPLES, ()),
         diverged,
     )
 
 
-def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     """What the lists of these lines are over. DataError unless they are as long."""
-    axes: dict[str, Any] = {"labels": {}, "layers": []}
-    try:
-        if file.is_file():
-            axes = dict(json.loads(file.read_text(encoding="utf-8")))
-        labels, layers = dict(axes["labels"]), list(axes["layers"])
-        for line in rounds:
-            dict(zip(labels, line.get("recall", labels), strict=True))
-            for values in line.get("layers", {}).values():
-                dict(zip(layers, values, strict=True))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is damaged, or of another run ({error!r})") from None
+    axes = _read(file, _AXES, Axes())
+    for line in rounds:
+        recall, layers = line.get("recall", axes.labels), line.get("layers", {}).values()
+        if len(recall) != len(axes.labels) or any(len(v) != len(axes.layers) for v in layers):
+            raise DataError(
+                f"{file} does not have the labels and layers of rounds.jsonl: make it again with: "
+                f"rolora resume {shlex.quote(str(file.parent))}"
+            )
     return axes
 
 
-def _read_samples(file: Path) -> tuple[dict[str, str], ...]:
+def _read(file: Path, kind: TypeAdapter[T], otherwise: T) -> T:
+    """A JSON file that older runs do not have. DataError for one that is damaged."""
     try:
-        every = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-        keys = ("prompt", "expected", "before", "after")
-        return tuple({key: str(one[key]) for key in keys} for one in every)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({error!r})") from None
+        return kind.validate_json(file.read_bytes()) if file.is_file() else otherwise
+    except ValidationError as error:
+        raise DataError(f"{file} is damaged: {_fault(error)}") from None
+
+
+def _fault(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
@@ -263,16 +295,15 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
         where = f"{file}, line {number}"
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(
                 f"{where} is not valid JSON; if a crash cut it off, repair it with: "
                 f"rolora resume {shlex.quote(str(file.parent))}"
             ) from None
-        for key, kind in _ROUND_FIELDS.items():
-            if not isinstance(line, dict) or not isinstance(line.get(key, ...), kind):
-                raise DataError(f"{where}: {key!r} is missing or of the wrong type")
-        if not all(isinstance(value, int | float) for value in line["metrics"].values()):
-            raise DataError(f"{where}: a metric is not a number")
+        try:
+            Line.model_validate(line)
+        except ValidationError as error:
+            raise DataError(f"{where}: {_fault(error)}") from None
         yield line
 
 
@@ -355,8 +386,8 @@ def by_method(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys, other than name and seed, whose values are not equal in all of ``settings``."""
-    keys = sorted(set().union(*settings) - {"name", "seed", "offline"})
+    """The keys whose values are not equal in all of ``settings``, without ``IGNORED``."""
+    keys = sorted(set().union(*settings) - IGNORED)
     return [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
 
 

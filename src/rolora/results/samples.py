@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rolora.results.runs import RunRecord
+from rolora.results.runs import RunRecord, Written
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ def side_by_side(groups: Mapping[str, Sequence[RunRecord]]) -> list[Sample]:
 
     The answers before training come first; methods that start from the same one share it.
     """
-    said: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    said: dict[tuple[str, str], dict[str, Written]] = {}
     for method, runs in groups.items():
         for run in runs:
             for one in run.samples:
-                said.setdefault((one["prompt"], one["expected"]), {}).setdefault(method, one)
+                said.setdefault((one.prompt, one.expected), {}).setdefault(method, one)
     found = []
     for (prompt, expected), by_method in said.items():
-        before = [(f"{method}, before", one["before"]) for method, one in by_method.items()]
+        before = [(f"{method}, before", one.before) for method, one in by_method.items()]
         if len({text for _, text in before}) == 1:
             before = [("before", before[0][1])]
-        after = [(f"{method}, after", one["after"]) for method, one in by_method.items()]
+        after = [(f"{method}, after", one.after) for method, one in by_method.items()]
         found.append(Sample(prompt, expected, [*before, *after]))
     return found

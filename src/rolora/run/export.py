@@ -31,6 +31,8 @@ def export(
     alone, for llama.cpp. ``model`` names the base where it has moved. Raises ConfigError as
     ``evaluate_adapter`` does, and for an adapter that cannot be written as GGUF.
     """
+    if merged is not None and merged == gguf:
+        raise ConfigError(f"--merged and --gguf are both {gguf}: name two files")
     for option, out in {"--merged": merged, "--gguf": gguf}.items():
         if out is not None and out.exists():
             raise ConfigError(f"{out} exists and is not overwritten: name another with {option}")

@@ -45,6 +45,11 @@ def line(result: RoundResult) -> dict[str, Any]:
     return values
 
 
+def as_json(value: object) -> str:
+    """The text of a JSON file for people to read, too."""
+    return json.dumps(value, indent=1) + "\n"
+
+
 def require_new(path: Path) -> None:
     """ConfigError if there is something at ``path``."""
     if path.is_file():
@@ -72,6 +77,11 @@ class RunFolder:
     def rounds(self) -> Path:
         """One JSON line per round."""
         return self.path / "rounds.jsonl"
+
+    @property
+    def axes(self) -> Path:
+        """What the lists in the lines of ``rounds`` are over; see ``Experiment.axes``."""
+        return self.path / "axes.json"
 
     @property
     def clients(self) -> Path:
@@ -111,11 +121,7 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls,
-        path: Path,
-        config: str,
-        partition: Mapping[str, Any],
-        axes: Mapping[str, Any] | None = None,
+        cls, path: Path, config: str, partition: Mapping[str, Any], axes: Mapping[str, Any]
     ) -> RunFolder:
         """A new run folder; for ``axes`` see ``Experiment.axes``.
 
@@ -124,9 +130,8 @@ class RunFolder:
         require_new(path)
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)
-            (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
-            if axes is not None:
-                (part / "axes.json").write_text(json.dumps(axes, indent=1) + "\n")
+            (part / "partition.json").write_text(as_json(partition))
+            (part / "axes.json").write_text(as_json(axes))
             (part / "rounds.jsonl").touch()
             (part / "checkpoints").mkdir()
         return cls(path)

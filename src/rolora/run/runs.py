@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shlex
@@ -36,7 +35,7 @@ from rolora.report.page import write_report
 from rolora.results.runs import load_run
 from rolora.run.environment import git_commit, processor
 from rolora.run.experiment import Experiment
-from rolora.run.folder import RunFolder, line, require_new
+from rolora.run.folder import RunFolder, as_json, line, require_new
 from rolora.run.samples import samples
 from rolora.run.settings import dated
 from rolora.run.tracking import require_trackers, tracking
@@ -98,8 +97,6 @@ class Run:
         adapter = state.best.adapter if state.best else state.server.adapter
         round = state.best.round if state.best else state.server.round
         base, method = self.experiment.base, self.experiment.method
-        if written := samples(self.experiment, adapter):
-            write_file(self.folder.samples, json.dumps(written, indent=1) + "\n")
         config = pinned(self.experiment.config, _chosen(self.experiment))
         notes = {
             "rolora": version("rolora"),
@@ -129,6 +126,8 @@ class Run:
             notes,
             card(load_run(self.folder.path), round, source),
         )
+        if written := samples(self.experiment, adapter):
+            write_file(self.folder.samples, as_json(written))
         write_report([self.folder.path], self.folder.report)
 
 
@@ -217,6 +216,7 @@ def resume(
         if rounds is not None:
             folder.report.unlink(missing_ok=True)  # marks the end, which now lies ahead
             folder.samples.unlink(missing_ok=True)
+        write_file(folder.axes, as_json(experiment.axes))  # older runs have none
         if rounds is not None or overrides or root is not None:
             write_file(folder.config, dump_config(config, origin, folder.path))
     for key, what in _ALIKE.items():

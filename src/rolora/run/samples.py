@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -29,7 +30,7 @@ def samples(experiment: Experiment, adapter: AdapterState) -> list[dict[str, str
     wanted = config.eval.samples if config.eval.rows == "test" else 0
     if not (wanted and experiment.kind.answers) or experiment.method.personal_roles:
         return []
-    drawn = [pair for pair, _ in zip(_prompts(experiment), range(wanted), strict=False)]
+    drawn = list(islice(_prompts(experiment), wanted))
     asked = [prompt for prompt, _ in drawn]
     most = min(TOKENS, base.limit(1 << 30).tokens // 2)
     written = []

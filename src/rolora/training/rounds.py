@@ -1,7 +1,7 @@
 """The round loop: sample a cohort, run it, step, evaluate; a generator of finished rounds.
 
-There are no callbacks: the caller records, checkpoints and displays what the generator yields, and
-the state in each result is all that is needed to continue from it.
+The caller records, checkpoints and displays what the generator yields, and the state in each result
+is all that is needed to continue from it. Within a round it hears only of replies (``arrived``).
 """
 
 from __future__ import annotations
