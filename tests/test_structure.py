@@ -140,7 +140,7 @@ def test_the_dependencies_are_the_libraries_that_are_imported() -> None:
     extras = project["optional-dependencies"]
     declared = project["dependencies"] + extras["flower"]
     names = {text.partition(">=")[0].replace("-", "_") for text in declared}
-    package = {"sklearn": "scikit_learn", "yaml": "pyyaml"}
+    package = {"sklearn": "scikit_learn", "yaml": "pyyaml", "pydantic_core": "pydantic"}
     used = {package.get(library, library) for library in FENCES}
     assert names == used | INDIRECT
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic_core import to_jsonable_python
 from rich.console import Console, RenderableType
 from rich.progress import track
 from rich.table import Table
@@ -47,6 +46,8 @@ def table(
 
 def json_text(value: object) -> str:
     """The value as JSON, in which a number that is NaN or infinite is null, as JSON has neither."""
+    from pydantic_core import to_jsonable_python
+
     return json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2)
 
 
