@@ -1,6 +1,7 @@
 # make demo      twenty clients fine-tune a real encoder; three methods side by side
 # make test      the kernel and the guards, about a minute
 # make test-all  all tests of one machine      make test-slow  real models and a browser, an hour
+# make test-lowest       the tests with the lowest versions of every package (brings torch for GPUs)
 # make test-processors   the tests that arithmetic decides, as other processors and with two threads
 # make check     formatting, lint, types      make demo-llm  the demo with a small chat model
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
@@ -13,7 +14,7 @@
 # make results   the studies of docs/results.md, hours; it can be stopped and goes on; STUDY=e1 for one
 # make docs      the pages as a site in build/site, links checked; make docs-serve shows it
 # make locked    installs by hashes (requirements.lock); make supply   SBOM, and a wheel built twice
-# make bench     measurements beside other programs, about 30 minutes; docs/performance.md
+# make bench     measurements beside other programs, about 40 minutes; docs/performance.md
 # make check-gpu right results, speed and memory on this machine's GPU, 8 minutes; REHEARSE=1 on a CPU
 VENV ?= .venv
 PYTHON ?= python3
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: lock locked supply install demo demo-llm test test-wide test-processors test-all test-slow \
+.PHONY: lock locked supply install demo demo-llm test test-wide test-lowest test-processors test-all test-slow \
   test-flower soak-flower test-faults soak reliability test-mutants fuzz check results docs docs-serve bench \
   check-gpu build clean
 
@@ -45,6 +46,16 @@ test: install
 
 test-wide: install
 	$(PYTEST) -m "wide and not slow and not flower and not faults" -rs
+
+LOWEST := .venv-lowest
+
+test-lowest: $(LOWEST)/installed
+	$(subst $(BIN),$(LOWEST)/bin,$(PYTEST)) -rs
+
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,flower]'
+	touch $@
 
 # what a processor can change: products, sums and random draws
 ARITHMETIC := $(addprefix tests/test_,segments.py bank.py dropout.py packing.py reduce.py)
@@ -157,6 +168,9 @@ lock:
 	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
 	  --constraint constraints.txt --extra flower --extra dev pyproject.toml \
 	  | awk '/^[a-z0-9]/ { keep = $$1 !~ /^(torch==|triton|nvidia-|cuda-)/ } keep' > requirements.lock
+	$(SUPPLY)/bin/uv pip compile --quiet --no-header --no-annotate --resolution lowest-direct \
+	  --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
+	  --extra flower --extra dev pyproject.toml | grep -v '^nvidia-' > constraints-lowest.txt
 
 # what an installation consists of (CycloneDX), and whether a wheel is the same bytes each time
 supply: install
@@ -168,4 +182,4 @@ supply: install
 	cmp build/1/*.whl build/2/*.whl
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(FUZZ) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(FUZZ) $(LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -101,6 +101,7 @@ def write_job(config: RunConfig, folder: Path, rounds: int, *, threads: int, act
         **LORA,
         "layers": experiment.base.peft_config.layers_to_transform,
         "lr": config.train.lr,
+        "dtype": "bfloat16" if config.model.dtype == "bf16" else "float32",
         "threads": threads,
         "actors": actors,
         "clients": len(experiment.federation.engine.clients()),

@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Party
+from benchmarks.job import write_job
+from rolora.config.schema import RunConfig
 from rolora.demo.fetch import fetch
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +33,11 @@ class Place:
     cores: int
     quick: bool
     versions: Mapping[str, str]
+
+    def job(self, config: RunConfig, name: str, rounds: int) -> Path:
+        """The folder of a job of this name: the first ``rounds`` rounds of this run."""
+        folder = self.scratch / name
+        return write_job(config, folder, rounds, threads=self.threads, actors=self.cores)
 
     def party(self, module: str, *words: object, name: str | None = None, every: int = 1) -> Party:
         """The party of a file in benchmarks/peers; rolora's own runs in rolora's Python."""

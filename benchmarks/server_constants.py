@@ -113,7 +113,7 @@ def rounds_of(shape: str, method: str, cohort: int, rounds: int = 7) -> dict[str
     took: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
     last: list[RoundResult] = []
     with tempfile.TemporaryDirectory() as place:
-        folder = RunFolder.create(Path(place) / "run", "", {})
+        folder = RunFolder.create(Path(place) / "run", "", {}, {})
         began = time.process_time()
         run = federation(engine, method, cohort, cohort, rounds)
         for result in federate(run, RunState(ServerState(start))):
@@ -192,7 +192,7 @@ def waiting(clients: int, rounds: int = 20, cohort: int = 10) -> dict[str, float
     engine = Pretended([near(start, seed) for seed in range(4)])
     run = federation(engine, "rolora", clients, cohort, rounds)
     with tempfile.TemporaryDirectory() as place:
-        folder = RunFolder.create(Path(place) / "run", "", {})
+        folder = RunFolder.create(Path(place) / "run", "", {}, {})
         took, sizes = [], []
         began = time.process_time()
         for result in federate(run, RunState(ServerState(start))):

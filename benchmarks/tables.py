@@ -150,6 +150,23 @@ def dtypes(record: Record) -> str:
     return _table(head, rows)
 
 
+def operators(record: Record) -> str:
+    """Milliseconds of a client step by kind of operator, and their share of all."""
+
+    def spent(party: Record, kind: str) -> float:
+        answers = [sample["answer"] for sample in party["samples"]]
+        return float(median(one["operators"][kind] / one["units"] for one in answers))
+
+    parties = {name: party for name, party in record["parties"].items() if party["samples"]}
+    kinds = [*next(iter(parties.values()))["samples"][0]["answer"]["operators"]] if parties else []
+    rows = []
+    for kind in kinds:
+        each = [(spent(p, kind), sum(spent(p, one) for one in kinds)) for p in parties.values()]
+        rows.append([kind, *(cell for t, all in each for cell in (f"{t:.2f}", f"{t / all:.0%}"))])
+    head = [cell for name in parties for cell in (f"ms, {name}", "share")]
+    return _table(["operators", *head], rows)
+
+
 def saving(record: Record) -> str:
     """How many times as fast the second party is as the first, and the share of the ideal."""
     (slow, fast), ideal = record["parties"], record["setting"]["ideal"]
@@ -234,9 +251,9 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "aggregation": aggregation,
     "serialisation": serialisation,
     "whole-job": whole_job,
-    "levers": whole_job,
     "client-step": client_step,
     "bfloat16": dtypes,
+    "operators": operators,
     "padding": saving,
     "prefix-cache": saving,
     "workers": workers,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -66,8 +66,11 @@ def measure(config: str, arm: str, seed: int, overrides: list[str]) -> dict[str,
     curve, sent, seconds = [], 0, 0.0
     with tempfile.TemporaryDirectory() as folder:
         run = start(settings, Path(folder) / "run")
-        forget = (lambda engine: Forgetful(engine, run.folder.clients)) if without else None
-        for result in run.rounds(forget) if forget else run.rounds():
+        parts = run.experiment
+        if without:
+            forgetful = Forgetful(parts.engine, run.folder.clients)
+            parts.federation = replace(parts.federation, engine=forgetful)
+        for result in run.rounds():
             sent, seconds = sent + result.bytes_up, seconds + result.seconds
             if result.metrics:
                 point = {"round": result.round, "bytes_up": sent}

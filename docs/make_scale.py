@@ -18,6 +18,7 @@ NAMES = {
     "llama_2_7b": "Llama-2-7B, q and v, r = 8",
 }
 CLIENTS, COHORT, LEAVES = 1_000_000, 1_000, 10
+CARDS, EFFICIENCY = 8, 0.9
 
 
 def measured(record: dict[str, Any]) -> list[str]:
@@ -99,7 +100,38 @@ def paper(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-TABLES = {"measured": measured, "summing": summing, "waiting": waiting, "paper": paper}
+def cards(record: dict[str, Any]) -> list[str]:
+    """What the server's serial work leaves of the speed of several cards."""
+    few, *_, many = (row["round_seconds"] for row in record["waiting"])
+    wanted = EFFICIENCY * CARDS
+    lines = [
+        "| adapter | method | server, s a round | 0.01 s a client | 0.1 s | 1 s "
+        f"| {wanted:.1f} times from, s a client |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape, adapter in record["adapters"].items():
+        for method, cost in adapter["methods"].items():
+            if method == "fedit":
+                continue
+            serial = cost["seconds_per_update"] * COHORT + cost["seconds_per_round"]
+            serial += cost["checkpoint_seconds"] + many - few
+            times = [
+                (COHORT * each + serial) / (COHORT * each / CARDS + serial)
+                for each in (0.01, 0.1, 1.0)
+            ]
+            least = serial * (1 - 1 / wanted) / (1 / wanted - 1 / CARDS) / COHORT
+            cells = " | ".join(f"{speed:.1f}" for speed in times)
+            lines.append(f"| {NAMES[shape]} | `{method}` | {serial:.2f} | {cells} | {least:.3f} |")
+    return lines
+
+
+TABLES = {
+    "measured": measured,
+    "summing": summing,
+    "waiting": waiting,
+    "paper": paper,
+    "cards": cards,
+}
 
 
 def page(text: str, record: dict[str, Any]) -> str:

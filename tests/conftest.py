@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from tiny_site import make_site
+from tiny import tiny_bert
+from tiny_site import make_site, write_rows
 
 settings.register_profile("untimed", deadline=None)  # a busy machine breaks no claim
 settings.load_profile("untimed")
@@ -74,6 +75,7 @@ WIDE = {
     "test_report_conclusions",
     "test_robust_runs",
     "test_runs",
+    "test_samples",
     "test_scale",
     "test_server_optimizers",
     "test_several_labels",
@@ -131,3 +133,12 @@ def quick() -> Iterator[None]:
         patch.setattr("rolora.run.runs.write_report", lambda runs, out: out.write_text("a page\n"))
         patch.setattr("rolora.cli.main.signal.signal", lambda number, handler: None)
         yield
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a model and rows under the names that the documents use."""
+    tiny_bert(tmp_path / "data" / "minilm")
+    write_rows(tmp_path / "mydata.csv", 60)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -17,6 +17,8 @@ from typing import Any
 
 import tomli_w
 
+from rolora.attacks.attack import bad_clients
+
 LABELS = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
 FULL = 36_864  # bytes one client sends in a round when both factors travel
 
@@ -47,6 +49,7 @@ def write_run(
     error: float | None = 0.2,
     sends: float = 0.5,
     lr: float = 5e-3,
+    attack: str | None = None,
 ) -> Path:
     """One run folder; for a method of ``METHODS``, ``error`` and ``sends`` are those it says."""
     rng = random.Random(f"{method} {seed}")
@@ -80,12 +83,39 @@ def write_run(
             "data": f"0cfc065873cb0bece35638a85a6b-{seed}",
         },
     }
+    bad = frozenset[str]()
+    if attack is not None:
+        config |= {"attack": {"name": attack, "clients": 3}}
+        config |= {"aggregate": {"reducer": ["nnm", "trimmed_mean"], "byzantine": 3}}
+        bad = bad_clients(ids, 3, seed)
     (path / "config.toml").write_text(tomli_w.dumps(config))
     (path / "partition.json").write_text(json.dumps(_partition(ids, labels, seed)))
     lines = [
         _line(number, rng, ids, known, goal, metric, every, rounds, per_client, rejected or {})
         for number in range(rounds + 1)
     ]
+    rows = {label: 3 + 7 * place for place, label in enumerate(labels)}
+    layers = [f"base_model.model.encoder.layer.{n}.attention.self.query" for n in range(6)]
+    (path / "axes.json").write_text(json.dumps({"labels": rows, "layers": layers}))
+    for number, line in enumerate(lines):
+        if bad:
+            shares = {c: 0.9 if c in bad else rng.choice([0.0, 0.1]) for c in line["clients"]}
+            line["cut"] = {client: share for client, share in shares.items() if share}
+            if line["metrics"]:
+                line["metrics"]["attack_success"] = round(0.6 * math.exp(-number / 20), 3)
+        if line["metrics"] and method != "local":
+            line["layers"] = {
+                "norm_A": [round(1 + 0.1 * n + 0.05 * number, 3) for n in range(6)],
+                "norm_B": [round(0.04 * number * (1 + n), 3) for n in range(6)],
+                "effective_rank": [
+                    None if number == 0 or n == 5 else round(1 + 0.4 * n + rng.random(), 3)
+                    for n in range(6)
+                ],
+            }
+            if method == "centralized":
+                del line["layers"]["effective_rank"]
+        if rows and line["metrics"]:
+            line["recall"] = [round(rng.uniform(0, goal), 4) for _ in rows]
     (path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -185,6 +215,17 @@ PUBLISHED = {
 }
 
 
+SAMPLES = [
+    {
+        "prompt": f"{start}\nWhat is the capital of France? Answer:",
+        "expected": " Paris",
+        "before": before,
+        "after": " باريس،\nبالطبع." if before else "Paris, of course: " + "x" * 300,
+    }
+    for start, before in (("Read <b>this</b>.", ""), ("اقرأ هذا.", "A capital is a kind of city"))
+]
+
+
 def gallery(folder: Path) -> list[Path]:
     """Run folders under ``folder`` and four pages about them; the pages' paths."""
     from rolora.report.page import write_report
@@ -199,6 +240,7 @@ def gallery(folder: Path) -> list[Path]:
         for seed in (0, 1, 2)
     ]
     one = write_run(folder / "one", metric="perplexity", labels=(), per_client=False)
+    (one / "samples.json").write_text(json.dumps(SAMPLES))
     long = "_a_method_with_a_name_of_more_than_sixty_characters_as_papers_have_them"
     eight: dict[str, dict[str, Any]] = {
         **{method: {} for method in METHODS},
@@ -214,6 +256,7 @@ def gallery(folder: Path) -> list[Path]:
             labels=[f"{n} is a long label" for n in range(40)],
             rejected={"client-007": "lora_B has a value that is not finite"},
             lr=1e-3 if method == "local" else 5e-3,
+            attack="backdoor" if method in ("rolora", "fedit") else None,
             **extra,
         )
         for number, (method, extra) in enumerate(eight.items())

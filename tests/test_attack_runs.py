@@ -13,7 +13,8 @@ from rolora.attacks.attack import bad_clients
 from rolora.cli.main import app
 from rolora.config.load import load_config
 from rolora.errors import ConfigError
-from rolora.results.runs import cuts, load_run
+from rolora.results.defence import Defence, attackers, cuts, defence
+from rolora.results.runs import load_run
 from rolora.run.runs import resume, start
 from rolora.sites.policy import consented
 from rolora.sites.site_config import SiteConfig
@@ -121,8 +122,29 @@ def test_a_run_names_its_bad_clients_and_the_rule_cuts_them(site: Path, tmp_path
     run = start(load_config(site, told), tmp_path / "run")
     list(run.rounds())
     (bad,) = bad_clients(run.experiment.rows.shards, 1, 0)
-    assert f"an experiment: {bad} attack the others (gauss)" in run.notes
-    assert [one.client for one in cuts(load_run(tmp_path / "run")) if one.in_most_rounds] == [bad]
+    assert f"an experiment: bad clients {bad} attack (gauss)" in run.notes
+    record = load_run(tmp_path / "run")
+    assert [one.client for one in cuts(record) if one.in_most_rounds] == [bad]
+    assert attackers(record) == {bad}
+    assert [one.client for one in cuts(record) if one.attacks] == [bad]
+    met = defence(record)
+    assert met == Defence("nnm, trimmed_mean, against 1", "gauss", (bad,), (2, 2), (0, 8), None)
+
+
+def test_rejected_updates_of_attackers_count_as_stopped_and_the_trusted_client_is_none_of_them(
+    site: Path, tmp_path: Path
+) -> None:
+    (bad,) = bad_clients([f"client-{number:03d}" for number in range(5)], 1, 0)
+    told = ["attack.name=nan", f"aggregate.trusted={bad}", *EVEN]
+    run = start(load_config(site, told), tmp_path / "run")
+    last = list(run.rounds())[-1]
+    met = defence(load_run(tmp_path / "run"))
+    assert met is not None
+    assert met.attackers == tuple(last.rejected) != (bad,)
+    assert (met.rule, met.attack, met.bad, met.honest) == ("mean", "nan", (2, 2), (0, 8))
+    honest = start(load_config(site, [*EVEN]), tmp_path / "honest")
+    list(honest.rounds())
+    assert defence(load_run(tmp_path / "honest")) is None
 
 
 def test_updates_that_are_no_numbers_change_nothing_for_the_others(

@@ -280,7 +280,7 @@ def test_the_rows_of_a_trusted_client_are_not_spoiled_though_all_others_are(site
         (["attack.name=alie", "method.name=local"], "nothing to attack"),
         (["attack.name=alie", "method.name=hetlora", "lora.rank=[2,4]"], "one number"),
         (["attack.name=alie", "federation.on=somewhere"], "on one machine"),
-        (["attack.name=backdoor", "attack.target=dog"], "is no label"),
+        (["attack.name=backdoor", "attack.target=dog"], "is not a label"),
         (["attack.name=backdoor", "attack.share=0.0"], "above 0"),
     ],
 )

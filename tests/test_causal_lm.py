@@ -218,7 +218,7 @@ def test_a_text_without_a_prompt_is_trained_on_whole_and_cannot_be_continued(bas
     found = task.encode(table, "rows")
     assert found.targets[1:].all()
     assert task.predict is not None
-    with pytest.raises(ConfigError, match="nothing that could be continued"):
+    with pytest.raises(ConfigError, match="nothing to continue"):
         task.predict(table, "rows", lambda examples: examples.tokens, 8)
 
 

@@ -16,9 +16,10 @@ from rolora.comparison.grid import plan
 from rolora.comparison.queue import queued_runs
 from rolora.config.load import load_config, make_config
 from rolora.config.schema import RunConfig
-from rolora.run import experiment, runs
+from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
 from rolora.run.experiment import Experiment
+from rolora.run.settings import dated
 from rolora.sites.coordinator import across
 from rolora.sites.site import Site
 from rolora.sites.site_config import SiteConfig
@@ -143,9 +144,9 @@ def sites(place: Path, state: Path) -> Calls:
 
 def test_only_a_run_on_chats_has_a_date(place: Path) -> None:
     assert configuration(place).data.date is None
-    assert experiment.dated(configuration(place)).data.date == datetime.date.today()
+    assert dated(configuration(place)).data.date == datetime.date.today()
     pairs = configuration(place, "model.task=classification")
-    assert experiment.dated(pairs).data.date is None
+    assert dated(pairs).data.date is None
 
 
 def test_every_answer_of_a_chat_whose_history_is_rewritten_is_trained_on_here_and_at_sites(

@@ -61,7 +61,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
         ("partition.clients=600", 3, "600"),
         ("data.test=strange.csv", 3, "label 'ugly' does not occur in the training data"),
         ("data.train=parts/site-*.csv", 3, "there is no folder"),
-        ("partition.scheme=files", 2, "partition.scheme = 'files' goes with a data.train pattern"),
+        ("partition.scheme=files", 2, "partition.scheme = 'files' needs a data.train pattern"),
         ("data.delimiter=;;", 2, "delimiter ';;' is not one ASCII character"),
         ("data.encoding=utf-9", 2, "encoding 'utf-9' is not known to Python"),
         ("model.path=./nowhere", 2, "model folder './nowhere' does not exist"),
@@ -285,7 +285,7 @@ def test_what_interrupts_a_command_names_the_very_command_that_continues(
     }
     if command in ("resume", "eval"):
         runs.start(config, out)
-    places = {"eval": "rolora.run.evaluation.evaluate_adapter", "loading": "rolora.run.runs.start"}
+    places = {"eval": "rolora.run.evaluation.evaluate_each", "loading": "rolora.run.runs.start"}
     ready = Demo(site, out, (0, 1))
     monkeypatch.setattr("rolora.demo.side_by_side.prepare_demo", lambda folder, llm: ready)
 
@@ -408,6 +408,14 @@ def test_the_help_names_every_exit_code(
     _, out, _ = rolora(monkeypatch, capsys, "--help")
     for code in EXIT_CODES:
         assert str(code) in out
+
+
+def test_the_help_shows_every_command_in_a_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = rolora(monkeypatch, capsys, "--help")
+    assert "─ Use the adapter ─" in out
+    assert "─ Commands ─" not in out
 
 
 def test_partition_shows_the_split_and_saves_a_picture(

@@ -304,7 +304,7 @@ def test_a_folder_that_is_no_comparison_or_in_use_is_refused(site: Path, tmp_pat
 def test_a_run_left_before_its_end_stops_the_queue(site: Path, tmp_path: Path) -> None:
     queue = queued_runs(planned(site), tmp_path / "all")
     next(queue)
-    with pytest.raises(RoloraError, match="did not reach its end"):
+    with pytest.raises(RoloraError, match="did not finish"):
         next(queue)
 
 
@@ -333,7 +333,7 @@ def test_a_budget_between_runs_is_spent_before_the_next_is_begun(
 ) -> None:
     queue = queued_runs(planned(site), tmp_path / "all", budget=1e-6)
     list(next(queue).run.rounds())
-    with pytest.raises(BudgetSpent, match=r"1 of 10 runs are done, about .* core-hours are left"):
+    with pytest.raises(BudgetSpent, match=r"1 of 10 runs are done, about .* core-hours remain"):
         next(queue)
     assert len(list((tmp_path / "all" / "tuning").iterdir())) == 1
 

@@ -69,7 +69,7 @@ def test_where_a_queue_stands_and_how_long_it_takes_is_said(
     code, out, err = rolora(monkeypatch, capsys, *command(site, tmp_path / "all"))
     said = err.splitlines()
     assert code == 0
-    assert "run 1 of 6: rolora-seed0" in said
+    assert said.index("loading the model and the data ...") < said.index("run 1 of 6: rolora-seed0")
     (sixth,) = (text for text in said if text.startswith("run 6 of 6: fedit-seed2"))
     assert sixth.endswith("left in all")
     (estimate,) = (text for text in said if text.startswith("estimate: 6 runs take about"))

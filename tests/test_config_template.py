@@ -60,7 +60,7 @@ def test_a_header_may_hold_anything_and_the_configuration_reads_it_back(
     config, notes, text = made(write_csv(tmp_path / "a.csv", head, rows), tmp_path)
     assert (config.data.text, config.data.label) == (head[0], head[1])
     assert all(letter.isprintable() or letter == "\n" for letter in text)
-    assert notes == [f"columns that are not used: {printable(head[2])}"]
+    assert notes == [f"unused columns: {printable(head[2])}"]
     assert f"# {notes[0]}\n" in text
     table = tables.read_table(config.data.train, root=config.root, form=config.data.form)
     assert tables.labels(table, str(config.data.label), "")[:2] == [f"{name}0", f"{name}1"]
@@ -98,7 +98,7 @@ def test_a_prompt_in_two_columns_is_taken_whole(tmp_path: Path, names: tuple[str
     config, notes, _ = made(str(tmp_path / "a.json"), tmp_path)
     assert config.model.task == "causal_lm"
     assert config.data.prompt == [first, second]
-    assert "columns that are not used: id" in notes
+    assert "unused columns: id" in notes
     table = tables.read_table(config.data.train, root=config.root)
     asked = tables.prompts(table, config.data.prompt, config.data.separator, "a.json")
     assert asked[:2] == ["Add 0\n", "Add 1\n1 and 2\n"]
@@ -111,8 +111,8 @@ def test_a_completion_that_follows_its_prompt_at_once_is_said_and_a_separator_of
     source = write_csv(tmp_path / "a.csv", ["prompt", "completion"], rows)
     config, notes, text = made(source, tmp_path)
     assert notes == [
-        "nothing stands between prompt and completion: set separator if the texts need a space or "
-        "a line break there"
+        "prompt and completion are joined without a separator: set one if the texts need a space "
+        "or a line break between them"
     ]
     assert config.data.separator is None
     assert '\n# separator = "\\n"' in text
@@ -229,7 +229,7 @@ def test_a_column_that_names_a_site_makes_clients_and_is_said(tmp_path: Path) ->
     source = write_csv(tmp_path / "a.csv", ["site", "text", "label"], rows)
     config, notes, _ = made(source, tmp_path)
     assert (config.partition.scheme, config.partition.field) == ("by_field", "site")
-    assert notes == ["each of the 3 values of site is a client: a guess"]
+    assert notes == ["a guess: each of the 3 values of site is a client"]
 
 
 def test_rows_that_may_have_no_label_are_noted(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_the_model_that_is_proposed_is_one_that_rolora_fetch_puts_there(
     out = tmp_path / "runs" / "a.toml"
     notes, made = write_template(write_rows(tmp_path / "a.csv"), out)
     assert notes == [
-        "--model is left out: the file names data/minilm, a small one; get it with: rolora fetch "
+        "no --model given: the file names data/minilm, a small model; get it with: rolora fetch "
         "minilm"
     ]
     assert (made.config.root / made.config.model.path).resolve() == tmp_path / "data" / "minilm"
@@ -272,5 +272,5 @@ def test_a_model_that_is_at_hand_is_named_without_more_words(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "minilm").mkdir(parents=True)
     notes, made = write_template(write_rows(tmp_path / "a.csv"), tmp_path / "a.toml")
-    assert notes == ["--model is left out: the file names models/minilm, a small one"]
+    assert notes == ["no --model given: the file names models/minilm, a small model"]
     assert made.config.model.path == "models/minilm"

@@ -198,7 +198,7 @@ def test_an_adapter_folder_with_any_bytes_in_it_is_one_error_or_is_read(
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["config.toml", "rounds.jsonl", "partition.json"]), ANYTHING)
+@given(st.sampled_from(["config.toml", "rounds.jsonl", "partition.json", "axes.json"]), ANYTHING)
 def test_a_run_folder_with_any_bytes_in_it_is_one_error_or_is_read(
     ground: Path, laid: Callable[[dict[str, Any]], None], name: str, content: bytes
 ) -> None:

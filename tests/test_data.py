@@ -249,7 +249,7 @@ def test_delimiter_and_encoding_are_those_that_are_said(tmp_path: Path) -> None:
 def test_a_file_read_with_the_wrong_delimiter_says_which_one_it_may_be(
     tmp_path: Path, mark: str
 ) -> None:
-    said = f"; if {mark!r} stands between values, set data.delimiter = {json.dumps(mark)}"
+    said = f"; if {mark!r} separates values, set data.delimiter = {json.dumps(mark)}"
     write(tmp_path / "a.csv", f"text{mark}label\nx{mark}1\n")
     with pytest.raises(DataError) as caught:
         texts(read_table("a.csv", root=tmp_path), "text", "a.csv")
@@ -269,8 +269,8 @@ def test_a_quote_that_goes_wrong_in_the_middle_swallows_no_rows(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"a": "x", "a": "y"}\n', "line 1: the key 'a' stands twice in one object"),
-        ("a.jsonl", '{"a": 1}\n{"a": {"b": 1, "b": 2}}\n', "line 2: the key 'b' stands twice"),
+        ("a.jsonl", '{"a": "x", "a": "y"}\n', "line 1: the key 'a' appears twice in one object"),
+        ("a.jsonl", '{"a": 1}\n{"a": {"b": 1, "b": 2}}\n', "line 2: the key 'b' appears twice"),
         ("a.jsonl", '{"a": "\\ud83d"}\n', "half of a surrogate pair"),
         ("a.json", '[{"a": ["\\udc00"]}]', "half of a surrogate pair"),
         ("a.json", '{"data": []}', "it holds no rows"),
@@ -446,7 +446,7 @@ def test_a_folder_leaves_out_no_file_without_a_word(tmp_path: Path) -> None:
     for name in ("north", "test-lab"):
         write(tmp_path / "d" / f"{name}.csv", "text\nx\n")
     assert refusal(tmp_path, "d", split="test") == (
-        "d holds test-lab.csv, named after a split, and north.csv, which is of none: name the "
+        "d holds test-lab.csv, named after a split, and north.csv, which is not: name the "
         "files, for example d/*.csv"
     )
     assert read_table("d/*.csv", root=tmp_path).num_rows == 2

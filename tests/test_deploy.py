@@ -19,6 +19,7 @@ from tiny_site import make_site
 from typer.main import get_command
 
 from rolora.cli import main as cli
+from rolora.sites.folder import FederationFolder
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -92,6 +93,30 @@ def test_the_manifest_has_the_fields_of_its_kinds() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
     for document in DOCUMENTS:
         validate.validate(document, "1.30", strict=True)
+
+
+def test_keys_that_a_stopped_start_did_not_make_are_made_by_the_next(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "rolora"
+    program.parent.mkdir()
+    program.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'from rolora.cli.main import main; main()' \"$@\"\n"
+    )
+    program.chmod(0o755)
+    made = FederationFolder.create(tmp_path / "federation", "coordinator", 8000)
+    made.add_site("ann")
+    before = made.public["ann"].read_bytes()
+    (step,) = (one for one in containers() if one["name"] == "keys")
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    for _ in range(2):
+        subprocess.run(
+            [*step["command"], *step["args"]],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            check=True,
+            capture_output=True,
+        )
+    assert list(made.public) == ["ann", "bob"]
+    assert made.public["ann"].read_bytes() == before
 
 
 def test_linters_find_nothing() -> None:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from documents import PAGES, ROOT, blocks, section
 from scripts import script
-from tiny import tiny_bert
 from tiny_site import write_rows
 
 from rolora.algorithm.codec import Format, encode
@@ -28,15 +27,6 @@ from rolora.plan.method_table import describe_methods
 def runnable(page: Path) -> list[str]:
     """The Python of a page that is not marked as needing what is not here."""
     return [block.text for block in blocks(page, "python") if block.reason is None]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty place with a model and rows under the names that the documents use."""
-    tiny_bert(tmp_path / "models" / "minilm")
-    write_rows(tmp_path / "mydata.csv", 60)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def call(*words: str, **environment: str) -> str:
@@ -159,32 +149,34 @@ def test_the_plan_on_its_page_is_the_one_that_the_command_prints() -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_and_the_python_of_the_readme_run_in_their_order(folder: Path) -> None:
+def test_the_commands_and_the_python_of_the_readme_run_in_their_order(here: Path) -> None:
     shells = (block.text for block in blocks(ROOT / "README.md", "bash", "sh"))
     (shell,) = (text for text in shells if "rolora init" in text)
     for text in shell.splitlines():
         program, *words = shlex.split(text, comments=True)
         assert program == "rolora"
         call("rolora", *words)
-    assert {path.name for path in (folder / "runs").iterdir()} == {"mydata", "mydata-compare"}
+    assert {path.name for path in (here / "runs").iterdir()} == {
+        "mydata",
+        "mydata-compare",
+    }
     left = section(ROOT / "docs" / "quickstart.md", "What a run leaves")
     for name in re.findall(r"^  (\S+)", left, re.MULTILINE):
-        assert (folder / "runs" / "mydata" / name).exists(), name
+        assert (here / "runs" / "mydata" / name).exists(), name
     call("rolora", "resume", "runs/mydata")
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_quickstart_run_in_their_order(folder: Path) -> None:
-    tiny_bert(folder / "data" / "minilm")
-    (folder / "data" / "trec").mkdir()
+def test_the_commands_of_the_quickstart_run_in_their_order(here: Path) -> None:
+    (here / "data" / "trec").mkdir()
     for name in ("train", "test"):
-        write_rows(folder / "data" / "trec" / f"{name}.csv", 60)
+        write_rows(here / "data" / "trec" / f"{name}.csv", 60)
     made = script("docs/make_quickstart.py")
-    page = made.page((ROOT / "docs" / "quickstart.md").read_text(), folder)
+    page = made.page((ROOT / "docs" / "quickstart.md").read_text(), here)
     assert "aggregation error" in page
-    assert (folder / "runs" / "questions" / "adapter" / "adapter_model.safetensors").exists()
-    assert len((folder / "predicted.csv").read_text().splitlines()) == 61
-    assert (folder / "merged" / "model.safetensors").exists()
+    assert (here / "runs" / "questions" / "adapter" / "adapter_model.safetensors").exists()
+    assert len((here / "predicted.csv").read_text().splitlines()) == 61
+    assert (here / "merged" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -198,12 +190,12 @@ def test_the_commands_of_the_quickstart_run_in_their_order(folder: Path) -> None
     ],
     ids=lambda page: page.name,
 )
-def test_the_python_of_a_page_runs(page: Path, folder: Path) -> None:
-    call("rolora", "init", "mydata.csv", "--model", "models/minilm")
+def test_the_python_of_a_page_runs(page: Path, here: Path) -> None:
+    call("rolora", "init", "mydata.csv", "--model", "data/minilm")
     names: dict[str, object] = {}
     for text in runnable(page):
         exec(compile(text, page.name, "exec"), names)
-    assert list((folder / "runs").glob("*/report.html"))
+    assert list((here / "runs").glob("*/report.html"))
 
 
 @pytest.mark.slow
@@ -222,15 +214,15 @@ def test_the_example_of_contributing_is_a_method_by_being_dropped_in(tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_reducer_and_the_task_of_contributing_are_used_by_name(folder: Path) -> None:
+def test_the_reducer_and_the_task_of_contributing_are_used_by_name(here: Path) -> None:
     """Both come from a package beside rolora, with the entry points that the page shows."""
     page = ROOT / "CONTRIBUTING.md"
     _, *files = blocks(page, "python")
     for block in files:
-        file = folder / block.text.splitlines()[0].removeprefix("# ")
+        file = here / block.text.splitlines()[0].removeprefix("# ")
         file.parent.mkdir(exist_ok=True)
         file.write_text(block.text)
-    info = folder / "my_package-1.0.dist-info"
+    info = here / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
     groups = [
@@ -243,12 +235,12 @@ def test_the_reducer_and_the_task_of_contributing_are_used_by_name(folder: Path)
         for name, where in own.items()
     ]
     (info / "entry_points.txt").write_text("\n".join(lines))
-    path = os.pathsep.join([str(folder), str(ROOT / "src")])
-    call("rolora", "init", "mydata.csv", "--model", "models/minilm", PYTHONPATH=path)
+    path = os.pathsep.join([str(here), str(ROOT / "src")])
+    call("rolora", "init", "mydata.csv", "--model", "data/minilm", PYTHONPATH=path)
     chosen = ("model.task=error_rate", "aggregate.reducer=midrange")
     short = ("train.rounds=1", "partition.clients=3")
     call("rolora", "run", "rolora.toml", *chosen, *short, PYTHONPATH=path)
-    last = (folder / "runs" / "mydata" / "rounds.jsonl").read_text().splitlines()[-1]
+    last = (here / "runs" / "mydata" / "rounds.jsonl").read_text().splitlines()[-1]
     assert 0 <= json.loads(last)["metrics"]["error_rate"] <= 1
 
 

@@ -166,7 +166,7 @@ def test_another_protocol_is_wrong_and_another_version_is_told(place: Path) -> N
 def test_a_coordinator_that_says_no_versions_is_no_fault(body: bytes, place: Path) -> None:
     with coordinator(place, body) as address:
         settings = site(place, superlink=address)
-        assert "does not tell its versions" in looked_at(settings)["coordinator"]
+        assert "does not report its versions" in looked_at(settings)["coordinator"]
 
 
 def test_what_a_coordinator_says_commands_no_terminal(

@@ -18,8 +18,9 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from rolora.config.load import make_config
 from rolora.errors import ConfigError
-from rolora.model.export import interleaved
+from rolora.model.export import interleaved, write_merged_gguf
 from rolora.run import runs
+from rolora.run.evaluation import load_trained
 from rolora.run.export import export
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -175,7 +176,7 @@ def test_a_classifier_s_adapter_is_not_written_as_gguf(
     assert "an adapter of a 'bert' cannot be written as GGUF" in err
     code, _, err = rolora(monkeypatch, capsys, "export", run)
     assert code == 2
-    assert "name what to write" in err
+    assert "choose what to write" in err
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
         export(run, merged=tmp_path / "there")
@@ -183,10 +184,15 @@ def test_a_classifier_s_adapter_is_not_written_as_gguf(
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
         export(run, gguf=file)
     assert file.read_text() == "precious"
+    with pytest.raises(ConfigError, match="name two files"):
+        export(run, merged=tmp_path / "one.gguf", gguf=tmp_path / "one.gguf")
 
 
-def as_gguf(folder: Path, file: Path) -> None:
-    """A tiny Llama and its byte-level tokenizer, written as llama.cpp's converter would."""
+def as_gguf(folder: Path, file: Path, packed: str = "F32") -> None:
+    """A tiny Llama and its byte-level tokenizer, written as llama.cpp's converter would.
+
+    ``packed``: the type of its matrices.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     config, state = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -202,6 +208,7 @@ def as_gguf(folder: Path, file: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(packed, f"MOSTLY_{packed}")])
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in special else 1 for token in tokens])
@@ -214,7 +221,9 @@ def as_gguf(folder: Path, file: Path) -> None:
         layer = name.removesuffix(".weight")
         if (own := heads.get(layer.rpartition(".")[2])) is not None:
             tensor = interleaved(tensor, own)
-        writer.add_tensor(f"{names.get_name(layer)}.weight", tensor.contiguous().numpy())
+        kind = gguf.GGMLQuantizationType[packed if tensor.dim() == 2 else "F32"]
+        data = gguf.quantize(tensor.contiguous().numpy(), kind)
+        writer.add_tensor(f"{names.get_name(layer)}.weight", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -244,3 +253,85 @@ def test_an_adapter_of_a_gguf_base_is_merged_into_what_that_holds(tmp_path: Path
     wanted = logits(peft.PeftModel.from_pretrained(plain, run / "adapter"), run / "adapter")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(logits(merged, tmp_path / "merged"), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_gguf_base_is_written_with_the_adapter_in_its_weights_and_nothing_else_changed(
+    tmp_path: Path, dtype: Any
+) -> None:
+    tiny_llama(tmp_path / "model")
+    as_gguf(tmp_path / "model", tmp_path / "base.gguf", packed="Q8_0")
+    run = trained(tmp_path, "causal_lm", base="base.gguf", target_modules=["q_proj", "down_proj"])
+    export(run, merged=tmp_path / "merged.gguf", dtype=dtype)
+    export(run, merged=tmp_path / "merged")
+    found, wanted = (
+        transformers.AutoModelForCausalLM.from_pretrained(**place)
+        for place in (
+            {"pretrained_model_name_or_path": tmp_path, "gguf_file": "merged.gguf"},
+            {"pretrained_model_name_or_path": tmp_path / "merged"},
+        )
+    )
+    for name, tensor in wanted.state_dict().items():
+        near = 1e-6 if dtype == "fp32" else 2**-8  # bfloat16 has 8 digits
+        assert torch.allclose(found.state_dict()[name], tensor, rtol=near, atol=1e-6), name
+
+    before, after = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("base", "merged"))
+    changed = []
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        if old.tensor_type != new.tensor_type:
+            changed.append(new.name)
+            assert new.tensor_type.name == {"fp32": "F32", "bf16": "BF16"}[dtype]
+        else:
+            assert (old.name, old.data.tobytes()) == (new.name, new.data.tobytes())
+    assert changed == [f"blk.{n}.{part}.weight" for n in (0, 1) for part in ("attn_q", "ffn_down")]
+    told, kept = (
+        {k: v.contents() for k, v in one.fields.items() if not k.startswith("GGUF.")}
+        for one in (before, after)
+    )
+    assert told == {**kept, "general.file_type": gguf.LlamaFileType.MOSTLY_Q8_0}
+
+
+def test_an_adapter_is_not_merged_into_a_gguf_file_that_has_no_place_for_it(
+    tmp_path: Path,
+) -> None:
+    run = trained(tmp_path, "causal_lm")
+    with pytest.raises(ConfigError, match="'model' is not a GGUF file"):
+        export(run, merged=tmp_path / "merged.gguf")
+    export(run, gguf=tmp_path / "adapter.gguf")  # a file with other tensors than the base's
+    loaded, adapter, _ = load_trained(run, {}, None, [])
+    lacking, out = tmp_path / "adapter.gguf", tmp_path / "merged.gguf"
+    with pytest.raises(ConfigError, match=r"is not in 'adapter\.gguf'"):
+        write_merged_gguf(loaded.base, adapter, lacking, out, torch.float32)
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_llama_cpp_itself_continues_a_text_as_peft_does(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp's code, is missing")
+    tiny_llama(tmp_path / "model")
+    as_gguf(tmp_path / "model", tmp_path / "base.gguf")
+    run = trained(tmp_path, "causal_lm", base="base.gguf")
+    export(run, gguf=tmp_path / "adapter.gguf", merged=tmp_path / "merged.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "adapter")
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS[:4]]
+
+    def by_llama_cpp(name: str, *adapters: str) -> list[str]:
+        settings = llama_cpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.warmup = str(tmp_path / name), 64, False
+        settings.lora_adapters = [
+            llama_cpp.CommonAdapterLoraInfo(str(tmp_path / one), 1.0) for one in adapters
+        ]
+        server = llama_cpp.Server(settings)
+        wanted = {"max_tokens": 8, "temperature": 0.0}
+        answers = [server.handle_completions({"prompt": row, **wanted}) for row in rows]
+        return [answer["choices"][0]["text"] for answer in answers]
+
+    model: Any = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model"), run / "adapter"
+    )
+    by_peft = []
+    for row in rows:
+        ids = model.generate(input_ids=torch.tensor([row]), max_new_tokens=8, do_sample=False)[0]
+        by_peft.append(tokenizer.decode(ids[len(row) :], skip_special_tokens=True))
+    assert by_llama_cpp("base.gguf", "adapter.gguf") == by_peft
+    assert by_llama_cpp("merged.gguf") == by_peft
+    assert by_llama_cpp("base.gguf") != by_peft

@@ -28,6 +28,7 @@ from rolora.config.schema import RunConfig
 from rolora.methods import get_method
 from rolora.model.base import Base, with_bank
 from rolora.model.peft import LoraSettings, above_encoder
+from rolora.plan.estimate import estimate_run
 from rolora.plan.meta_model import SHAPES
 from rolora.plan.needs import Plan, make_plan
 from rolora.run.experiment import Experiment
@@ -36,10 +37,21 @@ from rolora.tasks.classification import classification
 from rolora.tasks.registry import Task
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import InProcess, Job
+from rolora.training.local import Work, train_group
 from rolora.training.rounds import Federation, RoundResult, RunState, federate
 from rolora.training.settings import LocalSettings
 
 CLIENTS, ROWS = 2, 2  # of each client, in one step
+LLAMA_3_2_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
 TEXTS = [4 * f"{SENTENCES[number % len(SENTENCES)]} " for number in range(CLIENTS * ROWS)]
 
 
@@ -168,3 +180,53 @@ def test_a_step_at_full_width_takes_the_memory_that_was_planned(tmp_path: Path, 
         peak = allocated(partial(list, place.engine.run(method, job)))
         assert plan.peak is not None
         assert plan.peak - place.planned.weights == pytest.approx(peak, rel=0.15)
+
+
+def long_rows(folder: Path, task: str, layers: int, tokens: int = 4096) -> RunConfig:
+    """A model of a billion parameters with so many of its 16 layers, and rows of so many tokens."""
+    layout = transformers.AutoConfig.for_model("llama", **LLAMA_3_2_1B, num_hidden_layers=layers)
+    layout.save_pretrained(folder / "model")
+    tables = {
+        "offline": True,
+        "model": {"path": "model", "task": task, "dtype": "bf16"},
+        "lora": {"rank": 8},
+        "data": {"train": "away.csv", "max_length": tokens},
+        "partition": {"clients": 1},
+        "train": {"rounds": 2, "local_steps": 1, "batch_size": 1, "bank": 1, "recompute": True},
+    }
+    columns = {"causal_lm": ["completion"], "preference": ["chosen", "rejected"]}
+    return make_config(tables, [f"data.{name}={name}" for name in columns[task]], root=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["causal_lm", "preference"])
+def test_logits_of_a_long_row_are_never_all_in_memory(tmp_path: Path, task: str) -> None:
+    planned = make_plan(Experiment(long_rows(tmp_path, task, layers=16)))
+    assert planned.parameters == 1_235_814_400
+    tokens = 4096 * (2 if task == "preference" else 1)
+    logits = tokens * LLAMA_3_2_1B["vocab_size"] * torch.float32.itemsize
+    for step in planned.methods[0].rounds:
+        assert step.peak is not None
+        assert step.peak - planned.weights < logits / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "tokens"), [("causal_lm", 4096), ("preference", 1024)])
+def test_a_step_on_a_long_row_takes_the_memory_that_was_planned(
+    tmp_path: Path, task: str, tokens: int
+) -> None:
+    config = long_rows(tmp_path, task, 2, tokens)
+    shape = estimate_run(Experiment(config))
+    (planned,) = make_plan(Experiment(config)).methods
+    layout = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_config(layout, dtype=torch.bfloat16)
+    base = with_bank(model, shape.outline.base.tokenizer, "causal_lm", LoraSettings(8, 8.0), "")
+    assert base.stack is not None
+    base.stack.checkpointing = True
+    method, settings = get_method("rolora"), LocalSettings(steps=1, batch_size=1)
+    work = [Work("", torch.arange(1), method.init(base.specs, torch.Generator()), steps=1)]
+    parts = base, shape.experiment.task, shape.examples, work, method, settings
+    for round, plan in enumerate(planned.rounds, start=1):
+        peak = allocated(partial(train_group, *parts, lr=1e-2, seed=0, round=round))
+        assert plan.peak is not None
+        assert plan.peak - shape.weights == pytest.approx(peak, rel=0.15)

@@ -15,10 +15,12 @@ from rolora.config.load import load_config
 from rolora.data.examples import Examples
 from rolora.errors import ConfigError, NotHere
 from rolora.run import runs
-from rolora.run.config_template import GLUE, write_template
+from rolora.run.config_template import write_template
 from rolora.run.evaluation import evaluate_adapter
 from rolora.run.experiment import Experiment
+from rolora.run.found_rows import GLUE
 from rolora.run.prediction import predict
+from rolora.training.engine import Evaluation
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -120,9 +122,9 @@ def test_the_mismatched_set_of_mnli_is_evaluated_by_the_command_that_init_names(
     list(runs.start(config, hub / "run").rounds())
     seen = []
 
-    def counted(self: Experiment, examples: Examples, adapter: object) -> dict[str, float]:
+    def counted(self: Experiment, examples: Examples, adapter: object) -> Evaluation:
         seen.append(len(examples))
-        return {}
+        return Evaluation()
 
     monkeypatch.setattr(Experiment, "score", counted)
     evaluate_adapter(hub / "run", data, None, [override])

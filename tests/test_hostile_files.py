@@ -84,7 +84,7 @@ def test_quotes_and_keys_in_great_number_take_no_time() -> None:
     nesting(b'"' + b'\\"' * (1 << 19))
     nesting(b'"\\' * (1 << 19))
     keys = ", ".join(f'"k{n}": 1' for n in [*range(100_000), 99_999])
-    with pytest.raises(ValueError, match="the key 'k99999' stands twice"):
+    with pytest.raises(ValueError, match="the key 'k99999' appears twice"):
         read_json(f"[{{{keys}}}]".encode(), ",")
     with pytest.raises(MessageError):
         expand_names(json.dumps([f"n{n}" for n in range(30_000)]), [str(n) for n in range(3000)])
@@ -303,7 +303,7 @@ def test_of_two_resumed_runs_of_a_folder_only_one_goes_on(
     list(itertools.islice(going, rounds - 1))
     going.close()
     for stale in (second, third, first):
-        with pytest.raises(ConfigError, match="has gone on since this run was opened"):
+        with pytest.raises(ConfigError, match="has advanced since this run was opened"):
             next(stale.rounds())
     list(runs.resume(path).rounds())
     assert [entry["round"] for entry in lines(path)] == [0, 1, 2, 3, 4]

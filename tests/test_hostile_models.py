@@ -83,7 +83,7 @@ def test_a_model_s_own_code_never_runs(
         runs.start(load_config(config, ["train.cache="]), tmp_path / "run")
     else:
         assert "auto_map" in str(planned.exception)
-        with pytest.raises(ConfigError, match="code of its own") as caught:
+        with pytest.raises(ConfigError, match="its own code") as caught:
             runs.start(load_config(config, ["train.cache="]), tmp_path / "run")
         assert "\n" not in str(caught.value)
     in_order_of_checkpoint("model", ["a", "b"], root=config.parent, offline=True)

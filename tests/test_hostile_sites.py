@@ -298,9 +298,9 @@ def test_an_answer_that_flower_cannot_read_is_its_node_s_loss_alone(
     questions = dict.fromkeys(range(1, 6), SiteMessage({"ask": "train"}))
     answers = dict(GridTransport(cast("Any", Grid())).ask(questions, 5))
     assert answers[1] == SiteMessage({"n": 1})
-    assert "no message" in str(answers[2].head["error"])
+    assert "not a message" in str(answers[2].head["error"])
     assert answers[3] == answers[4] == SiteMessage({})
-    assert "no message" in str(answers[5].head["error"])
+    assert "not a message" in str(answers[5].head["error"])
 
 
 def test_what_an_answer_sets_off_is_one_short_printable_line() -> None:

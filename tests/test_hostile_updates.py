@@ -210,7 +210,7 @@ def test_the_last_checkpoint_that_a_round_was_trained_from_outlives_failed_attem
     tmp_path: Path,
 ) -> None:
     """The newest state may be what stops the others: then there is one to go back to."""
-    folder = RunFolder.create(tmp_path / "run", "", {})
+    folder = RunFolder.create(tmp_path / "run", "", {}, {})
     state = RunState(ServerState(start_of(get_method("rolora"), make_specs(), 0)))
 
     def commit(round: int, attempt: int) -> None:

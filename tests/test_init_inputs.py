@@ -130,7 +130,7 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "keys alike": (
         "a.jsonl",
         b'{"label": 1, "label": 2}\n' * 9,
-        "'label' stands twice",
+        "'label' appears twice",
     ),
     "nested text": (
         "a.jsonl",
@@ -181,6 +181,6 @@ def test_a_file_without_a_line_of_names_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("\n".join(LINES) + "\n")
     notes, _ = write_template(str(tmp_path / "a.csv"), tmp_path / "a.toml", "hub:owner/name")
     assert (
-        "no is a column's name and a value in it: if the file has no line of names, add one"
+        "no is both a column's name and a value in it: if the file has no header row, add one"
         in notes
     )

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from rolora.cli.main import main
+from rolora.cli.printing import show
 from rolora.config.load import load_config
 from rolora.errors import ConfigError
 from rolora.results.listing import Listed, list_runs
 from rolora.run import runs
+from rolora.run.prediction import writer
 
 Say = Callable[..., str]
 
@@ -109,3 +111,11 @@ def test_the_environment_has_what_a_bug_report_needs(say: Say) -> None:
     assert 0 < found["memory_free"] <= found["memory"]
     assert "pytest" not in found["packages"]
     assert f"transformers       {version('transformers')}" in say("env").splitlines()
+
+
+def test_a_number_that_is_not_finite_is_null_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"last": float("nan"), "rows": ({"best": float("-inf")}, 1.5)}
+    show(True, found)
+    for text in (capsys.readouterr().out, writer(None)([found])):
+        strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert strict == {"last": None, "rows": [{"best": None}, 1.5]}

@@ -151,5 +151,7 @@ def test_an_address_of_ipv6_is_served(whole: Path) -> None:
 def test_what_cannot_be_served_is_refused_in_one_line(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a run folder"):
         live_server(tmp_path, "127.0.0.1", 0)
+    with pytest.raises(ConfigError, match="--host is empty"):
+        live_server(whole, "", 0)
     with served(whole) as port, pytest.raises(ConfigError, match="choose another --port"):
         live_server(whole, "127.0.0.1", port)

@@ -215,7 +215,7 @@ def test_ranks_in_a_list_are_dealt_out_by_id_and_a_table_goes_by_its_first_fit(s
         *(
             (
                 [*method, f"aggregate.reducer={rule}"],
-                f"{name} averages pieces .* votes for no move: set aggregate.reducer to 'mean'",
+                f"{name} averages pieces .* a vote for no change: set aggregate.reducer to 'mean'",
             )
             for name, method in {
                 "lora_a2": ["method.name=lora_a2"],

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_bert
-from tiny_site import write_rows
 
 FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
 every_notebook = pytest.mark.parametrize(
@@ -25,17 +23,8 @@ def code(file: Path) -> list[dict[str, Any]]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place with a model and rows under the names that the notebooks use."""
-    tiny_bert(tmp_path / "models" / "minilm")
-    write_rows(tmp_path / "mydata.csv", 60)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @every_notebook
-def test_the_cells_of_a_notebook_run_in_their_order(file: Path, folder: Path) -> None:
+def test_the_cells_of_a_notebook_run_in_their_order(file: Path, here: Path) -> None:
     program = "\n\n".join("".join(cell["source"]) for cell in code(file))
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -49,13 +38,13 @@ def test_the_cells_of_a_notebook_run_in_their_order(file: Path, folder: Path) ->
 
 
 @every_notebook
-def test_a_notebook_runs_in_a_kernel(file: Path, folder: Path) -> None:
+def test_a_notebook_runs_in_a_kernel(file: Path, here: Path) -> None:
     reason = "nbclient and a kernel are in the extra docs"
     nbclient = pytest.importorskip("nbclient", reason=reason)
     nbformat = pytest.importorskip("nbformat", reason=reason)
     pytest.importorskip("ipykernel", reason=reason)
     book = nbformat.read(file, as_version=4)
-    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": folder}}).execute()
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": here}}).execute()
 
 
 @every_notebook

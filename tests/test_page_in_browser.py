@@ -168,7 +168,8 @@ def test_choosing_an_axis_shows_the_figure_against_it_and_no_other(
 ) -> None:
     names = ("rounds", "megabytes sent", "seconds", "local steps")
     assert answer(CHOOSE, pages[0], 1280, False, tmp_path) == [
-        [[f"{curve} against {name}"] for name in names] for curve in ("accuracy", "training loss")
+        *([[f"{curve} against {n}"] for n in names] for curve in ("accuracy", "training loss")),
+        [["Effective rank of B·A"], ["Norm of A"], ["Norm of B"]],
     ]
 
 

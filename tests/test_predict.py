@@ -99,8 +99,8 @@ def test_predictions_are_written_as_csv_or_json_lines(
     with (tmp_path / "found.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == [one["label"] for one in printed]
-    assert [float(row["probabilities.good"]) for row in rows] == [
-        one["probabilities"]["good"] for one in printed
+    assert [row["probabilities.good"] for row in rows] == [
+        f"{one['probabilities']['good']:.7g}" for one in printed
     ]
     code, _, err = rolora(monkeypatch, capsys, *words, "--out", tmp_path / "found.xlsx")
     assert (code, err.count("\n")) == (2, 1)

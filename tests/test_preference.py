@@ -205,7 +205,7 @@ def test_the_frozen_layers_run_once_for_both_completions(folder: Path, tmp_path:
     task = made(base, rows()["texts"])
     examples = task.encode(pa.Table.from_pylist(rows()["texts"]), "rows")
     kept, note = kept_below(base, examples, tmp_path)
-    assert "1 layers below the adapters run once" in note
+    assert "the layers below the adapters (1)" in note
     order = torch.tensor([2, 0, 3])
     adapter = AdapterState(
         {s.name: fixed(torch.empty(s.shape), 5) for s in base.specs.tensors}, base.specs.scaling
@@ -245,7 +245,7 @@ DOG = {"role": "assistant", "content": "the dog"}
         ({"chosen": [USER, BOT], "rejected": [BOT]}, "'chosen' must end with one message"),
         ({"chosen": [USER, BOT], "rejected": [USER, USER]}, "'rejected' must end with one"),
         ({"chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": " "}]}, "'rejected' is e"),
-        ({"chosen": [USER, BOT], "rejected": "text"}, "'rejected' is no list of messages"),
+        ({"chosen": [USER, BOT], "rejected": "text"}, "'rejected' is not a list of messages"),
         ({"chosen": [USER, BOT], "rejected": [USER, {"role": "assistant"}]}, "message 2 has no"),
         ({"chosen": [BOT], "rejected": [DOG]}, "'chosen' must end with one message"),
     ],

@@ -111,7 +111,7 @@ def test_a_run_says_what_it_keeps_and_learns_the_same(tmp_path: Path) -> None:
     site = make_site(tmp_path)
     kept = load_config(site, [*TOP, f"train.cache={tmp_path / 'cache'}"])
     run = runs.start(kept, tmp_path / "kept")
-    assert any("the 1 layers below the adapters run once" in note for note in run.notes)
+    assert any("the layers below the adapters (1)" in note for note in run.notes)
     plain = runs.start(load_config(site, [*TOP, "train.cache="]), tmp_path / "plain")
     assert not any("layers" in note for note in plain.notes)
     ends = [list(one.rounds())[-1].state.server.adapter for one in (run, plain)]

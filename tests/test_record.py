@@ -65,7 +65,7 @@ def result(round: int, attempt: int = 0, advanced: bool = True) -> RoundResult:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    run = RunFolder.create(tmp_path / "run", "name = 'x'\n", {"clients": []})
+    run = RunFolder.create(tmp_path / "run", "name = 'x'\n", {"clients": []}, {})
     for round in range(4):
         run.commit(result(round))
     return run
@@ -189,14 +189,14 @@ def test_an_attempt_without_quorum_is_saved_but_is_no_round(folder: RunFolder) -
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_from_its_start(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "new", "", {})
+    folder = RunFolder.create(tmp_path / "new", "", {}, {})
     begin = state(0)
     assert folder.restore(begin)[0] is begin
 
 
 def test_a_run_folder_is_never_overwritten(folder: RunFolder) -> None:
     with pytest.raises(ConfigError, match="not overwritten"):
-        RunFolder.create(folder.path, "", {})
+        RunFolder.create(folder.path, "", {}, {})
 
 
 def test_two_processes_cannot_write_to_one_run(folder: RunFolder) -> None:
@@ -261,11 +261,11 @@ def test_of_two_runs_that_start_in_the_same_new_folder_the_first_stays_as_it_is(
     def late(path: Path) -> None:
         """Finds nothing there; then another process makes its folder."""
         monkeypatch.undo()
-        RunFolder.create(path, "first", {})
+        RunFolder.create(path, "first", {}, {})
 
     monkeypatch.setattr("rolora.run.folder.require_new", late)
     with pytest.raises(ConfigError, match="another process has just made it"):
-        RunFolder.create(tmp_path / "run", "second", {})
+        RunFolder.create(tmp_path / "run", "second", {}, {})
     assert (tmp_path / "run" / "config.toml").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
@@ -338,7 +338,7 @@ def test_of_more_than_ten_attempts_the_newest_is_restored(folder: RunFolder) -> 
 def test_a_file_in_the_place_of_a_run_s_folder_is_named_and_stays(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("notes")
     with pytest.raises(ConfigError, match="run is a file: name a new folder with --out"):
-        RunFolder.create(tmp_path / "run", "", {})
+        RunFolder.create(tmp_path / "run", "", {}, {})
     assert (tmp_path / "run").read_text() == "notes"
 
 

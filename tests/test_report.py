@@ -21,6 +21,7 @@ from rolora.report.figures import (
     ROUNDING,
     Series,
     aggregation_errors,
+    curves,
     elided,
     key,
     save_picture,
@@ -88,6 +89,8 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
         options={HOSTILE: HOSTILE},
         rejected={HOSTILE: HOSTILE},
     )
+    said = dict.fromkeys(("prompt", "expected", "before"), HOSTILE)
+    (run / "samples.json").write_text(json.dumps([{**said, "after": "\n"}]))
     return write_report([run], folder / "page.html").read_text()
 
 
@@ -125,6 +128,7 @@ def test_hostile_names_are_shown_as_they_are(hostile: str) -> None:
     assert page.text["title"] == [f"{HOSTILE} · rolora"]
     assert [cell for cell in page.text["td"] if cell == HOSTILE] == [HOSTILE] * 2  # client, reason
     assert f"{HOSTILE} ({HOSTILE}={HOSTILE})" in page.text["span"]
+    assert page.text["dd"] == [HOSTILE, HOSTILE, HOSTILE, ""]
     assert {elided(HOSTILE, 16), "$x_1$"} <= set(page.text["text"])
 
 
@@ -139,7 +143,7 @@ def test_every_id_of_a_page_is_there_once_and_every_reference_has_its_target(htm
 def test_the_settings_of_every_run_are_on_the_page(runs: list[Path], html: str) -> None:
     shown = [tomllib.loads(text) for text in Page(html).text["pre"]]
     assert shown == [load_run(run).config for run in runs]
-    assert [f"{run.parent.name}/{run.name}" for run in runs] == Page(html).text["summary"][1:]
+    assert [f"{run.parent.name}/{run.name}" for run in runs] == Page(html).text["summary"][-4:]
 
 
 def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
@@ -153,6 +157,13 @@ def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
     cells = Page(html).text["td"]
     assert (cells.count("2.13.0"), cells.count("2.14.1")) == (4, 1)
     assert "secret-project" not in html
+
+
+@pytest.mark.parametrize("rounds", [[4], [3, 4], [1, 2, 3]])
+def test_the_axis_of_rounds_has_whole_numbers_alone(rounds: list[float]) -> None:
+    lines = [Series(0, rounds, [0.5] * len(rounds), [None] * len(rounds))]
+    (axes,) = curves(lines, "accuracy", "round").axes
+    assert all(tick == int(tick) for tick in axes.get_xticks())
 
 
 def test_every_split_is_on_the_page_once_with_the_runs_that_trained_on_it(
@@ -231,6 +242,73 @@ def test_a_page_about_twenty_long_runs_is_smaller_than_five_megabytes(tmp_path: 
     assert "method_0, round 1000: " in page.read_text()
     assert "Of more than 300 rounds, every n-th is drawn." in page.read_text()
     assert "4 more" in Page(page.read_text()).text["summary"]  # of the ten methods of a ranking
+
+
+def test_the_recall_of_each_label_is_on_the_page_the_least_found_first(
+    runs: list[Path], html: str
+) -> None:
+    found = {}
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+        phases = lines[5]["recall"], lines[10]["recall"]  # of B, and of A
+        found[run.name] = [sum(pair) / 2 for pair in zip(*phases, strict=True)]
+    means = {
+        method: [
+            sum(pair) / 2
+            for pair in zip(found[f"{method}-seed0"], found[f"{method}-seed1"], strict=True)
+        ]
+        for method in ("rolora", "fedit")
+    }
+    labels = json.loads((runs[0] / "axes.json").read_text())["labels"]
+    order = sorted(range(len(labels)), key=lambda n: means["rolora"][n] + means["fedit"][n])
+    shown = html.split("Recall of each label</h2>")[1].split("</table>")[0]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
+    assert cells[::4] == [list(labels)[n] for n in order]
+    assert cells[1::4] == [str(list(labels.values())[n]) for n in order]
+    for place, n in enumerate(order):
+        for column, method in enumerate(("rolora", "fedit")):
+            assert cells[4 * place + 2 + column].startswith(f"{means[method][n]:.3f} ± ")
+
+
+def test_a_page_stays_small_with_150_labels_and_so_does_a_round(tmp_path: Path) -> None:
+    labels = [f"an_intent_with_a_long_name_{n}" for n in range(150)]
+    runs = [
+        write_run(tmp_path / f"{n}", f"method_{n}", rounds=10, labels=labels, per_client=False)
+        for n in range(10)
+    ]
+    line = json.loads((runs[0] / "rounds.jsonl").read_text().splitlines()[-1])
+    assert len(json.dumps(line["recall"])) < 1500  # bytes: names are in axes.json, once
+    assert write_report(runs, tmp_path / "page.html").stat().st_size < 5e6
+
+
+def test_the_median_and_range_over_layers_are_on_the_page_and_each_layer_in_a_table(
+    runs: list[Path], html: str
+) -> None:
+    assert "rolora, round 10: 1.75 (1.5 to 2)" in Page(html).text["text"]  # norms of A
+    assert "fedit, round 10: 1.4 (0.4 to 2.4)" in Page(html).text["text"]  # norms of B
+    last = [json.loads((r / "rounds.jsonl").read_text().splitlines()[-1]) for r in runs[:2]]
+    rank = sum(line["layers"]["effective_rank"][0] for line in last) / 2
+    shown = html.split("by layer, at the end</summary>")[1].split("</table>")[0]
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
+    layer = "encoder.layer.0.attention.self.query"
+    assert cells[:5] == [layer, "rolora", f"{rank:.3g}", "1.5", "0.4"]
+    assert cells[5 * 5 + 1 : 5 * 5 + 5] == ["rolora", "not defined", "2", "2.4"]
+    assert len(cells) == 2 * 6 * 5
+
+
+def test_answers_before_and_after_are_side_by_side_each_in_the_direction_of_its_text(
+    tmp_path: Path,
+) -> None:
+    runs = [write_run(tmp_path / name, name, rounds=10) for name in ("rolora", "fedit")]
+    for run, answer in zip(runs, (" باريس", "Paris\nof course"), strict=True):
+        one = {"prompt": "what?\nsay:", "expected": "Paris", "before": "", "after": answer}
+        (run / "samples.json").write_text(json.dumps([one]))
+    html = write_report(runs, tmp_path / "page.html").read_text()
+    page = Page(html)
+    assert page.text["dt"] == ["prompt", "expected", "before", "rolora, after", "fedit, after"]
+    assert page.text["dd"] == ["what?\nsay:", "Paris", "", "باريس", "Paris\nof course"]
+    assert "nothing: the text ended at once" in page.text["span"]
+    assert [own.get("dir") for tag, own in page.tags if tag == "dd"] == ["auto"] * 5
 
 
 def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Path) -> None:

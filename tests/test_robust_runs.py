@@ -26,8 +26,9 @@ from rolora.cli.main import app
 from rolora.config.load import config_hash, load_config
 from rolora.errors import ConfigError, NoQuorum
 from rolora.methods import get_method, method_names
-from rolora.report.page import write_report
-from rolora.results.runs import Cut, cuts, load_run
+from rolora.report.page import spans, write_report
+from rolora.results.defence import Cut, cuts, defence
+from rolora.results.runs import load_run
 from rolora.run import runs
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -35,7 +36,7 @@ SUSPECT = ["aggregate.byzantine=1", "train.participation=1.0", "eval.every=9"]
 TRUSTING = ["aggregate.reducer=fltrust", "aggregate.trusted=client-001", "eval.every=9"]
 KEYS = {10: "site-ann", 11: "site-bob", 12: "site-cy"}
 REFUSED = {
-    "centralized": "trains on the rows of all clients together, so 'nnm' has nobody to leave out",
+    "centralized": "trains on the rows of all clients together, so 'nnm' has no one to leave out",
     "lora_a2": "averages pieces that not every client sends",
 }
 every_method = pytest.mark.parametrize("name", method_names())
@@ -300,7 +301,7 @@ def test_a_run_of_which_too_few_clients_answer_says_how_many_it_needs(
         ),
         (
             ["aggregate.trusted=client-01"],
-            "client-01' is no client of this run: did you mean 'client-",
+            "client-01' is not a client of this run: did you mean 'client-",
         ),
         (["aggregate.trusted="], "aggregate.trusted: String should have at least 1 character"),
         (
@@ -399,16 +400,42 @@ def test_a_client_that_is_cut_in_most_rounds_is_named_on_the_page(tmp_path: Path
     path = with_cuts(tmp_path / "run", {"client-001": 0.9, "client-002": 0.3})
     run = load_run(path)
     first, second, *others = cuts(run)
-    took = sum("client-001" in line["clients"] for line in run.rounds)
-    assert first == Cut("client-001", took, took, first.mean)
+    took = [line["round"] for line in run.rounds if "client-001" in line["clients"]]
+    assert first == Cut("client-001", len(took), tuple(took), first.mean)
     assert first.mean == pytest.approx(0.9)
-    assert (second.client, second.mostly, second.in_most_rounds) == ("client-002", 0, False)
+    assert (second.client, second.mostly, second.in_most_rounds) == ("client-002", (), False)
     assert {one.mean for one in others} == {0.0}
     page = write_report([path], tmp_path / "page.html").read_text()
-    assert f"cut by more than half in most of their rounds: client-001 ({took} of {took})" in page
+    named = f"client-001 ({len(took)} of {len(took)})"
+    assert f"cut by more than half in most of their rounds: {named}" in page
     assert "<strong>client-001</strong>" in page
     assert "<strong>client-002</strong>" not in page
     assert "Whose updates were cut" in page
+    assert f"<td>{len(took)}</td><td>{spans(took, 8)}</td><td>90%</td>" in page
+    assert "<th>attacks</th>" not in page  # of clients that are real, nobody knows
+
+
+def test_a_site_that_did_not_answer_is_not_counted_as_one_that_the_rule_stopped(
+    tmp_path: Path,
+) -> None:
+    path = with_cuts(tmp_path / "run", {"client-001": 0.9})
+    with (path / "config.toml").open("a") as file:
+        file.write('[aggregate]\nreducer = "median"\n')
+    met = defence(load_run(path))
+    assert met is not None
+    assert met.honest[0] > 0
+    silent = "not needed: 2 others answered first (federation.spare)"
+    told, rounds = f'"rejected": {{"x": "{silent}"}}', path / "rounds.jsonl"
+    rounds.write_text(rounds.read_text().replace('"rejected": {}', told))
+    assert load_run(path).rounds[-1]["rejected"] == {"x": silent}
+    assert defence(load_run(path)) == met
+
+
+def test_spans_of_rounds_say_how_many_are_left_out() -> None:
+    rounds = [1, 2, 3, 7, 9, 10, 12]
+    assert spans(rounds) == spans(rounds, 4) == "1-3, 7, 9-10, 12"
+    assert spans(rounds, 2) == "1-3, 7, and 2 more"
+    assert spans([], 2) == ""
 
 
 def test_a_rule_that_uses_few_clients_names_nobody(tmp_path: Path) -> None:

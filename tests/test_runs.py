@@ -12,17 +12,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_cli import rolora
 from tiny_site import make_site, write_rows
 
-from rolora.config.load import load_config
+from rolora.comparison.grid import plan
+from rolora.config.load import config_hash, load_config
 from rolora.errors import ConfigError
 from rolora.model.peft import read_adapter
+from rolora.results.runs import by_method, load_run
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
 
@@ -32,7 +36,7 @@ def finish(run: runs.Run) -> Path:
     return run.folder.path
 
 
-def lines(path: Path) -> list[dict[str, object]]:
+def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in (path / "rounds.jsonl").read_text().splitlines()]
 
 
@@ -50,6 +54,7 @@ def test_a_run_leaves_the_folder_that_the_documentation_promises(whole: Path) ->
     assert names == {
         "config.toml",
         "partition.json",
+        "axes.json",
         "rounds.jsonl",
         "checkpoints",
         "adapter",
@@ -57,6 +62,19 @@ def test_a_run_leaves_the_folder_that_the_documentation_promises(whole: Path) ->
     }
     assert [entry["round"] for entry in lines(whole)] == [0, 1, 2, 3, 4]
     assert [entry["factors"] for entry in lines(whole)[1:3]] == [["B", "head"], ["A", "head"]]
+
+
+def test_the_recall_of_all_labels_by_their_rows_is_the_accuracy_of_each_evaluation(
+    whole: Path,
+) -> None:
+    rows = json.loads((whole / "axes.json").read_text())["labels"]
+    assert rows == {"bad": 4, "cat": 4, "good": 4}
+    evaluated = [entry for entry in lines(whole) if entry["metrics"]]
+    assert [entry["round"] for entry in evaluated] == [0, 2, 4]
+    for entry in evaluated:
+        found = sum(r * n for r, n in zip(entry["recall"], rows.values(), strict=True)) / 12
+        assert found == pytest.approx(entry["metrics"]["accuracy"], abs=1e-4)
+    assert not any("recall" in entry for entry in lines(whole) if not entry["metrics"])
 
 
 def test_every_round_of_rolora_is_exact(whole: Path) -> None:
@@ -247,6 +265,17 @@ def test_an_adapter_is_evaluated_by_itself_as_in_its_run(site: Path, whole: Path
     assert evaluate_adapter(whole / "adapter", str(site.parent / "test.csv")) == metrics
 
 
+def test_eval_prints_the_recall_of_each_label_in_its_json(
+    site: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = site.parent / "test.csv"
+    code, out, _ = rolora(monkeypatch, capsys, "eval", whole, "--data", data, "--json")
+    recall = json.loads(out).pop("recall")
+    assert code == 0
+    assert list(recall) == ["bad", "cat", "good"]
+    assert [round(share, 4) for share in recall.values()] == lines(whole)[-1]["recall"]
+
+
 def test_rows_with_some_of_a_run_s_labels_are_evaluated_by_the_run_s_own_names(
     site: Path, tmp_path: Path
 ) -> None:
@@ -332,3 +361,39 @@ def test_a_run_with_a_table_of_ranks_resumes_and_is_reported(site: Path, tmp_pat
     *_, last = runs.resume(tmp_path / "run").rounds()
     assert last.round == 2
     assert "LoRA of rank 1 to 3" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_that_has_no_axes_yet_is_resumed_to_the_same_adapter_and_page(
+    site: Path, whole: Path, tmp_path: Path
+) -> None:
+    list(itertools.islice(runs.start(load_config(site), tmp_path / "old").rounds(), 2))
+    folder = tmp_path / "old"
+    (folder / "axes.json").unlink()
+    (folder / "config.toml").write_text(
+        (folder / "config.toml").read_text().replace("samples = 3\n", "")
+    )
+    first, second = lines(folder)
+    del first["recall"], first["layers"]
+    (folder / "rounds.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    path = finish(runs.resume(folder))
+    assert adapter_hash(path) == adapter_hash(whole)
+    assert (path / "axes.json").read_bytes() == (whole / "axes.json").read_bytes()
+    assert "Recall of each label" in (path / "report.html").read_text()
+
+
+def test_how_many_answers_a_page_shows_is_no_setting_that_tells_runs_apart(
+    site: Path, tmp_path: Path
+) -> None:
+    few, none = (load_config(site, [f"eval.samples={n}"]) for n in (3, 0))
+    assert config_hash(few) == config_hash(none)
+    assert plan(few, {"rolora": ()}, [0]).record() == plan(none, {"rolora": ()}, [0]).record()
+    each = [
+        load_run(finish(runs.start(config, tmp_path / f"seed{seed}")))
+        for seed, config in enumerate(
+            (
+                load_config(site, ["seed=0", "eval.samples=0", "train.rounds=1"]),
+                load_config(site, ["seed=1", "train.workers=2", "train.rounds=1"]),
+            )
+        )
+    ]
+    assert list(by_method(each)) == ["rolora"]

@@ -78,7 +78,7 @@ def work(clients: int, folder: Path, method: str = "rolora") -> tuple[Counter[st
         lr=lambda round: 0.1,
         participation=10 / clients,
     )
-    record, sizes = RunFolder.create(folder, "", {}), []
+    record, sizes = RunFolder.create(folder, "", {}, {}), []
     for result in federate(run, RunState(ServerState(random_state(SPECS, 0)))):
         record.commit(replace(result, seconds=0.0))
         (path,) = folder.glob(f"checkpoints/round-{result.round:06d}/manifest.json")

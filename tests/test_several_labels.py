@@ -22,7 +22,7 @@ from rolora.data.examples import collate
 from rolora.data.tables import label_sets, numbers
 from rolora.errors import ConfigError, DataError
 from rolora.run import runs
-from rolora.run.evaluation import evaluate_adapter
+from rolora.run.evaluation import evaluate_adapter, evaluate_each
 from rolora.run.experiment import Experiment
 from rolora.run.prediction import predict
 
@@ -138,6 +138,19 @@ def test_metrics_of_several_labels_count_labels_and_whole_rows(place: Path, tmp_
     assert (metrics["micro_f1"], metrics["subset_accuracy"]) == pytest.approx((f1, whole))
 
 
+def test_the_recall_of_a_label_is_over_the_rows_that_have_it_among_others(
+    place: Path, tmp_path: Path
+) -> None:
+    run = trained(place, tmp_path / "run", "text", "train.rounds=12")
+    found = [set(one["labels"]) for one in predict(run, str(place / "test.csv"))]
+    truth = [set(filter(None, row(number)[1].split("+"))) for number in range(16)]
+    ((_, scored),) = evaluate_each(run, {"test": str(place / "test.csv")})
+    assert set(scored.recall) == set(WORDS)
+    for label, share in scored.recall.items():
+        having = [one for one, other in zip(found, truth, strict=True) if label in other]
+        assert share == sum(label in one for one in having) / len(having)
+
+
 def test_text_lists_and_columns_of_0_and_1_say_the_same(place: Path, tmp_path: Path) -> None:
     hashes = set()
     for kind in ("text", "JSON", "columns"):
@@ -180,7 +193,7 @@ def test_a_partition_by_class_is_refused_where_a_row_has_no_one_class(
     place: Path, kind: str, scheme: str
 ) -> None:
     config = configuration(place, *KINDS[kind], f"partition.scheme={scheme}")
-    with pytest.raises(ConfigError, match=rf"'{scheme}' goes by the one class of each row"):
+    with pytest.raises(ConfigError, match=rf"'{scheme}' needs one class per row"):
         _ = Experiment(config).rows
 
 
@@ -242,6 +255,7 @@ def test_a_base_that_was_trained_for_another_problem_keeps_nothing_of_it(
         (['["a", 2]', "[]"], None, [["a", "2"], []]),
         ([["a", "b"], []], None, [["a", "b"], []]),
         ([[1, 2], [3]], None, [["1", "2"], ["3"]]),
+        (["a+b+a"], "+", [["a", "b"]]),  # a row is counted once for each of its labels
     ],
 )
 def test_labels_of_a_row_are_read_from_lists_json_and_separated_text(
@@ -253,13 +267,13 @@ def test_labels_of_a_row_are_read_from_lists_json_and_separated_text(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["a+b", "a"], "is no list of names in row 1"),
-        (['["a"]', '{"a": 1}'], "is no list of names in row 2"),
-        (['["a", null]'], "is no list of names in row 1"),
+        (["a+b", "a"], "is not a list of names in row 1"),
+        (['["a"]', '{"a": 1}'], "is not a list of names in row 2"),
+        (['["a", null]'], "is not a list of names in row 1"),
         ([["a"], None], "is missing in row 2"),
-        ([[1.5]], "is no list of names in row 1"),
-        ([3, 4], "is no list of names in row 1"),
-        (["[" * 100_000], "is no list of names in row 1"),
+        ([[1.5]], "is not a list of names in row 1"),
+        ([3, 4], "is not a list of names in row 1"),
+        (["[" * 100_000], "is not a list of names in row 1"),
     ],
 )
 def test_what_is_no_list_of_labels_is_refused_by_row(values: list[Any], message: str) -> None:

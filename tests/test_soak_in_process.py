@@ -96,9 +96,10 @@ def go_on(config: Path, out: Path, samples: Path, kill: int, process: int) -> No
     """Start or resume, to the end, or to a kill before file operation number ``kill``."""
     inject(out.parent, kill, "killed")
     run = runs.resume(out) if out.exists() else runs.start(load_config(config), out)
-    this = psutil.Process()
+    parts, this = run.experiment, psutil.Process()
+    parts.federation = replace(parts.federation, engine=Disturbed(parts.engine))
     with samples.open("a") as file, no_page():
-        for result in run.rounds(Disturbed):
+        for result in run.rounds():
             memory = this.memory_info().rss
             file.write(f"{process} {result.round} {memory} {this.num_fds()}\n")
             file.flush()

@@ -61,6 +61,7 @@ FENCES: dict[str, set[str]] = {
     "httpx": {"network", "sites", "flower"},
     "uvicorn": {"sites"},
     "pydantic": {"config", "results", "sites"},
+    "pydantic_core": {"cli", "run"},
     "tomli_w": {"config", "report", "sites"},
     "typer": {"cli"},
     "rich": {"cli"},
@@ -139,7 +140,7 @@ def test_the_dependencies_are_the_libraries_that_are_imported() -> None:
     extras = project["optional-dependencies"]
     declared = project["dependencies"] + extras["flower"]
     names = {text.partition(">=")[0].replace("-", "_") for text in declared}
-    package = {"sklearn": "scikit_learn", "yaml": "pyyaml"}
+    package = {"sklearn": "scikit_learn", "yaml": "pyyaml", "pydantic_core": "pydantic"}
     used = {package.get(library, library) for library in FENCES}
     assert names == used | INDIRECT
 

@@ -92,7 +92,7 @@ def test_a_tracker_gets_the_configuration_and_every_round_once(
     assert (project, name[:4], display.finished) == ("films", "run-", 1)
     assert display.runs[project, name] == lines(tmp_path / "run")
     told = display.runs[project, name][2][1]
-    known = {"train/loss", "eval/accuracy", "aggregation_error", "bytes_up", "bytes_down"}
+    known = {"train/loss", "eval/accuracy", "aggregation_error", "bytes_up", "layers/norm_A"}
     assert {*known, "rejected"} <= told.keys()
     assert display.configs[0]["train.rounds"] == 4
     assert capsys.readouterr().out == ""

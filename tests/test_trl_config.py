@@ -107,11 +107,11 @@ def test_what_is_not_taken_over_is_said_with_its_reason_here_and_in_the_file(
     _, notes = made(tmp_path, SFT, chats())
     said = [note for note in notes if note.startswith("trl.yaml: ")]
     assert said == [
-        "trl.yaml: dataset_name: trl-lib/Capybara is not taken: the rows are those that init is given",  # noqa: E501
-        "trl.yaml: packing: True is not taken: rolora pads nothing, and joins no rows",
-        "trl.yaml: eval_strategy: steps is not taken: eval.every counts rounds",
-        "trl.yaml: output_dir: out is not taken: name the run's folder with rolora run --out",
-        "trl.yaml: nonsense: 3 is not taken: rolora has no such setting",
+        "trl.yaml: dataset_name: trl-lib/Capybara is not used: the rows are those given to init",
+        "trl.yaml: packing: True is not used: rolora neither pads nor joins rows",
+        "trl.yaml: eval_strategy: steps is not used: eval.every counts rounds",
+        "trl.yaml: output_dir: out is not used: name the run's folder with rolora run --out",
+        "trl.yaml: nonsense: 3 is not used: rolora has no such setting",
     ]
     text = (tmp_path / "made.toml").read_text()
     assert all(f"# {note}\n" in text for note in said)
@@ -119,15 +119,15 @@ def test_what_is_not_taken_over_is_said_with_its_reason_here_and_in_the_file(
 
 def test_settings_of_another_task_are_not_taken(tmp_path: Path) -> None:
     _, notes = made(tmp_path, "beta: 0.1", chats())
-    assert "beta is not taken: the task is causal_lm, not preference" in notes
+    assert "beta is not used: the task is causal_lm, not preference" in notes
 
 
 @pytest.mark.parametrize(
     ("yaml", "says"),
     [
         ("a: [1", "is not valid YAML"),
-        ("- a\n- b", "holds no settings of TRL's"),
-        ("", "holds no settings of TRL's"),
+        ("- a\n- b", "has no settings of TRL"),
+        ("", "has no settings of TRL"),
         ("learning_rate: fast", "learning_rate is 'fast', not a number"),
         ("seed: true", "seed is True, not a number"),
         ("lora_r: -1", "lora.rank"),
@@ -150,7 +150,7 @@ def test_a_loss_that_rolora_lacks_is_said_with_those_it_has(tmp_path: Path) -> N
     config, notes = made(tmp_path, "loss_type: hinge", pairs())
     assert config.preference.loss == "dpo"
     assert (
-        "trl.yaml: loss_type: hinge is not taken: preference.loss is one of dpo, ipo, kto" in notes
+        "trl.yaml: loss_type: hinge is not used: preference.loss is one of dpo, ipo, kto" in notes
     )
 
 
@@ -169,7 +169,7 @@ def test_a_value_that_is_no_text_number_or_list_of_texts_is_not_taken(
 ) -> None:
     _, notes = made(tmp_path, line, chats())
     (note,) = [note for note in notes if line.partition(":")[0] + ": " in note]
-    assert note.endswith("is not taken: rolora takes texts, numbers and lists of texts")
+    assert note.endswith("is not used: rolora reads texts, numbers and lists of texts")
 
 
 def test_a_small_file_that_stands_for_more_than_memory_holds_is_not_written_out(
@@ -178,7 +178,7 @@ def test_a_small_file_that_stands_for_more_than_memory_holds_is_not_written_out(
     names = "abcdefghijkl"
     lines = [f"{to}: &{to} [{', '.join([f'*{of}'] * 9)}]" for of, to in itertools.pairwise(names)]
     _, notes = made(tmp_path, "\n".join(["a: &a [lol]", *lines]), chats())
-    assert len([note for note in notes if "is not taken" in note]) == len(names)
+    assert len([note for note in notes if "is not used" in note]) == len(names)
 
 
 def test_a_quantized_base_stays_so_whatever_it_computes_in(tmp_path: Path) -> None:
@@ -203,13 +203,13 @@ def test_accumulation_without_the_batch_size_that_it_multiplies_is_not_taken(
     tmp_path: Path,
 ) -> None:
     _, notes = made(tmp_path, "gradient_accumulation_steps: 4", chats())
-    assert any("gradient_accumulation_steps: 4 is not taken" in note for note in notes)
+    assert any("gradient_accumulation_steps: 4 is not used" in note for note in notes)
 
 
 def test_the_rows_of_one_file_are_not_taken_for_its_test_split(tmp_path: Path) -> None:
     config, notes = made(tmp_path, "dataset_test_split: test", chats())
     assert config.data.test == 0.2
-    assert any(note.startswith("dataset_test_split: test is not taken") for note in notes)
+    assert any(note.startswith("dataset_test_split: test is not used") for note in notes)
 
 
 def test_a_model_given_beside_the_file_goes_first(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as some
-from peft.optimizers.riemannian import _RiemannianPreconditioner
 from states import assign, dense, make_specs, random_state, same, updates_from
 from torch import Tensor
 
@@ -131,7 +130,8 @@ def test_a_step_of_sgd_beside_an_orthogonal_factor_is_the_preconditioned_step_of
         pair = {f: state[names[f]].clone().requires_grad_(f != still) for f in "AB"}
         ((pair["B"] @ pair["A"]) * product).sum().backward()  # type: ignore[no-untyped-call]
         if peft:
-            _RiemannianPreconditioner([(pair["A"], pair["B"])], reg=0.0).step()
+            riemannian = pytest.importorskip("peft.optimizers.riemannian", reason="needs peft 0.20")
+            riemannian._RiemannianPreconditioner([(pair["A"], pair["B"])], reg=0.0).step()
         after = {f: p.detach() - rate * (0 if p.grad is None else p.grad) for f, p in pair.items()}
         return after["B"] @ after["A"]
 
@@ -177,6 +177,7 @@ def test_server_optimizers_keep_no_memory_of_factors_that_are_turned() -> None:
 
 def test_scaled_gradients_are_those_of_peft_s_riemannian_optimizer_for_each_client() -> None:
     """Both factors at once, which is what PEFT's knows; each client by its own factors."""
+    riemannian = pytest.importorskip("peft.optimizers.riemannian", reason="needs peft 0.20")
     states = [random_state(make_specs(((6, 5, 3),)), seed, torch.float64) for seed in (1, 2)]
     gradients = [random_state(make_specs(((6, 5, 3),)), seed, torch.float64) for seed in (3, 4)]
     leaves = {name: torch.stack([state[name] for state in states]) for name in states[0]}
@@ -191,7 +192,7 @@ def test_scaled_gradients_are_those_of_peft_s_riemannian_optimizer_for_each_clie
         theirs = [state[name].clone().requires_grad_() for name in pair]
         for parameter, name in zip(theirs, pair, strict=True):
             parameter.grad = gradient[name].clone()
-        _RiemannianPreconditioner([(theirs[0], theirs[1])], reg=1e-2).step()
+        riemannian._RiemannianPreconditioner([(theirs[0], theirs[1])], reg=1e-2).step()
         for parameter, name in zip(theirs, pair, strict=True):
             assert parameter.grad is not None
             assert float((ours[name][client] - parameter.grad).norm()) <= 1e-12

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -385,9 +385,13 @@ class Program:
         return self.process.wait()
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that train."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+        """The processes that train, without those that are dead already."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # also of a zombie
+                if "spawn_main" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
 
 LONG = ["train.rounds=24", "train.participation=1.0", "train.bank=2", "eval.every=12"]
@@ -410,16 +414,21 @@ def test_the_program_leaves_the_same_bytes_with_three_workers(
     assert left_by(tmp_path / "run") == left_by(undisturbed)
 
 
+# a kill in every round: some minutes, since each new process imports torch
+OFTEN = pytest.param(range(2, 22), marks=pytest.mark.slow, id="20-times")
+
+
+@pytest.mark.parametrize("kills", [pytest.param((2, 4), id="twice"), OFTEN])
 def test_a_run_whose_workers_are_killed_ends_with_the_same_bytes(
-    place: Path, tmp_path: Path, undisturbed: Path
+    place: Path, tmp_path: Path, undisturbed: Path, kills: Sequence[int]
 ) -> None:
     program = Program("run", place, *LONG, "train.workers=2", "--out", tmp_path / "run")
-    for round in (2, 4):
+    for turn, round in enumerate(kills):
         program.until(f"round {round}")
-        program.workers()[0].kill()
+        program.workers()[-(turn % 2)].kill()
     assert program.end() == 0, program.said
     died = [line for line in program.said if "a worker process has died" in line]
-    assert len(died) == 2, program.said
+    assert len(died) == len(kills), program.said
     assert not any("Traceback" in line for line in program.said)
     assert left_by(tmp_path / "run") == left_by(undisturbed)
 

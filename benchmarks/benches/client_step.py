@@ -7,7 +7,7 @@ one client after another.
 
 from __future__ import annotations
 
-from benchmarks.job import configuration, lengthened, write_job
+from benchmarks.job import configuration, lengthened
 from benchmarks.place import Place
 
 # tokens a client step, rows of it, clients at once (what train.bank = "auto" takes)
@@ -33,13 +33,7 @@ def run(place: Place) -> None:
             local_steps=1,
             batch_size=rows,
         )
-        folder = write_job(
-            config,
-            place.scratch / f"step-{tokens}",
-            2,
-            threads=place.threads,
-            actors=place.cores,
-        )
+        folder = place.job(config, f"step-{tokens}", 2)
         parties = [
             place.party("limit", folder),
             place.party("rolora_step", folder, "packed", name="rolora"),

@@ -7,7 +7,7 @@ allocator has given back what is free.
 
 from __future__ import annotations
 
-from benchmarks.job import configuration, lengthened, write_job
+from benchmarks.job import configuration, lengthened
 from benchmarks.place import Place
 
 COHORT, ROUNDS, LENGTH = 10, 4, 20
@@ -34,12 +34,6 @@ def run(place: Place) -> None:
             batch_size=4,
             eval={"every": 1000},
         )
-        folder = write_job(
-            config,
-            place.scratch / f"clients-{clients}",
-            ROUNDS,
-            threads=place.threads,
-            actors=place.cores,
-        )
+        folder = place.job(config, f"clients-{clients}", ROUNDS)
         parties.append(place.party("rolora_run", folder, "auto", "held", name=f"{clients} clients"))
     place.measured("clients", parties, 5, cohort=COHORT, rounds=ROUNDS, steps=2, batch_size=4)

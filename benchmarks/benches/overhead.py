@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.job import configuration, lengthened, write_job
+from benchmarks.job import configuration, lengthened
 from benchmarks.place import Place
 
 # name, clients, local steps, tokens a row (4 rows a client step), parties beside two
@@ -47,8 +47,7 @@ def measure(
         batch_size=batch_size,
         eval={"every": 1000},
     )
-    folder = place.scratch / name
-    write_job(config, folder, 2, threads=place.threads, actors=place.cores)
+    folder = place.job(config, name, 2)
     parties = [
         place.party("raw_loop", folder),
         place.party("rolora_run", folder, "auto", folder / "ours.safetensors", name="rolora"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.job import configuration, write_job
+from benchmarks.job import configuration
 from benchmarks.place import Place
 from rolora.config.schema import RunConfig
 from rolora.run.experiment import Experiment
@@ -28,9 +28,7 @@ def run(place: Place) -> None:
         local_steps=STEPS,
         batch_size=ROWS,
     )
-    folder = write_job(
-        config, place.scratch / "padding", 2, threads=place.threads, actors=place.cores
-    )
+    folder = place.job(config, "padding", 2)
     parties = [
         place.party("rolora_step", folder, "padded", name="padded"),
         place.party("rolora_step", folder, "packed", name="packed"),

@@ -6,7 +6,7 @@ against k forward and k backward.
 
 from __future__ import annotations
 
-from benchmarks.job import configuration, lengthened, write_job
+from benchmarks.job import configuration, lengthened
 from benchmarks.place import Place
 
 CLIENTS, ROWS, LENGTH, LAYERS = 16, 4, 16, 6
@@ -29,13 +29,7 @@ def run(place: Place) -> None:
             local_steps=4,
             batch_size=ROWS,
         )
-        folder = write_job(
-            config,
-            place.scratch / f"prefix-{top}",
-            2,
-            threads=place.threads,
-            actors=place.cores,
-        )
+        folder = place.job(config, f"prefix-{top}", 2)
         parties = [
             place.party("rolora_step", folder, "packed", name="every layer"),
             place.party("rolora_step", folder, "cached", name="cached below"),

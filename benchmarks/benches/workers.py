@@ -1,15 +1,20 @@
 """Worker processes: a run in one process against the same run in two, with one thread each.
 
-The ideal is the number of processes, where that many cores are free. Memory is that of the process
-tree (RssAnon): weights that are mapped from the checkpoint are not in it.
+The ideal is the number of processes, where that many cores are free. Then both beside a neighbour
+that keeps one core busy. Memory is that of the process tree (RssAnon): weights that are mapped from
+the checkpoint are not in it.
 """
 
 from __future__ import annotations
 
-from benchmarks.job import configuration, lengthened, write_job
+import contextlib
+import subprocess
+from collections.abc import Iterator
+
+from benchmarks.job import configuration, lengthened
 from benchmarks.place import Place
 
-CLIENTS, ROWS, LENGTH, ROUNDS = 16, 4, 64, 4
+CLIENTS, ROWS, LENGTH, ROUNDS = 16, 4, 64, 2
 
 
 def run(place: Place) -> None:
@@ -28,11 +33,21 @@ def run(place: Place) -> None:
         batch_size=ROWS,
         eval={"every": 1000},
     )
-    folder = write_job(
-        config, place.scratch / "workers", ROUNDS, threads=place.threads, actors=place.cores
-    )
+    folder = place.job(config, "workers", ROUNDS)
     parties = [
         place.party("rolora_run", folder, 4, name="one process"),
         place.party("rolora_run", folder, 4, "train.workers=2", name="two workers"),
     ]
     place.measured("workers", parties, 5, clients=CLIENTS, rounds=ROUNDS, steps=4)
+    with neighbour(place.ours):
+        place.measured("workers-busy", parties, 5, clients=CLIENTS, rounds=ROUNDS, steps=4)
+
+
+@contextlib.contextmanager
+def neighbour(python: str) -> Iterator[None]:
+    """Another process that computes without end."""
+    with subprocess.Popen([python, "-c", "while True: pass"]) as busy:
+        try:
+            yield
+        finally:
+            busy.kill()

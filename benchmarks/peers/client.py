@@ -71,11 +71,15 @@ def _grouped(tensors: Tensors) -> dict[str, Batch]:
 
 
 def peft_model(job: Job) -> Any:
-    """The base model with PEFT's LoRA and a trainable head, without dropout, in eval mode."""
+    """The base model with PEFT's LoRA and a trainable head, without dropout, in eval mode.
+
+    PEFT keeps factors in float32 beside a bfloat16 base; the head is the base's.
+    """
     transformers.utils.logging.set_verbosity_error()
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         job.settings["model"],
         num_labels=job.settings["labels"],
+        dtype=job.settings["dtype"],
         local_files_only=True,
         attention_probs_dropout_prob=0.0,
         hidden_dropout_prob=0.0,

@@ -57,7 +57,8 @@ def train_client(message: Message, context: Context) -> Message:
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     freeze(model, plan["trainable"])
     train(model, job.of(number, client), optimizer(model, job))
-    sent = moving(get_peft_model_state_dict(model), plan["trainable"])
+    moved = moving(get_peft_model_state_dict(model), plan["trainable"])
+    sent = {name: tensor.float() for name, tensor in moved.items()}  # numpy has no bfloat16
     metrics = MetricRecord({"num-examples": client["num_examples"]})
     content = RecordDict({"arrays": ArrayRecord(sent), "metrics": metrics})
     return Message(content=content, reply_to=message)

@@ -35,10 +35,11 @@ if __name__ == "__main__":
     folder, bank, *more = sys.argv[1:]
     changes, rest = [w for w in more if "=" in w], [w for w in more if "=" not in w]
     job = json.loads((Path(folder) / "job.json").read_text())
-    torch.set_num_threads(job["threads"])
     config = make_config(
         json.loads((Path(folder) / "config.json").read_text()), [f"train.bank={bank}", *changes]
     )
+    # as in any run, each of several processes has one thread
+    torch.set_num_threads(job["threads"] if config.train.workers == 1 else 1)
     place = Path(tempfile.mkdtemp())
     base = rolora.start(config, place / "first").experiment.base
     waiting: list[Iterator[rolora.RoundResult]] = []

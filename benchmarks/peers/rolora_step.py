@@ -2,8 +2,9 @@
 
 Timed: cutting batches, forward, backward, AdamW. WAY is "packed" (as in a run), "padded" (the rows
 padded to the longest, as without packing), "cached" (the layers below the adapters read from
-disk; they were computed before the clock started), or "lowest" (attention in the base's dtype where
-rolora computes it in float32).
+disk; they were computed before the clock started), "lowest" (attention in the base's dtype where
+rolora computes it in float32), or "profiled" (packed; the answer has the milliseconds of each of
+``OPERATORS``).
 
     python -m benchmarks.peers.rolora_step JOB_FOLDER WAY
 """
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.party import Answer, serve
@@ -25,6 +27,17 @@ from rolora.run.experiment import Experiment
 from rolora.training.engine import InProcess
 from rolora.training.local import Work, train_group
 from rolora.training.settings import LocalSettings
+
+# what torch's names of operators begin with
+OPERATORS = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "GELU": ("aten::gelu",),
+    "layer norm": ("aten::native_layer_norm",),
+    "indexing": ("aten::index", "aten::cat"),
+    "copies and casts": ("aten::copy_",),
+    "everything else": ("",),
+}
 
 if __name__ == "__main__":
     folder, way = Path(sys.argv[1]), sys.argv[2]
@@ -64,4 +77,13 @@ if __name__ == "__main__":
             )
         return {"units": 2 * steps * len(work)}
 
-    serve(run)
+    def profiled() -> Answer:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            answer = run()
+        spent = dict.fromkeys(OPERATORS, 0.0)
+        for event in seen.key_averages():
+            kind = next(kind for kind, names in OPERATORS.items() if event.key.startswith(names))
+            spent[kind] += event.self_cpu_time_total / 1e3
+        return {**answer, "operators": spent}
+
+    serve(profiled if way == "profiled" else run)

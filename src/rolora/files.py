@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, whenever the power goes; and lock files.
+"""Atomic writes of files and folders, even if the power fails; and lock files.
 
 New bytes go under a temporary name in the same folder, are flushed to the disk, and are renamed
 into place; then the folder that holds the name is flushed.
@@ -62,9 +62,9 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add ``line`` to the end of a file, on the disk on return, or leave the file as it was.
+    """Append ``line`` to a file and flush it to the disk, or leave the file as it was.
 
-    What a process that was killed has left of its line stays a line of its own.
+    Half a line left by a killed process stays a separate line.
     """
     with path.open("a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -83,7 +83,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make this folder, and those above it, where they are missing; on the disk on return."""
+    """Make this folder and its missing parents, and flush them to the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -94,8 +94,8 @@ def make_folder(path: Path) -> None:
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes ``path`` when the block ends well and vanishes otherwise.
 
-    A folder that stands at ``path`` by then is replaced, or else a ConfigError. What killed
-    processes have left of one is deleted.
+    If ``path`` exists by then, it is replaced if ``replace``; otherwise ConfigError. Remains of
+    killed processes are deleted.
     """
     make_folder(path.parent)
     part = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
@@ -140,15 +140,15 @@ def _rename_to_new(part: Path, path: Path) -> None:
 def sweep_beside(path: Path) -> None:
     """Delete what killed processes have left of new folders that were to become ``path``.
 
-    For a ``path`` that stands: the last that is left of it may be among them. Nothing is deleted
-    while any process fills a new folder beside it. Each holds a lock on the folder above, from
-    before there is anything to delete until it has the name; and a lock ends with its process.
+    Only if ``path`` exists: otherwise its last copy may be among them. Nothing is deleted while a
+    process fills a new folder next to it: each holds a lock on the folder above until its folder
+    has its name, and a lock ends with its process.
     """
     left = re.compile(rf"{re.escape(TEMPORARY + path.name)}-\d+(-old)?")
     with _opened(path.parent) as above:
         try:
             fcntl.flock(above, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # somebody is at work, or a network's file system knows no such lock
+        except OSError:  # another process is at work, or the file system has no such locks
             return
         for found in path.parent.iterdir():
             if left.fullmatch(found.name) and found.is_dir() and not found.is_symlink():
@@ -158,8 +158,8 @@ def sweep_beside(path: Path) -> None:
 def sweep(folder: Path, seconds: float | None = None) -> None:
     """Delete what killed processes have left half written or half deleted, here and below.
 
-    Only for who holds the folder's lock, or for what was last written more than ``seconds`` ago. A
-    file that is ``being_written`` stays.
+    The caller holds the folder's lock, or gives ``seconds``: then only what was last written longer
+    ago is deleted. A file that is ``being_written`` stays.
     """
     found = [path for prefix in (TEMPORARY, DOOMED) for path in folder.rglob(f"{prefix}*")]
     for path in found:

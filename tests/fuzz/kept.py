@@ -33,7 +33,7 @@ _state = RunState(
     Ledger({_A: 1}, {"ann": Held(1, False, 1)}),
     Best(1, 0.5, _adapter),
 )
-_first = RunFolder.create(_here / "first", "", {})
+_first = RunFolder.create(_here / "first", "", {}, {})
 _first.commit(RoundResult(0, 0, START))
 _first.commit(RoundResult(1, 0, _state, clients={"ann": {"loss": 1.0, "num_examples": 3}}))
 _run = RunFolder(_here / "run")

@@ -117,7 +117,7 @@ class AdapterState(Mapping[str, Tensor]):
             name: tensors[name].detach() if tensors[name].requires_grad else tensors[name]
             for name in sorted(tensors)
         }
-        self.scaling = dict(scaling)
+        self.scaling: dict[str, float] = dict(scaling)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -1,4 +1,4 @@
-"""What a client sends, as bytes: its values in float32, or its move in fewer bits.
+"""What a client sends, as bytes: its values in float32, or its change in fewer bits.
 
 ``fp32`` sends the values themselves. The other formats send the *move*, trained − received (client
 and server both hold the latter), plus the *residual*: what rounding kept back of the client's last

@@ -1,7 +1,7 @@
-"""How far clients are apart, measured by what they do to the model.
+"""How far apart clients are, measured by what they do to the model.
 
-A factor that looks small can move the product far, and a factor that looks large can leave it
-where it is. So rules that judge clients compare scaling · lora_B · lora_A, and the head as it is.
+A factor that changed little can move the product far, and one that changed a lot may hardly move
+it. So rules that judge clients compare scaling · lora_B · lora_A, and the head as it is.
 No product is formed: inner products of products come from r × r matrices of the factors.
 """
 

@@ -1,18 +1,18 @@
 """What travels in a round, counted to the byte, and which tensors each client holds.
 
-Up travels a client's update, as it is encoded, and before the first round a gradient, if the method
-starts from one. Down travels every tensor that the client should
-have and does not hold: in the steady state of an alternating method the other factor, which was
-averaged in the round before; for a client that missed rounds, both.
+A client sends its encoded update and, before the first round, a gradient if the method starts from
+one. It receives every tensor that it should have and does not hold: in the steady state of an
+alternating method the other factor, which was averaged in the round before; after missing rounds,
+both factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rolora.algorithm.adapter import AdapterState, Assignment, Failure, Update, role_of
+from rolora.algorithm.adapter import AdapterState, Assignment, role_of
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.patches import patched
 
@@ -54,20 +54,6 @@ class Arrival:
     metrics: Mapping[str, float]
     num_bytes: int
     lone: AdapterState | None = None
-
-
-def record_arrivals(
-    replies: Iterable[Update | Failure], arrived: list[Arrival], lone: bool
-) -> Iterator[Update | Failure]:
-    """The replies, unchanged; each update that passes is noted in ``arrived``.
-
-    ``lone``: the cohort is a single client.
-    """
-    for reply in replies:
-        if isinstance(reply, Update):
-            sent = reply.adapter if lone else None
-            arrived.append(Arrival(reply.client, reply.metrics, reply.num_bytes(), sent))
-        yield reply
 
 
 def gradient_bytes(method: Method, start: AdapterState) -> int:

@@ -19,8 +19,9 @@ class LowRank:
     """
 
     def __init__(self, terms: Iterable[Term], rank: int | None = None) -> None:
-        self.terms = tuple(terms)
-        self.rank = sum(t[2].shape[0] for t in self.terms) if rank is None else rank
+        self.terms: tuple[Term, ...] = tuple(terms)
+        widths = (t[2].shape[0] for t in self.terms)
+        self.rank: int = sum(widths) if rank is None else rank
 
     def __add__(self, other: LowRank) -> LowRank:
         total = LowRank(self.terms + other.terms, self.rank + other.rank)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,21 +22,23 @@ CORE: Roles = frozenset({"core", "head"})
 Project = Callable[[AdapterState], Value]
 
 
-class Reduce(Protocol):
+@dataclass(frozen=True)
+class Reduce:
     """``reduce(project=..., weight=...)`` -> the combined value. Call it once a round.
 
     ``project`` maps a client's adapter (what it received overlaid with what it sent) to the tensors
     that are reduced; by default the shared tensors themselves. ``weight`` maps an update to its
-    weight; by default the run's setting (num_examples or uniform).
+    weight; by default the run's setting (num_examples or uniform). ``ranks``: the different ranks
+    of the round's clients, the smallest first.
     """
 
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The different ranks of the round's clients, the smallest first."""
+    combine: Callable[[Project | None, Callable[[Update], float] | None], Value]
+    ranks: tuple[int, ...]
 
     def __call__(
         self, project: Project | None = None, weight: Callable[[Update], float] | None = None
-    ) -> Value: ...
+    ) -> Value:
+        return self.combine(project, weight)
 
 
 @dataclass(frozen=True)

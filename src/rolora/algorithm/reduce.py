@@ -192,7 +192,7 @@ def trimmed_mean(*, trim: float = 0.1, byzantine: int = 0) -> Reducer:
 
 
 def bad_ones(name: str, byzantine: int) -> int:
-    """``byzantine``, of the rule of this name. ConfigError if it is below 0."""
+    """``byzantine`` of the rule with this name. ConfigError if it is below 0."""
     if byzantine < 0:
         raise ConfigError(f"{name}: byzantine must be at least 0, not {byzantine}")
     return byzantine

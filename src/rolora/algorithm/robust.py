@@ -1,11 +1,11 @@
-"""Rules that withstand clients who send what they like, and steps to take before a rule.
+"""Rules that withstand clients who send anything, and steps to take before a rule.
 
-Of n updates, up to ``byzantine`` = f may be anything. All updates of a round are held until the
-last one has come. Weights are ignored, since a client could lie about its rows. Distances are those
+Of n updates, up to ``byzantine`` = f may be anything. A round's updates are held until the last one
+has arrived. Weights are ignored, since a client could lie about its rows. Distances are those
 of ``rolora.algorithm.effect``: between what clients do to the model, over all layers together.
 Ties go to the client that comes first in the cohort. Everything is computed in float64.
 
-With fewer updates than a rule can do with (``Reducer.least``) a round does not advance.
+With fewer updates than a rule needs (``Reducer.least``), a round does not advance.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 
 from rolora.algorithm.adapter import LARGEST, AdapterState, Assignment, Failure, Update, too_large
 from rolora.algorithm.exactness import AggregationError
-from rolora.algorithm.method import Method, Project, ServerState
+from rolora.algorithm.method import Method, Project, Reduce, ServerState
 from rolora.algorithm.patches import as_factors
 from rolora.algorithm.reduce import CLIENT_WEIGHTS, Memory, Reducer, Value
 from rolora.errors import ConfigError
@@ -81,21 +81,8 @@ class RoundReport:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class _Reduce:
-    """What a method calls: ``rolora.algorithm.method.Reduce``."""
-
-    ranks: tuple[int, ...]
-    combine: Callable[[Project | None, Callable[[Update], float] | None], Value]
-
-    def __call__(
-        self, project: Project | None = None, weight: Callable[[Update], float] | None = None
-    ) -> Value:
-        return self.combine(project, weight)
-
-
 class _BelowQuorum(Exception):
-    """The updates do not do, or nothing usable came of them: the round does not advance."""
+    """The updates, or what came of them, cannot be used: the round does not advance."""
 
 
 def step(
@@ -174,9 +161,8 @@ def step(
         return reduced
 
     ranks = tuple(sorted({assigned.info.rank for assigned in cohort.values()}))
-    reduce = _Reduce(ranks, combine)
     try:
-        after = method.aggregate(replace(server, patches={}), reduce, rng)
+        after = method.aggregate(replace(server, patches={}), Reduce(combine, ranks), rng)
         if not kept:
             raise RuntimeError(f"method {method.name!r} did not call reduce")
         rank = sum(cohort[client].info.rank for client in accepted)

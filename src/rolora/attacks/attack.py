@@ -1,4 +1,4 @@
-"""What an attack is: a record of what bad clients do otherwise than honest ones.
+"""What an attack is: a record of what bad clients do differently from honest ones.
 
 An installed package adds an attack by an entry point of the group ``rolora.attacks``, which names a
 function of keyword-only options that returns an :class:`Attack`.
@@ -42,7 +42,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """What bad clients do; where a field is left out they do as honest clients do.
+    """What bad clients do; where a field is left out, they act like honest clients.
 
     ``forge(scene)``: what they send in a round. ``claim(num_examples)``: how many rows they say
     they have. ``spoil(texts, labels, classes)``: the rows that they train on, made of their own,
@@ -80,7 +80,7 @@ def bad_clients(
 ) -> frozenset[str]:
     """The ids of the bad clients: ``count`` of all, drawn from the seed, whatever the attack.
 
-    The ``trusted`` client is none of them, and does not change who else is drawn before it.
+    The ``trusted`` client is never one of them, and does not change which others are drawn.
     ConfigError if no honest client is left.
     """
     if count >= len(clients):

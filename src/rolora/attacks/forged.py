@@ -79,8 +79,8 @@ def nan() -> Attack:
 def mimic() -> Attack:
     """All bad clients send what one honest client sends (Karimireddy et al. 2022).
 
-    It is the one that is farthest along the direction in which honest moves differ most, so that
-    clients with other rows than most are heard less.
+    It is the one farthest along the direction in which honest moves differ most, so that clients
+    with unusual rows count less.
     """
 
     def forge(scene: Scene) -> Sent:

@@ -1,4 +1,4 @@
-"""Attacks by the rows that bad clients train on; what they send then looks like everybody's."""
+"""Attacks by the rows that bad clients train on; their updates look like everybody else's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def backdoor(
 
     def wanted(classes: Sequence[str]) -> str:
         if target is not None and target not in classes:
-            raise ConfigError(f"attack.target {target!r} is no label: {', '.join(classes)}")
+            raise ConfigError(f"attack.target {target!r} is not a label: {', '.join(classes)}")
         return classes[0] if target is None else target
 
     def spoil(texts: Sequence[str], labels: Sequence[str], classes: Sequence[str]) -> Rewritten:

@@ -26,11 +26,11 @@ def attack(
     overrides: Overrides = None,
     attacks: Annotated[
         str | None,
-        typer.Option(help="attacks, comma-separated; default: all that fit the task"),
+        typer.Option(help="attacks, comma-separated; default: all that suit the task"),
     ] = None,
     bad: Annotated[int, typer.Option(min=1, help="clients that attack the others")] = 2,
     rules: Annotated[
-        str, typer.Option(help="rules, comma-separated; steps before a rule with +")
+        str, typer.Option(help="rules, comma-separated; STEP+RULE takes a step before a rule")
     ] = "mean,nnm+trimmed_mean",
     methods: Methods = "rolora,ffa_lora,fedit",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0,1,2",
@@ -40,7 +40,7 @@ def attack(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Attack methods under several rules, each attack by itself, and compare what is left.
+    """Attack each method under several rules, one attack at a time, and compare the results.
 
     Every method also runs without an attack under each rule. Rows, cohorts and bad clients are the
     same for all. Run the same command again to continue where it stopped.

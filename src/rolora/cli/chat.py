@@ -1,4 +1,4 @@
-"""``rolora chat``: write to a run's model, and read what it answered before training and after."""
+"""``rolora chat``: chat with a run's model as it was before training and as it is after."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def chat(
     ],
     overrides: Overrides = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens of an answer")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum tokens in an answer")] = 128,
     json: Annotated[bool, typer.Option("--json", help="print each turn as a JSON line")] = False,
 ) -> None:
-    """Talk to a finished run's model: the base's answer before training, then the adapter's after.
+    """Chat with a finished run's model: the answer before training, then the answer after it.
 
-    Lines are read from standard input until its end (Ctrl-D). With a chat template each of the two
-    sees the conversation that it had itself. A run that was trained on prompts and completions, or
-    whose tokenizer has no template, takes each line as a prompt.
+    Lines are read from standard input until its end (Ctrl-D). With a chat template, each of the
+    two models sees its own conversation. If the run was trained on prompts and completions, or its
+    tokenizer has no template, each line is a separate prompt.
     """
     from rolora.run.chat import speakers
 
     with working("loading the model"):
         both = speakers(path, model, overrides or [])
     if both.template is None:
-        err_console.print("note: each line is a prompt by itself, as in training")
+        err_console.print("note: each line is a separate prompt, as in training")
     said: dict[str, list[str]] = {who: [] for who in both.adapters}
     for line in _lines():
         if not json and not sys.stdin.isatty():
@@ -53,7 +53,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, or piped in, line by line; blank lines are left out."""
+    """The lines that are typed or piped in; blank ones are skipped."""
     asking = "\nyou     " if sys.stdin.isatty() else ""
     while True:
         try:

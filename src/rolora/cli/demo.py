@@ -56,7 +56,7 @@ def fetch(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="without a name: list them")
     ] = None,
-    to: Annotated[Path, typer.Option(help="the folder that gets a folder per name")] = Path("data"),
+    to: Annotated[Path, typer.Option(help="the parent of a folder per name")] = Path("data"),
     given: Annotated[
         Path | None,
         typer.Option("--from", help="read the files from this folder, without a network"),

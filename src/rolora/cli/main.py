@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
     from rolora.run.runs import Run
 
+# the panels of --help, in their order
+TRAIN, LOOK, USE = "Train", "Look", "Use the adapter"
+SITES, TRY = "Across sites", "Data and demos"
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,184 +62,54 @@ def _options(
     pass
 
 
-@app.command()
-def run(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="the new run folder; default: runs/NAME")] = None,
-    on: Annotated[
-        str | None, typer.Option(help="run on the sites of this federation folder")
-    ] = None,
-    suspicious: Annotated[
-        int | None,
-        typer.Option(min=1, help="clients of a round that may send anything; cut them"),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Fine-tune: train, checkpoint every round, write the adapter and the report."""
-    from rolora.config.load import load_config, toml_text
-    from rolora.run import runs
-
-    byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
-    changes = [*byzantine, *(overrides or [])]
-    settings = load_config(config, changes)
-    if byzantine:
-        err_console.print(f"note: {settings.aggregate.price}")
-    if on is not None:
-        if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
-            on = os.path.relpath(Path(on).resolve(), settings.root)
-        settings = load_config(config, [*changes, f"federation.on={toml_text(on)}"])
-    path = runs.new_path(settings, out)
-    with resuming(path):
-        if settings.federation.on:
-            across_sites(settings, path, json)
-            return
-        with working("loading the model and the data"):
-            started = runs.start(settings, path)
-        _follow(started, json)
-
-
-@app.command()
-def resume(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
-    places: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=PLACE]...",
-            help="where files have moved to: data.train=NEW, ...; or train.workers=N",
-        ),
-    ] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="the folder that relative paths now start from")
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="the new total number of rounds")] = None,
-    json: Json = False,
-) -> None:
-    """Continue a run from its last checkpoint, as if it had never stopped.
-
-    It stays the same run wherever its files are: hashes tell whether they are the same.
-    """
-    from rolora.run import runs
-    from rolora.run.folder import RunFolder
-
-    folder = RunFolder.open(path)
-    settings, _ = runs.stored(folder, places or [], root)
-    if settings.federation.on and rounds is None and folder.report.is_file():
-        _finished(path, json, trained=False)
-        return
-    with resuming(path):
-        if settings.federation.on:
-            across_sites(settings, path, json, rounds)
-            return
-        with working("loading the model and the data"):
-            resumed = runs.resume(path, rounds, overrides=places or [], root=root)
-        _follow(resumed, json)
-
-
-app.command()(compare)
-app.command()(attack)
-
-
-@app.command()
-def report(
-    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
-    out: Annotated[Path, typer.Option(help="the HTML page to write")] = Path("report.html"),
-    json: Json = False,
-) -> None:
-    """Write one page about one or more runs: curves, tables, the split, the configuration."""
-    from rolora.cli.results import show_results
-    from rolora.report.page import write_report
-
-    write_report(paths, out)
-    show_results(paths, json, f"\nreport   {out}")
-
-
-@app.command("eval")
-def evaluate(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
-    ],
+@app.command(rich_help_panel=TRAIN)
+def init(
     data: Annotated[
         str,
-        typer.Option(help="rows with the run's columns; a pattern measures each file separately"),
+        typer.Argument(help="your rows: a file, folder or pattern, a hub name, or glue/mnli"),
     ],
-    overrides: Overrides = None,
-    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help="the base model: a folder, hub:NAME or a .gguf file; default: a small one of "
+            "rolora fetch"
+        ),
+    ] = "",
+    delimiter: Annotated[
+        str | None, typer.Option(help="the delimiter of a CSV file; default: detected")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="the encoding of text files; default: detected")
+    ] = None,
+    trainer: Annotated[
+        Path | None,
+        typer.Option("--from", help="take settings from this YAML file of trl sft, dpo or kto"),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Measure a finished run, or an adapter folder, on other rows."""
-    from rolora.cli.results import sets_table
-    from rolora.data.tables import files_of, is_glob
-    from rolora.run.evaluation import evaluate_adapter, evaluate_each
+    """Look at your rows, write a commented configuration, and show how it splits them."""
+    from rolora.cli.tables import masked_text, split_table
+    from rolora.run.config_template import write_template
+    from rolora.run.runs import training_masks
 
-    if is_glob(data, root=Path()):
-        sets = {name: file for file, name in files_of(data, root=Path()).items()}
-        with working(f"loading and evaluating on {len(sets)} sets of rows"):
-            found = dict(evaluate_each(path, sets, model, overrides or []))
-        show(json, found, sets_table(found))
-        return
-    with working("loading and evaluating"):
-        metrics = evaluate_adapter(path, data, model, overrides or [])
-    show(json, metrics, *(f"{name:20} {value:.4f}" for name, value in metrics.items()))
-
-
-@app.command()
-def predict(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
-    ],
-    data: Annotated[str, typer.Option(help="rows with the run's columns but for right answers")],
-    overrides: Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option(help="a .csv or .jsonl file; default: print JSON lines")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="causal_lm: most tokens of a completion")
-    ] = 128,
-) -> None:
-    """Write what a finished run, or an adapter folder, predicts for each of your rows."""
-    from rolora.files import write_file
-    from rolora.run.prediction import predict, writer
-
-    written = writer(out)
-    with working("loading and predicting"):
-        found = predict(path, data, model, overrides or [], max_new_tokens)
-    if out is None:
-        print(written(found), end="")
-    else:
-        write_file(out, written(found))
-        out_console.print(f"wrote {len(found)} predictions to {out}")
+    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
+    table, config = experiment.rows.table(), experiment.config
+    made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
+    parts: list[RenderableType] = [
+        *(f"note: {note}" for note in notes),
+        printable(f"wrote {out}"),
+        split_table(table, experiment.rows.test.num_rows),
+    ]
+    if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
+        with working("loading the tokenizer"):
+            masked = training_masks(experiment, 2)
+        made["masks"] = masked
+        parts.append(masked_text(masked))
+    show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))
 
 
-@app.command()
-def export(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
-    ],
-    merged: Annotated[
-        Path | None, typer.Option(help="a new folder for the base with the adapter in its weights")
-    ] = None,
-    gguf: Annotated[
-        Path | None, typer.Option(help="a file for the adapter alone, for llama.cpp's --lora")
-    ] = None,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the merged weights")] = "fp32",
-    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    json: Json = False,
-) -> None:
-    """Write a finished run's adapter merged into its base, or as a GGUF file."""
-    from rolora.run import export
-
-    if merged is None and gguf is None:
-        raise ConfigError("name what to write: --merged FOLDER, --gguf FILE, or both")
-    with working("loading the base and writing"):
-        export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
-    made = {"merged": merged, "gguf": gguf}
-    written = {form: str(out) for form, out in made.items() if out is not None}
-    show(json, written, *(printable(f"wrote {out}") for out in written.values()))
-
-
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def partition(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -268,17 +142,7 @@ def partition(
     show(json, table, *parts)
 
 
-@app.command()
-def methods(json: Json = False) -> None:
-    """List the methods: what each trains and sends, and its paper."""
-    from rolora.cli.tables import methods_table
-    from rolora.plan.method_table import describe_methods
-
-    rows = describe_methods()
-    show(json, [dataclasses.asdict(row) for row in rows], methods_table(rows))
-
-
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -287,7 +151,7 @@ def plan(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Estimate the memory, traffic, work and disk of a run. Fetches no weights, trains nothing."""
+    """Estimate the memory, traffic, compute and disk of a run. Downloads no weights."""
     from rolora.cli.tables import plan_text
     from rolora.config.load import load_config
     from rolora.plan.needs import make_plan
@@ -299,59 +163,208 @@ def plan(
     show(json, dataclasses.asdict(made), plan_text(made))
 
 
-@app.command()
-def init(
-    data: Annotated[
-        str,
-        typer.Argument(help="your rows: a file, folder or pattern, a hub name, or glue/mnli"),
-    ],
-    out: Annotated[Path, typer.Option(help="the configuration to write")] = Path("rolora.toml"),
-    model: Annotated[
-        str, typer.Option(help="the base model: a folder, hub:NAME or a .gguf file")
-    ] = "",
-    delimiter: Annotated[
-        str | None, typer.Option(help="between the values of a csv; left out: it is found")
+@app.command(rich_help_panel=TRAIN)
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="the new run folder; default: runs/NAME")] = None,
+    on: Annotated[
+        str | None, typer.Option(help="run on the sites of this federation folder")
     ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="of text files; left out: it is found")
-    ] = None,
-    trainer: Annotated[
-        Path | None,
-        typer.Option("--from", help="take settings from this YAML file of trl sft, dpo or kto"),
+    suspicious: Annotated[
+        int | None,
+        typer.Option(min=1, help="withstand this many malicious clients in each round"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Look at your rows, write a commented configuration for them, and show what it would do."""
-    from rolora.cli.tables import masked_text, split_table
-    from rolora.run.config_template import write_template
-    from rolora.run.runs import training_masks
+    """Fine-tune: train, checkpoint every round, write the adapter and the report."""
+    from rolora.config.load import load_config, toml_text
+    from rolora.run import runs
 
-    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
-    table, config = experiment.rows.table(), experiment.config
-    made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
-    parts: list[RenderableType] = [
-        *(f"note: {note}" for note in notes),
-        printable(f"wrote {out}"),
-        split_table(table, experiment.rows.test.num_rows),
-    ]
-    if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
-        with working("loading the tokenizer"):
-            masked = training_masks(experiment, 2)
-        made["masks"] = masked
-        parts.append(masked_text(masked))
-    show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))
+    byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
+    changes = [*byzantine, *(overrides or [])]
+    settings = load_config(config, changes)
+    if byzantine:
+        err_console.print(f"note: {settings.aggregate.price}")
+    if on is not None:
+        if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
+            on = os.path.relpath(Path(on).resolve(), settings.root)
+        settings = load_config(config, [*changes, f"federation.on={toml_text(on)}"])
+    path = runs.new_path(settings, out)
+    with resuming(path):
+        if settings.federation.on:
+            across_sites(settings, path, json)
+            return
+        with working("loading the model and the data"):
+            started = runs.start(settings, path)
+        _follow(started, json)
 
 
-app.command()(chat)
-app.command("runs")(list_runs)
-app.command()(watch)
-app.command()(env)
-app.command()(theory)
-app.command()(demo)
-app.command()(fetch)
-app.command()(site)
-app.add_typer(federation, name="federation")
-app.command()(doctor)
+@app.command(rich_help_panel=TRAIN)
+def resume(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=PLACE]...",
+            help="where files have moved to: data.train=NEW, ...; or train.workers=N",
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="the folder that relative paths now start from")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="the new total number of rounds")] = None,
+    json: Json = False,
+) -> None:
+    """Continue a run from its last checkpoint, as if it had never stopped.
+
+    Its files may have moved: hashes tell whether they are still the same.
+    """
+    from rolora.run import runs
+    from rolora.run.folder import RunFolder
+
+    folder = RunFolder.open(path)
+    settings, _ = runs.stored(folder, places or [], root)
+    if settings.federation.on and rounds is None and folder.report.is_file():
+        _finished(path, json, trained=False)
+        return
+    with resuming(path):
+        if settings.federation.on:
+            across_sites(settings, path, json, rounds)
+            return
+        with working("loading the model and the data"):
+            resumed = runs.resume(path, rounds, overrides=places or [], root=root)
+        _follow(resumed, json)
+
+
+app.command(rich_help_panel=TRAIN)(compare)
+app.command(rich_help_panel=TRAIN)(attack)
+
+
+@app.command(rich_help_panel=LOOK)
+def report(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
+    out: Annotated[Path, typer.Option(help="the HTML page to write")] = Path("report.html"),
+    json: Json = False,
+) -> None:
+    """Write one page about one or more runs: curves, tables, the split, the configuration."""
+    from rolora.cli.results import show_results
+    from rolora.report.page import write_report
+
+    write_report(paths, out)
+    show_results(paths, json, f"\nreport   {out}")
+
+
+@app.command(rich_help_panel=LOOK)
+def methods(json: Json = False) -> None:
+    """List the methods: what each trains and sends, and its paper."""
+    from rolora.cli.tables import methods_table
+    from rolora.plan.method_table import describe_methods
+
+    rows = describe_methods()
+    show(json, [dataclasses.asdict(row) for row in rows], methods_table(rows))
+
+
+@app.command("eval", rich_help_panel=USE)
+def evaluate(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="rows with the run's columns; with a pattern, each file separately"),
+    ],
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a finished run, or an adapter folder, on other rows."""
+    from rolora.cli.results import scores, sets_table
+    from rolora.data.tables import files_of, is_glob
+    from rolora.run.evaluation import evaluate_each
+
+    if is_glob(data, root=Path()):
+        sets = {name: file for file, name in files_of(data, root=Path()).items()}
+        with working(f"loading and evaluating on {len(sets)} sets of rows"):
+            found = dict(evaluate_each(path, sets, model, overrides or []))
+        metrics = {name: one.metrics for name, one in found.items()}
+        show(json, {name: scores(one) for name, one in found.items()}, sets_table(metrics))
+        return
+    with working("loading and evaluating"):
+        ((_, one),) = evaluate_each(path, {data: data}, model, overrides or [])
+    show(json, scores(one), *(f"{name:20} {value:.4f}" for name, value in one.metrics.items()))
+
+
+@app.command(rich_help_panel=USE)
+def predict(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    data: Annotated[str, typer.Option(help="rows with the run's columns, without right answers")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a .csv or .jsonl file; default: print JSON lines")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="causal_lm: maximum tokens in a completion")
+    ] = 128,
+) -> None:
+    """Write what a finished run, or an adapter folder, predicts for each of your rows."""
+    from rolora.files import write_file
+    from rolora.run.prediction import predict, writer
+
+    written = writer(out)
+    with working("loading and predicting"):
+        found = predict(path, data, model, overrides or [], max_new_tokens)
+    if out is None:
+        print(written(found), end="")
+    else:
+        write_file(out, written(found))
+        out_console.print(f"wrote {len(found)} predictions to {out}")
+
+
+@app.command(rich_help_panel=USE)
+def export(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
+    ],
+    merged: Annotated[
+        Path | None,
+        typer.Option(
+            help="a new folder for the base with the adapter in its weights; for a GGUF base also "
+            "a new .gguf file"
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="a file for the adapter alone, for llama.cpp's --lora")
+    ] = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the merged weights")] = "fp32",
+    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
+    json: Json = False,
+) -> None:
+    """Write a finished run's adapter merged into its base, or as a GGUF file."""
+    from rolora.run import export
+
+    if merged is None and gguf is None:
+        raise ConfigError("choose what to write: --merged FOLDER, --gguf FILE, or both")
+    with working("loading the base and writing"):
+        export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
+    made = {"merged": merged, "gguf": gguf}
+    written = {form: str(out) for form, out in made.items() if out is not None}
+    show(json, written, *(printable(f"wrote {out}") for out in written.values()))
+
+
+app.command(rich_help_panel=USE)(chat)
+app.command("runs", rich_help_panel=LOOK)(list_runs)
+app.command(rich_help_panel=LOOK)(watch)
+app.command(rich_help_panel=LOOK)(env)
+app.command(rich_help_panel=SITES)(site)
+app.add_typer(federation, name="federation", rich_help_panel=SITES)
+app.command(rich_help_panel=SITES)(doctor)
+app.command(rich_help_panel=TRY)(fetch)
+app.command(rich_help_panel=TRY)(demo)
+app.command(rich_help_panel=TRY)(theory)
 
 
 def _follow(run: Run, as_json: bool) -> None:
@@ -375,7 +388,7 @@ def main() -> None:
         signal.signal(number, _interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, _interrupt)
-    # a forked worker that raised in the middle of a library's code would leave its locks held
+    # a forked worker that raised inside a library would leave the library's locks held
     for number in (signal.SIGTERM, signal.SIGHUP):
         usual = partial(signal.signal, number, signal.SIG_DFL)
         os.register_at_fork(after_in_child=usual)

@@ -31,7 +31,7 @@ def names(text: str | None) -> list[str]:
 def own_overrides(
     methods: str, overrides: Sequence[str] | None
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """The overrides for all methods, and of each method of the comma-separated list its own."""
+    """The overrides for all methods, and those of each method in the comma-separated list."""
     from rolora.comparison.variants import addressee, checked_labels
 
     labels = checked_labels(methods.split(","))

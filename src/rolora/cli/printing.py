@@ -27,10 +27,10 @@ def table(
     align: str = "lr",
     widths: Sequence[int] = (),
 ) -> Table:
-    """A table without lines.
+    """A table without rules.
 
-    ``align`` has an ``l`` or ``r`` for each column, of which the last counts for the remaining ones
-    too; ``widths`` are the minimum widths of the first columns.
+    ``align`` has an ``l`` or ``r`` for each column; the last one also holds for all further
+    columns. ``widths`` are the minimum widths of the first columns.
     """
     made = Table(box=None, header_style="bold", pad_edge=False)
     for number, name in enumerate(head):
@@ -44,10 +44,17 @@ def table(
     return made
 
 
+def json_text(value: object) -> str:
+    """The value as JSON, in which a number that is NaN or infinite is null, as JSON has neither."""
+    from pydantic_core import to_jsonable_python
+
+    return json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2)
+
+
 def show(as_json: bool, value: object, *parts: RenderableType) -> None:
     """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read."""
     if as_json:
-        print(json.dumps(value, indent=2))
+        print(json_text(value))
     else:
         for part in parts:
             out_console.print(part)
@@ -68,9 +75,9 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def going_on(command: Sequence[object], run: Path | None = None) -> Iterator[None]:
-    """Note ``command`` on what interrupts the block, as the way to continue.
+    """Add ``command``, as the way to continue, to the exception that interrupts the block.
 
-    With ``run``, a folder: only if that run has begun.
+    With ``run``, a folder: only if that run has started.
     """
     try:
         yield
@@ -81,12 +88,12 @@ def going_on(command: Sequence[object], run: Path | None = None) -> Iterator[Non
 
 
 def again() -> contextlib.AbstractContextManager[None]:
-    """Note on what interrupts the block that the same command continues."""
+    """Add to the exception that interrupts the block that the same command continues."""
     return going_on(("rolora", *sys.argv[1:]))
 
 
 def resuming(run: Path) -> contextlib.AbstractContextManager[None]:
-    """Note on what interrupts the block how to resume the run in this folder."""
+    """Add to the exception that interrupts the block how to resume the run in this folder."""
     return going_on(("rolora", "resume", run), run)
 
 
@@ -94,7 +101,7 @@ def resuming(run: Path) -> contextlib.AbstractContextManager[None]:
 def working(what: str) -> Iterator[None]:
     """A spinner during something slow; a plain line if there is no terminal."""
     if err_console.is_terminal:
-        # on a console of its own, so that it goes on turning while standard error is redirected
+        # on its own console, so that it keeps spinning while standard error is redirected
         with Console(file=sys.stderr).status(what):
             yield
     else:

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from rolora.algorithm.adapter import Assignment, Failure, Update
-from rolora.algorithm.method import Method
-from rolora.cli.printing import err_console
+from rolora.algorithm.adapter import Failure, Update
+from rolora.cli.printing import err_console, working
 from rolora.comparison.budget import Outlook, Timing
 from rolora.comparison.queue import QueuedRun
 from rolora.errors import printable
 from rolora.run.progress import clock, described
 from rolora.run.runs import Run
-from rolora.training.engine import ClientMetrics, Engine, Job
 from rolora.training.local import NonFiniteLoss
 from rolora.training.rounds import RoundResult
-
-
-@dataclass(frozen=True)
-class Watched:
-    """An engine that calls ``tick`` for every update as it arrives, and changes nothing else."""
-
-    engine: Engine
-    tick: Callable[[], None]
-
-    def clients(self) -> Mapping[str, int]:
-        """As the engine's."""
-        return self.engine.clients()
-
-    def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
-        """As the engine's."""
-        for reply in self.engine.run(method, job):
-            self.tick()
-            yield reply
-
-    def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterable[ClientMetrics]:
-        """As the engine's."""
-        return self.engine.evaluate(method, clients)
 
 
 def follow(run: Run, title: str) -> int:
@@ -79,12 +55,12 @@ def _show(
     bar = bars.add_task(title, total=left, text=updates.format(0))
     count = rounds_done = 0
 
-    def tick() -> None:
+    def tick(reply: Update | Failure) -> None:
         nonlocal count
         count += 1
         bars.update(bar, text=updates.format(count))
 
-    with contextlib.closing(run.rounds(lambda engine: Watched(engine, tick))) as rounds:
+    with contextlib.closing(run.rounds(tick)) as rounds:
         for result, text in described(rounds, run):
             if finished is not None:
                 finished(result)
@@ -97,12 +73,15 @@ def _show(
 
 
 def follow_all(queue: Iterable[QueuedRun]) -> None:
-    """Run the whole queue, showing each round and, once, how long the whole takes.
+    """Run the whole queue, showing each round and, once, an estimate of the total time.
 
     A run that diverges is reported and skipped. Raises BudgetSpent when the budget is used up.
     """
     said: set[str] = set()
-    for queued in queue:
+    rest = iter(queue)
+    with working("loading the model and the data"):
+        first = list(islice(rest, 1))
+    for queued in chain(first, rest):
         try:
             _follow_queued(queued, said)
         except NonFiniteLoss as error:
@@ -110,7 +89,7 @@ def follow_all(queue: Iterable[QueuedRun]) -> None:
 
 
 def _follow_queued(queued: QueuedRun, said: set[str]) -> None:
-    """Run one of the queue; ``said`` are the notes that were printed for earlier ones."""
+    """Run one run of the queue; ``said``: the notes printed for earlier ones."""
     run, outlook, name = queued.run, queued.outlook, queued.planned.path.name
     done = list(queued.done)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -37,6 +38,7 @@ from rolora.results.runs import (
     summarise,
 )
 from rolora.results.tuned import Tuning
+from rolora.training.engine import Evaluation
 
 
 def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:
@@ -52,7 +54,7 @@ def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:
 
 
 def _unfinished(runs: Runs) -> list[RenderableType]:
-    """A line for each run that has not ended, which is in no mean."""
+    """A line for each run that has not ended; such runs are not part of any mean."""
     lines: list[RenderableType] = []
     for run in runs.unfinished:
         value = run.last(runs.metric)
@@ -70,9 +72,19 @@ def show_result(path: Path, as_json: bool) -> None:
 
 def results_table(rows: Sequence[Summary]) -> Table:
     """A row for each method."""
-    metric = f"{rows[0].metric if rows else 'metric'} (mean ± sd)"
+    several = any(len(row.seeds) > 1 for row in rows)
+    metric = (rows[0].metric if rows else "metric") + (" (mean ± sd)" if several else "")
     return table(
-        ["method", metric, "seeds", "best", "MB up", "MB down", "agg. error", "s"],
+        [
+            "method",
+            metric,
+            "seeds" if several else "seed",
+            "best",
+            "MB up",
+            "MB down",
+            "agg. error",
+            "s",
+        ],
         [
             [
                 row.method,
@@ -121,7 +133,7 @@ def robustness_text(cells: Sequence[Cell], metric: str) -> Group:
             for attack in dict.fromkeys(cell.attack for cell in own)
         ]
         rows += [
-            [f"{cell.attack} got its way", *(_success(c) for c in own if c.attack == cell.attack)]
+            [f"{cell.attack} succeeded", *(_success(c) for c in own if c.attack == cell.attack)]
             for cell in own
             if cell.success is not None and cell.method == methods[0]
         ]
@@ -191,6 +203,11 @@ def _published(published: Published, runs: Sequence[RunRecord]) -> list[Renderab
     rows = [[r.method, *r.cells(published.digits)] for r in beside_published(published, runs)]
     title = f"{published.metric} beside {published.source}: {published.setting}"
     return [_bold(title), table(["method", f"ours, {published.unit}", "published"], rows)]
+
+
+def scores(found: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON: its metrics and, where there are labels, the recall of each."""
+    return {**found.metrics, **({"recall": found.recall} if found.recall else {})}
 
 
 def sets_table(found: Mapping[str, Mapping[str, float]]) -> Table:

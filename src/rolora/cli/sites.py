@@ -28,7 +28,7 @@ def site(
     check: Annotated[bool, typer.Option("--check", help="check the setup without joining")] = False,
     run: Annotated[
         str | None,
-        typer.Option(help="with --check: a run's TOML, to check rows and model for"),
+        typer.Option(help="with --check: a run's TOML file, to check that rows and model fit"),
     ] = None,
     json: Json = False,
     parent_pid: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -58,7 +58,7 @@ def site(
 def doctor(
     place: Annotated[Path, typer.Argument(help="a site.toml, or a federation folder")],
     run: Annotated[
-        str | None, typer.Option(help="for a site: a run's TOML, to check its rows and model for")
+        str | None, typer.Option(help="for a site: a run's TOML file, to check rows and model")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -78,7 +78,7 @@ def doctor(
 def keys(
     sites: Annotated[str, typer.Option(help="comma-separated names, such as ann,bob")],
     host: Annotated[
-        str | None, typer.Option(help="the name or address by which sites reach this machine")
+        str | None, typer.Option(help="the name or address at which sites reach this machine")
     ] = None,
     port: Annotated[int, typer.Option(help="the SuperLink's port")] = PORT,
     folder: Folder = Path("federation"),
@@ -90,8 +90,8 @@ def keys(
 
     say = _notify if json else out_console.print
     if not folder.exists():
-        if host is None:
-            raise ConfigError("a new federation needs --host, by which sites reach this machine")
+        if not host:
+            raise ConfigError("a new federation needs --host, where sites reach this machine")
         made = FederationFolder.create(folder, host, port)
         say(f"made {folder}: a CA, and a server certificate for {host}")
     else:
@@ -162,7 +162,7 @@ def up(
             config, overrides = str(prepare_demo(Path("demo")).file), []
         make_trial(folder, config, overrides or [], sites, port)
     opened = FederationFolder.open(folder)
-    _notify(f"starting {len(opened.public)} sites; once it serves, in another terminal:")
+    _notify(f"starting {len(opened.public)} sites; when they are up, run in another terminal:")
     _notify(f"  rolora run {folder / 'run.toml'} --on {folder}")
     with again():
         serve(opened, _notify, list(opened.public))
@@ -174,7 +174,7 @@ def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = N
     from rolora.cli.results import show_result
     from rolora.sites.submit import run_remotely
 
-    with working(f"running on {settings.federation.on}"):
+    with working("running across sites"):
         run_remotely(settings, out, _notify, rounds)
     show_result(out, as_json)
 

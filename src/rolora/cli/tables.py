@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 METHODS_LEGEND = """\
 A, B   lora_A and lora_B ("B, A": alternating); the task head goes with them
-Δ      a change of the base weights, kept beside them
+Δ      a change of the base weights, stored separately
 keeps  what a client trains and never sends
 exact  the server's product is the mean of the clients' products
 ranks  clients may have different ranks
@@ -45,7 +45,7 @@ def split_table(split: Mapping[str, Any], test_rows: int) -> Group:
 
 
 def masked_text(rows: Iterable[Sequence[tuple[str, bool]]]) -> Text:
-    """Each row in pieces; those that are trained on stand between ⟦ and ⟧."""
+    """Each row in pieces; those that are trained on are between ⟦ and ⟧."""
     text = Text()
     for row, pieces in enumerate(rows, start=1):
         text.append(f"\nrow {row}; the text between ⟦ and ⟧ is trained on:\n")
@@ -126,7 +126,7 @@ def plan_text(plan: Plan) -> Group:
         "memory at the peak": [_bytes(each.peak) for each in rounds],
     }
     if plan.workers != 1:
-        lines[f"a process's own, of {plan.workers}"] = [_bytes(each.worker) for each in rounds]
+        lines[f"each worker's own ({plan.workers})"] = [_bytes(each.worker) for each in rounds]
     notes = [f"note: {note}" for note in plan.notes]
     return Group(summary, _plan_table(head, lines), "", _whole_runs(plan.methods), *notes)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json as format_json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import show, table, tracked
+from rolora.cli.printing import json_text, show, table, tracked
 from rolora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def theory(
     save_picture(theory_figure(outcome, sweeps), picture)
     found = _for_programs(outcome, verdicts, sweeps)
     if numbers:
-        write_file(numbers, format_json.dumps(found, indent=2))
+        write_file(numbers, json_text(found))
     written = {"picture": picture, "numbers": numbers}
     show(json, found, *_parts(outcome, verdicts, sweeps, written))
 

@@ -1,1 +1,1 @@
-"""Methods on equal terms: tuned alike, run on fresh seeds, in a queue that can be left."""
+"""Methods on equal terms: tuned the same way, run on fresh seeds, in a resumable queue."""

@@ -32,7 +32,7 @@ class UnderAttack:
 
 
 def known_attacks(config: RunConfig) -> list[str]:
-    """The attacks that this configuration's task leaves room for."""
+    """The attacks that can be run on this configuration's task."""
     one_label = task_kind(config.model.task).name == "classification"
     names = ATTACKS.names()
     return [name for name in names if one_label or ATTACKS.make(name).spoil is None]

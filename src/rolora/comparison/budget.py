@@ -57,10 +57,10 @@ def estimate(done: Sequence[Timing], left: Iterable[Timing]) -> float | None:
 
 @dataclass(frozen=True)
 class Outlook:
-    """Where a comparison stands at its run ``number`` of ``of``.
+    """The progress of a comparison at its run ``number`` of ``of``.
 
     ``rounds`` are all rounds of this run, ``after`` those of the runs after it; ``budget`` is in
-    core-seconds; ``workers`` processes train. ``done``, of the methods, are all rounds on disk.
+    core-seconds; ``workers`` processes train. The methods take ``done``, all rounds on disk.
     """
 
     number: int
@@ -76,11 +76,11 @@ class Outlook:
         return self.workers * torch.get_num_threads()
 
     def core_hours(self, seconds: float) -> str:
-        """'8.2': core-hours that all threads spend in so many seconds, to two digits."""
+        """'8.2': the core-hours of all threads in this many seconds, to two digits."""
         return f"{seconds * self.cores / 3600:.2g}"
 
     def seconds_left(self, done: Sequence[Timing], round: int = -1) -> float | None:
-        """Estimated for the whole comparison after this ``round``; None if it cannot be told."""
+        """An estimate for the whole comparison after this ``round``; None if there is none yet."""
         return estimate(done, [*self.rounds[round + 1 :], *self.after])
 
     def refuse_spent(self, done: Sequence[Timing], round: int = -1) -> None:
@@ -89,7 +89,7 @@ class Outlook:
         spent = self.budget is not None and seconds * self.cores >= self.budget
         if spent and round < self.rounds[-1].round:
             left = self.seconds_left(done, round)
-            more = "" if left is None else f", about {self.core_hours(left)} core-hours are left"
+            more = "" if left is None else f", about {self.core_hours(left)} core-hours remain"
             raise BudgetSpent(
                 f"the budget is spent ({self.core_hours(seconds)} core-hours): "
                 f"{self.number - 1} of {self.of} runs are done{more}; continue with the same "

@@ -19,8 +19,9 @@ from rolora.errors import ConfigError, DataError, one_line
 from rolora.files import locked, new_folder, write_file
 from rolora.results.runs import flatten, load_run
 from rolora.results.tuned import Tuning
-from rolora.run.experiment import Experiment, dated
+from rolora.run.experiment import Experiment
 from rolora.run.folder import RunFolder
+from rolora.run.settings import dated
 from rolora.run.shards import digest
 
 

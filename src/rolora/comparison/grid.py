@@ -123,6 +123,7 @@ class Comparison:
             "tune rounds": self.tune_rounds,
         }
         config = self.config.model_dump(mode="json", exclude={"seed", "method", "federation"})
+        del config["eval"]["samples"]
         for place in PLACES:
             section, _, key = place.partition(".")
             if isinstance(config.get(section, {}).get(key), str):  # a share of rows is no place

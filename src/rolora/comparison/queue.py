@@ -110,7 +110,7 @@ def queue_all(
         if (origin := _origin(every)) is not None:
             torch.set_num_threads(origin["threads"])
         processes = held.enter_context(all_processes(every[0].config)) if every else None
-        loaded = _Loaded("", {}, "", {})
+        loaded: dict[str, Parts] = {}
         done = rounds_done(every)
         queue = ((place, one) for place, compared in parts for one in _pending(compared, place))
         for folder, planned in queue:
@@ -123,10 +123,10 @@ def queue_all(
             outlook.refuse_spent(done)
             before = rounds_done([planned])
             run = _begin(planned, every, loaded, processes)
-            loaded = _Loaded.by(run.experiment, planned.config)
+            loaded = _loaded(run.experiment, planned.config)
             yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
-                raise RoloraError(f"{planned.path} did not reach its end: start again to continue")
+                raise RoloraError(f"{planned.path} did not finish: start again to continue")
             done = [*done, *rounds_done([planned])[len(before) :]]
 
 
@@ -167,14 +167,15 @@ def _origin(every: Sequence[PlannedRun]) -> dict[str, Any] | None:
 def _begin(
     planned: PlannedRun,
     every: Sequence[PlannedRun],
-    loaded: _Loaded,
+    loaded: Mapping[str, Parts],
     processes: Processes | None,
 ) -> Run:
     """Start or resume the run. All runs use the bank and dtype of the first."""
     origin, key = _origin(every), _base_key(planned.config)
 
     def build(config: RunConfig, folder: Path) -> Experiment:
-        parts: Parts = {**loaded.parts(planned.config), "processes": processes}
+        rows = f"{key} {_rows_key(planned.config)}"
+        parts: Parts = {**loaded.get(key, {}), **loaded.get(rows, {}), "processes": processes}
         experiment = Experiment(config, folder, **parts)
         known = origin is not None and origin["key"] == key
         if origin is not None and known and experiment.base.digest != origin["base"]:
@@ -189,33 +190,14 @@ def _begin(
     return start(planned.config, planned.path, lambda c, f: build(pinned(c, origin), f))
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """What the last run of the queue loaded, and on which settings each part depends."""
+def _loaded(run: Experiment, planned: RunConfig) -> dict[str, Parts]:
+    """What this run has loaded, by the planned settings that it depends on.
 
-    base_key: str
-    base: Parts
-    rows_key: str
-    rows: Parts
-
-    @classmethod
-    def by(cls, run: Experiment, planned: RunConfig) -> _Loaded:
-        """What this run has loaded, by its planned settings: its own have dtype and bank pinned.
-
-        The rows as tokens are the same however they are split.
-        """
-        base: Parts = {"base": run.base}
-        rows: Parts = {"encoded": run.encoded, "test": run.test}
-        return cls(_base_key(planned), base, _rows_key(planned), rows)
-
-    def parts(self, config: RunConfig) -> Parts:
-        """What a run of this configuration can use."""
-        found: Parts = {}
-        if self.base_key == _base_key(config):
-            found |= self.base
-            if self.rows_key == _rows_key(config):
-                found |= self.rows
-        return found
+    The run's own settings have dtype and bank pinned. Tokens are the same however rows are split.
+    """
+    base = _base_key(planned)
+    tokens: Parts = {"encoded": run.encoded, "test": run.test}
+    return {base: {"base": run.base}, f"{base} {_rows_key(planned)}": tokens}
 
 
 def _base_key(config: RunConfig) -> str:

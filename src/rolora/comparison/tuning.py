@@ -97,7 +97,7 @@ def choose(
 
 
 def _edge(value: str, values: Sequence[str]) -> Literal["smallest", "largest"] | None:
-    """The end of the grid at which a value lies; words have no ends."""
+    """Which end of the grid a value is at, if any; words have no ends."""
     numbers = [number for each in values if isinstance(number := _number(each), float)]
     if len(numbers) < len(values):
         return None

@@ -132,6 +132,7 @@ def config_hash(config: RunConfig) -> str:
     values = config.model_dump_json(
         exclude={
             "train": {"rounds", "bank", "workers", "cache"},
+            "eval": {"samples"},
             "model": {"dtype", "path"},
             "data": {"train", "test", "validation", *pairs},
             **({} if compares else {"preference": True}),

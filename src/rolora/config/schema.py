@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -35,12 +34,10 @@ Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
 RankTable = Annotated[dict[str, AtLeastOne], Field(min_length=1)]
 
 
-class Section(BaseModel):
+class Section(
+    BaseModel, extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+):
     """A table of the TOML file. Unknown keys are errors; values are frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
-    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -56,7 +53,7 @@ class ModelConfig(Section):
 
     path: str = Field(
         description="a folder, a file ending in .gguf, or hub:NAME or hub:NAME@REVISION; hub: may "
-        "be left out if no folder is called like the part before the slash"
+        "be left out if no folder has the name before the slash"
     )
     task: str = Field(
         "classification",
@@ -155,7 +152,7 @@ class DataConfig(Section):
     prompt: str | Texts | None = Field(
         None,
         description="causal_lm, choice, preference: one or two columns of the prompt; preference: "
-        "left out, it is what chosen and rejected begin with alike",
+        "left out: the common beginning of chosen and rejected",
     )
     separator: str | None = Field(
         None,
@@ -169,7 +166,7 @@ class DataConfig(Section):
         None, description="preference: the column of preferred completions, texts or chats"
     )
     rejected: str | None = Field(
-        None, description="preference: the column of completions that are less good"
+        None, description="preference: the column of less preferred completions"
     )
     messages: str | None = Field(
         None,
@@ -183,8 +180,8 @@ class DataConfig(Section):
     )
     date: datetime.date | None = Field(
         None,
-        description="with messages, and for preference: today, for a chat template that writes the "
-        "date; left out: the day the run starts",
+        description="with messages, and for preference: the date for a chat template that writes "
+        "one; left out: the day the run starts",
     )
     choices: str | None = Field(None, description="choice: a column of lists of answers")
     answer: str | None = Field(
@@ -253,10 +250,8 @@ class PartitionConfig(Section):
     min_examples: int = Field(1, ge=1, description="fewest rows of a client")
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(BaseModel, extra="allow", frozen=True):
     """``[method]``: the method's name; the other keys are that method's options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = Field("rolora", description="see rolora methods; the other keys are its options")
 
@@ -271,9 +266,9 @@ class AggregateConfig(Section):
 
     reducer: str | Annotated[list[str], Field(min_length=1)] = Field(
         "mean",
-        description="mean; fedexp, a mean whose step finds its length; or a rule that ignores "
+        description="mean; fedexp, a mean with an adaptive step length; or a rule that ignores "
         "weights: median, trimmed_mean, krum, multi_krum, bulyan, geometric_median, centered_clip, "
-        "fltrust; or one that an installed package adds; or a list: what comes before it (clip, "
+        "fltrust; or one that an installed package adds; or a list: steps before the rule (clip, "
         "clip_product, nnm, bucketing), then the rule",
     )
     trusted: str | None = Field(
@@ -285,8 +280,8 @@ class AggregateConfig(Section):
     byzantine: int = Field(
         0,
         ge=0,
-        description="clients of a round that may send anything, for all rules that ask; above 0 "
-        'and without a reducer, the reducer is ["nnm", "trimmed_mean"]',
+        description="clients of a round that may send anything, for all rules that need it; above "
+        '0 and without a reducer, the reducer is ["nnm", "trimmed_mean"]',
     )
     trim: float = Field(
         0.1,
@@ -301,8 +296,7 @@ class AggregateConfig(Section):
         None,
         gt=0,
         le=1,
-        description="largest share of one client in the weight of a round, where sizes are claims; "
-        "left out: no limit",
+        description="largest share of one client in the weight of a round; left out: no limit",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="clip each client's update to this norm"
@@ -386,7 +380,7 @@ class TrainConfig(Section):
     keep_moments: bool = Field(
         False,
         description="clients keep their optimizer's state from round to round, and update it for "
-        "the factor that is not trained, too; otherwise it starts afresh each round",
+        "the factor that is not trained, too; otherwise it is reset each round",
     )
     lr: float = Field(5e-3, gt=0, description="the learning rate")
     b_lr_ratio: float = Field(
@@ -407,7 +401,7 @@ class TrainConfig(Section):
         1,
         description="processes that train a round's groups of clients at the same time, each with "
         "one thread, or as many as OMP_NUM_THREADS says; auto: as many as the cores and the free "
-        "memory allow, on CUDA one for each visible card",
+        "memory allow, on CUDA one for each visible GPU",
     )
     recompute: bool = Field(
         False, description="recompute layers in the backward pass: less memory, more time"
@@ -458,6 +452,13 @@ class EvalConfig(Section):
         description="causal_lm: a regular expression; its first match in 32 generated tokens is "
         "compared with that in the completion, as answer_accuracy instead of exact_match",
     )
+    samples: int = Field(
+        3,
+        ge=0,
+        le=5,
+        description="causal_lm: number of test prompts that the report shows, with the answers "
+        "before and after training; 0: the report has no text of yours",
+    )
     metric: str | None = Field(
         None, description="chooses the best round; left out: the task's main metric"
     )
@@ -486,11 +487,9 @@ class WireConfig(Section):
     )
 
 
-class AttackConfig(BaseModel):
+# an override nan is a number to TOML, and an attack to us
+class AttackConfig(BaseModel, extra="allow", frozen=True, coerce_numbers_to_str=True):
     """``[attack]``: bad clients, to measure how a run withstands them; on one machine only."""
-
-    # an override nan is a number to TOML, and an attack to us
-    model_config = ConfigDict(extra="allow", frozen=True, coerce_numbers_to_str=True)
 
     name: str = Field(
         NO_ATTACK, description="see docs/robustness.md; the other keys are its options"
@@ -519,7 +518,7 @@ class FederationConfig(Section):
         120.0,
         gt=0,
         description="seconds for a site to answer when it joins; one that does not is asked again, "
-        "later each time",
+        "after a longer pause each time",
     )
     deadline: float = Field(3600.0, gt=0, description="seconds per round")
     labels: list[str] | None = Field(
@@ -528,9 +527,7 @@ class FederationConfig(Section):
         description="the run's labels: a site that has others is refused; left out: those of all "
         "sites",
     )
-    max_labels: int = Field(
-        100, ge=1, le=1000, description="most labels that a site may have, or it is refused"
-    )
+    max_labels: int = Field(100, ge=1, le=1000, description="most labels that a site may have")
     spare: int = Field(
         0, ge=0, description="sites asked in excess of the cohort; the first answers are used"
     )
@@ -602,7 +599,7 @@ class RunConfig(Section):
             hint = nearest(metric, kind.metrics)
             raise ConfigError(f"eval.metric {metric!r} is not measured by {kind.name}: {hint}")
         if metric == "f1" and self.data.positive is None:
-            raise ConfigError("eval.metric = 'f1' needs data.positive, the label that it is of")
+            raise ConfigError("eval.metric = 'f1' needs data.positive, the label to measure")
         if self.partition.scheme == "by_field" and self.partition.field is None:
             raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"

@@ -1,6 +1,6 @@
 """What the columns of a table hold, which of them a run would use, and whose row each may be.
 
-The guess is for people to correct: it goes by common column names first, then by content.
+The guess is meant to be corrected: it uses common column names first, then content.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def guess_clients(table: pa.Table, used: Collection[str]) -> list[Column]:
 
 
 def is_own_value(table: pa.Table, name: str) -> bool:
-    """Whether a column's name is also one of its values: a file without a line of names."""
+    """Whether a column's name is also one of its values, as in a file without a header row."""
     values = decoded(table[name])
     return is_text(values.type) and pc.any(pc.equal(values, name)).as_py() is True
 

@@ -99,8 +99,7 @@ class Batch:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on this device. The copy to a GPU is queued: the host does not wait for what
-    the GPU has to do before."""
+    """A CPU tensor on this device. The copy to a GPU is queued, so the host does not wait."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -110,7 +109,7 @@ def flatten(rows: list[list[int]], dtype: torch.dtype) -> Tensor:
 
 
 def grouped(examples: Examples, sizes: Sequence[int]) -> Examples:
-    """The same examples, of which each row of the table became so many."""
+    """The same examples; ``sizes`` says how many of them each row of the table became."""
     groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     return replace(examples, groups=groups)
 

@@ -1,4 +1,4 @@
-"""Rows that the ``datasets`` library gives: folders it has saved, and names on a hub."""
+"""Rows from the ``datasets`` library: folders it has saved, and names on a hub."""
 
 from __future__ import annotations
 

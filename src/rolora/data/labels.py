@@ -1,4 +1,4 @@
-"""Class labels are text, everywhere; here are their one order and the vocabulary of a run."""
+"""Class labels are text everywhere; this is their order, and the vocabulary of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WHOLE = re.compile(r"0|-?[1-9][0-9]*")
 def label_name(value: object) -> str | None:
     """A cell as a class label: text as written, 2 and 2.0 as "2", True as "True".
 
-    None for what is no class: an empty cell, a number that is not whole, a list.
+    None for anything that is not a class: an empty cell, a number that is not whole, a list.
     """
     if isinstance(value, str):
         return value or None

@@ -1,6 +1,6 @@
 """Files of rows as Arrow tables: CSV, JSON and Parquet, plain or compressed.
 
-A reader returns each row as the file has it, or raises. Flat columns are Arrow's own types. Lists,
+A reader returns each row exactly as written, or raises. Flat columns are Arrow's own types. Lists,
 objects and columns of several types are kept as JSON text (``KEPT``), because Arrow's types for
 them change rows: every object gets the keys of all other rows' objects, at every depth, and text
 that looks like a date becomes one. :func:`rolora.data.tables.cells` gives such cells as values.
@@ -52,8 +52,8 @@ DEEPEST = 100
 def read_csv(data: bytes, delimiter: str) -> pa.Table:
     """Every value as text, exactly as written. The first row that is not empty is the header.
 
-    Python's reader goes over the rows first: it knows where a quote goes wrong, which Arrow's does
-    not. One that is never closed would swallow rows up to the next quote.
+    Python's reader goes over the rows first: it reports where a quote is wrong, which Arrow's does
+    not. A quote that is never closed would swallow the rows up to the next one.
     """
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
@@ -106,8 +106,8 @@ def _other_delimiter(header: Sequence[str], delimiter: str) -> str:
 
 
 def delimiter_hint(mark: str) -> str:
-    """What to do if ``mark`` is a file's delimiter."""
-    return f"if {mark!r} stands between values, set data.delimiter = {json.dumps(mark)}"
+    """What to do if ``mark`` is the file's delimiter."""
+    return f"if {mark!r} separates values, set data.delimiter = {json.dumps(mark)}"
 
 
 def read_json(data: bytes, delimiter: str) -> pa.Table:
@@ -162,7 +162,7 @@ def _unpacked(file: Path | bytes) -> pa.Table:
         sizes = [group.total_byte_size for group in groups]
         if sum(sizes) > most:
             raise _too_large(most)
-        # no value is longer than its group, and a small file may have it in every row
+        # a value is no longer than its group, and a small file may repeat it in every row
         rows = (1 << 30) // max([1, *sizes]) if size < 1 << 22 else 1 << 16
         total, read = 0, list[pa.RecordBatch]()
         for part in parts.iter_batches(batch_size=min(max(rows, 64), 1 << 16)):
@@ -302,11 +302,11 @@ def _lines(text: str, **options: Any) -> Iterator[dict[str, Any]]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's pairs as a dict. ValueError for what no row can be: a key that stands twice."""
+    """An object's pairs as a dict. ValueError for a key that appears twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} appears twice in one object")
     return found
 
 
@@ -430,7 +430,7 @@ def _not_encoded(data: bytes, encoding: str) -> str:
     named = "UTF-8" if encoding == "utf-8" else encoding
     guess = guess_encoding(data)
     if guess == encoding:
-        return f"is not {named} (line {line}), nor another encoding that is known by its bytes"
+        return f"is not {named} (line {line}), and no other encoding was recognised"
     return (
         f"is not {named} (line {line}): save it as UTF-8, or set data.encoding, "
         f'for example "{guess}"'
@@ -456,7 +456,7 @@ def guess_encoding(data: bytes) -> str:
 
 
 def neighbour(path: Path) -> str:
-    """A hint for a path that does not exist: the nearest name in its folder, or what is missing."""
+    """A hint for a path that does not exist: the nearest name there, or the missing folder."""
     folder = path.parent
     if not folder.is_dir():
         return ", a folder that does not exist"

@@ -114,7 +114,7 @@ def _parts(folder: Path, source: str, split: str) -> list[str]:
         if other := [name for name in names if name not in splits]:
             raise DataError(
                 f"{source} holds {next(iter(splits))}, named after a split, and {other[0]}, which "
-                f"is of none: name the files, for example {source}/*{kind_of(other[0])}"
+                f"is not: name the files, for example {source}/*{kind_of(other[0])}"
             )
         names = [name for name in names if splits[name] == split]
     kinds = sorted({kind_of(name) for name in names})
@@ -265,7 +265,7 @@ def _stem(name: str) -> str:
 
 
 def _looked(pattern: str, root: Path) -> str:
-    """Where a pattern looked, and what is there instead."""
+    """Where a pattern was looked for, and what is there instead."""
     parts = from_home(pattern).parts
     fixed = next(place for place, part in enumerate(parts) if glob.has_magic(part))
     folder = (root / Path(*parts[:fixed])).resolve()
@@ -345,8 +345,8 @@ def prompts(
 ) -> list[str]:
     """The text in front of an answer: one column, or two with ``separator`` between them.
 
-    Left out, the separator is a line break between two columns, and nothing stands behind the
-    prompt; given, it also stands there, before the answer. A part that is empty in a row, such as
+    If it is left out, two columns are separated by a line break, and the prompt and the answer by
+    nothing; if it is given, it separates both. A part that is empty in a row, such as
     Alpaca's ``input``, is left out with its separator.
     """
     columns = [columns] if isinstance(columns, str) else columns
@@ -395,7 +395,7 @@ def labels(table: pa.Table, column: str, source: str) -> list[str]:
 def label_sets(
     table: pa.Table, column: str | Sequence[str], separator: str | None, source: str
 ) -> list[list[str]]:
-    """The classes of each row, which may have any number of them.
+    """The classes of each row, each once; a row may have any number of them.
 
     ``column`` holds lists of names, also as JSON text, or text with ``separator`` between names; or
     it lists columns of 0 and 1, which are called like their classes. Raises DataError for anything
@@ -411,11 +411,11 @@ def label_sets(
         each = [label_name(name) for name in names] if isinstance(names, list) else [None]
         if None in each:
             raise DataError(
-                f"{source}: label {column!r} is no list of names in row {row}; for names in a "
-                "text, set data.separator to what stands between them; for columns of 0 and 1, "
+                f"{source}: label {column!r} is not a list of names in row {row}; for names in a "
+                "text, set data.separator to what separates them; for columns of 0 and 1, "
                 "list them in data.label"
             )
-        found.append([name for name in each if name is not None])
+        found.append(list(dict.fromkeys(name for name in each if name is not None)))
     return found
 
 

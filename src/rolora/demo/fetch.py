@@ -42,7 +42,7 @@ def doing(name: str, to: Path) -> str:
 
 
 def how_to_get(missing: Path) -> str:
-    """The end of a message about a missing path: the command that fetches it, or nothing."""
+    """The end of a message about a missing path: the command that fetches it, if there is one."""
     place = missing.resolve()
     for name, source in SOURCES.items():
         for made in source.makes:

@@ -97,7 +97,7 @@ def _require_stateless_clients(method: Method) -> None:
 def _update_in(
     reply: Message, received: AdapterState, shared: AdapterState, key: str
 ) -> Update | Failure:
-    """As ``update_in``; whatever an answer sets off makes it a failure of its node alone."""
+    """``update_in``; whatever error a reply causes makes it a failure of its own node only."""
     try:
         return update_in(reply, received, shared, key)
     except Exception as error:

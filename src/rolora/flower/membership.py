@@ -1,8 +1,8 @@
 """Which sites take part: they say hello, show that they have the run's model, and come and go.
 
 Sites are reached through a ``Transport``: Flower in a real run, function calls in tests. No answer
-is trusted: ``attempt`` turns whatever it sets off into a reason to do without it. Before the first
-round the sites that are there are waited for; those that come later are asked beside the rounds.
+is trusted: ``attempt`` turns any error that it causes into a reason not to use it. Before the first
+round, connected sites are waited for; those that connect later are asked in the background.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Transport(Protocol):
         ...
 
     def beside(self, work: Callable[[], T]) -> Future[T]:
-        """Do this while the rounds go on. It may call ``ask``."""
+        """Do this in the background, during rounds. It may call ``ask``."""
         ...
 
 
@@ -70,9 +70,9 @@ class Member(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What a hello is judged by.
+    """What a hello is checked against.
 
-    The nodes that are there, the names that belong to their keys (None without keys), who has said
+    The connected nodes, the names that belong to their keys (None without keys), who has said
     hello, and the run's labels once they are fixed.
     """
 
@@ -87,7 +87,7 @@ class Known(NamedTuple):
 
 
 class Talk(NamedTuple):
-    """What a node is asked beside the rounds: with which labels, and its answers once they came."""
+    """A node that is asked in the background: with which labels, and its answers to come."""
 
     labels: Sequence[str]
     answers: Future[tuple[SiteMessage, ...]]
@@ -107,12 +107,12 @@ class Strikes(NamedTuple):
 
 
 def attempt(use: Callable[[SiteMessage], T], reply: SiteMessage) -> T | Unusable:
-    """What ``use`` makes of a node's answer; whatever that raises makes it an unusable one."""
+    """``use`` applied to a node's answer; whatever it raises makes the answer unusable."""
     try:
         return use(checked(reply))
     except RoloraError as error:
         return Unusable(printable(str(error)[:300]))
-    except Exception as error:  # an answer is anybody's: none may end the run of the others
+    except Exception as error:  # an answer may be anything: it must not end the run of the others
         return Unusable(f"its answer cannot be used ({type(error).__name__})")
 
 
@@ -121,7 +121,7 @@ class Membership:
     """The sites of a run by name. It changes as they come and go.
 
     A node answers hello, then ready, then is a member; or it is refused for the whole run. One that
-    leaves a question unanswered has to say hello again, and is asked later each time.
+    leaves a question unanswered has to say hello again, after a longer pause each time.
     ``registered`` gives the name that belongs to each node's key, or None without keys: then a name
     is its node's while that is there. ``notify`` receives one line for each site that joins or is
     refused.
@@ -163,7 +163,7 @@ class Membership:
         return self.wanted.kind.vocabulary(every, "the sites' rows")
 
     def settle(self, base: Base, labels: Sequence[str]) -> None:
-        """Have every site that is there load the model, anew, and wait for their answers.
+        """Have every connected site load the model, again if need be, and wait for their answers.
 
         A node that has been silent before is not waited for again.
         """
@@ -207,7 +207,7 @@ class Membership:
         self._forget(node)
 
     def trained(self, site: str) -> None:
-        """This site has done what it is there for: earlier silence is forgiven."""
+        """This site has trained: its earlier silences no longer count."""
         if site in self.members:
             self.strikes.pop(self.members[site].node, None)
 
@@ -269,7 +269,7 @@ class Membership:
         return said, answer(ready)
 
     def _hear(self, node: int, talk: Talk, base: Base, known: Known) -> None:
-        """Take in what a node has answered beside the rounds."""
+        """Use what a node has answered in the background."""
         if talk.labels != known.labels or (known.names is not None and node not in known.names):
             return
         if error := talk.answers.exception():
@@ -342,7 +342,7 @@ class Membership:
         self._note_majority()
 
     def _note_majority(self) -> None:
-        """Say that one site of several claims most rows, where that gives it most of the weight."""
+        """Report a site, one of several, whose claimed rows give it most of the weight."""
         given, sizes = self.wanted.config.aggregate, {}
         if given.weights == "num_examples" and given.max_share is None:
             sizes = {name: member.num_examples for name, member in self.members.items()}

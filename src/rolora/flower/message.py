@@ -28,7 +28,7 @@ LABEL_LENGTH = 64  # characters
 MOST_CONFIG = 2**20  # bytes of a run's configuration as JSON
 DEEPEST = 8  # tables and lists in each other, in JSON
 
-# Why a site answers nothing else: the code is all that leaves the site, the sentence is known here.
+# Why a site refuses: only the code leaves the site; the coordinator has the sentence.
 REASONS = {
     "protocol": "it runs another version of rolora: install the same at both",
     "question": "it cannot use what it was sent",
@@ -110,7 +110,7 @@ def bounded(head: Mapping[str, object], body: bytes = b"") -> SiteMessage:
     plain: dict[str, Scalar] = {}
     for key, value in head.items():
         if len(key) > 64 or not key.isidentifier():
-            raise MessageError("its head has a key that is no name")
+            raise MessageError("its head has a key that is not a name")
         if not isinstance(value, str | int | float):  # a bool is an int
             raise MessageError(f"{key!r} is neither text nor a number")
         if isinstance(value, str) and (len(value) > MOST_TEXT or not _encodes(value)):
@@ -193,7 +193,7 @@ def read_metrics(text: str, known: Collection[str]) -> dict[str, float]:
 
 
 def lost(why: str) -> SiteMessage:
-    """What stands in for the answer of a node that gave none: another attempt may succeed."""
+    """A stand-in for the answer of a node that gave none: another attempt may succeed."""
     return SiteMessage({"error": why, "lost": True})
 
 

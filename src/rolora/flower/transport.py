@@ -69,12 +69,12 @@ class GridTransport:
         return self.pool.submit(work)
 
     def close(self) -> None:
-        """Let every question go, in whatever thread, within one poll."""
+        """Give up every question, in whatever thread, within one poll."""
         self.ended.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def nodes(self) -> Sequence[int]:
-        """The SuperNodes that have sent a heartbeat lately."""
+        """The SuperNodes that have sent a heartbeat recently."""
         return list(self.grid.get_node_ids())
 
     def ask(
@@ -122,7 +122,7 @@ class GridTransport:
         except httpx.HTTPError:  # the SuperLink's fault and no node's
             raise
         except Exception as error:
-            return SiteMessage({"error": f"its answer is no message ({type(error).__name__})"})
+            return SiteMessage({"error": f"its answer is not a message ({type(error).__name__})"})
         return None
 
     def _pushed(self, questions: Mapping[int, SiteMessage], seconds: float) -> dict[str, int]:

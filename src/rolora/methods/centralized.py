@@ -1,7 +1,7 @@
 """Centralized: all rows in one place, one adapter, plain LoRA (Hu et al., ICLR 2022).
 
 The upper bound of a comparison: as many optimiser steps in a round as the cohort takes together, on
-batches drawn from the rows of all clients. The optimiser starts afresh each round, as at clients.
+batches drawn from the rows of all clients. The optimiser is reset each round, as at clients.
 Not a federation: nothing travels. arXiv:2106.09685.
 """
 

@@ -5,7 +5,7 @@ paper finds that the lora_A of clients resemble each other because they start fr
 and that lora_B holds what has been learned, so lora_B is the one to share. Every client ends with a
 personal adapter and is evaluated with it: its own lora_A and the mean lora_B. The server's lora_A
 is the first one, so its product is no client's. In the paper's experiments there is no head; in the
-authors' code lora_A starts anew from the first one in each round, and clients are evaluated before
+authors' code lora_A restarts from the first one in each round, and clients are evaluated before
 the average. The paper's clients of different ranks, whose lora_B is a product of two matrices, are
 not implemented. arXiv:2509.25414.
 """

@@ -9,7 +9,7 @@ Where D has no more than rank + p directions, QQᵀD is D, and these are FlexLoR
 they are near them. In the paper a round has two exchanges: clients send B_iA_iΩ, receive
 Q, and send QᵀB_iA_i, so the server adds up sketches and sees no factor. A round here has one: the
 clients send their factors, and the server takes both sketches of the mean, which are the sums of
-the clients' sketches. So this is no protection of what clients send, other bytes travel, and the
+the clients' sketches. So this does not protect what clients send, the traffic differs, and the
 noise of differential privacy, for which the paper trains lora_B alone, is left out. Ω is drawn in
 each round; in the authors' code once, and p is 0 there. The rest is as in FlexLoRA, also for
 clients of different ranks, of which the paper has none. arXiv:2507.09990, Algorithm 1.

@@ -2,8 +2,8 @@
 
 The server forms D = Σ p_i s B_iA_i, and client j receives its first r_j singular directions: lora_B
 = U √(S/s), lora_A = √(S/s) Vᵀ. The average is exact but for what the rank cannot hold. Where D has
-less than rank r, lora_B is zero and lora_A keeps the rows that it had, or else both would be zero
-for ever; before the first round these are all rows of the random lora_A. arXiv:2402.11505,
+less than rank r, lora_B is zero and lora_A keeps the rows that it had, since both would otherwise
+stay zero; before the first round these are all rows of the random lora_A. arXiv:2402.11505,
 Algorithm 1.
 """
 

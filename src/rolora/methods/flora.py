@@ -3,9 +3,9 @@
 The stacked product s·[p_1B_1 … p_NB_N]·[A_1; …; A_N] = Σ p_i s B_iA_i is added to the base as a
 delta beside the frozen weights, and every round starts from a new random lora_A and lora_B = 0. So
 the average is exact and ranks may differ, but the factors keep nothing that was learned. All
-clients of a round share that lora_A; in the paper each draws its own. Down
-travels the stack of the last round, of rank N · r, to a client that took part in the round before;
-to others, or where it is smaller, the sum of all stacks, one matrix per layer. arXiv:2409.05976.
+clients of a round share that lora_A; in the paper each draws its own. A client that took part in
+the round before receives the stack of the last round, of rank N · r; others, or all where it is
+smaller, receive the sum of all stacks, one matrix per layer. arXiv:2409.05976.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ A client of rank r_i receives the server's first r_i directions. Its factors are
 and averaged with weights ‖B_iA_i‖_F. With ``gamma`` < 1 clients prune: ``decay`` · ‖B[:,
 γr:]‖·‖A[γr:]‖ is added to the loss, and tails that have shrunk are sent as zeros. In the paper such
 a client's rank is reduced for good; here the directions may grow back: one that is zero at all
-clients keeps the server's row of lora_A. arXiv:2401.06432, Algorithm
-1.
+clients keeps the server's row of lora_A. arXiv:2401.06432, Algorithm 1.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ Odd rounds train lora_B, even ones lora_A, as in RoLoRA. Of the rank-one pieces 
 client sends those with the largest ‖Δb_j‖·‖a_j‖ (or ‖b_j‖·‖Δa_j‖): a share ``keep`` of them, or as
 many as its rank allows. What is not sent counts as unchanged, so the average is exact; a median
 would take it for a vote not to move. The paper chooses before training and trains only what it will
-send; here the choice comes after training.
-arXiv:2410.22815.
+send; here the choice comes after training. arXiv:2410.22815.
 """
 
 from __future__ import annotations

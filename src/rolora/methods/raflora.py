@@ -9,8 +9,8 @@ clients that have it:
 (out, in). FlexLoRA divides every piece by all p_i, so what only clients of large rank have shrinks
 round by round. The rest is as in FlexLoRA: client i receives the first r_i singular directions of
 D. With equal ranks it is FlexLoRA. The server holds as many matrices a layer as there are ranks.
-The formula is the paper's equation 8, of which only restatements were at hand. Taken from them, and
-not from the paper: a piece that no client of a round has counts as zero. arXiv:2602.13486,
+The formula is the paper's equation 8, known here from restatements only. Taken from them, not from
+the paper: a piece that no client of a round has counts as zero. arXiv:2602.13486,
 Algorithm 1.
 """
 

@@ -7,11 +7,11 @@ average is exact, half of the adapter travels, and both factors are learned. arX
 With gradient G of the product, a step on lora_B moves the product by −lr · G AᵀA, one on lora_A by
 −lr · BBᵀ G. One rate cannot fit both as the sizes of the factors drift apart, so a run swings from
 round to round. With ``turn`` the server writes the same product with an orthogonal frozen factor
-before each round: both kinds of steps are then projections of G times the same number (Riemannian
-preconditioning, Zhang & Pilanci, arXiv:2402.02347, which for SGD this is). The frozen factor is
+before each round: both kinds of steps are then projections of G times the same number (for SGD this
+is the Riemannian preconditioning of Zhang & Pilanci, arXiv:2402.02347). The frozen factor is
 shared, so averages stay exact, and a turn is rank · rank numbers per layer on the way down.
 
-The first round of two clients, one layer of rank 1, and clients that only pretend to train:
+The first round of two clients that only pretend to train, with one layer of rank 1:
 
 >>> import torch
 >>> from rolora.algorithm.adapter import Assignment, ClientInfo, Specs, TensorSpec, Update

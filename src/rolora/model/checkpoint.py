@@ -73,7 +73,7 @@ def _on_hub(source: str, offline: bool) -> dict[str, Any]:
 
 
 def require_here(place: dict[str, Any], offline: bool) -> None:
-    """Raise ConfigError for a hub name that the hub's cache lacks and nobody can be asked for."""
+    """Raise ConfigError if the hub's cache lacks this name and the hub is out of reach."""
     name = place["pretrained_model_name_or_path"]
     if not place["local_files_only"] or Path(name).is_dir():
         return
@@ -92,7 +92,7 @@ def require_here(place: dict[str, Any], offline: bool) -> None:
 def read_config(place: dict[str, Any]) -> Any:
     """A model's configuration. No code that it names is fetched or run.
 
-    ``place``: see ``locate``. ConfigError for a configuration that computes by such code: a type of
+    ``place``: see ``locate``. ConfigError for a configuration that needs such code: a type of
     model that comes with its own (``auto_map``), or kernels from a hub. Raises OSError where there
     is none.
     """
@@ -105,7 +105,7 @@ def read_config(place: dict[str, Any]) -> Any:
         )
     if "auto_map" in stored and stored.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ConfigError(
-            f"the model {name!r} computes by code of its own (auto_map in its config.json), which "
+            f"the model {name!r} computes with its own code (auto_map in its config.json), which "
             "is never run: use a model of a type that transformers has"
         )
     return transformers.AutoConfig.from_pretrained(**place, trust_remote_code=False)
@@ -134,7 +134,7 @@ def _kernel(stored: Any) -> str:
 def outputs_config(kind: Kind, labels: Sequence[str]) -> dict[str, Any]:
     """What a model's configuration says of its outputs: one per label, or one number.
 
-    ``problem_type`` too, which pipelines go by: a checkpoint may come from another problem.
+    ``problem_type`` too, which pipelines use: a checkpoint may come from another problem.
     """
     if kind == "regression":
         return {"num_labels": 1, "problem_type": "regression"}
@@ -280,7 +280,7 @@ def one_line_errors(source: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' loading bars and reports, and put its settings back afterwards.
+    """Silence transformers' loading bars and reports, and restore its settings afterwards.
 
     Standard error too: the GGUF reader draws a bar on it whatever the settings are.
     """

@@ -1,4 +1,4 @@
-"""An adapter folder in other forms: merged into its base, and as GGUF for llama.cpp."""
+"""An adapter in other forms: merged into its base, and as GGUF for llama.cpp."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ _LLAMA_CPP: dict[str, tuple[str, tuple[str, ...]]] = {
     "qwen2": ("qwen2", ()),
     "qwen3": ("qwen3", ()),
     "gemma": ("gemma", ()),
-    "gemma2": ("gemma2", ()),
     "phi3": ("phi3", ()),
 }
 
@@ -70,6 +69,69 @@ def write_gguf(base: Base, adapter: AdapterState, out: Path) -> None:
     architecture whose weights llama.cpp may hold in an order that is not known here.
     """
     config: Any = base.model.config
+    factors, alpha = _factors(base, adapter), float(base.peft_config.lora_alpha)
+    with new_file(out) as part:
+        writer = gguf.GGUFWriter(part, _LLAMA_CPP[config.model_type][0])
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        for name, (down, up) in factors.items():
+            writer.add_tensor(f"{name}.lora_a", down.contiguous().numpy())
+            writer.add_tensor(f"{name}.lora_b", (up * len(down) / alpha).contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def write_merged_gguf(
+    base: Base, adapter: AdapterState, source: Path, out: Path, dtype: torch.dtype
+) -> None:
+    """Write the GGUF file ``source``, a causal model's base, with this adapter in its weights.
+
+    Products are added in float32, and the adapted layers' weights stored in ``dtype``; everything
+    else is copied as it is. Written whole or not at all. ConfigError as in ``write_gguf``, for a
+    base that is no GGUF file, and for an adapted layer that has no weight of its own in the file.
+    """
+    if source.suffix != ".gguf":
+        raise ConfigError(
+            f"the base {source.name!r} is not a GGUF file, so there is none to merge into: name a "
+            "folder with --merged, and use the converter that comes with llama.cpp"
+        )
+    factors, reader = _factors(base, adapter), gguf.GGUFReader(source)
+    if lacking := factors.keys() - {tensor.name for tensor in reader.tensors}:
+        raise ConfigError(
+            f"{min(lacking)!r}, which the adapter changes, is not in {source.name!r}: name a "
+            "folder with --merged"
+        )
+    stored = gguf.GGMLQuantizationType[{torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]]
+    with new_file(out) as part:
+        writer = gguf.GGUFWriter(part, reader.fields["general.architecture"].contents())
+        writer.data_alignment = reader.alignment
+        own = ("general.architecture", "general.file_type")  # the type is no longer that of all
+        for field in reader.fields.values():
+            if field.name not in own and not field.name.startswith("GGUF."):
+                inner = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+        for tensor in reader.tensors:
+            data, kind = tensor.data, tensor.tensor_type
+            if tensor.name in factors:
+                down, up = factors[tensor.name]
+                merged = gguf.dequantize(data, kind) + (up @ down).numpy()
+                data, kind = gguf.quantize(merged, stored), stored
+            writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _factors(base: Base, adapter: AdapterState) -> dict[str, tuple[Tensor, Tensor]]:
+    """GGUF's name of each adapted weight -> lora_A (r, in) and the scaled lora_B (out, r).
+
+    In float32, with the rows in llama.cpp's order. ConfigError as in ``write_gguf``.
+    """
+    config: Any = base.model.config
     known = _LLAMA_CPP.get(config.model_type)
     if known is None or base.head_layers:
         what = "an adapter with a task head" if known else f"an adapter of a {config.model_type!r}"
@@ -81,26 +143,16 @@ def write_gguf(base: Base, adapter: AdapterState, out: Path) -> None:
     (architecture,) = (key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    alpha = float(base.peft_config.lora_alpha)
-    with new_file(out) as part:
-        writer = gguf.GGUFWriter(part, name)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", alpha)
-        for layer, scaling in adapter.scaling.items():
-            path = layer.removeprefix(PREFIX)
-            down, up = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
-            up = up * (scaling * len(down) / alpha)
-            if path.endswith(rotary):
-                up = interleaved(up, heads[path.rpartition(".")[2]])
-            if (called := names.get_name(path)) is None:
-                raise ConfigError(f"layer {path!r} has no name in GGUF: use --merged")
-            writer.add_tensor(f"{called}.weight.lora_a", down.float().contiguous().numpy())
-            writer.add_tensor(f"{called}.weight.lora_b", up.float().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    factors = {}
+    for layer, scaling in adapter.scaling.items():
+        path = layer.removeprefix(PREFIX)
+        up = adapter[f"{layer}.lora_B.weight"].float() * scaling
+        if path.endswith(rotary):
+            up = interleaved(up, heads[path.rpartition(".")[2]])
+        if (called := names.get_name(path)) is None:
+            raise ConfigError(f"layer {path!r} has no name in GGUF: use --merged")
+        factors[f"{called}.weight"] = (adapter[f"{layer}.lora_A.weight"].float(), up)
+    return factors
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

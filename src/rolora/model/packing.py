@@ -1,7 +1,7 @@
 """Right-padded rows as tokens end to end, and attention on them.
 
 Linear layers, norms and activations treat every token alike, so they run on packed tokens as they
-are. Attention alone sees where rows begin and end: it pads rows of like length for itself.
+are. Only attention needs to know where rows begin and end: it pads rows of similar length itself.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class Packing:
 def pack(lengths: Tensor) -> Packing:
     """The packing of right-padded rows of these lengths (int64), all at least 1."""
     rows, width = len(lengths), int(lengths.max())
+    if int(lengths.min()) == width:  # nothing moves, and one group has all rows
+        every = torch.arange(rows * width, device=lengths.device)
+        group = _group(lengths)
+        row, position = every // width, every % width
+        return Packing(rows, width, row, position, every, (group,), every, every, every[:0])
     row = torch.arange(rows, device=lengths.device).repeat_interleave(lengths)
     position = torch.arange(len(row), device=lengths.device) - (lengths.cumsum(0) - lengths)[row]
     # rows of a group differ at most by a factor of two, so attention wastes little on padding

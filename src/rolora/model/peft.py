@@ -130,7 +130,7 @@ def peft_config(
 
 
 def _selected(config: Any, paths: Iterable[str]) -> list[str]:
-    """Those of these modules that PEFT puts an adapter on."""
+    """The modules among these that PEFT puts an adapter on."""
     return [path for path in paths if check_target_module_exists(config, path)]
 
 
@@ -293,7 +293,7 @@ def save_adapter(
     with new_folder(folder, replace=True) as part:
         config.save_pretrained(str(part))
         tensors = {name: tensor.contiguous() for name, tensor in plain.items()}
-        # not save_file, whose error for a full disk is no OSError
+        # not save_file, whose error for a full disk is not an OSError
         (part / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
         model_config.to_json_file(part / MODEL_CONFIG)
         _save_tokenizer(tokenizer, part)
@@ -437,7 +437,7 @@ MOST_REPEATED = 4  # parts of a regular expression
 
 
 def _require_quick(pattern: str) -> None:
-    """Raise re.error for an expression that may take for ever to match. Others may have sent it."""
+    """Raise re.error for an expression that may never finish. Others may have sent it."""
     many = len(re.findall(r"(?<![(\\])[*+?{]", pattern)) > MOST_REPEATED
     if many or re.search(r"\)[*+{]", pattern):
         raise re.error(f"it repeats a group, or more than {MOST_REPEATED} parts")
@@ -446,7 +446,7 @@ def _require_quick(pattern: str) -> None:
 def _scaling(folder: Path, config: Mapping[str, Any]) -> Callable[[str, int], float | None]:
     """A function of a layer's path and rank: the factor that PEFT puts before the layer's product.
 
-    It gives None for a layer whose rank is another. ConfigError for a value that is no number, or a
+    It gives None for a layer of another rank. ConfigError for a value that is not a number, or a
     pattern that cannot be used.
     """
     rank_of = _by_layer(folder, config, "r", "rank_pattern")
@@ -468,7 +468,7 @@ def _by_layer(
     numbers: list[Any] = [config[key], *given.values()] if isinstance(given, dict) else [None]
     if not all(type(one) in (int, float) and abs(one) <= LARGEST for one in numbers):
         raise ConfigError(
-            f"{folder} is damaged: {key} or {patterns} in its {_CONFIG} is no number, or beyond "
+            f"{folder} is damaged: {key} or {patterns} in its {_CONFIG} is not a number, or beyond "
             f"{LARGEST:g}"
         )
     own = []

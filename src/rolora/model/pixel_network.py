@@ -121,7 +121,7 @@ def write_pixel_network(folder: Path, config: PixelNetworkConfig | None = None) 
         "version": "1.0",
         "added_tokens": [{"id": VALUES, "content": "[PAD]", "special": True, **flags}],
         "pre_tokenizer": {"type": "WhitespaceSplit"},
-        # no word stands for unknown ones: what is no pixel is an error, and not a black one
+        # there is no token for unknown words: anything but a pixel is an error
         "model": {"type": "WordLevel", "vocab": vocab, "unk_token": ""},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -133,6 +133,6 @@ def write_pixel_network(folder: Path, config: PixelNetworkConfig | None = None) 
 
 
 def register() -> None:
-    """Make the model type known to transformers' Auto classes; again does no harm."""
+    """Make the model type known to transformers' Auto classes; may be called again."""
     AutoConfig.register(PixelNetworkConfig.model_type, PixelNetworkConfig, exist_ok=True)
     AutoModelForSequenceClassification.register(PixelNetworkConfig, PixelNetwork, exist_ok=True)

@@ -2,7 +2,7 @@
 
 What leaves these frozen layers is the same in every round. The name of its safetensors file is a
 hash of the base, the layer and the rows' tokens: others find another file. The file holds a hash of
-its tensor, and is used only if nobody but its owner can have written it.
+its tensor, and is used only if no one but its owner can have written it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rolora.files import TEMPORARY, being_written, sweep, sync
 from rolora.model.base import Base
 
 TOKENS_AT_ONCE = 4096
-LEFT_AFTER = 86400.0  # seconds until what is half written there is taken for left
+LEFT_AFTER = 86400.0  # seconds after which a half-written file counts as abandoned
 # safetensors' names
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -62,7 +62,7 @@ class Prefix:
 
 
 def _own(path: Path) -> bool:
-    """Whether it is ours or root's, and nobody else can write to it. OSError if it is not there."""
+    """Whether it is ours or root's, and no one else can write to it. OSError if it is missing."""
     found = path.stat()
     others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return found.st_uid in (os.getuid(), 0) and not others
@@ -102,7 +102,7 @@ def kept_below(base: Base, examples: Examples, folder: Path) -> tuple[Examples, 
         reason = error.strerror or str(error)
         return examples, f"frozen layers run in every step: {folder} cannot be used ({reason})"
     layers, size = base.stack.lowest, prefix.num_bytes / 1e6
-    return found, f"the {layers} layers below the adapters run once: {size:.1f} MB in {folder}"
+    return found, f"outputs of the layers below the adapters ({layers}): {size:.1f} MB in {folder}"
 
 
 def with_prefix(base: Base, examples: Examples, prefix: Prefix) -> Examples:

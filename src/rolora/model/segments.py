@@ -111,7 +111,7 @@ def by_segment(x: Tensor, matrices: Tensor, sizes: Sizes, onto: Tensor | None = 
         return onto + by_segment(x, matrices, sizes).to(onto.dtype)
     if grouped(x, matrices):
         return functional.grouped_mm(x, matrices, offs=_ends(sizes, x.device))
-    # the result is no view, so that a model may change it in place (Falcon)
+    # the result is not a view, so that a model may change it in place (Falcon)
     out = x.new_empty(len(x), matrices.shape[2])
     if even(sizes):
         shaped, into = (part.view(len(sizes), sizes[0], -1) for part in (x, out))

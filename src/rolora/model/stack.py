@@ -42,7 +42,7 @@ class Stack:
 
     def __init__(self, layers: nn.ModuleList, lowest: int, window: int | None) -> None:
         self.layers = layers
-        self.depth = len(layers)
+        self.depth: int = len(layers)
         self.lowest = lowest
         self.window = window
         self.checkpointing = False

@@ -88,7 +88,7 @@ class Observed(Untrained):
 def travels(method: Method, out: int, width: int, rank: int) -> list[Travel]:
     """Rounds 1, 2 and 3 of two clients, on one adapted layer (out, width) without a task head.
 
-    Of a method that is no federation nothing travels.
+    Nothing travels in a method that is not federated.
     """
     if not method.federated:
         return [Travel(frozenset(), frozenset(), 0, 0)] * 3

@@ -16,13 +16,8 @@ from rolora.data.examples import Batch, Examples, collate
 from rolora.errors import NotHere
 from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.meta_model import Outline, outline
-from rolora.run.experiment import (
-    Experiment,
-    base_dtype,
-    local_settings,
-    lora_settings,
-    revisits,
-)
+from rolora.run.experiment import Experiment
+from rolora.run.settings import base_dtype, local_settings, lora_settings, revisits
 from rolora.run.shards import Rows
 from rolora.tasks.registry import TaskKind
 from rolora.training.rounds import cohort_size
@@ -94,7 +89,7 @@ class Estimate:
         return int(config.hidden_size)
 
     def batch(self, clients: int) -> Batch:
-        """A batch for so many clients: of ``DRAWS`` draws the one with the most tokens."""
+        """A batch for this many clients: the one with the most tokens of ``DRAWS`` draws."""
         rng = generator(self.experiment.config.seed, "plan")
         size = clients * self._train.batch_size
         drawn = torch.randint(len(self.examples), (DRAWS, size), generator=rng)
@@ -109,7 +104,7 @@ class Estimate:
         return replace(batch, prefix=prefix)
 
     def cost(self, start: AdapterState, roles: Roles, clients: int) -> StepCost | None:
-        """The cost of a step of so many clients; None if the model cannot run on shapes alone.
+        """The cost of a step of this many clients; None if the model cannot run on shapes alone.
 
         Computed once per layout, since methods that train the same tensors share it.
         """

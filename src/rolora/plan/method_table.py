@@ -1,4 +1,4 @@
-"""A table of all methods, read off the methods themselves."""
+"""A table of all methods, made by running each of them for three rounds."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ from rolora.algorithm.step import Aggregation
 from rolora.config.schema import MethodConfig, TrainConfig
 from rolora.plan.dry_run import Untrained
 from rolora.plan.estimate import Estimate, estimate_run
-from rolora.run.experiment import Experiment, require_turns
+from rolora.run.experiment import Experiment
 from rolora.run.folder import KEPT_CHECKPOINTS, contents
+from rolora.run.refusals import require_turns
 from rolora.training.client_store import KEPT_STATES
 from rolora.training.engine import group_size
 from rolora.training.memory import PROCESS, bank_size, free_bytes
@@ -260,7 +261,7 @@ def _dry_run(
     config, sizes = run.experiment.config, run.sizes
     rules, weights = compose(config.aggregate.rules), config.aggregate.weights
     alike = config.train.participation == 1 and isinstance(config.lora.rank, int)
-    if alike and not start.only(frozenset({"delta"})):  # what a delta grows by hangs on the cohort
+    if alike and not start.only(frozenset({"delta"})):  # a delta grows with the cohort
         sizes = dict(itertools.islice(sizes.items(), max(ALIKE, rules.least)))
     cohort = cohort_size(len(sizes), config.train.participation)
     affordable = DRY_BYTES // (cohort * start.num_bytes())

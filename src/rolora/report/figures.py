@@ -72,7 +72,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Series:
-    """One method's line: the mean and, with several seeds, the sd at each x.
+    """One method's line: the mean and, where there is one, a band (low, high) at each x.
 
     ``style`` is the method's number, so that it looks the same in every figure of a page.
     ``readouts`` are what a page says of each point while it is pointed at; "" for nothing.
@@ -81,7 +81,7 @@ class Series:
     style: int
     x: Sequence[float]
     mean: Sequence[float]
-    sd: Sequence[float | None]
+    band: Sequence[tuple[float, float] | None]
     finished: bool = True
     readouts: Sequence[str] = ()
 
@@ -119,11 +119,9 @@ def look(style: int, points: int = 0, shift: float = 0.0, finished: bool = True)
 
 
 def _draw(axes: Any, series: Series, shift: float) -> None:
-    """A line and its sd band; ``shift`` as in ``look``."""
+    """A line and its band; ``shift`` as in ``look``."""
     axes.plot(series.x, series.mean, **look(series.style, len(series.x), shift, series.finished))
-    band = [
-        (x, m - s, m + s) for x, m, s in zip(series.x, series.mean, series.sd, strict=True) if s
-    ]
+    band = [(x, *ends) for x, ends in zip(series.x, series.band, strict=True) if ends]
     if band:
         colour = PALETTE[series.style % len(PALETTE)]
         axes.fill_between(*zip(*band, strict=True), color=colour, alpha=0.15, lw=0)
@@ -142,7 +140,7 @@ def _draw(axes: Any, series: Series, shift: float) -> None:
 def curves(
     series: Sequence[Series], title: str, xlabel: str, *, budget: float | None = None
 ) -> Figure:
-    """Mean lines with sd bands; ``budget`` marks the x at which methods are compared.
+    """Mean lines with bands; ``budget`` marks the x at which methods are compared.
 
     The y axis is logarithmic if the values span more than a factor of 50, as perplexities do.
     """
@@ -180,7 +178,7 @@ def aggregation_errors(series: Sequence[Series]) -> Figure:
     for number, one in enumerate(series):
         inside = floor * 100 ** ((number + 1) / (len(series) + 1))  # side by side in the band
         shown = [inside if value <= ROUNDING else value for value in one.mean]
-        _draw(axes, replace(one, mean=shown, sd=[None] * len(shown)), number / len(series))
+        _draw(axes, replace(one, mean=shown, band=[None] * len(shown)), number / len(series))
     powers = [n for n in range(-5, 7) if 10**n < top]
     names = ["exact", *("10" + str(n).translate(SUPERSCRIPTS) for n in powers)]
     axes.set_yticks([floor * 10, *(10.0**n for n in powers)], names)
@@ -319,7 +317,7 @@ def _label_mix(axes: Any, clients: Sequence[Any], rows: Sequence[Sequence[str]])
 
 def _whole(most: int) -> MaxNLocator:
     """At most ``most`` steps of 1, 2, 5, 10, ..."""
-    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
+    return MaxNLocator(most, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def elided(text: str, width: int) -> str:

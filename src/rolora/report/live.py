@@ -61,6 +61,8 @@ def live_server(path: Path, host: str, port: int) -> ThreadingHTTPServer:
     """
     if not all((path / name).is_file() for name in ("config.toml", "rounds.jsonl")):
         raise ConfigError(f"{path} is not a run folder, or its run has not started yet")
+    if not host:  # to a socket, every address that this machine has
+        raise ConfigError("--host is empty: name an address, 0.0.0.0 for every one of this machine")
     drawing = threading.Lock()  # matplotlib draws one figure at a time
 
     @lru_cache(maxsize=1)

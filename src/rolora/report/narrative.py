@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rolora.errors import printable
+from rolora.results.defence import cuts
 from rolora.results.paired import CONFIDENCE, MIN_SEEDS, Difference, difference, differences
 from rolora.results.ranking import Axis, Place, Ranking, rankings
 from rolora.results.runs import (
@@ -16,7 +17,6 @@ from rolora.results.runs import (
     Runs,
     Summary,
     by_method,
-    cuts,
     differing,
     flatten,
     primary_metric,
@@ -269,7 +269,7 @@ def _cut_notes(run: RunRecord) -> list[str]:
             f"{run.label}: the rule used few clients a round; {len(named)} of {len(every)} were "
             "cut by more than half in most of their rounds."
         ]
-    words = [f"{one.client} ({one.mostly} of {one.rounds})" for one in named]
+    words = [f"{one.client} ({len(one.mostly)} of {one.rounds})" for one in named]
     return [f"{run.label}: cut by more than half in most of their rounds: {_all(words)}."]
 
 

@@ -14,15 +14,19 @@ from rolora.files import write_file
 from rolora.report import figures, narrative
 from rolora.report.pictures import AXES, are_finished, pictures, values
 from rolora.report.svg import inline_svg
+from rolora.results.defence import Cut, cuts, defence
+from rolora.results.labels import label_recalls
+from rolora.results.layers import MEASURES, last_layers
 from rolora.results.published import Published, beside_published
 from rolora.results.runs import (
     RunRecord,
-    cuts,
+    by_method,
     differing,
     load_run,
     sorted_out,
     summarise,
 )
+from rolora.results.samples import side_by_side
 from rolora.results.tuned import Tuning
 
 MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
@@ -60,8 +64,9 @@ def render(
     found = sorted_out(every)
     runs, metric, groups = found.finished, found.metric, found.methods
     conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
-    left = runs or found.unfinished
-    rejected = _rejected(every)
+    left, finished = runs or found.unfinished, by_method(runs)
+    defended = [(run.label, one) for run in every if (one := defence(run))]
+    rejected, labels = _rejected(every), label_recalls(finished)
     names = {run.name for run in left}
     return (
         templates()
@@ -89,9 +94,17 @@ def render(
             pictures=pictures(left, groups, metric, conclusions),
             axes=[axis.label for axis in AXES],
             values=values(groups, metric),
+            samples=side_by_side(finished),
+            labels=labels,
+            layers=last_layers(finished),
+            measures={measure: title for measure, (title, _) in MEASURES.items()},
+            recalled=list(dict.fromkeys(method for one in labels for method in one.methods)),
             rejected=rejected[:REJECTED_ROWS],
             more_rejected=len(rejected[REJECTED_ROWS:]),
-            cut=[(run.label, one) for run in every for one in cuts(run)[:CUT_ROWS]],
+            defended=defended,
+            attacked=any(one.attackers for _, one in defended),
+            cut=[(run.label, one) for run in every for one in _most_cut(run)],
+            spans=spans,
             configs=[(run.label, tomli_w.dumps(run.config)) for run in every],
             **_provenance(every),
         )
@@ -128,15 +141,22 @@ def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, int, str]]
     return [(*what, len(rounds), spans(rounds)) for what, rounds in most]
 
 
-def spans(rounds: Sequence[int]) -> str:
-    """'1-3, 7': ascending numbers, with those that follow each other as a span."""
+def _most_cut(run: RunRecord) -> list[Cut]:
+    """The clients that were cut most, and all attackers."""
+    every = cuts(run)
+    return every[:CUT_ROWS] + [one for one in every[CUT_ROWS:] if one.attacks]
+
+
+def spans(rounds: Sequence[int], most: int | None = None) -> str:
+    """'1-3, 7': ascending numbers, with those that follow each other as a span; ``most`` spans."""
     found: list[list[int]] = []
     for round in rounds:
         if found and round == found[-1][-1] + 1:
             found[-1] = [found[-1][0], round]
         else:
             found.append([round])
-    return ", ".join("-".join(map(str, span)) for span in found)
+    more = [] if most is None or len(found) <= most else [f"and {len(found) - most} more"]
+    return ", ".join(["-".join(map(str, span)) for span in found[:most]] + more)
 
 
 def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -153,7 +173,9 @@ def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:
     apart = differing(tables)
     rows = zip(runs, tables, strict=True)
     return {
-        "shared": [f"{name} {tables[0][name]}" for name in names if name not in apart],
+        "shared": [
+            f"{n} {v}" for n in names if n not in apart and (v := tables[0][n]) not in ("", None)
+        ],
         "provenance_names": apart,
         "provenance": [(run.label, [table.get(n, "") for n in apart]) for run, table in rows],
     }

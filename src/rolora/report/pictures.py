@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,13 +15,17 @@ from rolora.report import figures, narrative
 from rolora.report.figures import Series
 from rolora.report.narrative import Conclusion
 from rolora.report.svg import inline_svg
+from rolora.results.layers import MEASURES, known
 from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
+from rolora.results.robustness import SUCCESS
 from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, worst_tenth
 
 Groups = Mapping[str, Sequence[RunRecord]]
-Values = dict[int, float]  # by round
-LOSS = "mean over the round's clients that tell it, weighted by their rows"
+Values = Mapping[int, Any]  # by round
+# a round's values of all seeds -> its place on the line, the band there, and both in words
+OverSeeds = Callable[[Sequence[Any]], tuple[float, tuple[float, float] | None, str]]
+LOSS = "mean over the round's clients that report it, weighted by their rows"
 POINTS = 300  # of each line, and how many of them have a readout: for pages of few megabytes
 READOUTS = 40
 
@@ -76,7 +81,8 @@ class Picture:
     """A figure of the page; ``methods`` are the entries of its legend.
 
     ``name`` is the id of its SVG element, ``description`` what a screen reader announces. ``axis``
-    tells apart the figures of one curve, of which the reader chooses one.
+    tells apart the figures of one place, of which the reader chooses one; ``choice`` stands before
+    them.
     """
 
     name: str
@@ -86,6 +92,7 @@ class Picture:
     caption: str
     methods: tuple[str, ...] = ()
     axis: str = ""
+    choice: str = "against"
 
     @property
     def svg(self) -> str:
@@ -115,6 +122,8 @@ def pictures(
         [_differences(groups, metric, conclusions)],
         [_client_spread(groups, metric)],
         [_aggregation_error(groups)],
+        [_layers(groups, measure) for measure in MEASURES],
+        [_attack_success(groups)],
         *([split] for split in _splits(runs)),
     )
     each = ([picture for picture in same if picture is not None] for same in found)
@@ -130,13 +139,32 @@ def _field(key: str) -> Callable[[RunRecord], Values]:
     return lambda run: {line["round"]: line[key] for line in run.rounds if line[key] is not None}
 
 
+def _mean_and_sd(values: Sequence[float]) -> tuple[float, tuple[float, float] | None, str]:
+    mean, sd = mean_sd(values)
+    return mean, (mean - sd, mean + sd) if sd else None, narrative.format_metric(mean, sd)
+
+
+def _mean_error(values: Sequence[float]) -> tuple[float, None, str]:
+    mean, _ = mean_sd(values)
+    return mean, None, f"{mean:.1e}"
+
+
+def _median_and_range(
+    values: Sequence[Sequence[float]],
+) -> tuple[float, tuple[float, float] | None, str]:
+    """Of the values of all layers, for each seed."""
+    median, _ = mean_sd([statistics.median(own) for own in values])
+    low, high = min(map(min, values)), max(map(max, values))
+    return median, (low, high), f"{median:.3g} ({low:.3g} to {high:.3g})"
+
+
 def _series(
     groups: Groups,
     values: Callable[[RunRecord], Values],
     axis: Axis = ROUNDS,
-    form: Callable[[float, float | None], str] = narrative.format_metric,
+    over_seeds: OverSeeds = _mean_and_sd,
 ) -> dict[str, Series]:
-    """The mean line of each method, over the rounds that all of its seeds have.
+    """The line of each method, over the rounds that all of its seeds have.
 
     Those that spend nothing on this axis have none.
     """
@@ -150,15 +178,15 @@ def _series(
         rounds = _thinned(sorted(set.intersection(*(set(own) for own in each))), POINTS)
         xs = [mean_sd([own[round] for own in spent])[0] for round in rounds]
         if rounds and (axis is ROUNDS or xs[-1]):
-            ys = [mean_sd([own[round] for own in each]) for round in rounds]
+            means, bands, told = zip(
+                *(over_seeds([own[round] for own in each]) for round in rounds), strict=True
+            )
+            shown, name = set(_thinned(rounds, READOUTS)), figures.elided(method, 14)
             words = [
-                f"{figures.elided(method, 14)}, {axis.unit.format(x)}: {form(*y)}"
-                for x, y in zip(xs, ys, strict=True)
+                f"{name}, {axis.unit.format(x)}: {value}" if round in shown else ""
+                for round, x, value in zip(rounds, xs, told, strict=True)
             ]
-            shown = set(_thinned(rounds, READOUTS))
-            told = [w if round in shown else "" for round, w in zip(rounds, words, strict=True)]
-            means, sds = [mean for mean, _ in ys], [sd for _, sd in ys]
-            found[method] = Series(style, xs, means, sds, are_finished(runs), told)
+            found[method] = Series(style, xs, means, bands, are_finished(runs), words)
     return found
 
 
@@ -212,7 +240,7 @@ def values(groups: Groups, metric: str) -> list[tuple[str, ...]]:
         (
             method,
             *(f"{own[method].x[n]:,.4g}" if method in own else "0" for own in each),
-            narrative.format_metric(line.mean[n], line.sd[n]),
+            told.rpartition(": ")[2],
         )
         for method, line in each[0].items()
         for n, told in enumerate(line.readouts)
@@ -275,7 +303,7 @@ def _differences(groups: Groups, metric: str, conclusions: Sequence[Conclusion])
 
 
 def _aggregation_error(groups: Groups) -> Picture | None:
-    lines = _series(groups, _field("aggregation_error"), form=lambda mean, _: f"{mean:.1e}")
+    lines = _series(groups, _field("aggregation_error"), over_seeds=_mean_error)
     if not lines:
         return None
     return Picture(
@@ -288,6 +316,40 @@ def _aggregation_error(groups: Groups) -> Picture | None:
         + _thin(groups)
         + _missing(groups, lines, "the server cannot know it"),
         tuple(lines),
+    )
+
+
+def _attack_success(groups: Groups) -> Picture | None:
+    lines = _series(groups, _metric(SUCCESS))
+    if not lines:
+        return None
+    return Picture(
+        "success",
+        "Attack success",
+        f"attack success over rounds for {', '.join(lines)}",
+        figures.curves(list(lines.values()), "attack success", ROUNDS.label),
+        "How often the model gives the answers that the attack is after. "
+        + _band(groups, "lower is better")
+        + _missing(groups, lines, "no attack on it is after certain answers"),
+        tuple(lines),
+    )
+
+
+def _layers(groups: Groups, measure: str) -> Picture | None:
+    lines = _series(groups, lambda run: known(run, measure), over_seeds=_median_and_range)
+    if not lines:
+        return None
+    title, about = MEASURES[measure]
+    return Picture(
+        measure,
+        title[0].upper() + title[1:],
+        f"{title} over rounds for {', '.join(lines)}",
+        figures.curves(list(lines.values()), title, ROUNDS.label),
+        f"{about} Line: median over layers; band: from the smallest to the largest layer."
+        + _missing(groups, lines, "clients keep a factor, or a matrix lies beside the factors"),
+        tuple(lines),
+        title,
+        "show",
     )
 
 
@@ -325,7 +387,9 @@ def _split(runs: Sequence[RunRecord], number: int, of: int) -> Picture:
     partition = runs[0].partition
     sizes = [client["num_examples"] for client in partition["clients"]]
     dropped = partition.get("dropped", 0)
-    caption = f"{len(sizes)} clients hold {min(sizes):,} to {max(sizes):,} rows each."
+    least, most = min(sizes), max(sizes)
+    rows = f"{least:,} rows each" if least == most else f"{least:,} to {most:,} rows each"
+    caption = f"{len(sizes)} clients hold {rows}."
     for note in (partition.get("note"), dropped and f"{dropped:,} rows are held by no client"):
         caption += f" {note[0].upper()}{note[1:]}." if note else ""
     if of > 1:
@@ -333,7 +397,7 @@ def _split(runs: Sequence[RunRecord], number: int, of: int) -> Picture:
     return Picture(
         f"split-{number}",
         "Who holds which rows" + (f" ({number + 1} of {of})" if of > 1 else ""),
-        f"training rows of {len(sizes)} clients, {min(sizes)} to {max(sizes)} rows each",
+        f"training rows of {len(sizes)} clients, {rows}",
         figures.split_figure(partition),
         caption,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from rolora.results.labels import label_recalls
 from rolora.results.paired import CONFIDENCE, differences
 from rolora.results.published import Published, beside_published
 from rolora.results.ranking import Ranking, rankings
@@ -31,6 +32,7 @@ def export_results(
         "reference": reference,
         "confidence": CONFIDENCE,
         "methods": summarise(runs),
+        "labels": label_recalls(by_method(runs)),
         "budgets": [_budget(ranking, str(reference)) for ranking in rankings(runs, metric)],
         "unfinished": [unfinished(run, metric) for run in sorted_runs.unfinished],
         "diverged": {run.path.name: run.diverged for run in every if run.diverged is not None},

@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from rolora.errors import DataError
 from rolora.files import from_home
 from rolora.results.runs import RunRecord, by_method, mean_sd
 
 
-class Published(BaseModel):
+class Published(BaseModel, frozen=True, extra="forbid"):
     """Published results by method, in ``unit``, and the setting they were measured in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     setting: str

@@ -11,27 +11,59 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from rolora.algorithm.step import MOSTLY
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
 
 FIRST = ("accuracy", "choice_accuracy", "answer_accuracy", "exact_match")
 LAST = ("perplexity", "loss")
 MEGABYTE = 1e6  # bytes
+T = TypeVar("T")
+# keys that runs of one group may differ in: what tells seeds apart, and what changes no result
+IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"}
 
-_ROUND_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "round": int,
-    "metrics": dict,
-    "client_metrics": dict,
-    "loss": (int, float, type(None)),
-    "aggregation_error": (int, float, type(None)),
-    "bytes_up": int,
-    "bytes_down": int,
-    "seconds": (int, float),
-    "rejected": dict,
-}
+
+class Line(BaseModel, strict=True):
+    """A line of ``rounds.jsonl``, as far as it is read."""
+
+    round: int
+    metrics: dict[str, float]
+    client_metrics: dict[str, dict[str, float]]
+    loss: float | None
+    aggregation_error: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    rejected: dict[str, str]
+    factors: list[str] = []
+    clients: dict[str, dict[str, float]] = {}
+    validation: dict[str, float] = {}
+    cut: dict[str, float] = {}
+    recall: list[float] = []
+    layers: dict[str, list[float | None]] = {}
+
+
+class Axes(BaseModel, strict=True, frozen=True):
+    """Label -> its rows among those that are evaluated on, and the adapted layers: what ``recall``
+    and ``layers`` of a line are over, in this order."""
+
+    labels: dict[str, int] = {}
+    layers: list[str] = []
+
+
+class Written(BaseModel, strict=True, frozen=True):
+    """What a language model wrote for one test prompt; see ``rolora.run.samples``."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+_AXES, _SAMPLES = TypeAdapter(Axes), TypeAdapter(tuple[Written, ...])
 
 
 class Point(NamedTuple):
@@ -53,8 +85,8 @@ class RunRecord:
     """The content of a run folder.
 
     ``method`` is the method's name with its options; ``config`` is nested as in the TOML file;
-    ``rounds`` are the lines of ``rounds.jsonl``; ``diverged`` is the message of a run whose loss
-    became NaN or infinite, else None.
+    ``rounds`` are the lines of ``rounds.jsonl``, whose lists are over what ``axes`` names;
+    ``diverged`` is the message of a run whose loss became NaN or infinite, else None.
     """
 
     path: Path
@@ -65,6 +97,8 @@ class RunRecord:
     provenance: dict[str, Any]
     rounds: tuple[dict[str, Any], ...]
     partition: dict[str, Any]
+    axes: Axes
+    samples: tuple[Written, ...] = ()
     diverged: str | None = None
 
     @property
@@ -89,7 +123,7 @@ class RunRecord:
         if (patience := how.get("patience")) is None or not held:
             return False
         metric = how.get("metric", next(iter(held[0]["validation"])))
-        found = ((_phase(line), line["validation"][metric]) for line in held)
+        found = ((phase(line), line["validation"][metric]) for line in held)
         gains = [gain(metric, value) for value in over_phases(found)]
         return bool(len(gains) - 1 - gains.index(max(gains)) >= patience)
 
@@ -110,7 +144,7 @@ class RunRecord:
         counts, so that no method is judged by the one that its run happens to end on. Of a method
         with one phase this is the curve.
         """
-        phases = {line["round"]: _phase(line) for line in self.rounds}
+        phases = {line["round"]: phase(line) for line in self.rounds}
         first: list[Point] = []
         later: list[Point] = []
         for point in self.curve(metric):
@@ -141,42 +175,9 @@ def over_phases(values: Iterable[tuple[str, float]]) -> list[float]:
     return means
 
 
-def _phase(line: Mapping[str, Any]) -> str:
+def phase(line: Mapping[str, Any]) -> str:
     """What was trained in the round of this line."""
     return "+".join(line.get("factors", ()))
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How a robust rule treated one client: in ``rounds`` rounds it used its update.
-
-    In ``mostly`` of them it cut it by more than half; ``mean`` is the share cut, over all of them.
-    """
-
-    client: str
-    rounds: int
-    mostly: int
-    mean: float
-
-    @property
-    def in_most_rounds(self) -> bool:
-        """Whether it was mostly cut in more than half of its rounds."""
-        return 2 * self.mostly > self.rounds
-
-
-def cuts(run: RunRecord) -> list[Cut]:
-    """Every client whose updates came, most cut first; empty if the run's rule cuts nobody."""
-    shares: dict[str, list[float]] = {}
-    for line in run.rounds:
-        for client in line.get("clients", {}):
-            shares.setdefault(client, []).append(line.get("cut", {}).get(client, 0.0))
-    if not any(map(any, shares.values())):
-        return []
-    found = [
-        Cut(client, len(own), sum(share > MOSTLY for share in own), statistics.fmean(own))
-        for client, own in shares.items()
-    ]
-    return sorted(found, key=lambda one: (-one.mean, one.client))
 
 
 def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | None) -> int:
@@ -248,7 +249,45 @@ def load_run(path: str | Path) -> RunRecord:
     rounds = tuple(_read_rounds(files[1]))
     marker = folder / "diverged.txt"
     diverged = marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
-    return RunRecord(folder, name, method, seed, config, provenance, rounds, partition, diverged)
+    return RunRecord(
+        folder,
+        name,
+        method,
+        seed,
+        config,
+        provenance,
+        rounds,
+        partition,
+        _read_axes(folder / "axes.json", rounds),
+        _read(folder / "samples.json", _SAMPLES, ()),
+        diverged,
+    )
+
+
+def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
+    """What the lists of these lines are over. DataError unless they are as long."""
+    axes = _read(file, _AXES, Axes())
+    for line in rounds:
+        recall, layers = line.get("recall", axes.labels), line.get("layers", {}).values()
+        if len(recall) != len(axes.labels) or any(len(v) != len(axes.layers) for v in layers):
+            raise DataError(
+                f"{file} does not have the labels and layers of rounds.jsonl: make it again with: "
+                f"rolora resume {shlex.quote(str(file.parent))}"
+            )
+    return axes
+
+
+def _read(file: Path, kind: TypeAdapter[T], otherwise: T) -> T:
+    """A JSON file that older runs do not have. DataError for one that is damaged."""
+    try:
+        return kind.validate_json(file.read_bytes()) if file.is_file() else otherwise
+    except ValidationError as error:
+        raise DataError(f"{file} is damaged: {_fault(error)}") from None
+
+
+def _fault(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
 
 
 def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
@@ -256,16 +295,15 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
         where = f"{file}, line {number}"
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(
                 f"{where} is not valid JSON; if a crash cut it off, repair it with: "
                 f"rolora resume {shlex.quote(str(file.parent))}"
             ) from None
-        for key, kind in _ROUND_FIELDS.items():
-            if not isinstance(line, dict) or not isinstance(line.get(key, ...), kind):
-                raise DataError(f"{where}: {key!r} is missing or of the wrong type")
-        if not all(isinstance(value, int | float) for value in line["metrics"].values()):
-            raise DataError(f"{where}: a metric is not a number")
+        try:
+            Line.model_validate(line)
+        except ValidationError as error:
+            raise DataError(f"{where}: {_fault(error)}") from None
         yield line
 
 
@@ -348,8 +386,8 @@ def by_method(runs: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys, other than name and seed, whose values are not equal in all of ``settings``."""
-    keys = sorted(set().union(*settings) - {"name", "seed", "offline"})
+    """The keys whose values are not equal in all of ``settings``, without ``IGNORED``."""
+    keys = sorted(set().union(*settings) - IGNORED)
     return [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
 
 
@@ -405,7 +443,7 @@ def client_values(run: RunRecord, metric: str) -> list[float]:
     for line in run.rounds:
         for client, own in line["client_metrics"].items():
             if line["round"] and metric in own:
-                latest.setdefault(client, {})[_phase(line)] = own[metric]
+                latest.setdefault(client, {})[phase(line)] = own[metric]
     return [statistics.fmean(phases.values()) for phases in latest.values()]
 
 

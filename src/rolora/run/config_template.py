@@ -8,37 +8,29 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rolora.config.load import make_config
 from rolora.data import tables
-from rolora.data.columns import (
-    Column,
-    Guess,
-    describe,
-    guess_clients,
-    guess_columns,
-    is_own_value,
-    names_client,
-)
-from rolora.data.readers import guess_form, kind_of
+from rolora.data.columns import is_own_value
 from rolora.data.text_form import TextForm
-from rolora.errors import ConfigError, DataError, printable
+from rolora.errors import ConfigError, printable
 from rolora.files import from_home, write_file
 from rolora.network import HUB
 from rolora.run.experiment import Experiment
+from rolora.run.found_rows import GLUE, MISMATCHED, Found, each, look
 from rolora.run.trl_config import Trainer, read_trainer
-from rolora.tasks.registry import TASKS, TaskKind, task_kind
+from rolora.tasks.registry import TASKS, TaskKind
 
 
 @dataclass(frozen=True)
 class Start:
-    """What to begin with, by the model's head: for minutes on two cores with the model ``small``.
+    """Settings to start with, by the model's head: minutes on two cores with the model ``small``.
 
     ``small`` is what ``rolora fetch NAME`` puts into data/. ``tokens``: trained on in a whole run.
-    ``test_rows``: most rows of a share that is held out, which takes time at each evaluation.
+    ``test_rows``: the most rows to hold out, since each evaluation takes time.
     """
 
     small: str
@@ -55,61 +47,9 @@ class Start:
 _ENCODER = Start("data/minilm", "minilm", 128, 5e-3, 10, 5, 8, 200_000, 500)
 _SMOLLM2 = "data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DECODER = Start(_SMOLLM2, "smollm2", 512, 5e-3, 4, 2, 4, 20_000, 100)
-_MODELS = ("data", "models")  # folders in which a model may be at hand
-
-# the metric of GLUE's tasks other than accuracy; the label that its F1 is of
-GLUE: Mapping[str, Mapping[str, str]] = {
-    "cola": {"eval.metric": "matthews"},
-    "sst2": {},
-    "mrpc": {"eval.metric": "f1", "data.positive": "equivalent"},
-    "qqp": {"eval.metric": "f1", "data.positive": "duplicate"},
-    "stsb": {"eval.metric": "pearson"},
-    "mnli": {},
-    "qnli": {},
-    "rte": {},
-    "wnli": {},
-}
-_GLUE = re.compile(rf"({HUB})?(nyu-mll/)?glue[/:](?P<task>\w+)(?P<revision>@[\w./-]+)?")
-MISMATCHED = "validation_mismatched"
-_HELD_OUT = ("test", "validation", "validation_matched", "valid", "val", "dev", "eval")
+_MODELS = ("data", "models")  # folders that may already have a model
 
 Lines = dict[str, tuple[Any, str]]  # a key, or a comment in its place: its value, and a comment
-
-
-@dataclass(frozen=True)
-class Found:
-    """What init found.
-
-    ``train`` and ``held`` are keys of ``[data]``; ``columns`` are those of ``table``, of which
-    ``own`` may say whose row each is; ``clients`` counts files or folders of one client each, or is
-    0.
-    """
-
-    train: Mapping[str, str]
-    held: Mapping[str, str]
-    table: Any
-    columns: Sequence[Column]
-    guess: Guess
-    form: TextForm
-    own: Sequence[Column]
-    clients: int
-    glue: str
-
-    @property
-    def client(self) -> Column | None:
-        """The column that names each row's client, if one seems to."""
-        named = bool(self.own) and names_client(self.own[0].name) and not self.clients
-        return self.own[0] if named else None
-
-    @property
-    def kind(self) -> TaskKind:
-        """The kind of task that the columns are for."""
-        return task_kind(self.guess[0])
-
-    @property
-    def used(self) -> list[str]:
-        """The columns that the task reads."""
-        return _read(self.guess)
 
 
 def write_template(
@@ -133,7 +73,8 @@ def write_template(
     if not out.parent.is_dir():
         raise ConfigError(f"the folder {out.parent} does not exist")
     theirs = read_trainer(trainer) if trainer else Trainer()
-    found = _look(source, delimiter, encoding, theirs)
+    split, test_split = map(theirs.text, ("dataset_train_split", "dataset_test_split"))
+    found = look(source, delimiter, encoding, split=split, test_split=test_split)
     notes = [*_notes(found), *theirs.notes]
     sections = _sections(found, source, out, _model(found, model, theirs, out, notes))
     _take_over(sections, found, theirs, notes)
@@ -145,87 +86,8 @@ def write_template(
     return notes, experiment
 
 
-def _look(source: str, delimiter: str | None, encoding: str | None, theirs: Trainer) -> Found:
-    """Read the rows, and find where test rows are."""
-    root = Path()
-    glue = _GLUE.fullmatch(source)
-    glue = None if Path(source).exists() else glue
-    if glue and glue["task"] not in GLUE:
-        raise ConfigError(f"GLUE has no task {glue['task']!r} with labels: {', '.join(GLUE)}")
-    if glue:
-        source = f"{HUB}nyu-mll/glue:{glue['task']}{glue['revision'] or ''}"
-    source = tables.per_client(source, root=root) or source
-    files = list(tables.files_of(source, root=root)) if tables.is_glob(source, root=root) else []
-    form = _form(Path(files[0] if files else source), delimiter, encoding)
-    owners: list[str] = []
-    split = theirs.text("dataset_train_split") or "train"
-    if files and not all(tables.SHARD.search(name) for name in files):
-        table, owners = tables.read_clients(source, root=root, form=form)
-    else:
-        table = tables.read_table(source, root=root, form=form, split=split)
-    train = {"train": source, **({"train_split": split} if split != "train" else {})}
-    guess = guess_columns(table)
-    own = guess_clients(table, _read(guess))
-    task = glue["task"] if glue else ""
-    columns = describe(table)
-    found = Found(train, {}, table, columns, guess, form, own, len(set(owners)), task)
-    wanted = theirs.text("dataset_test_split")
-    if task:  # the test split has no answers
-        wanted = wanted or ("validation_matched" if task == "mnli" else "validation")
-    held = {} if files else _held_out(found, wanted)
-    return replace(found, held=held)
-
-
-def _form(path: Path, delimiter: str | None, encoding: str | None) -> TextForm:
-    """How the text of these rows is written, by the first file of a folder."""
-    while path.is_dir():
-        inside = sorted(path.iterdir())
-        path = next((one for one in inside if kind_of(one.name)), path / "none")
-    found = guess_form(path)
-    return TextForm(delimiter or found.delimiter, encoding or found.encoding)
-
-
-def _held_out(found: Found, wanted: str) -> dict[str, str]:
-    """Keys of ``[data]`` for test rows that come with the training rows; empty if none do.
-
-    They have the columns and, where rows have classes, right answers that also occur in training:
-    many test splits on the hub have no answers.
-    """
-    source, root = found.train["train"], Path()
-    own = Path(source)
-    if own.is_file() and "train" in own.name:  # x_test.csv beside x_train.csv
-        beside = {end: own.with_name(own.name.replace("train", end, 1)) for end in _HELD_OUT}
-        places = {end: (str(path), "train") for end, path in beside.items() if path.is_file()}
-    else:
-        splits = [wanted] if wanted else tables.splits_of(source, root=root)
-        places = {split: (source, split) for split in splits}
-    for place, split in [places[name] for name in (wanted, *_HELD_OUT) if name in places]:
-        table = tables.read_table(place, root=root, form=found.form, split=split)
-        if table.equals(found.table):  # the source has no splits
-            continue
-        if not (set(found.used) <= set(table.column_names) and _is_answered(found, table)):
-            continue
-        return {"test": place, **({} if split in ("train", "test") else {"test_split": split})}
-    return {}
-
-
-def _is_answered(found: Found, table: Any) -> bool:
-    """Whether these rows seem to have right answers: all there, known, and not all the same."""
-    keys = ("label", "answer", "completion")
-    answers = [name for key in keys for name in _each(found.guess[1].get(key, []))]
-    if answers and all(column.distinct < 2 for column in describe(table.select(answers))):
-        return False
-    if any(table[name].null_count for name in found.used):
-        return False
-    try:
-        known, asked = (found.kind.labels(t, found.guess[1], "") for t in (found.table, table))
-    except DataError:
-        return False
-    return set(asked) <= set(known)
-
-
 def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str]) -> str:
-    """The model's path for the file; without one, a small one that is at hand or can be fetched."""
+    """The model's path for the file; if none is given, a small one that can be fetched."""
     start = _start(found.kind)
     if not given and (named := theirs.text("model_name_or_path")):
         at = theirs.text("model_revision")
@@ -235,7 +97,7 @@ def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str
         rest = small.relative_to(small.parts[0])
         own = [Path(folder) / rest for folder in _MODELS]
         place = next((path for path in own if path.exists()), None)
-        what = f"--model is left out: the file names {place or small}, a small one"
+        what = f"no --model given: the file names {place or small}, a small model"
         notes.append(what if place else f"{what}; get it with: rolora fetch {start.name}")
         return os.path.relpath(place or small, out.parent)
     return os.path.relpath(given, out.parent) if Path(given).exists() else given
@@ -252,37 +114,37 @@ def _notes(found: Found) -> list[str]:
     if client := found.client:
         used.append(client.name)
         notes.append(
-            f"each of the {client.distinct} values of {printable(client.name)} is a client: a guess"
+            f"a guess: each of the {client.distinct} values of {printable(client.name)} is a client"
         )
     unused = [printable(name) for name in table.column_names if name not in used]
     if unused:
-        notes.append(f"columns that are not used: {', '.join(unused)}")
+        notes.append(f"unused columns: {', '.join(unused)}")
     label = chosen.get("label")
     if isinstance(label, str) and is_own_value(table, label):
         notes.append(
-            f"{printable(label)} is a column's name and a value in it: if the file has no line of "
-            "names, add one"
+            f"{printable(label)} is both a column's name and a value in it: if the file has no "
+            "header row, add one"
         )
     source = found.train["train"]
     if found.guess[0] == "classification" and "-1" in tables.labels(table, str(label), source):
         notes.append(
-            f"{printable(str(label))} is -1 in some rows, which makes a class: where that means "
-            "that a row has no label, remove the row"
+            f"{printable(str(label))} is -1 in some rows, which counts as a class: if it "
+            "means that a row has no label, remove those rows"
         )
     labels = next((c for c in found.columns if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
         many = f"{labels.distinct} values in {table.num_rows} rows"
-        notes.append(f"{printable(labels.name)} has {many}: few rows to learn each from")
+        notes.append(f"{printable(labels.name)} has {many}: few rows to learn each value from")
     if chosen.keys() == {"completion"}:
         notes.append(
             f"{printable(str(chosen['completion']))} is learned as it is, without a prompt"
         )
     if _joined(found):
         notes.append(
-            "separator stands between the two columns of the prompt and before the completion"
+            "separator goes between the two columns of the prompt and before the completion"
             if isinstance(chosen["prompt"], list)
-            else "nothing stands between prompt and completion: set separator if the texts need a "
-            "space or a line break there"
+            else "prompt and completion are joined without a separator: set one if the texts need "
+            "a space or a line break between them"
         )
     if found.glue == "mnli" and found.held:
         notes.append(
@@ -293,14 +155,14 @@ def _notes(found: Found) -> list[str]:
 
 
 def _joined(found: Found) -> bool:
-    """Whether completions stand behind prompts that are texts."""
+    """Whether completions follow prompts that are texts."""
     task, asked = found.guess[0], found.guess[1].get("prompt")
     chats = [column.name for column in found.columns if column.kind == "messages"]
     return task in ("causal_lm", "preference") and asked is not None and asked not in chats
 
 
 def _stated(form: TextForm) -> dict[str, str]:
-    """The keys of [data] that say how text is written, where it is not the usual way."""
+    """The keys of [data] for text that is not written in the usual way."""
     keys = {"delimiter": form.delimiter, "encoding": form.encoding}
     return {key: value for key, value in keys.items() if value not in (None, "utf-8")}
 
@@ -331,7 +193,8 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
     batch = max(1, min(start.batch_size, rows // clients))
     tokens = cohort * start.local_steps * batch * min(_tokens(found), start.max_length)
     rounds = max(6, min(40, 2 * round(start.tokens / tokens / 2)))
-    few = f"about {tokens * rounds:,.0f} tokens: minutes on two cores with a small model"
+    seen = float(f"{tokens * rounds:.2g}")
+    few = f"about {seen:,.0f} tokens: minutes on two cores with a small model"
     share = math.ceil(100 * cohort / clients) / 100
     sections: dict[str, Lines] = {
         "": {
@@ -381,7 +244,7 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
 
 
 def _every(rounds: int) -> int:
-    """Rounds between some four evaluations: odd, for both kinds of RoLoRA's rounds in turn."""
+    """For about four evaluations; odd, so that they follow both kinds of RoLoRA's rounds."""
     return rounds // 4 | 1
 
 
@@ -408,23 +271,23 @@ def _split(found: Found, rows: int) -> tuple[Lines, int]:
 def _tokens(found: Found) -> float:
     """Tokens of a row, roughly: a quarter of its letters; both completions are behind a prompt."""
     some = found.table.slice(0, 200)
-    again = _each(found.guess[1].get("prompt", [])) if found.kind.compares else []
+    again = each(found.guess[1].get("prompt", [])) if found.kind.compares else []
     letters = [len(str(cell)) for n in (*found.used, *again) for cell in tables.cells(some, n)]
     return max(sum(letters) / 4 / int(some.num_rows), 1.0)
 
 
 def _take_over(sections: dict[str, Lines], found: Found, theirs: Trainer, notes: list[str]) -> None:
-    """Put the settings of TRL's file into the tables, and say which do not go with the task."""
+    """Put the settings of TRL's file into the tables, with a note on those the task cannot use."""
     for key, (value, origin) in theirs.settings.items():
         table, _, name = key.rpartition(".")
         if table not in sections:
-            notes.append(f"{origin} is not taken: the task is {found.guess[0]}, not preference")
+            notes.append(f"{origin} is not used: the task is {found.guess[0]}, not preference")
             continue
         sections[table].pop(f"# {name}", None)
         sections[table][name] = (value, f"{origin} of TRL's file")
     if (wanted := theirs.text("dataset_test_split")) and not found.held:
         notes.append(
-            f"dataset_test_split: {printable(wanted)} is not taken: there is none that has answers"
+            f"dataset_test_split: {printable(wanted)} is not used: it is missing or has no answers"
         )
     train = sections["train"]
     steps, batch = train["local_steps"][0], train["batch_size"][0]
@@ -473,15 +336,6 @@ def _name(source: str, out: Path) -> str:
     """A name for the run that any file system takes."""
     stem = out.stem if out.stem != "rolora" else Path(source).name.partition(".")[0]
     return re.sub(r"[^\w.-]+", "-", stem.replace("*", "all")).strip(".-") or "run"
-
-
-def _read(guess: Guess) -> list[str]:
-    """The columns that the task reads."""
-    return [name for value in guess[1].values() for name in _each(value)]
-
-
-def _each(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
 
 
 def _toml(value: Any) -> str:

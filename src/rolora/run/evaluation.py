@@ -15,6 +15,7 @@ from rolora.errors import ConfigError, ModelNotHere
 from rolora.model.base import Base, tokenizer_digest
 from rolora.model.peft import read_adapter
 from rolora.run.experiment import Experiment
+from rolora.training.engine import Evaluation
 
 
 def evaluate_adapter(
@@ -27,8 +28,8 @@ def evaluate_adapter(
     base or tokenizer that is not the one of the training, and for a method that leaves a part of
     each adapter with its client; DataError for rows that do not fit.
     """
-    ((_, metrics),) = evaluate_each(path, {source: source}, model, overrides)
-    return dict(metrics)
+    ((_, found),) = evaluate_each(path, {source: source}, model, overrides)
+    return dict(found.metrics)
 
 
 def evaluate_each(
@@ -36,8 +37,8 @@ def evaluate_each(
     sources: Mapping[str, str],
     model: str | None = None,
     overrides: Sequence[str] = (),
-) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Name and metrics of each of several sources of rows; see :func:`evaluate_adapter`.
+) -> Iterator[tuple[str, Evaluation]]:
+    """Name, metrics and recall of each of several sources of rows; see :func:`evaluate_adapter`.
 
     All sources are read before the model is loaded, and it is loaded once.
     """
@@ -143,7 +144,7 @@ def _trained(
     trained = Experiment(make_config(settings, [*moved, *overrides], root=root), labels=labels)
     places = {"init_from": own.lora.init_from}
     if trained.config.lora.model_copy(update=places) != own.lora:
-        raise ConfigError(f"the keys of [lora] are those of {folder}: leave them as they are")
+        raise ConfigError(f"the keys of [lora] are those of {folder} and cannot be changed")
     method = trained.method
     if method.personal_roles:
         kept = "+".join(sorted(method.personal_roles))

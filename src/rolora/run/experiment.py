@@ -1,12 +1,11 @@
-"""From a configuration to the objects of a run: every part is made once, when first asked for."""
+"""From a configuration to the objects of a run: each part is made once, when first needed."""
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,21 +17,23 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Role
 from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
-from rolora.algorithm.reduce import SERVER_OPTIMIZERS, compose
+from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
 from rolora.attacks.attack import ATTACKS, NO_ATTACK, Attack, bad_clients
-from rolora.config.schema import DataConfig, LoraConfig, RunConfig, TrainConfig
+from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
 from rolora.data.labels import in_order, label_name
-from rolora.errors import ConfigError, nearest
+from rolora.errors import ConfigError
 from rolora.files import from_home
-from rolora.methods import get_method, method_names
+from rolora.methods import get_method
 from rolora.model.base import Base, load_base
 from rolora.model.checkpoint import in_order_of_adapter, in_order_of_checkpoint
-from rolora.model.peft import WEIGHTS, LoraSettings, read_adapter
+from rolora.model.peft import WEIGHTS, read_adapter
 from rolora.model.prefix import kept_below
+from rolora.run.refusals import require_clients, require_supported
+from rolora.run.settings import base_dtype, local_settings, lora_settings, revisits
 from rolora.run.shards import Rows, load_rows, neighboured, rewritten, spoiled
 from rolora.run.workers import InWorkers, Part, WorkerPool
 from rolora.tasks.generation import answer_metrics
@@ -40,12 +41,12 @@ from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.attacked import Attacked
 from rolora.training.client_store import ClientStore
 from rolora.training.engine import Debug, Engine, Evaluation, InProcess
-from rolora.training.local import evaluate, first_gradient
+from rolora.training.local import first_gradient, outputs
 from rolora.training.memory import SHARE, BankPlan, free_bytes, phases, plan_bank, worker_bytes
 from rolora.training.precision import is_wide, lower
 from rolora.training.processes import Processes, usable_cores
 from rolora.training.reference import references
-from rolora.training.rounds import Federation, Metrics, RunState, cohort_size
+from rolora.training.rounds import Federation, RunState, cohort_size
 from rolora.training.settings import LocalSettings
 
 MEASURED = 256  # training rows of which dtype "auto" may time steps
@@ -73,13 +74,22 @@ class Parts(TypedDict, total=False):
 
 
 class Experiment:
-    """A configured run. Each part is made when it is first asked for, and kept.
+    """A configured run. Each part is made when it is first needed, and kept.
 
-    ``clients`` is the folder of the clients' own state, needed only for training. Parts that are
-    already at hand are given by name: the base model of an earlier run of the same model, labels
+    ``clients`` is the folder of the clients' own state, needed only for training. Parts that
+    already exist are given by name: the base model of an earlier run with the same model, labels
     and LoRA settings; the labels that sites have agreed on; another engine. Making a part raises
-    ConfigError or DataError, in one line, for what the user has to change.
+    ConfigError or DataError, whose one line says what to change.
+
+    ``run``: the run's name at its sites, "" on one machine. ``spare``: clients asked in excess of
+    the cohort. ``executor`` runs the worker processes, wherever they are; without it, processes of
+    this machine do: ``processes``, which outlive the run, or else its own.
     """
+
+    run: str = ""
+    spare: int = 0
+    executor: Executor | None = None
+    processes: Processes | None = None
 
     def __init__(
         self, config: RunConfig, clients: Path | None = None, **given: Unpack[Parts]
@@ -106,7 +116,7 @@ class Experiment:
         scheme = given.partition.scheme
         if scheme in ("dirichlet", "by_label") and self.kind.head in ("multi_label", "regression"):
             raise ConfigError(
-                f"partition.scheme = {scheme!r} goes by the one class of each row, which task "
+                f"partition.scheme = {scheme!r} needs one class per row, which task "
                 f"{self.kind.name!r} does not have: use 'iid', 'by_field' or 'files'"
             )
         rows = load_rows(
@@ -156,13 +166,13 @@ class Experiment:
 
     @cached_property
     def labels(self) -> Sequence[str]:
-        """The class labels, in the order of the model's outputs; empty for a task without."""
+        """The class labels, in the order of the model's outputs; empty if the task has none."""
         source = self.config.data.train
         found = self.kind.labels(self.rows.train, self.columns, source)
         return self.ordered(self.kind.vocabulary(found, source))
 
     def ordered(self, labels: Sequence[str]) -> Sequence[str]:
-        """These labels in the order of the checkpoint's outputs, where it names just these."""
+        """These labels in the order of the checkpoint's outputs, if it has exactly these."""
         config = self.config
         return tuple(
             in_order_of_checkpoint(
@@ -178,60 +188,12 @@ class Experiment:
         """
         config = self.config
         method = get_method(config.method.name, **config.method.options)
-        if not isinstance(config.lora.rank, int) and not method.heterogeneous_ranks:
-            able = [name for name in method_names() if get_method(name).heterogeneous_ranks]
-            raise ConfigError(
-                f"{method.name} does not support clients of different ranks: set lora.rank to one "
-                f"number, or use one of {', '.join(able)}"
-            )
-        optimizers = [name for name, _ in config.aggregate.rules if name in SERVER_OPTIMIZERS]
-        if optimizers and not method.supports_server_optimizer:
-            able = [name for name in method_names() if get_method(name).supports_server_optimizer]
-            raise ConfigError(
-                f"{method.name} does not support the server optimizer {optimizers[0]!r}, since its "
-                "server does more than average what clients send: remove it, or use one of "
-                f"{', '.join(able)}"
-            )
-        names = [name for name, _ in config.aggregate.rules]
-        rule = next((name for name in names if name in ("nnm", "bucketing")), names[-1])
-        uneven = not isinstance(config.lora.rank, int)
-        if rule != "mean" and (method.sparse_upload or (uneven and not method.whole_products)):
-            raise ConfigError(
-                f"{method.name} averages pieces that not every client sends, and {rule!r} would "
-                "count the others as votes for no move: set aggregate.reducer to 'mean', or use "
-                "rolora with one lora.rank"
-            )
-        if self.aggregation.reducer.least > 1 and not method.federated:
-            raise ConfigError(
-                f"{method.name} trains on the rows of all clients together, so {rule!r} has nobody "
-                "to leave out: set aggregate.reducer to 'mean' and aggregate.byzantine to 0"
-            )
-        if self.attack is not None:
-            self._refuse_attack(method, self.attack)
-        if config.train.keep_moments and method.resets_factors:
-            raise ConfigError(
-                f"{method.name} makes new factors each round, so what an optimizer knew of the old "
-                "ones means nothing: set train.keep_moments to false"
-            )
-        require_turns(method, config.train, {})  # of each client once its rows are known
+        require_supported(method, config, self.aggregation, self.attack)
         return freeze_head(method) if config.model.head == "freeze" else method
-
-    def _refuse_attack(self, method: Method, attack: Attack) -> None:
-        """ConfigError for an attack that this method or these settings leave no room for."""
-        forges = attack.forge is not None
-        if not method.federated or (forges and not method.shared(1)):
-            raise ConfigError(
-                f"{method.name} combines nothing that clients send, so there is nothing to "
-                "attack: remove [attack]"
-            )
-        if forges and not isinstance(self.config.lora.rank, int):
-            raise ConfigError(
-                "[attack] forges updates from the moves of all clients: set lora.rank to one number"
-            )
 
     @cached_property
     def settings(self) -> LocalSettings:
-        """How clients train; they keep their optimisers' state of all that some round trains."""
+        """How clients train, and of which roles they keep the optimiser's state."""
         train = self.config.train
         rounds = range(1, train.rounds + 1) if train.keep_moments else ()
         kept = frozenset[Role]().union(*(self.method.trained(round) for round in rounds))
@@ -243,7 +205,7 @@ class Experiment:
         return self._loaded[0]
 
     def load_base(self) -> Base:
-        """The base model anew. Without a measurement, dtype "auto" is bf16 on CUDA, else fp32.
+        """Load the base model. Without a measurement, dtype "auto" is bf16 on CUDA, otherwise fp32.
 
         ConfigError for a device that is missing or does not support the dtype.
         """
@@ -355,11 +317,6 @@ class Experiment:
         return data_hash(self.shards, self.labels, self.examples, *held)
 
     @cached_property
-    def run(self) -> str:
-        """The run's name at its sites; "" for a run on one machine."""
-        return ""
-
-    @cached_property
     def cohort(self) -> int:
         """Clients of a round, all of them with rows here."""
         return cohort_size(len(self.rows.shards), self.config.train.participation)
@@ -448,28 +405,8 @@ class Experiment:
         """
         if self.clients is None:
             raise ValueError("training needs a folder for the clients' state")
-        self.config.lora.ranks(self.rows.shards)
         sizes = {client: len(rows) for client, rows in self.rows.shards.items()}
-        require_turns(self.method, self.config.train, sizes)
-        trusted = self.config.aggregate.trusted
-        if trusted is not None and trusted not in sizes:
-            raise ConfigError(
-                f"aggregate.trusted = {trusted!r} is no client of this run: "
-                f"{nearest(trusted, sizes)}"
-            )
-        if (quorum := self.config.aggregate.quorum) > self.cohort:
-            raise ConfigError(
-                f"aggregate.quorum = {quorum} can never be met by a cohort of {self.cohort} "
-                f"(train.participation of {len(self.rows.shards)} clients)"
-            )
-        least = self.aggregation.reducer.least
-        if least > self.cohort and self.method.federated:
-            names = [name for name, _ in self.config.aggregate.rules]
-            raise ConfigError(
-                f"aggregate.reducer {names} needs {least} updates a round to withstand "
-                f"{self.config.aggregate.byzantine} bad ones (aggregate.byzantine), but a cohort "
-                f"has {self.cohort} (train.participation of {len(self.rows.shards)} clients)"
-            )
+        require_clients(self.method, self.config, self.aggregation, sizes, self.cohort)
         kind = Debug if self.config.train.engine == "debug" else InProcess
         here = kind(
             self.base,
@@ -487,16 +424,6 @@ class Experiment:
         if self.attack is None:
             return engine
         return Attacked(engine, self.attack, self._bad(self.rows), self.aggregation)
-
-    @cached_property
-    def executor(self) -> Executor | None:
-        """What runs the worker processes, wherever they are; None: processes of this machine."""
-        return None
-
-    @cached_property
-    def processes(self) -> Processes | None:
-        """Processes of this machine that outlive the run; None: it starts and ends its own."""
-        return None
 
     @property
     def groups(self) -> int:
@@ -540,26 +467,12 @@ class Experiment:
             "asked": self.asked,
         }
         return WorkerPool(
-            Part(
-                Experiment,
-                config.model_copy(update=changes),
-                tuple(self.labels),
-                self.base.digest,
-            ),
+            Part(config.model_copy(update=changes), tuple(self.labels), self.base.digest),
             {name: given for name, given in rows.items() if given is not None},
             self.clients.parent,
             self.workers,
             self.executor or self.processes,
         )
-
-    @contextlib.contextmanager
-    def closing_workers(self) -> Iterator[None]:
-        """Processes that work for this run end with the block."""
-        try:
-            yield
-        finally:
-            if self.worker_pool is not None:
-                self.worker_pool.close()
 
     @property
     def dtype(self) -> str:
@@ -567,11 +480,6 @@ class Experiment:
         if (wanted := self.config.model.dtype) != "auto":
             return wanted
         return "bf16" if self.base.dtype == torch.bfloat16 else "fp32"
-
-    @cached_property
-    def spare(self) -> int:
-        """Clients asked in excess of the cohort."""
-        return 0
 
     @cached_property
     def aggregation(self) -> Aggregation:
@@ -625,61 +533,73 @@ class Experiment:
 
         Under an attack that is after certain answers, ``attack_success`` is how often it gets them.
         """
-        metrics = self._scored("test", adapter, answers)
+        found = self._scored("test", adapter, answers)
         if self.asked is not None:
-            found = self._scored("asked", adapter, answers=0)
-            metrics = {**metrics, "attack_success": found["accuracy"]}
+            success = self._scored("asked", adapter, answers=0).metrics["accuracy"]
+            found = replace(found, metrics={**found.metrics, "attack_success": success})
         if self.config.eval.rows == "validation":
-            return Evaluation(metrics, metrics)
+            return replace(found, validation=found.metrics)
         if self.validation is None:
-            return Evaluation(metrics)
-        return Evaluation(metrics, self._scored("validation", adapter, answers=0))
+            return found
+        held = self._scored("validation", adapter, answers=0)
+        return replace(found, validation=held.metrics)
 
     def score(
         self, examples: Examples, adapter: AdapterState, answers: int | None = None
-    ) -> Metrics:
+    ) -> Evaluation:
         """The task's metrics of an adapter; with ``answers`` (left out: ``eval.generate``) also
-        those of the answers generated for so many rows."""
-        metrics = evaluate(self.base, self.task, examples, adapter)
-        return self._answered(metrics, examples, adapter, answers)
+        those of the answers generated for that many rows."""
+        with self.base.holding(adapter):
+            found = outputs(self.base, self.task, examples)
+        return self._judged(found, examples, adapter, answers)
 
-    def _scored(self, rows: str, adapter: AdapterState, answers: int | None) -> Metrics:
+    def _scored(self, rows: str, adapter: AdapterState, answers: int | None) -> Evaluation:
         """``score`` on these rows of the run ("test", ...), by its worker processes if any."""
         examples: Examples = getattr(self, rows)
         if self.worker_pool is None:
             return self.score(examples, adapter, answers)
-        metrics = self.task.score(self.worker_pool.outputs(rows, adapter), examples)
-        return self._answered(metrics, examples, adapter, answers)
+        return self._judged(self.worker_pool.outputs(rows, adapter), examples, adapter, answers)
 
-    def _answered(
-        self,
-        metrics: dict[str, float],
-        examples: Examples,
-        adapter: AdapterState,
-        answers: int | None,
-    ) -> Metrics:
-        """These metrics, and those of generated answers."""
-        how = self.config.eval
+    def _judged(
+        self, outputs: Tensor, examples: Examples, adapter: AdapterState, answers: int | None
+    ) -> Evaluation:
+        """What these outputs of the adapter are worth, with what generated answers are."""
+        how, task = self.config.eval, self.task
+        metrics = task.score(outputs, examples)
         count = how.generate if answers is None else answers
         if count and self.kind.answers:
             with self.base.holding(adapter):
                 metrics |= answer_metrics(self.base, examples, count, how.answer)
-        return metrics
+        recall = task.recall(outputs, examples) if task.recall else {}
+        return Evaluation(metrics, recall=recall)
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What the lists in a round's line are over, as the run folder records it."""
+        table, source = self._held(self.config.eval.rows)
+        rows = self.kind.classes(table, self.columns, source) if self.kind.labelled else []
+        counts = Counter(name for row in rows for name in row)
+        return {
+            "labels": {label: counts[label] for label in self.labels if counts[label]},
+            "layers": self.start.server.adapter.layers(),
+        }
 
     def prepare(self) -> None:
         """Make all parts that a run needs. Refusals that take no model come first."""
         for part in ("method", "labels", "federation", "start", "test", "validation", "data"):
             getattr(self, part)
 
-    def compute_anew(self) -> None:
-        """Forget what has the bits of so many threads: a first gradient, and the outputs before
-        training that rows come with."""
-        parts = ["start"]
-        if self.kind.compares:
-            rows = ("task", "encoded", "examples", "test", "validation", "asked")
-            parts += [*rows, "engine", "worker_pool", "federation"]
-        for part in parts:
-            vars(self).pop(part, None)
+    def reloaded(self) -> Experiment:
+        """The same run with the rows and the model that are loaded; everything else is made again.
+
+        For another number of threads, on which the last bits of a first gradient and of the
+        outputs before training depend.
+        """
+        loaded = {"rows", "labels", "base", "_loaded", "bank", "executor", "processes"}
+        if not self.kind.compares:  # then tokens are only tokens
+            loaded |= {"encoded", "test", "validation", "asked"}
+        parts: Any = {name: part for name, part in vars(self).items() if name in loaded}
+        return Experiment(self.config, self.clients, **parts)
 
     @cached_property
     def notes(self) -> Sequence[str]:
@@ -693,7 +613,7 @@ class Experiment:
             found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
         if self.attack is not None:
             found.append(
-                f"an experiment: {', '.join(sorted(self._bad(self.rows)))} attack the others "
+                f"an experiment: bad clients {', '.join(sorted(self._bad(self.rows)))} attack "
                 f"({config.attack.name})"
             )
         limit = self.base.limit(config.data.max_length)
@@ -714,7 +634,7 @@ class Experiment:
         if self.config.train.workers != 1 or self.executor is not None:
             found.append(
                 f"{self.groups} groups of clients a round, {self.workers} trained at a time, each "
-                "in a process (train.bank sets their size)"
+                "in its own process (train.bank sets the size of a group)"
             )
         found.append(self._one_phase())
         if self.method.personal_roles:
@@ -734,8 +654,8 @@ class Experiment:
             return ""
         trained = "+".join(sorted(seen.pop() - {"head"}))
         return (
-            f"every evaluation comes after a round that trains {trained}: with another eval.every, "
-            "such as an odd one, scores are means over evaluations of both kinds"
+            f"every evaluation follows a round that trains {trained}, so scores leave out the "
+            f"other rounds: try an odd eval.every below {rounds}"
         )
 
     def _without_text(self) -> int:
@@ -749,7 +669,7 @@ class Experiment:
 
 
 def ready(task: Task, finish: Callable[[Examples, str], Examples]) -> Task:
-    """The task, of which all examples are what ``finish(examples, source)`` makes of them."""
+    """The task, with ``finish(examples, source)`` applied to all examples that it encodes."""
 
     def finished(encode: Callable[[Any, str], Examples]) -> Callable[[Any, str], Examples]:
         return lambda table, source: finish(encode(table, source), source)
@@ -784,77 +704,3 @@ def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Exa
         ):
             digest.update(b"" if tensor is None else tensor.numpy().data)
     return digest.hexdigest()[:32]
-
-
-def base_dtype(wanted: str, device: str) -> torch.dtype:
-    """What the base is loaded in for this ``model.dtype``, before any measurement."""
-    half = wanted == "bf16" or (wanted == "auto" and device == "cuda")
-    return torch.bfloat16 if half else torch.float32
-
-
-def lora_settings(lora: LoraConfig) -> LoraSettings:
-    """Where and how large the configured adapters are."""
-    targets = lora.target_modules
-    return LoraSettings(
-        rank=lora.largest,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        layers=lora.layers if isinstance(lora.layers, str) else tuple(lora.layers),
-        rslora=lora.rslora,
-    )
-
-
-def dated(config: RunConfig, day: datetime.date | str | None = None) -> RunConfig:
-    """The configuration with the date that chat templates are given: its own, else ``day``, else
-    today. Unchanged for a run that cannot have chats."""
-    data, kind = config.data, task_kind(config.model.task)
-    if data.date is not None or not kind.goes_with("date", kind.chosen(dict(data))):
-        return config
-    given = {**data.model_dump(), "date": day or datetime.date.today()}
-    return config.model_copy(update={"data": DataConfig.model_validate(given)})
-
-
-def local_settings(train: TrainConfig) -> LocalSettings:
-    """How the configured clients train in a round."""
-    steps = 5 if train.local_steps is None and train.local_epochs is None else train.local_steps
-    return LocalSettings(
-        steps=steps,
-        epochs=train.local_epochs,
-        batch_size=train.batch_size,
-        optimizer=train.optimizer,
-        weight_decay=train.weight_decay,
-        momentum=train.momentum,
-        max_grad_norm=train.max_grad_norm,
-        b_lr_ratio=train.b_lr_ratio,
-        head_lr_ratio=train.head_lr_ratio,
-    )
-
-
-def require_turns(method: Method, train: TrainConfig, sizes: Mapping[str, int]) -> None:
-    """ConfigError if a client takes one step a round where factors take turns between steps.
-
-    ``sizes``: client -> its number of rows, by which epochs count their steps.
-    """
-    settings = local_settings(train)
-    if method.trainable(1, 0) == method.trainable(1, 1):
-        return
-    if train.local_steps == 1:
-        raise ConfigError(
-            f"{method.name} alternates factors between local steps: set train.local_steps to at "
-            "least 2"
-        )
-    for client, rows in sizes.items():
-        if settings.num_steps(rows) == 1:
-            raise ConfigError(
-                f"{method.name} alternates factors between local steps, but client {client!r} with "
-                f"{rows} rows takes one a round: set train.local_epochs to at least 2, or lower "
-                "train.batch_size"
-            )
-
-
-def revisits(train: TrainConfig, sizes: Sequence[int]) -> bool:
-    """Whether training sees each row at least once on average; ``sizes`` are those of shards."""
-    settings = local_settings(train)
-    visits = sum(settings.num_steps(size) * min(size, train.batch_size) for size in sizes)
-    return train.rounds * train.participation * visits >= sum(sizes)

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from rolora.errors import ConfigError
-from rolora.model.export import write_gguf, write_merged
+from rolora.files import from_home
+from rolora.model.export import write_gguf, write_merged, write_merged_gguf
 from rolora.run.evaluation import adapter_folder, load_trained
 
 Dtype = Literal["fp32", "bf16"]
@@ -25,11 +26,13 @@ def export(
 ) -> None:
     """Write a finished run's adapter, or that of its adapter folder, in other forms.
 
-    ``merged``: a new folder for the base with the adapter in its weights, of this ``dtype``.
-    ``gguf``: a new file with the adapter alone, for llama.cpp. ``model`` names the base where it
-    has moved. Raises ConfigError as ``evaluate_adapter`` does, and for an adapter that cannot be
-    written as GGUF.
+    ``merged``: a new folder for the base with the adapter in its weights, of this ``dtype``; for a
+    base that is a GGUF file, it may be a new GGUF file. ``gguf``: a new file with the adapter
+    alone, for llama.cpp. ``model`` names the base where it has moved. Raises ConfigError as
+    ``evaluate_adapter`` does, and for an adapter that cannot be written as GGUF.
     """
+    if merged is not None and merged == gguf:
+        raise ConfigError(f"--merged and --gguf are both {gguf}: name two files")
     for option, out in {"--merged": merged, "--gguf": gguf}.items():
         if out is not None and out.exists():
             raise ConfigError(f"{out} exists and is not overwritten: name another with {option}")
@@ -38,7 +41,10 @@ def export(
     config, base = trained.config, trained.base
     if gguf is not None:
         write_gguf(base, adapter, gguf)
-    if merged is not None:
+    if merged is not None and merged.suffix == ".gguf":
+        source = config.root / from_home(config.model.path)
+        write_merged_gguf(base, adapter, source, merged, _DTYPES[dtype])
+    elif merged is not None:
         write_merged(
             adapter_folder(path),
             merged,

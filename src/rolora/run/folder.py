@@ -30,13 +30,24 @@ KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained 
 
 
 def line(result: RoundResult) -> dict[str, Any]:
-    """A round's line in ``rounds.jsonl``."""
+    """A round's line in ``rounds.jsonl``; what its lists are over, ``axes.json`` has once."""
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     del values["advanced"], values["reason"], values["state"]
-    if not result.cut:
-        del values["cut"]  # most rules cut nobody
+    values["recall"] = [round(share, 4) for share in result.recall.values()]
+    values["layers"] = {
+        what: [None if value is None else float(f"{value:.4g}") for value in own.values()]
+        for what, own in result.layers.items()
+    }
+    for key in ("cut", "recall", "layers"):
+        if not values[key]:
+            del values[key]  # most rules cut nobody, and most rounds are not evaluated
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
     return values
+
+
+def as_json(value: object) -> str:
+    """The text of a JSON file for people to read, too."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def require_new(path: Path) -> None:
@@ -68,6 +79,11 @@ class RunFolder:
         return self.path / "rounds.jsonl"
 
     @property
+    def axes(self) -> Path:
+        """What the lists in the lines of ``rounds`` are over; see ``Experiment.axes``."""
+        return self.path / "axes.json"
+
+    @property
     def clients(self) -> Path:
         """Personal adapters, where the method has any."""
         return self.path / "clients"
@@ -76,6 +92,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The PEFT adapter folder that a finished run leaves."""
         return self.path / "adapter"
+
+    @property
+    def samples(self) -> Path:
+        """What a finished language model wrote for a few prompts; see ``rolora.run.samples``."""
+        return self.path / "samples.json"
 
     @property
     def report(self) -> Path:
@@ -99,12 +120,18 @@ class RunFolder:
         return self.report.is_file() or self.diverged.is_file()
 
     @classmethod
-    def create(cls, path: Path, config: str, partition: Mapping[str, Any]) -> RunFolder:
-        """A new run folder. ConfigError if ``path`` exists: nothing is overwritten."""
+    def create(
+        cls, path: Path, config: str, partition: Mapping[str, Any], axes: Mapping[str, Any]
+    ) -> RunFolder:
+        """A new run folder; for ``axes`` see ``Experiment.axes``.
+
+        ConfigError if ``path`` exists: nothing is overwritten.
+        """
         require_new(path)
         with new_folder(path) as part:
             (part / "config.toml").write_text(config)
-            (part / "partition.json").write_text(json.dumps(partition, indent=1) + "\n")
+            (part / "partition.json").write_text(as_json(partition))
+            (part / "axes.json").write_text(as_json(axes))
             (part / "rounds.jsonl").touch()
             (part / "checkpoints").mkdir()
         return cls(path)

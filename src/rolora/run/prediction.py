@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from rolora.errors import ConfigError
 from rolora.results.runs import flatten
 from rolora.run.evaluation import load_trained
@@ -54,7 +56,8 @@ def writer(file: Path | None) -> Callable[[Sequence[Mapping[str, Any]]], str]:
 
 
 def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    finite = to_jsonable_python(rows, inf_nan_mode="null")  # JSON has no NaN
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finite)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -63,8 +66,14 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     found = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
     found.writeheader()
     for row in flat:
-        found.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+        found.writerow({key: _cell(value) for key, value in row.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return json.dumps(value)
+    return f"{value:.7g}" if isinstance(value, float) else value  # the digits of a float32
 
 
 _WRITERS = {".csv": _csv, ".jsonl": _jsonl}

@@ -13,8 +13,8 @@ from rolora.training.rounds import RoundResult
 def described(rounds: Iterable[RoundResult], run: Run) -> Iterator[tuple[RoundResult, str]]:
     """Each round of ``run`` as it finishes, with a line about it.
 
-    The line: phase, cohort, loss, metrics, aggregation error, whose update was mostly not used,
-    bytes sent so far, time left.
+    The line: phase, cohort, training loss, metrics, aggregation error, whose update was mostly not
+    used, bytes sent so far, time left.
     """
     total = run.experiment.federation.rounds
     left = total - run.state.server.round
@@ -36,7 +36,7 @@ def _parts(result: RoundResult, rounds: int) -> Iterator[str]:
     if not result.advanced:
         yield f"no quorum in attempt {result.attempt + 1} ({result.reason}); trying again"
     if result.loss is not None:
-        yield f"loss {result.loss:.3f}"
+        yield f"training loss {result.loss:.3f}"
     if result.moved is False:
         yield "NOTHING MOVED: no gradient reached a tensor of any client"
     if found := _metrics(result):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rolora.algorithm.adapter import Failure, Update
 from rolora.config.load import (
     PLACES,
     config_hash,
@@ -32,11 +34,12 @@ from rolora.report.card import Source, card
 from rolora.report.page import write_report
 from rolora.results.runs import load_run
 from rolora.run.environment import git_commit, processor
-from rolora.run.experiment import Experiment, dated
-from rolora.run.folder import RunFolder, line, require_new
+from rolora.run.experiment import Experiment
+from rolora.run.folder import RunFolder, as_json, line, require_new
+from rolora.run.samples import samples
+from rolora.run.settings import dated
 from rolora.run.tracking import require_trackers, tracking
 from rolora.tasks.spans import masks
-from rolora.training.engine import Engine
 from rolora.training.local import NonFiniteLoss
 from rolora.training.rounds import RoundResult, RunState, federate
 
@@ -52,25 +55,25 @@ class Run:
     checkpoint: str = ""
 
     def rounds(
-        self, watch: Callable[[Engine], Engine] = lambda engine: engine
+        self, arrived: Callable[[Update | Failure], None] = lambda reply: None
     ) -> Generator[RoundResult]:
         """Train; each round is on disk before it is yielded.
 
-        At the end the adapter and the report are written. ``watch`` may wrap the engine, to see
-        updates as they arrive. A loss that is not finite ends the run and is recorded in its
-        folder. ConfigError if the folder is in use, or has gone on since this run was opened.
+        At the end the adapter and the report are written. ``arrived`` is called with each client's
+        reply as it comes. A loss that is not finite ends the run and is recorded in its
+        folder. ConfigError if the folder is in use, or has advanced since this run was opened.
         """
-        federation = self.experiment.federation
-        federation = replace(federation, engine=watch(federation.engine))
+        federation = replace(self.experiment.federation, arrived=arrived)
         track = tracking(self.experiment.config, self.folder)
-        with self.folder.locked(), self.experiment.closing_workers(), track as tracked:
+        pool = self.experiment.worker_pool
+        workers = contextlib.nullcontext() if pool is None else contextlib.closing(pool)
+        with self.folder.locked(), workers, track as tracked:
             if self.folder.newest != self.checkpoint:
                 raise ConfigError(
-                    f"{self.folder.path} has gone on since this run was opened: resume it anew"
+                    f"{self.folder.path} has advanced since this run was opened: resume it again"
                 )
-            worker_pool = self.experiment.worker_pool
-            if worker_pool is not None and self.state.server.round < federation.rounds:
-                worker_pool.begin()  # loading is no part of a round
+            if pool is not None and self.state.server.round < federation.rounds:
+                pool.begin()  # loading is not part of a round
             state, results = self.state, federate(federation, self.state)
             while (result := self._committed(results)) is not None:
                 state = result.state
@@ -123,6 +126,8 @@ class Run:
             notes,
             card(load_run(self.folder.path), round, source),
         )
+        if written := samples(self.experiment, adapter):
+            write_file(self.folder.samples, as_json(written))
         write_report([self.folder.path], self.folder.report)
 
 
@@ -157,10 +162,11 @@ def start(
     many = torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ
     if several and many:  # each process has a core
         torch.set_num_threads(1)
-        experiment.compute_anew()
+        experiment = experiment.reloaded()
+        experiment.prepare()
     drawn = {"server_seed": experiment.config.server_seed}
     text = dump_config(config.model_copy(update=drawn), provenance(experiment), path)
-    folder = RunFolder.create(path, text, experiment.partition)
+    folder = RunFolder.create(path, text, experiment.partition, experiment.axes)
     return Run(experiment, folder, experiment.start, tuple(experiment.notes))
 
 
@@ -209,6 +215,8 @@ def resume(
             raise ConfigError(f"{path} has already done {state.server.round} rounds")
         if rounds is not None:
             folder.report.unlink(missing_ok=True)  # marks the end, which now lies ahead
+            folder.samples.unlink(missing_ok=True)
+        write_file(folder.axes, as_json(experiment.axes))  # older runs have none
         if rounds is not None or overrides or root is not None:
             write_file(folder.config, dump_config(config, origin, folder.path))
     for key, what in _ALIKE.items():
@@ -248,7 +256,7 @@ def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bo
     ConfigError for a task that learns from whole rows.
     """
     if experiment.kind.head != "causal_lm":
-        raise ConfigError(f"{experiment.kind.name} is learned by whole rows: there are no masks")
+        raise ConfigError(f"{experiment.kind.name} trains on whole rows: there are no masks")
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
     examples = experiment.task_on(base).encode(table, source)
@@ -256,7 +264,7 @@ def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bo
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
-    """What a run was made with: versions, commit, processor, threads, hashes of the data."""
+    """What a run depends on: versions, commit, processor, threads, hashes of the data."""
     packages = ("rolora", "torch", "transformers", "peft", "datasets", "numpy")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {
@@ -280,7 +288,7 @@ _SAME = {
     "init_from": "the adapter of lora.init_from",
     "config": "the configuration",
 }
-_ALIKE = {"versions": "set of library versions", "cpu": "processor", "prefix": "use of the cache"}
+_ALIKE = {"versions": "library versions", "cpu": "processor", "prefix": "use of the cache"}
 
 
 def _chosen(experiment: Experiment) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def _load_rows(
         train, owners = tables.read_clients(data.train, root=root, needed=columns, form=data.form)
     else:
         raise ConfigError(
-            "partition.scheme = 'files' goes with a data.train pattern like 'data/site-*.jsonl' or "
+            "partition.scheme = 'files' needs a data.train pattern such as 'data/site-*.jsonl' or "
             f"'data/*/'; here data.train is {data.train!r}"
         )
     tables.require_columns(train, columns, data.train)
@@ -120,7 +120,7 @@ def _load_rows(
         notes.append("the test rows are the training rows: metrics say nothing about other rows")
     if how.scheme != "files" and tables.is_glob(data.train, root=root):
         notes.append(
-            f"the files of {data.train} are one set of rows, split anew ({how.scheme}); "
+            f"the files of {data.train} are one set of rows, split by {how.scheme}; "
             'partition.scheme = "files" makes each a client'
         )
     note = "; ".join(filter(None, notes))

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -198,6 +199,10 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
         "train/loss": line["loss"],
         **{f"eval/{name}": value for name, value in line["metrics"].items()},
         **{f"validation/{name}": value for name, value in line.get("validation", {}).items()},
+        **{
+            f"layers/{name}": statistics.median(value for value in own if value is not None)
+            for name, own in line.get("layers", {}).items()
+        },
         "aggregation_error": line["aggregation_error"],
         "bytes_up": line["bytes_up"],
         "bytes_down": line["bytes_down"],

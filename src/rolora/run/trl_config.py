@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ Taken = tuple[str, Any]  # a key of rolora's, and its value
 
 @dataclass(frozen=True)
 class Trainer:
-    """What a file of TRL's says: its own values, what rolora takes of them, and what it cannot.
+    """A file of TRL: its own values, what rolora uses of them, and notes on what it cannot use.
 
     ``settings``: key of rolora's configuration -> value and the key of TRL's that it comes from.
     """
@@ -32,7 +32,7 @@ class Trainer:
         return str(self.values.get(key) or "")
 
     def rounds(self, rows: int, cohort: int, local_steps: int, batch_size: int) -> int | None:
-        """The rounds in which clients see as many rows in all as TRL would; None: it says nothing.
+        """The rounds in which clients see as many rows in all as TRL would; None if it sets none.
 
         ``rows``: training rows; ``cohort``: clients of a round.
         """
@@ -42,7 +42,7 @@ class Trainer:
         return max(2, math.ceil(seen / (cohort * local_steps * batch_size))) if seen > 0 else None
 
     def warmup(self, rounds: int, local_steps: int) -> int | None:
-        """The rounds of warm-up; None: it says nothing. A number of steps counts a client's."""
+        """The rounds of warm-up; None if it sets none. Steps are those of one client."""
         if (steps := float(self.values.get("warmup_steps") or 0)) >= 1:
             return math.ceil(steps / local_steps)
         share = steps or float(self.values.get("warmup_ratio") or 0)
@@ -50,7 +50,7 @@ class Trainer:
 
 
 def read_trainer(path: Path) -> Trainer:
-    """Read a YAML file of TRL's. ConfigError if it is none, or a number in it is none."""
+    """Read a YAML file of TRL. ConfigError if it is not YAML, or one of its numbers is not one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -58,7 +58,7 @@ def read_trainer(path: Path) -> Trainer:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path} holds no settings of TRL's: one KEY: VALUE a line")
+        raise ConfigError(f"{path} has no settings of TRL: write one KEY: VALUE per line")
     values = {key: value for key, value in values.items() if value is not None}
     if SCALE.keys() & values.keys():
         values = {**SCALE, **values}
@@ -70,12 +70,12 @@ def read_trainer(path: Path) -> Trainer:
         if _is_plain(value := values[key]):
             found = None if key in ELSEWHERE else _taken(key, value, values)
         else:
-            found = INSTEAD.get(key, "rolora takes texts, numbers and lists of texts")
+            found = INSTEAD.get(key, "rolora reads texts, numbers and lists of texts")
             del values[key]
         if isinstance(found, str):
             # a few lines of YAML can stand for more than memory holds
             shown = reprlib.repr(value) if isinstance(value, list | dict) else str(value)[:60]
-            notes.append(printable(f"{path.name}: {key}: {shown} is not taken: {found}"))
+            notes.append(printable(f"{path.name}: {key}: {shown} is not used: {found}"))
         elif found is not None:
             settings[found[0]] = (found[1], key)
     return Trainer(values, settings, tuple(notes))
@@ -106,8 +106,9 @@ NUMBERS = {
     *("lora_r", "lora_alpha", "lora_dropout", "max_length", "max_seq_length"),
     *("beta", "label_smoothing"),
 }
-# taken where the model, the rows and the rounds are known
+# used where the model, the rows and the rounds are known, or clear from the task
 ELSEWHERE = {
+    "lora_task_type",
     *("model_name_or_path", "model_revision"),
     *("dataset_train_split", "dataset_test_split"),
     *("num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps"),
@@ -127,21 +128,14 @@ PLAIN = {
     "label_smoothing": "preference.label_smoothing",
     "seed": "seed",
 }
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 WORDS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "lr_scheduler_type": (
         "train.schedule",
-        {
-            "linear": "linear",
-            "cosine": "cosine",
-            "constant": "constant",
-            "constant_with_warmup": "constant",
-        },
+        {word: word.removesuffix("_with_warmup") for word in SCHEDULES},
     ),
     "loss_type": ("preference.loss", {"sigmoid": "dpo", "ipo": "ipo", "kto": "kto"}),
-    "dtype": (
-        "model.dtype",
-        {"bfloat16": "bf16", "float32": "fp32", "auto": "auto"},
-    ),
+    "dtype": ("model.dtype", {"bfloat16": "bf16", "float32": "fp32", "auto": "auto"}),
 }
 WORDS = {**WORDS, "torch_dtype": WORDS["dtype"]}
 ON: Mapping[str, Taken] = {
@@ -149,28 +143,22 @@ ON: Mapping[str, Taken] = {
     "load_in_4bit": ("model.dtype", "nf4"),
     "load_in_8bit": ("model.dtype", "int8"),
 }
-# what rolora does in any case: value -> whether that is what is asked for
-ALWAYS: Mapping[str, Callable[[Any], bool]] = {
-    "use_peft": bool,
-    "completion_only_loss": bool,
-    "assistant_only_loss": bool,
-    "trust_remote_code": lambda value: not value,
-    "lora_task_type": lambda value: True,
-    "packing": lambda value: not value,
-    "fp16": lambda value: not value,
-    "use_dora": lambda value: not value,
+# what rolora always does, or never
+ALWAYS = {
+    **dict.fromkeys(("use_peft", "completion_only_loss", "assistant_only_loss"), True),
+    **dict.fromkeys(("trust_remote_code", "packing", "fp16", "use_dora"), False),
 }
 INSTEAD = {
-    "dataset_name": "the rows are those that init is given",
-    "dataset_config": "the rows are those that init is given",
+    "dataset_name": "the rows are those given to init",
+    "dataset_config": "the rows are those given to init",
     "use_peft": "rolora always trains LoRA",
-    "completion_only_loss": "rolora trains on completions alone",
-    "assistant_only_loss": "rolora trains on the assistant's turns alone",
-    "trust_remote_code": "rolora runs no code of a model's author",
-    "packing": "rolora pads nothing, and joins no rows",
+    "completion_only_loss": "rolora trains on completions only",
+    "assistant_only_loss": "rolora trains on the assistant's turns only",
+    "trust_remote_code": "rolora never runs a model's own code",
+    "packing": "rolora neither pads nor joins rows",
     "fp16": "rolora computes in fp32 or bf16",
     "use_dora": "rolora trains plain LoRA",
-    "lora_modules_to_save": "rolora trains no other modules than LoRA's and a classifier's head",
+    "lora_modules_to_save": "rolora trains only LoRA and a classifier's head",
     "max_prompt_length": "data.max_length is the limit of prompt and completion together",
     "output_dir": "name the run's folder with rolora run --out",
     "dataset_text_field": "the columns are found from the rows",
@@ -184,14 +172,14 @@ INSTEAD = {
 
 
 def _taken(key: str, value: Any, values: Mapping[str, Any]) -> Taken | str | None:
-    """What rolora takes of a setting; why it cannot; or None where it is so in any case."""
+    """What rolora makes of a setting; why it cannot use it; None if rolora always does so."""
     if key in PLAIN:
         return PLAIN[key], value
     if key == "per_device_train_batch_size":
         return "train.batch_size", value * values.get("gradient_accumulation_steps", 1)
     if key == "gradient_accumulation_steps":
         given = "per_device_train_batch_size" in values
-        return None if given else "per_device_train_batch_size, which it multiplies, is left out"
+        return None if given else "it multiplies per_device_train_batch_size, which is not set"
     if key == "run_name":
         return "name", value
     if key == "lora_target_modules":
@@ -208,6 +196,6 @@ def _taken(key: str, value: Any, values: Mapping[str, Any]) -> Taken | str | Non
         return f"{name} is one of {', '.join(dict.fromkeys(words.values()))}"
     if key in ON:
         return ON[key] if value else None
-    if key in ALWAYS and ALWAYS[key](value):
+    if ALWAYS.get(key) is bool(value):
         return None
     return INSTEAD.get(key, "rolora has no such setting")

@@ -47,7 +47,7 @@ from rolora.training.local import (
 )
 from rolora.training.processes import Processes, deal, usable_cores
 
-Arrays = Mapping[str, Any]  # name -> numpy array: as plain bytes, which no shared memory outlives
+Arrays = Mapping[str, Any]  # name -> numpy array: sent as plain bytes, not in shared memory
 Adapter = tuple[Arrays, Mapping[str, float]]  # and its scaling
 
 
@@ -55,14 +55,12 @@ Adapter = tuple[Arrays, Mapping[str, float]]  # and its scaling
 class Part:
     """What a process makes its part of a run from.
 
-    ``make``: ``rolora.run.experiment.Experiment``, which imports this module. ``config`` with dtype
-    resolved; ``base``: the digest of the model; ``files``: name of the rows -> their file;
-    ``cached``: those whose prefix is in ``train.cache``; ``threads``: of torch; ``versions``: of
-    the libraries that compute; ``written``: names this once that the files were written, since
-    the next run of a folder has files of the same names.
+    ``config`` with dtype resolved; ``base``: the model's digest; ``files``: name of rows -> their
+    file; ``cached``: those whose prefix is in ``train.cache``; ``threads``: of torch; ``versions``:
+    of the libraries that compute; ``written``: a name for this writing of the files, since the next
+    run of a folder has files of the same names.
     """
 
-    make: Callable[..., Any]
     config: RunConfig
     labels: tuple[str, ...]
     base: str
@@ -74,7 +72,7 @@ class Part:
 
 
 class WorkerPool:
-    """The processes of a run, with the rows they read: begun when first needed, gone when closed.
+    """The processes of a run, with the rows they read: started when first needed.
 
     ``part`` has no files yet. ``rows``: those that clients train on ("examples") and those that are
     evaluated on; ``folder`` holds them meanwhile. ``count`` calls are under way at a time, on the
@@ -101,7 +99,7 @@ class WorkerPool:
 
     @cached_property
     def _part(self) -> Part:
-        atexit.register(self.close)  # a run may be left half way, and later nothing works
+        atexit.register(self.close)  # a run may be abandoned, and later it is too late
         make_folder(self._folder)
         files = {}
         for name, examples in self._rows.items():
@@ -187,7 +185,7 @@ class InWorkers:
     """Deals the groups of ``here`` out to a worker pool. Results are those of ``here``, to the bit.
 
     Groups are formed before they are dealt, and what comes back is used in the cohort's order.
-    Where a group does not fit in memory, it and all groups after it are formed anew, as ``here``
+    Where a group does not fit in memory, it and all groups after it are formed again, as ``here``
     does.
     """
 
@@ -360,6 +358,8 @@ def _versions() -> tuple[str, ...]:
 
 
 def _made(part: Part) -> Any:
+    from rolora.run.experiment import Experiment  # which imports this module for its workers
+
     if (own := _versions()) != part.versions:
         there, here = ", ".join(part.versions), ", ".join(own)
         raise ConfigError(f"it has {here}, and the run {there}: install the same versions")
@@ -368,7 +368,7 @@ def _made(part: Part) -> Any:
     base = _Here.experiment.base if same else None
     _Here.part = _Here.experiment = None
     gc.collect()  # weights are in reference cycles, and would stay beside those to come
-    run = part.make(config, labels=part.labels, base=base)
+    run = Experiment(config, labels=part.labels, base=base)
     if run.base.digest != part.base:
         raise ConfigError(f"the base model {config.model.path} is not the one that the run has")
     given: dict[str, Any] = {}
@@ -380,7 +380,7 @@ def _made(part: Part) -> Any:
             if given[name].prefix is None:
                 raise ConfigError(f"train.cache: {note}")
     given["encoded"] = given.pop("examples"), ""
-    return part.make(config, labels=part.labels, base=run.base, **given)
+    return Experiment(config, labels=part.labels, base=run.base, **given)
 
 
 def _loads(part: Part) -> tuple[Any, ...]:

@@ -1,1 +1,1 @@
-"""What operators run: a site, the coordinator, keys, checks, a trial on one machine."""
+"""What operators run: sites, the coordinator, keys, checks, and a trial on one machine."""

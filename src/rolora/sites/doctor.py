@@ -100,7 +100,7 @@ def _roles(site: SiteConfig) -> Finding:
     return Finding(
         "roles",
         False,
-        'no run may read a column: say which is what, for example text = "text" and '
+        'no run may read a column: give the columns roles, for example text = "text" and '
         'label = "label" in site.toml',
     )
 
@@ -236,7 +236,7 @@ def _other_versions(body: bytes) -> Finding:
         theirs = dict(read_json(body, 10_000))
     except (MessageError, ValueError, TypeError):
         return Finding(
-            "coordinator", True, "does not tell its versions: not a rolora federation serve"
+            "coordinator", True, "does not report its versions: it is not rolora federation serve"
         )
     differences = "; ".join(
         f"{name} {theirs.get(name)} there, {value} here"

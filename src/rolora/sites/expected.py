@@ -1,4 +1,4 @@
-"""How many bytes a run under way expects of one message: its app tells the SuperLink's gate.
+"""How many bytes the current run expects in one message: its app tells the SuperLink's gate.
 
 The app writes the number into ``expected/PID`` in the federation's folder. The number of an app
 that was killed does not count.
@@ -42,7 +42,7 @@ def largest(folder: Path) -> int:
 
 
 def _lives(file: Path) -> bool:
-    """Whether the process of this file's name is there, and not only its exit status."""
+    """Whether the process that this file is named after is alive (and not a zombie)."""
     try:
         return bool(psutil.Process(int(file.name)).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

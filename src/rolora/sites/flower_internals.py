@@ -1,6 +1,6 @@
 """The only file that imports Flower's private modules: the Fleet API, SuperLink and SuperExec.
 
-Flower may change them in any version: tests/test_flower_internals.py says which name has gone.
+Flower may change them in any version: tests/test_flower_internals.py reports which name is gone.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ _log = logging.getLogger(__name__)
 
 
 class NotConnected(RoloraError):
-    """The SuperLink cannot be reached, or refuses this site; says which, and what to do."""
+    """The SuperLink cannot be reached, or refuses this site; the message says what to do."""
 
 
 class Gone(Exception):
@@ -167,7 +167,7 @@ class Fleet:
         return message
 
     def push(self, message: Message, seconds: float) -> None:
-        """Send an answer that took so many seconds. Raises NotConnected, or Gone."""
+        """Send an answer that took this many seconds. Raises NotConnected, or Gone."""
         node = Node(node_id=self.id)
         message.metadata.__dict__["_message_id"] = message.object_id
         request = PushMessagesRequest(

@@ -1,4 +1,4 @@
-"""A federation's folder at the coordinator: keys, the SuperLink's database, logs."""
+"""A federation's folder at the coordinator: keys, the SuperLink's database and logs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SITE = """\
 # What this site contributes to every run. Check it with: rolora site --config site.toml --check
 name = "{name}"
 data = "rows.csv"          # this site's rows: csv, jsonl, parquet or a datasets folder
-# A run may read no column until you say which is what; the coordinator gets the distinct labels.
+# A run may read no column until you give it a role; the coordinator gets the distinct labels.
 # text = "text"            # a run may read this column as text
 # label = "label"          # and this one as label
 # labels = ["good", "bad"] # the only labels that may leave; default: any, 100 at most
@@ -80,7 +80,7 @@ class FederationFolder:
         if path.exists():
             raise ConfigError(f"{path} exists and is never overwritten")
         if not 0 < port < 65535:
-            raise ConfigError(f"port {port} is not between 1 and 65534: control is on the next one")
+            raise ConfigError(f"port {port} is not between 1 and 65534: control uses the next port")
         path.parent.mkdir(parents=True, exist_ok=True)
         control, secret = f"127.0.0.1:{port + 1}", secrets.token_hex(32).encode()
         here = {"address": control, "root-certificates": str(path.resolve() / "ca.crt")}
@@ -100,7 +100,7 @@ class FederationFolder:
 
     @property
     def control(self) -> int:
-        """The port of this machine alone on which runs are started and keys registered."""
+        """The port, on this machine only, on which runs are started and keys registered."""
         return self.port + 1
 
     @property
@@ -157,7 +157,7 @@ class FederationFolder:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For Flower's programs: no installation at run time, no telemetry, no look for updates."""
+        """For Flower's programs: no installation at run time, no telemetry, no update check."""
         return {
             **own_programs_first(),
             "FLWR_HOME": str(self.path / "flwr"),
@@ -225,7 +225,7 @@ class FederationFolder:
         except ValidationError:
             raise ConfigError(
                 f"{file} is damaged: restore it, or remove it together with state.db, and every "
-                "key is registered anew"
+                "key is registered again"
             ) from None
 
 

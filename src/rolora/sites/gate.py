@@ -1,4 +1,4 @@
-"""The one way out of a site: every answer is checked against the policy, counted and logged."""
+"""The only way out of a site: every answer is checked against the policy, and logged."""
 
 from __future__ import annotations
 

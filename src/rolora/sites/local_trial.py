@@ -54,6 +54,7 @@ def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port
         write_file(site / "site.toml", tomli_w.dumps(mine))
     tables.write_table(rows.test, folder.path / "test.parquet")
     values = config.model_dump(mode="json", exclude_none=True)
+    values["name"] = f"{config.name}-at-sites"  # both may be run, from one folder
     values["server_seed"] = config.seed if config.server_seed is None else config.server_seed
     values["model"]["path"] = str(model) if model.exists() else config.model.path
     values["data"] |= {"train": "sites/*/*.parquet", "test": "test.parquet"}

@@ -1,6 +1,6 @@
-"""Logs that stay small, and in which a record is what this program wrote.
+"""Logs that stay small, and whose records cannot be forged by what others send.
 
-The programs of a federation write to files that the one which started them keeps bounded.
+The programs of a federation write to files; the program that started them keeps these bounded.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ KEPT = 5  # files beside the newest
 def escape_records() -> None:
     """From now on a log record of this process, of whatever library, is one printable line.
 
-    A record quotes what others have sent, which must neither begin a line of its own nor command a
-    terminal. Only a traceback takes further lines, each indented.
+    A record quotes what others have sent, which must neither start a new line nor control a
+    terminal. Only a traceback has further lines, each indented.
     """
     logging.setLogRecordFactory(_escaped)
 
@@ -41,7 +41,7 @@ def _escaped(*args: Any, **kwargs: Any) -> logging.LogRecord:
 
 
 def bound(path: Path, size: int = LARGEST) -> None:
-    """If this file has more than ``size`` bytes, begin anew and keep the old as PATH.1 … PATH.5.
+    """If this file has more than ``size`` bytes, empty it and keep the old one as PATH.1 … PATH.5.
 
     It is copied and emptied, since programs that append to it have it open.
     """

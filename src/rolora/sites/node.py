@@ -22,7 +22,7 @@ from rolora.sites.flower_internals import Fleet, Gone, NotConnected, from_bytes,
 from rolora.sites.site_config import SiteConfig
 
 LONGEST = 1.0  # seconds between polls
-IDLE_AFTER, IDLE_LONGEST = 600.0, 3.0  # after so many seconds without a question
+IDLE_AFTER, IDLE_LONGEST = 600.0, 3.0  # after this many seconds without a question
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def serve(
             seconds = time.monotonic() - start
             try:
                 fleet.push(Message(to_record(reply), reply_to=message), seconds)
-            except (Gone, NotConnected) as error:  # nobody waits for it any more
+            except (Gone, NotConnected) as error:  # no one is waiting for it any more
                 _log.warning("an answer was dropped: %s", error)
             pending.unlink(missing_ok=True)
             notify(f"{site.name}: {_described(question, reply)} ({seconds:.1f} s)")
@@ -77,10 +77,10 @@ def last_node(folder: Path) -> int | None:
 
 
 def _questions(fleet: Fleet, pending: Path) -> Iterator[Message]:
-    """The node's messages as they come, for ever.
+    """The node's messages as they come, without end.
 
     The one being answered is in the file ``pending``: the SuperLink sends each message once, so
-    the next process of a site that was killed takes it up from there.
+    the next process of a site that was killed continues with it.
     """
     if (message := _left_over(fleet, pending)) is not None:
         yield message

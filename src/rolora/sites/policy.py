@@ -1,8 +1,8 @@
 """What a site's operator has agreed to in site.toml, applied to what the coordinator asks for.
 
 A run reads columns by the role that the operator gave them, for a task that the operator allows,
-and never a share of the rows that is so small that a number tells about single rows. What has been
-answered is counted in ``uses.json`` in the state folder, so that a restart forgets nothing.
+and never so few rows that a number would reveal single ones. What has been answered is counted in
+``uses.json`` in the state folder, so that a restart forgets nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rolora.config.schema import AttackConfig, DataConfig, RunConfig
 from rolora.errors import RoloraError
 from rolora.files import make_folder, write_file
 from rolora.flower.message import LABEL_LENGTH, REASONS
-from rolora.run.experiment import local_settings
+from rolora.run.settings import local_settings
 from rolora.run.shards import hold_out
 from rolora.sites.site_config import ROLES, SiteConfig
 from rolora.tasks.registry import NO_COLUMNS, task_kind
@@ -117,7 +117,7 @@ def require_labels(site: SiteConfig, labels: Sequence[str]) -> None:
 
 @dataclass
 class RunUse:
-    """What one run has had of a site: its split of the rows, and the number of questions."""
+    """What one run has used of a site: its split of the rows, and the number of questions."""
 
     share: Annotated[float, Field(ge=0, lt=1)]
     seed: int
@@ -129,14 +129,14 @@ _STORED = TypeAdapter(dict[str, RunUse])
 
 @dataclass
 class Uses:
-    """What each run has had of a site, by the run's id, as in ``uses.json``."""
+    """What each run has used of a site, by the run's id, as in ``uses.json``."""
 
     site: SiteConfig
     runs: dict[str, RunUse] = field(default_factory=dict)
 
     @classmethod
     def read(cls, site: SiteConfig) -> Uses:
-        """Those of this site so far. Refused if the file is damaged: it is never begun anew."""
+        """Those of this site so far. Refused if the file is damaged: it is never reset."""
         file = site.folder / "uses.json"
         try:
             return cls(site, _STORED.validate_json(file.read_bytes(), strict=True))

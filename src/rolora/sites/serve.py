@@ -1,7 +1,7 @@
 """The coordinator's programs: SuperLink, SuperExec, and in a trial also the sites.
 
-They run and end together. Nothing is started again here: that is for systemd (deploy/). The app
-of a run under way outlives a failure, but not an interruption, and goes on with the next SuperLink.
+They run and end together. Nothing is restarted here: systemd does that (deploy/). The app of a
+running run survives a failure, but not an interruption, and continues with the next SuperLink.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _watch(
                 raise RoloraError(fault)
         for site in [site for site in alive if site.fault()]:
             alive.remove(site)
-            notify(f"{site.fault()}; the others go on without it")
+            notify(f"{site.fault()}; the others continue without it")
         for program in (*needed, *sites):
             bound(program.log)
         public = set(folder.public)

@@ -1,9 +1,9 @@
-"""A site's part of a run: it answers four questions, and keeps its rows and state on its disk.
+"""A site's part of a run: it answers four questions, and its rows and state stay on its disk.
 
 ``Site.answer`` maps a question to an answer. What a site has received and sent is in its state
 folder, one file per round, so a new process can answer the next question, or the same one again.
-Rows, tokens and personal tensors never leave the site. What does passes ``gate.leave``, and is
-listed in ``outgoing.log``; ``policy`` holds the coordinator to what the operator agreed to.
+Rows, tokens and personal tensors never leave the site. Whatever leaves passes ``gate.leave`` and is
+listed in ``outgoing.log``; ``policy`` enforces what the operator agreed to.
 
 ====== ====================================== ==========================================
 asks   the coordinator sends                  the site answers
@@ -48,7 +48,8 @@ from rolora.flower.message import (
 )
 from rolora.flower.versions import PROTOCOL, versions
 from rolora.model.base import layout, tokenizer_digest
-from rolora.run.experiment import Experiment, require_turns
+from rolora.run.experiment import Experiment
+from rolora.run.refusals import require_turns
 from rolora.run.shards import Rows, hold_out, neighboured
 from rolora.sites.gate import leave
 from rolora.sites.policy import (

@@ -72,8 +72,8 @@ class SiteConfig(Section):
     )
     metrics: list[str] | None = Field(
         None,
-        description="metrics of held-out rows that may leave, and with loss that of training; left "
-        "out: all of the task, and the training loss",
+        description="metrics of held-out rows that may leave; with loss, also the training loss; "
+        "left out: all of the task, and the training loss",
     )
     min_train_rows: int = Field(10, ge=1, description="fewest rows that a round may train on")
     min_score_rows: int = Field(10, ge=1, description="fewest rows that may be scored")
@@ -81,7 +81,7 @@ class SiteConfig(Section):
     max_steps: int = Field(10_000, ge=1, description="most optimizer steps of a round")
     max_batch: int = Field(1024, ge=1, description="most rows of a step")
     max_rank: int = Field(256, ge=1, description="highest LoRA rank")
-    max_runs: int = Field(100, ge=1, description="most runs that are answered, ever")
+    max_runs: int = Field(100, ge=1, description="most runs that are ever answered")
     max_questions: int = Field(5000, ge=1, description="most questions of a run that are answered")
     model: str | None = Field(
         None, description="the base model here; left out: what the run's configuration says"
@@ -92,7 +92,7 @@ class SiteConfig(Section):
         description="how the base model's hash must begin, for rolora site --check",
     )
     device: Literal["cpu", "cuda", "mps"] = Field("cpu", description="where the model computes")
-    threads: int | None = Field(None, ge=1, description="of torch; left out: all cores")
+    threads: int | None = Field(None, ge=1, description="torch threads; left out: all cores")
     state: str = Field("rolora-site", description="folder for what the site keeps")
     superlink: str = Field("127.0.0.1:8000", description="the coordinator's address, host:port")
     certificates: str | None = Field(

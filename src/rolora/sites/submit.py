@@ -90,7 +90,7 @@ def run_remotely(
         write_file(job / "app" / "rolora_apps.py", CODE)
         command = ("run", str(job / "app"), name, "--run-config", f'job="{job}"')
         answer = flwr(command, environment)
-        notify(f"submitted to {config.federation.on} as run {answer['run-id']}")
+        notify(f"submitted to the federation as run {answer['run-id']}")
         _follow(job, out, notify)
     finally:
         if not is_alive(job):

@@ -5,7 +5,7 @@ start runs, whose code is executed on the coordinator. So there are two listener
 machines serves the sites' routes only, and reads no body before it has seen that a registered key
 has signed the request and that the body is not too large. The one for control is bound to
 127.0.0.1, where the Control API needs the federation's secret, and Flower itself authenticates the
-Runtime API. No address that a request claims to come from is believed.
+Runtime API. The address that a request claims to come from is never trusted.
 
 Run as ``python -m rolora.sites.superlink FOLDER HOST PORT``; control is on the next port. This
 process does not import torch, which would more than double its memory.

@@ -1,1 +1,1 @@
-"""What is learned: a task turns rows into tokens, outputs into a loss, and answers into metrics."""
+"""Tasks: each turns rows into tokens, outputs into a loss, and answers into metrics."""

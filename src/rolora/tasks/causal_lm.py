@@ -98,7 +98,7 @@ def causal_lm(
 
     def predict(table: Any, source: str, _: Any, most: int) -> list[dict[str, Any]]:
         if not (prompt or messages):
-            raise ConfigError("a text without data.prompt has nothing that could be continued")
+            raise ConfigError("a text without data.prompt has nothing to continue")
         chats = read(table, source, prompt)
         if chats is not None:
             template = Template(base.tokenizer, date)

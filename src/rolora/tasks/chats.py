@@ -1,9 +1,9 @@
 """Chats as the model's own template writes them, and the parts of them that are trained on.
 
-A template may write a turn in one way while it is the last one and in another once more follow:
-Qwen3 then drops its reasoning, gpt-oss and Phi-3 change its end mark. Such a turn is trained on in
-a row of its own, which ends with it, so that the model learns it in the form and after the history
-that it will see.
+A template may write the last turn differently from earlier ones: once more turns follow, Qwen3
+drops its reasoning, gpt-oss and Phi-3 change its end mark. Such a turn is trained on in a separate
+row that ends with it, so that the model learns it in the form, and after the history, that it will
+see.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPEAKERS = {
     "tool": "tool",
     "observation": "tool",
 }
-ANSWER = "\ue000"  # for private use: no template and no chat has it
+ANSWER = "\ue000"  # a private-use character, which no template and no chat contains
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What is predicted for whole texts: a class, any number of classes, or a number."""
+"""Predictions for whole texts: a class, any number of classes, or a number."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import scipy.stats
@@ -35,7 +36,7 @@ def classification(
     ``positive``, one of the labels, also f1, which is that label's. ConfigError for another.
     """
     if positive is not None and positive not in labels:
-        raise ConfigError(f"data.positive {positive!r} is no label: {nearest(positive, labels)}")
+        raise ConfigError(f"data.positive {positive!r} is not a label: {nearest(positive, labels)}")
 
     def targets(table: Any, source: str) -> Tensor:
         rows = [[name] for name in tables.labels(table, label, source)]
@@ -60,7 +61,13 @@ def classification(
             **({} if positive is None else {"f1": _f1_of(labels.index(positive), truth, guess)}),
         }
 
-    return _of_texts(base, text, max_length, targets, loss, score, predictions)
+    def recall(outputs: Tensor, examples: Examples) -> dict[str, float]:
+        truth = examples.targets
+        found = truth[outputs.argmax(dim=1) == truth]
+        return _shares(labels, *(of.bincount(minlength=len(labels)) for of in (found, truth)))
+
+    task = _of_texts(base, text, max_length, targets, loss, score, predictions)
+    return replace(task, recall=recall)
 
 
 def multi_label(
@@ -106,7 +113,12 @@ def multi_label(
             "loss": _mean(loss(outputs, examples.targets)),
         }
 
-    return _of_texts(base, text, max_length, targets, loss, score, predictions)
+    def recall(outputs: Tensor, examples: Examples) -> dict[str, float]:
+        truth = examples.targets > 0
+        return _shares(labels, *(of.sum(dim=0) for of in (truth & (outputs >= 0), truth)))
+
+    task = _of_texts(base, text, max_length, targets, loss, score, predictions)
+    return replace(task, recall=recall)
 
 
 def regression(base: Base, text: str | Sequence[str], label: str, max_length: int) -> Task:
@@ -255,6 +267,12 @@ def logits(model: Any, batch: Batch) -> Tensor:
     return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
 
 
+def _shares(labels: Sequence[str], found: Tensor, rows: Tensor) -> dict[str, float]:
+    """Label -> found / rows, for labels with rows; both (labels,)."""
+    each = zip(labels, found.tolist(), rows.tolist(), strict=True)
+    return {label: hits / count for label, hits, count in each if count}
+
+
 def _named(shares: Tensor, labels: Sequence[str]) -> list[dict[str, float]]:
     return [dict(zip(labels, row, strict=True)) for row in shares.tolist()]
 
@@ -279,7 +297,7 @@ def _matthews(truth: Any, guess: Any) -> float:
 
 
 def _correlation(measure: Any, truth: Tensor, guess: Tensor) -> float:
-    # scipy warns where a side is constant or not finite
+    # scipy warns if a side is constant or not finite
     for side in (truth, guess):
         if not side.isfinite().all() or (side == side[0]).all():
             return 0.0

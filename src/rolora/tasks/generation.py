@@ -1,4 +1,4 @@
-"""Greedy generation through the bank, and what generated completions are worth."""
+"""Greedy generation through the bank, and the metrics of generated completions."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Preferences: make one completion of a prompt likelier than another, or wanted completions
-likelier than unwanted ones, measured from what the model gave them before any training.
+likelier than unwanted ones, relative to the model before any training.
 
 A row is two token sequences: the chosen and the rejected completion of its prompt; or, for KTO, its
 completion and that of the client's row before it, which estimates how far the model has moved as a
@@ -57,9 +57,9 @@ def preference(
 
     The columns hold texts (behind that of ``prompt``; an end-of-text token follows them), or chats
     (behind that of ``prompt``), which end with one answer and are written out by the tokenizer's
-    chat template. Without ``prompt`` it is what chosen and rejected begin with alike. For the
-    losses see ``losses``. Metrics: ``accuracy``, how often a row's gap (see ``gaps``) is above 0,
-    where 0 counts half; ``margin``, beta times the mean gap; and ``loss``.
+    chat template. Without ``prompt`` it is the common beginning of chosen and rejected. For
+    the losses see ``losses``. Metrics: ``accuracy``, how often a row's gap (see ``gaps``) is above
+    0, where 0 counts half; ``margin``, beta times the mean gap; and ``loss``.
     """
     require_offsets(base.tokenizer)
     if not base.outline:
@@ -231,7 +231,7 @@ def _chats(
         for cell, place in zip(tables.cells(table, name), places(source), strict=False):
             if not isinstance(cell, list):
                 raise DataError(
-                    f"{place}: {name!r} is no list of messages, but {names[0]!r} holds such lists: "
+                    f"{place}: {name!r} is not a list of messages, but {names[0]!r} holds lists: "
                     "give all as texts, or all as messages; a prompt that the chats begin with is "
                     "left out of [data]"
                 )
@@ -257,7 +257,7 @@ def _chats(
 
 
 def _alike(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items both begin with."""
+    """The number of equal items at the beginning of both."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

@@ -1,4 +1,4 @@
-"""What can be learned: kinds of task by name, and the record of functions that a task is.
+"""Kinds of task by name, and the task itself, a record of functions.
 
 A kind is known before any model is loaded: the columns it reads, the model it needs, its metrics.
 Its task turns rows into tokens, a model's outputs into a loss, and outputs into metrics. An
@@ -28,12 +28,11 @@ TASKS = Registry(
     kind="task",
     group="rolora.tasks",
     own={
-        "classification": "rolora.tasks.kinds:classification",
-        "multi_label": "rolora.tasks.kinds:multi_label",
-        "regression": "rolora.tasks.kinds:regression",
-        "causal_lm": "rolora.tasks.kinds:causal_lm",
-        "choice": "rolora.tasks.kinds:choice",
-        "preference": "rolora.tasks.kinds:preference",
+        name: f"rolora.tasks.kinds:{name}"
+        for name in (
+            *("classification", "multi_label", "regression"),
+            *("causal_lm", "choice", "preference"),
+        )
     },
 )
 
@@ -53,6 +52,8 @@ class Task:
     returns the metrics of an ``encode_test``. ``predict(table, source, outputs, max_new_tokens)``
     gives a dict per table row, which needs no right answer, while the bank holds the adapter;
     ``outputs(examples)`` gives (rows, width) for them. None: the task makes no predictions.
+    ``recall(outputs, examples)`` maps each label that rows of an ``encode_test`` have, in the order
+    of the labels, to the share of these rows for which it is predicted. None: there are no labels.
     """
 
     encode: Callable[[Any, str], Examples]
@@ -61,6 +62,7 @@ class Task:
     outputs: Callable[[Any, Batch], Tensor]
     score: Callable[[Tensor, Examples], dict[str, float]]
     predict: Predict | None = None
+    recall: Callable[[Tensor, Examples], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ class ClientStore:
             return load_file(earlier[-1])
         except (SafetensorError, OSError) as error:
             if self.kind in SENT_AGAIN:
-                _log.warning("%s is damaged (%s) and is sent anew", earlier[-1], error)
+                _log.warning("%s is damaged (%s) and is sent again", earlier[-1], error)
                 return {}
             raise RoloraError(
                 f"{earlier[-1]} is damaged ({error}): put it back, or delete it, and {client} goes "

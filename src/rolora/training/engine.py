@@ -59,10 +59,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An adapter's metrics on the server's rows; ``validation`` decides about the best round."""
+    """An adapter's metrics on the server's rows; ``validation`` decides about the best round.
+
+    ``recall``: see ``rolora.tasks.registry.Task``; of the rows behind ``metrics``.
+    """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     validation: Mapping[str, float] = field(default_factory=dict)
+    recall: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

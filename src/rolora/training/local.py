@@ -132,7 +132,7 @@ def train_group(
                 optimizer.keep(staying)
             roles = method.trainable(round, step)
             bank.train(roles | settings.kept)
-            keys = row_keys(seeds[:staying], step, sizes)
+            keys = row_keys(seeds[:staying], step, sizes) if bank.dropout else None
             losses = _losses(base, task, batch, sizes, keys)
             total_loss = losses.sum()
             if penalty is not None:
@@ -171,7 +171,9 @@ def _batches(
         yield [len(chosen) for chosen in rows], batch.to(base.device)
 
 
-def _losses(base: Base, task: Task, batch: Batch, sizes: Sequence[int], keys: Tensor) -> Tensor:
+def _losses(
+    base: Base, task: Task, batch: Batch, sizes: Sequence[int], keys: Tensor | None
+) -> Tensor:
     """Each client's mean loss over its rows, (K,); ``keys`` seed the dropout of every row."""
     clients = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     clients = moved(clients, base.device)

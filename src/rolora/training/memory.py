@@ -39,7 +39,8 @@ class BankPlan:
 
     def __str__(self) -> str:
         kept = " and ".join(f"{n / 1e6:,.0f} MB to train {w}" for w, n in self.activations.items())
-        return f"{self.clients} clients at once: {self.tokens:,} tokens a step, which keep {kept}"
+        size = f"{self.tokens:,} tokens a step, whose activations take {kept}"
+        return f"{self.clients} clients at once: {size}"
 
 
 def phases(method: Method, rounds: int, kept: Roles = frozenset()) -> dict[str, Roles]:

@@ -16,7 +16,7 @@ from rolora.training.settings import LocalSettings
 class LocalOptimizer:
     """SGD or AdamW on the leaves of a loaded bank; a step is as if each client had its own.
 
-    ``moments``: per client, the state to go on from (KEY/TENSOR -> value), empty for a fresh one.
+    ``moments``: per client, the state to continue from (KEY/TENSOR -> value), empty for a new one.
     Clients that leave the bank must be dropped with ``keep``.
     """
 

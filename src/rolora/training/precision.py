@@ -75,8 +75,8 @@ def lower(
         _hold(full)
     return (
         f"the base runs in {'bfloat16' if faster and agrees else 'float32'}: a step in bfloat16 is "
-        f"{gain:.2f} times as fast here, with a loss of {after:.4f} for {before:.4f}"
-        + ("" if agrees else ", too far from it")
+        f"{gain:.2f} times as fast here, and its loss is {after:.4f} (in float32 {before:.4f})"
+        + ("" if agrees else ", which is too different")
     )
 
 

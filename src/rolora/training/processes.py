@@ -86,7 +86,7 @@ class Processes(Executor):
             self._free.put(place)
         self._pools: dict[int, tuple[ProcessPoolExecutor, int]] = {}
         self._ended = False
-        atexit.register(self.shutdown)  # a run may be left half way, and later nothing works
+        atexit.register(self.shutdown)  # a run may be abandoned, and later it is too late
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Have a process call ``fn``, which has to be importable there, as its arguments have."""

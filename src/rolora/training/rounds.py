@@ -1,7 +1,7 @@
 """The round loop: sample a cohort, run it, step, evaluate; a generator of finished rounds.
 
-There are no callbacks: the caller records, checkpoints and displays what the generator yields, and
-the state in each result is all that is needed to continue from it.
+The caller records, checkpoints and displays what the generator yields, and the state in each result
+is all that is needed to continue from it. Within a round it hears only of replies (``arrived``).
 """
 
 from __future__ import annotations
@@ -13,17 +13,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo
-from rolora.algorithm.ledger import (
-    Arrival,
-    Ledger,
-    after_round,
-    gradient_bytes,
-    record_arrivals,
-)
+from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failure, Update
+from rolora.algorithm.ledger import Arrival, Ledger, after_round, gradient_bytes
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator
+from rolora.algorithm.spectrum import layer_measures
 from rolora.algorithm.step import Aggregation, step
 from rolora.errors import ConfigError, NoQuorum
 from rolora.training.engine import Engine, Evaluation, Job
@@ -61,7 +56,8 @@ class RoundResult:
 
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
     payload over all clients, as it is encoded; those of round 0 are the gradients of all clients,
-    if the method starts from them. ``cut``: see ``rolora.algorithm.step.RoundReport``. ``reason``:
+    if the method starts from them. ``recall``: see ``Evaluation``; ``layers``: see
+    ``rolora.algorithm.spectrum``; ``cut``: see ``rolora.algorithm.step.RoundReport``. ``reason``:
     why an attempt has not advanced.
     """
 
@@ -75,6 +71,8 @@ class RoundResult:
     metrics: Metrics = field(default_factory=dict)
     validation: Metrics = field(default_factory=dict)
     client_metrics: Mapping[str, Metrics] = field(default_factory=dict)
+    recall: Metrics = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     aggregation_error: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
@@ -114,8 +112,8 @@ class Federation:
     ``seed``). ``evaluate`` measures an adapter on the server's rows; ``metric``
     is the validation metric that early stopping and the best round go by, as a mean over the phases
     of a method that trains different factors in turn. ``patience`` counts evaluations without
-    improvement. ``spare`` clients are drawn beyond the cohort, for an engine
-    that uses the first ones to answer.
+    improvement. ``spare`` clients are drawn beyond the cohort, for an engine that uses the first
+    ones to answer. ``arrived`` is called with each reply of the engine as it comes.
     """
 
     method: Method
@@ -135,6 +133,7 @@ class Federation:
     patience: int | None = None
     spare: int = 0
     max_attempts: int = 3
+    arrived: Callable[[Update | Failure], None] = lambda reply: None
 
 
 def cohort_size(clients: int, participation: float) -> int:
@@ -171,7 +170,7 @@ def federate(run: Federation, state: RunState) -> Iterator[RoundResult]:
     An attempt below the quorum yields a result that has not ``advanced``, and the round is tried
     again with a new cohort. A caller that saves every yielded ``state`` before it asks for the next
     result can be killed at any moment and continue from the last one. Raises NoQuorum after
-    ``run.max_attempts`` attempts at one round (a resumed run starts counting anew) and ConfigError
+    ``run.max_attempts`` attempts at one round (a resumed run counts from 0) and ConfigError
     if validation does not measure ``run.metric``.
 
     A federation on your own model: an engine that knows the clients and trains a cohort.
@@ -262,9 +261,17 @@ def _round(run: Federation, state: RunState) -> RoundResult:
     }
     job = Job(server, tuple(cohort.values()), run.seed, run.lr(round), state.ledger)
     arrived: list[Arrival] = []
-    replies = record_arrivals(run.engine.run(method, job), arrived, lone=len(cohort) == 1)
+
+    def replies() -> Iterator[Update | Failure]:
+        for reply in run.engine.run(method, job):
+            run.arrived(reply)
+            if isinstance(reply, Update):
+                lone = reply.adapter if len(cohort) == 1 else None
+                arrived.append(Arrival(reply.client, reply.metrics, reply.num_bytes(), lone))
+            yield reply
+
     rng = generator(secret, "aggregate", round, attempt)
-    after, report = step(method, aggregation, server, cohort, replies, rng)
+    after, report = step(method, aggregation, server, cohort, replies(), rng)
     ledger, bytes_up, bytes_down = state.ledger, 0, 0
     if method.federated:
         ledger, bytes_down = after_round(method, server, after, cohort, state.ledger, arrived)
@@ -304,6 +311,7 @@ def _evaluated(run: Federation, result: RoundResult) -> RoundResult:
         found = Evaluation(
             _mean([one.server.metrics for one in each if one.server.metrics]),
             _mean([one.server.validation for one in each if one.server.validation]),
+            _mean([one.server.recall for one in each if one.server.recall]),
         )
     if not found.metrics:
         found = run.evaluate(state.server.adapter)
@@ -317,6 +325,8 @@ def _evaluated(run: Federation, result: RoundResult) -> RoundResult:
         metrics=found.metrics,
         validation=found.validation,
         client_metrics=client_metrics,
+        recall=found.recall,
+        layers=layer_measures(state.server.adapter, run.method.personal_roles),
         state=state,
     )
 

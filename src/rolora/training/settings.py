@@ -13,7 +13,7 @@ from rolora.algorithm.adapter import Roles
 class LocalSettings:
     """How a client trains in a round: ``steps`` optimiser steps, or ``epochs`` over its shard.
 
-    The optimiser starts afresh each round; for the roles in ``kept`` it goes on from its state
+    The optimiser is reset each round; for the roles in ``kept`` it continues from its state
     of the client's last round, and where they are not trained in this one, their gradients update
     it. ``max_grad_norm`` clips each client's gradient. lora_B learns at lr × ``b_lr_ratio``
     (LoRA+, Hayou et al. 2024), the task head at lr × ``head_lr_ratio``, everything else at lr.

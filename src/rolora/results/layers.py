@@ -1,0 +1,53 @@
+"""Norms and effective rank of the server's factors, by layer and by round."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rolora.results.runs import RunRecord
+
+# a measure's name in ``rounds.jsonl`` -> its title, and what it is
+MEASURES = {
+    "effective_rank": (
+        "effective rank of B·A",
+        "The exponential of the entropy of the singular values, as shares of their sum (Roy & "
+        "Vetterli 2007): 1 if the change has one direction, the factors' rank if all weigh the "
+        "same.",
+    ),
+    "norm_A": ("norm of A", "Frobenius norm of the server's lora_A."),
+    "norm_B": ("norm of B", "Frobenius norm of the server's lora_B."),
+}
+
+
+class Layer(NamedTuple):
+    """A layer of a method's runs at their end: measure -> its mean over the runs that know it."""
+
+    method: str
+    layer: str
+    values: Mapping[str, float]
+
+
+def known(run: RunRecord, measure: str) -> dict[int, list[float]]:
+    """Round -> the values of the layers that have one."""
+    each = {line["round"]: line.get("layers", {}).get(measure, ()) for line in run.rounds}
+    values = {round: [v for v in own if v is not None] for round, own in each.items()}
+    return {round: own for round, own in values.items() if own}
+
+
+def last_layers(groups: Mapping[str, Sequence[RunRecord]]) -> list[Layer]:
+    """Every layer of every method, at the last evaluation."""
+    found = []
+    for method, runs in groups.items():
+        seen: dict[str, dict[str, list[float]]] = {}
+        for run in runs:
+            measured = [line["layers"] for line in run.rounds if "layers" in line]
+            for measure, values in (measured or [{}])[-1].items():
+                for layer, value in zip(run.axes.layers, values, strict=True):
+                    if value is not None:
+                        seen.setdefault(layer, {}).setdefault(measure, []).append(value)
+        for layer, own in seen.items():
+            means = {measure: statistics.fmean(values) for measure, values in own.items()}
+            found.append(Layer(method, layer.removeprefix("base_model.model."), means))
+    return found
