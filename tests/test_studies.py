@@ -125,7 +125,7 @@ def test_a_registered_question_is_answered_by_holm_s_p_and_by_what_is_equal() ->
             ]
             for other in others
         }
-        return {"cell": {key: value}, "reference": first, "pairs": pairs}
+        return {"cell": {key: value}, "metric": "accuracy", "reference": first, "pairs": pairs}
 
     def near(value: float, sign: int = 1) -> list[float]:
         return [value + sign * one for one in noise]
@@ -139,7 +139,14 @@ def test_a_registered_question_is_answered_by_holm_s_p_and_by_what_is_equal() ->
         cell("train.keep_moments", way, rolora=near(score, sign), fedit=[0.7, 0.9, 0.8, 0.7, 0.9])
         for way, score, sign in ((True, 0.84, 1), (False, 0.825, -1))
     ]
-    cells = {"e1": [clients], "e3": [rates], "kept": kept}
+    people = [
+        {
+            **cell("train.keep_moments", way, rolora=near(score), fedit=near(26.0, -1)),
+            "metric": "perplexity",  # the lower one is ahead
+        }
+        for way, score in ((True, 20.0), (False, 22.0))
+    ]
+    cells = {"e1": [clients], "e3": [rates], "kept": kept, "e4": people}
     lines = results.answers({name: {"cells": found} for name, found in cells.items()})
     asked = [line.strip("| ").split(" | ") for line in lines[2:]]
     assert [(one[0], one[1], one[-1]) for one in asked] == [
@@ -150,6 +157,15 @@ def test_a_registered_question_is_answered_by_holm_s_p_and_by_what_is_equal() ->
         ("TREC", "kept moments − fresh ones, RoLoRA", "ahead, but equal within 2 points"),
         ("TREC", "RoLoRA with kept moments − `fedit` with fresh ones, equal bytes", "cannot tell"),
         ("TREC", "RoLoRA with kept moments − `fedit` with kept ones, equal bytes", "cannot tell"),
+        ("E4, six people", "kept moments − fresh ones, RoLoRA", "ahead"),
+        *(
+            (
+                "E4, six people",
+                f"RoLoRA with kept moments − `fedit` with {way} ones, equal bytes",
+                "ahead",
+            )
+            for way in ("fresh", "kept")
+        ),
     ]
 
 
