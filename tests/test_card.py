@@ -66,6 +66,14 @@ def test_a_card_names_no_client_and_no_folder_of_this_machine(tmp_path: Path) ->
     assert "client-0" not in text
 
 
+def test_a_card_of_clients_with_ranks_of_their_own_has_the_largest_and_no_name(
+    tmp_path: Path,
+) -> None:
+    run = load_run(write_run(tmp_path / "run"))
+    run.config["lora"] = {"rank": {"ann-*": 2, "*": 8}, "alpha": 8.0}
+    assert "| adapter | rank 8, alpha 8.0, on query |" in card(run, 40, SOURCE)
+
+
 def test_no_name_of_the_user_s_breaks_a_card(tmp_path: Path) -> None:
     unkind = 'a: "b" | c\n# d <script> - [x](y)'
     run = load_run(write_run(tmp_path / "run", name=unkind))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rolora.config.schema import LoraConfig
 from rolora.report.page import templates
 from rolora.results.runs import MEGABYTE, RunRecord
 
@@ -56,7 +57,7 @@ def card(run: RunRecord, round: int, source: Source) -> str:
             method=run.method,
             judged_on=run.config.get("eval", {}).get("rows", "test"),
             kept=" and ".join(KEPT[role] for role in source.kept),
-            rank=run.config["lora"]["rank"],
+            rank=LoraConfig.model_validate(run.config["lora"]).largest,
             alpha=run.config["lora"]["alpha"],
             layers=", ".join(sorted({path.rpartition(".")[2] for path in source.layers})),
             clients=len(sizes),
