@@ -34,7 +34,13 @@ def export(
             "repository is private",
         ),
     ] = None,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the merged weights")] = "fp32",
+    dtype: Annotated[
+        Literal["fp32", "fp16", "bf16", "q8_0"],
+        typer.Option(
+            help="of the weights that are written: all of a folder, the adapted layers' of a GGUF "
+            "base, the adapter's; q8_0 is for GGUF files"
+        ),
+    ] = "fp32",
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
     json: Json = False,
 ) -> None:
