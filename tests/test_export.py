@@ -100,7 +100,7 @@ def test_a_classifier_without_a_padding_token_of_its_own_takes_rows_of_several_l
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     snippet = (run / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
     made: dict[str, Any] = {}
-    exec(snippet.replace("FOLDER", str(run / "adapter")), made)
+    exec(snippet.replace("ADAPTER_FOLDER", str(run / "adapter")), made)
     with torch.no_grad():
         found, wanted = (model.eval()(**rows).logits for model in (merged, made["model"]))
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -301,9 +301,9 @@ def test_the_card_of_a_classifier_on_a_gguf_base_loads_the_classifier(tmp_path: 
     run = trained(tmp_path, "classification", base="base.gguf", maker=tiny_llama)
     export(run, merged=tmp_path / "merged")
     snippet = (run / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
-    snippet = snippet.replace("ITS FOLDER", str(tmp_path))
+    snippet = snippet.replace("BASE_FOLDER", str(tmp_path))
     made: dict[str, Any] = {}
-    exec(snippet.replace("FOLDER", str(run / "adapter")), made)
+    exec(snippet.replace("ADAPTER_FOLDER", str(run / "adapter")), made)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     found, wanted = (logits(model, tmp_path / "merged") for model in (made["model"], merged))
     assert torch.allclose(found, wanted, atol=1e-5)

@@ -24,7 +24,7 @@ def export(
         ),
     ] = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="a file for the adapter alone, for llama.cpp's --lora")
+        Path | None, typer.Option(help="a new file for the adapter alone, for llama.cpp's --lora")
     ] = None,
     push: Annotated[
         str | None,
@@ -52,10 +52,6 @@ def export(
         return
     from rolora.run import export
 
-    if merged is None and gguf is None:
-        raise ConfigError(
-            "choose what to write: --merged FOLDER, --gguf FILE, or both; or upload with --push"
-        )
     with working("loading the base and writing"):
         export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
     made = {"merged": merged, "gguf": gguf}

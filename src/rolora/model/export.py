@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,8 +74,7 @@ def write_gguf(base: Base, adapter: AdapterState, out: Path, dtype: Dtype) -> No
     """
     config: Any = base.model.config
     factors, alpha = _factors(base, adapter), float(base.peft_config.lora_alpha)
-    with new_file(out) as part:
-        writer = gguf.GGUFWriter(part, _LLAMA_CPP[config.model_type][0])
+    with _new_gguf(out, _LLAMA_CPP[config.model_type][0]) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
@@ -82,10 +82,6 @@ def write_gguf(base: Base, adapter: AdapterState, out: Path, dtype: Dtype) -> No
             for letter, factor in {"a": down, "b": up * len(down) / alpha}.items():
                 data, kind = _stored(factor.contiguous().numpy(), dtype)
                 writer.add_tensor(f"{name}.lora_{letter}", data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
 
 
 def write_merged_gguf(
@@ -108,8 +104,7 @@ def write_merged_gguf(
             f"{min(lacking)!r}, which the adapter changes, is not in {source.name!r}: name a "
             "folder with --merged"
         )
-    with new_file(out) as part:
-        writer = gguf.GGUFWriter(part, reader.fields["general.architecture"].contents())
+    with _new_gguf(out, reader.fields["general.architecture"].contents()) as writer:
         writer.data_alignment = reader.alignment
         own = ("general.architecture", "general.file_type")  # the type is no longer that of all
         for field in reader.fields.values():
@@ -122,10 +117,6 @@ def write_merged_gguf(
                 down, up = factors[tensor.name]
                 data, kind = _stored(gguf.dequantize(data, kind) + (up @ down).numpy(), dtype)
             writer.add_tensor(tensor.name, data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
 
 
 def _factors(base: Base, adapter: AdapterState) -> dict[str, tuple[Tensor, Tensor]]:
@@ -155,6 +146,18 @@ def _factors(base: Base, adapter: AdapterState) -> dict[str, tuple[Tensor, Tenso
             raise ConfigError(f"layer {path!r} has no name in GGUF: use --merged")
         factors[f"{called}.weight"] = (adapter[f"{layer}.lora_A.weight"].float(), up)
     return factors
+
+
+@contextlib.contextmanager
+def _new_gguf(out: Path, architecture: str) -> Iterator[Any]:
+    """A writer of a GGUF file, which is written whole when the block ends well, or not at all."""
+    with new_file(out) as part:
+        writer = gguf.GGUFWriter(part, architecture)
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _stored(matrix: Any, dtype: Dtype) -> tuple[Any, Any]:

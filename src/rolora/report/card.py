@@ -36,7 +36,7 @@ def card(run: RunRecord, round: int, source: Source) -> str:
 
     Clients are counted, not named, and paths are left out: cards are made to be shared.
     """
-    local, path = Path(source.base).exists(), Path(run.config["model"]["path"])
+    local, path = Path(source.base).is_absolute(), Path(run.config["model"]["path"])
     sizes = [client["num_examples"] for client in run.partition["clients"]]
     errors = [e for line in run.rounds if (e := line["aggregation_error"]) is not None]
     labels = ", ".join(source.labels[:LABELS])

@@ -29,9 +29,13 @@ def export(
     ``dtype``: of the weights that are written; "q8_0", 8 bits each, is for GGUF files, and stores
     matrices whose rows are no whole number of its blocks of 32 as fp16. ``model`` names the base
     where it has moved. Raises ConfigError as ``evaluate_adapter`` does, for an adapter that cannot
-    be written as GGUF, and for a folder in q8_0.
+    be written as GGUF, for a folder in q8_0, and if nothing is to be written.
     """
-    if merged is not None and merged == gguf:
+    if merged is None and gguf is None:
+        raise ConfigError(
+            "choose what to write: --merged FOLDER, --gguf FILE, or both; or upload with --push"
+        )
+    if merged == gguf:
         raise ConfigError(f"--merged and --gguf are both {gguf}: name two files")
     for option, out in {"--merged": merged, "--gguf": gguf}.items():
         if out is not None and out.exists():
