@@ -287,6 +287,8 @@ def _read(file: Path, kind: TypeAdapter[T], otherwise: T) -> T:
 
 def _fault(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "model_type":
+        return "it is not a JSON object"
     return ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
 
 
