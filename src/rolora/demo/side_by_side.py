@@ -77,7 +77,7 @@ every = 5
 generate = 100
 """
 
-# As for the questions. LoRA sits on few layers, so that the frozen ones below run once per row.
+# Tuned likewise. LoRA is in few layers, so that most of the model runs only once for each row.
 PREFERENCES = """\
 # Ten clients teach a small chat model to prefer the right kind of a question's answer to another.
 [model]
@@ -103,7 +103,7 @@ alpha = 0.5
 rounds = 10
 local_steps = 2
 batch_size = 4
-lr = 2e-2
+lr = 4e-2
 [eval]
 every = 5
 """

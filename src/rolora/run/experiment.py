@@ -482,7 +482,9 @@ class Experiment:
             "asked": self.asked,
         }
         return WorkerPool(
-            Part(config.model_copy(update=changes), tuple(self.labels), self.base.digest),
+            Part(
+                Experiment, config.model_copy(update=changes), tuple(self.labels), self.base.digest
+            ),
             {name: given for name, given in rows.items() if given is not None},
             self.clients.parent,
             self.workers,
