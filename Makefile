@@ -3,7 +3,8 @@
 # make test-all  all tests of one machine      make test-slow  real models and a browser, an hour
 # make test-lowest       the tests with the lowest versions of every package (brings torch for GPUs)
 # make test-processors   the tests that arithmetic decides, as other processors and with two threads
-# make check     formatting, lint, types      make demo-llm  the demo with a small chat model
+# make check     formatting, lint, types
+# make demo TASK=chat   with a small chat model; TASK=preference   preference tuning of it (DPO)
 # make test-flower   federations of real processes and what befalls them, about 20 minutes
 # make soak-flower   twenty rounds in which sites, SuperLink and coordinator are killed
 # make test-faults   kills, full disks and power cuts at every file operation, about 20 minutes
@@ -22,7 +23,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2
 
-.PHONY: lock locked supply install demo demo-llm test test-wide test-lowest test-processors test-all test-slow \
+.PHONY: lock locked supply install demo test test-wide test-lowest test-processors test-all test-slow \
   test-flower soak-flower test-faults soak reliability test-mutants fuzz check results docs docs-serve bench \
   check-gpu build clean
 
@@ -36,10 +37,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/rolora demo
-
-demo-llm: install
-	$(BIN)/rolora demo --llm
+	$(BIN)/rolora demo --task $(or $(TASK),classification)
 
 test: install
 	$(PYTEST)

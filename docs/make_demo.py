@@ -2,6 +2,7 @@
 
 python docs/make_demo.py questions demo/runs/questions-1/*-seed*
 python docs/make_demo.py prompts demo/runs/prompts-1/*-seed*
+python docs/make_demo.py preferences demo/runs/preferences-1/*-seed*
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ GUARDED: Mapping[str, Guarded] = {
         ("peft_round_trip",),
         ("read_adapter", "_plain_lora", "_scaling", "_by_layer"),
     ),
-    "model/prefix.py": Guarded(("prefix",)),
+    "model/kept.py": Guarded(("prefix",)),
     "run/folder.py": Guarded(("record",)),
     "sites/folder.py": Guarded(("federation_folder",), ("open", "add_site", "_known")),
     "sites/gate.py": Guarded(("hostile_coordinator",)),
@@ -125,10 +125,10 @@ OTHERS: Mapping[str, Sequence[tuple[str, str]]] = {
         ('if name not in shapes and spec.role == "head"', "if name not in shapes"),
         ("_with_rank(spec, shapes) if any_rank else spec.shape", "_with_rank(spec, shapes)"),
     ],
-    "model/prefix.py": [
-        ("hidden if fits and _hash(hidden) == hash else None", "hidden if fits else None"),
-        ("hidden if fits and _hash(hidden) == hash else None",
-         "hidden if _hash(hidden) == hash else None"),
+    "model/kept.py": [
+        ("found if fits and _hash(found) == hash else None", "found if fits else None"),
+        ("found if fits and _hash(found) == hash else None",
+         "found if _hash(found) == hash else None"),
         ("found.st_uid in (os.getuid(), 0) and not others", "not others"),
         ("found.st_uid in (os.getuid(), 0) and not others",
          "found.st_uid in (os.getuid(), 0)"),

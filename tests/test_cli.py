@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -13,11 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_site import write_rows
 from typer.main import get_command
 
 from rolora import methods
 from rolora.cli import main as cli
+from rolora.cli import printing
 from rolora.cli.printing import Interrupted
 from rolora.config.load import load_config
 from rolora.demo.side_by_side import Demo
@@ -285,7 +288,7 @@ def test_what_interrupts_a_command_names_the_very_command_that_continues(
         runs.start(config, out)
     places = {"eval": "rolora.run.evaluation.evaluate_each", "loading": "rolora.run.runs.start"}
     ready = Demo(site, out, (0, 1))
-    monkeypatch.setattr("rolora.demo.side_by_side.prepare_demo", lambda folder, llm: ready)
+    monkeypatch.setattr("rolora.demo.side_by_side.prepare_demo", lambda folder, task: ready)
 
     def stopped(*_: object, **__: object) -> None:
         raise Interrupted
@@ -327,6 +330,18 @@ def test_ctrl_c_exits_130_and_the_run_resumes(site: Path, tmp_path: Path) -> Non
     assert err.splitlines()[-1].startswith("rolora: interrupted")
     assert "Traceback" not in err
     assert list(out.glob("checkpoints/round-*"))
+
+
+def test_a_bar_can_be_shown_while_something_else_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(printing, "err_console", terminal)
+    with printing.working("loading"):
+        assert list(printing.tracked([1, 2], "running rows")) == [1, 2]
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "loading" in shown
+    assert "running rows" in shown
 
 
 def test_every_command_has_help(

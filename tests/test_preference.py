@@ -27,7 +27,7 @@ from rolora.model.prefix import kept_below
 from rolora.run.experiment import ready
 from rolora.tasks.preference import losses, preference
 from rolora.tasks.registry import Task
-from rolora.training.local import Work, evaluate, outputs, train_group
+from rolora.training.local import Work, evaluate, outputs, outputs_of, train_group
 from rolora.training.reference import references
 from rolora.training.settings import LocalSettings
 
@@ -157,15 +157,66 @@ def test_the_reference_is_computed_once_for_the_same_rows(
 
     def counted(*arguments: Any) -> Any:
         calls.append(1)
-        return outputs(*arguments)
+        return outputs_of(*arguments)
 
-    monkeypatch.setattr("rolora.training.reference.outputs", counted)
+    monkeypatch.setattr("rolora.training.reference.outputs_of", counted)
     task, table = made(base, given), pa.Table.from_pylist(given)
     one, again = (task.encode(table, "rows").reference for _ in range(2))
     assert one is not None
     assert one is again
     task.encode_test(table.slice(1), "rows")
     assert len(calls) == 2
+
+
+def test_the_reference_of_many_rows_is_kept_for_other_runs_with_the_same_rows_base_and_threads(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, told, calls = rows()["texts"], list[str](), list[int]()
+    table = pa.Table.from_pylist(given * (100 // len(given)))
+    start = lora_init(base.specs, generator(0, "init"))
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return outputs_of(*arguments)
+
+    def tracked(items: Any, what: str) -> Any:
+        told.append(what)
+        return items
+
+    monkeypatch.setattr("rolora.training.reference.outputs_of", counted)
+
+    def found(table: Any, adapter: Any = None, folder: Path = tmp_path / "cache") -> torch.Tensor:
+        """As a run finds it, which knows of none before."""
+        task = made(base, given)
+        compared = references(base, task, adapter, folder, tracked)
+        reference = compared(task.encode(table, "rows")).reference
+        assert reference is not None
+        return reference
+
+    once = made(base, given).encode(table, "rows").reference
+    assert once is not None
+    calls.clear()
+    assert torch.equal(found(table), once)
+    assert told == [f"running {len(table)} rows through the model before training, once"]
+    file = next((tmp_path / "cache").iterdir())
+    assert torch.equal(found(table), once)
+    assert len(calls) == 1 + 2  # the task's own
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert torch.equal(found(table), once), "a damaged file is not believed"
+    assert len(calls) == 2 + 3
+    found(table.slice(1))
+    found(table, start)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 7)
+        found(table)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    few = found(table.slice(0, 3))
+    assert torch.equal(few, found(table.slice(0, 3)))
+    assert len(list((tmp_path / "cache").iterdir())) == 4, "a batch is not worth a file"
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert torch.equal(found(table, folder=tmp_path / "open"), once)
+    assert not list((tmp_path / "open").iterdir())
 
 
 def test_smoothed_labels_mix_the_losses_of_both_orders() -> None:

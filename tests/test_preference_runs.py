@@ -176,18 +176,63 @@ def test_a_row_is_run_once_without_an_adapter_in_a_whole_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = list[int]()
-    real = local.outputs
+    real = local.outputs_of
 
-    def counted(base: Any, task: Any, examples: Any, size: int = 64) -> Any:
+    def counted(base: Any, task: Any, examples: Any, batches: Any) -> Any:
         if not base.bank.leaves:
             plain.append(len(examples))
-        return real(base, task, examples, size)
+        return real(base, task, examples, batches)
 
-    monkeypatch.setattr("rolora.training.reference.outputs", counted)
+    monkeypatch.setattr("rolora.training.reference.outputs_of", counted)
     config = configuration(place, "data.validation=0.25", "data.client_test=0.25")
     list(runs.start(config, tmp_path / "run").rounds())
     assert len(plain) == 5  # training, test and validation rows, and those of two clients
     assert sum(plain) == 48 + 24 + 12 + held_out(config, tmp_path)
+
+
+def test_other_seeds_other_methods_and_a_resumed_run_read_what_the_first_run_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes = list[int]()
+    real = local.outputs_of
+
+    def counted(base: Any, task: Any, examples: Any, batches: Any) -> Any:
+        passes.append(len(examples))
+        return real(base, task, examples, batches)
+
+    monkeypatch.setattr("rolora.training.reference.outputs_of", counted)
+    many = tmp_path / "many.jsonl"
+    write(many, rows(80, 7))
+    split = (f"data.train={many}", "partition.scheme=iid", "partition.clients=2", "train.rounds=1")
+    config = configuration(place, *split, f"train.cache={tmp_path / 'cache'}")
+    list(runs.start(config, tmp_path / "first").rounds())
+    assert sorted(passes) == [24, 80]
+    for number, change in enumerate(("seed=1", "method.name=fedit", "lora.rank=3")):
+        other = configuration(place, *split, f"train.cache={tmp_path / 'cache'}", change)
+        list(runs.start(other, tmp_path / str(number)).rounds())
+    code, _, _ = rolora(monkeypatch, capsys, "resume", tmp_path / "first", "--rounds", 2)
+    assert code == 0
+    assert passes.count(80) == 1
+
+
+def test_timing_steps_for_the_dtype_takes_no_pass_before_training(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = list[float]()
+
+    def lower(base: Any, task: Any, examples: Any, *given: Any) -> str:
+        timed.append(float(examples.reference.abs().max()))
+        return "it is timed"
+
+    def none(*given: Any) -> Any:
+        raise AssertionError("a pass")
+
+    monkeypatch.setattr("rolora.run.experiment.is_wide", lambda base: True)
+    monkeypatch.setattr("rolora.run.experiment.lower", lower)
+    monkeypatch.setattr("rolora.training.reference.outputs_of", none)
+    experiment = Experiment(configuration(place, "model.dtype=auto"), tmp_path)
+    assert experiment.base is not None
+    assert timed == [0.0]
 
 
 def held_out(config: RunConfig, folder: Path) -> int:
@@ -338,13 +383,13 @@ def test_what_workers_compare_with_has_the_bits_of_the_threads_that_a_resumed_ru
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[int] = []
-    whole = local.outputs
+    real = local.outputs_of
 
-    def counted(*given: Any, **more: Any) -> torch.Tensor:
+    def counted(*given: Any) -> list[torch.Tensor]:
         threads.append(torch.get_num_threads())
-        return whole(*given, **more) + threads[-1]
+        return [one + threads[-1] for one in real(*given)]
 
-    monkeypatch.setattr("rolora.training.reference.outputs", counted)
+    monkeypatch.setattr("rolora.training.reference.outputs_of", counted)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(2)

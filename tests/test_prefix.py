@@ -17,7 +17,8 @@ from tiny_clients import Bench, classifier, language_model
 from tiny_site import make_site
 
 from rolora.config.load import load_config
-from rolora.model.prefix import Prefix, below_adapters, kept_below, with_prefix
+from rolora.model.kept import Kept
+from rolora.model.prefix import below_adapters, kept_below
 from rolora.run import runs
 from rolora.training.local import evaluate
 from rolora.training.settings import LocalSettings
@@ -32,12 +33,11 @@ def top(name: str, folder: Path) -> Bench:
     return MAKERS[name](getattr(tiny, f"tiny_{name}")(folder / "model"), layers="top:1")
 
 
-def cached(bench: Bench, folder: Path) -> tuple[Bench, Prefix]:
+def cached(bench: Bench, folder: Path) -> tuple[Bench, Kept]:
     prefix = below_adapters(bench.base, bench.examples, folder)
     assert prefix is not None
-    return dataclasses.replace(
-        bench, examples=with_prefix(bench.base, bench.examples, prefix)
-    ), prefix
+    examples, _ = kept_below(bench.base, bench.examples, folder)
+    return dataclasses.replace(bench, examples=examples), prefix
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -96,7 +96,7 @@ def test_a_damaged_cache_is_made_again(damage: str, tmp_path: Path) -> None:
     _, prefix = cached(bench, tmp_path / "cache")
     whole = prefix.file.read_bytes()
     if damage == "other shape":
-        save_file({"hidden": torch.zeros(2, 3)}, prefix.file)
+        save_file({"kept": torch.zeros(2, 3)}, prefix.file)
     else:
         left = {"cut": whole[:-9], "empty": b"", "no safetensors": b"x" * len(whole)}
         prefix.file.write_bytes(left[damage])
@@ -166,16 +166,16 @@ def test_a_cache_that_others_may_have_written_is_made_again(attack: str, tmp_pat
         content[-1] ^= 1
         prefix.file.write_bytes(content)
     elif attack == "another header":
-        save_file({"hidden": right + 1}, prefix.file)
+        save_file({"kept": right + 1}, prefix.file)
     elif attack == "writable":
         prefix.file.chmod(0o622)
     elif attack == "another shape":  # of the same bytes, so their hash is right
         with safe_open(prefix.file, framework="pt") as stored:
             about = stored.metadata()
-        save_file({"hidden": right.view(right.shape[::-1])}, prefix.file, about)
+        save_file({"kept": right.view(right.shape[::-1])}, prefix.file, about)
         prefix.file.chmod(0o600)
     else:
-        save_file({"hidden": right + 1}, tmp_path / "forged", {"sha256": "0" * 64})
+        save_file({"kept": right + 1}, tmp_path / "forged", {"sha256": "0" * 64})
         (tmp_path / "forged").replace(prefix.file)
     assert prefix.read() is None
     again, _ = cached(bench, tmp_path / "cache")

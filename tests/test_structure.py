@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,11 @@ def test_folders_import_downward_only() -> None:
     for folder, others in sorted(graph().items(), key=lambda item: level[item[0]]):
         print(f"{level[folder]:2}  {folder:10} {' '.join(sorted(others))}")
         assert not {other for other in others if level[other] >= level[folder]}, folder
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    own = {module: {name.partition(".")[2] for name in imported(module)} for module in FILES}
+    TopologicalSorter({module: names & FILES.keys() for module, names in own.items()}).prepare()
 
 
 def test_a_library_is_imported_inside_its_fence_which_is_no_wider_than_needed() -> None:

@@ -126,13 +126,13 @@ def test_a_cached_prefix_is_computed_once_for_all_workers(
     place: Path, tmp_path: Path, executor: Pickling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[object] = []
-    whole = prefix._compute
+    whole = prefix._fill
 
     def counted(*given: Any) -> None:
         computed.append(given)
         whole(*given)
 
-    monkeypatch.setattr(prefix, "_compute", counted)
+    monkeypatch.setattr(prefix, "_fill", counted)
     changes = ["lora.layers=top:1", f"train.cache={tmp_path / 'cache'}", "train.local_steps=4"]
     ran(place, tmp_path / "run", *changes, "train.workers=2", executor=executor)
     assert len(computed) == 2  # of the rows to train on and of those to test on

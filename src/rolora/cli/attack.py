@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from rolora.cli.options import (
     own_overrides,
     seeds_of,
 )
-from rolora.cli.printing import again, show
+from rolora.cli.printing import again, show, tracked
 
 
 def attack(
@@ -56,6 +57,7 @@ def attack(
     from rolora.config.load import load_config
     from rolora.report.robustness import write_robustness
     from rolora.results.robustness import export
+    from rolora.run.experiment import Experiment
 
     common, own = own_overrides(methods, overrides)
     settings = load_config(config, common)
@@ -70,12 +72,9 @@ def attack(
         seeds=seeds_of("--seeds", seeds),
     )
     seconds = None if budget is None else core_seconds(budget)
-    with (
-        again(),
-        contextlib.closing(
-            queue_all({one.path: one.comparison for one in comparisons}, seconds)
-        ) as queue,
-    ):
+    build = partial(Experiment, tracked=tracked)
+    queue = queue_all({one.path: one.comparison for one in comparisons}, seconds, build)
+    with again(), contextlib.closing(queue):
         follow_all(queue)
     cells, metric, _ = attacked_cells(comparisons)
     report = write_robustness(cells, metric, bad, settings.name, folder / "report.html")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rolora.cli.options import Budget, ConfigPath, Json, Methods, Overrides, own_overrides, seeds_of
-from rolora.cli.printing import again, err_console, show
+from rolora.cli.printing import again, err_console, show, tracked
 from rolora.errors import ConfigError
 
 
@@ -54,6 +55,7 @@ def compare(
     from rolora.results.export import export_results
     from rolora.results.published import read_published
     from rolora.results.runs import load_run
+    from rolora.run.experiment import Experiment
 
     common, own = own_overrides(methods, overrides)
     settings = load_config(config, common)
@@ -67,10 +69,9 @@ def compare(
     folder = ComparisonFolder(comparison_path(settings, out))
     if comparison.cut_validation:
         err_console.print(f"note: tuning on {comparison.tuned_on()}")
-    with (
-        again(),
-        contextlib.closing(queued_runs(comparison, folder.path, published, seconds)) as queue,
-    ):
+    build = partial(Experiment, tracked=tracked)
+    queue = queued_runs(comparison, folder.path, published, seconds, build)
+    with again(), contextlib.closing(queue):
         follow_all(queue)
     runs = [load_run(run.path) for run in comparison.final_runs(folder.path, None)]
     tuning = folder.tuning()

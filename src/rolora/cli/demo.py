@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import going_on, show, working
+from rolora.cli.printing import err_console, going_on, show, tracked, working
+from rolora.errors import printable
 
 
 def demo(
-    llm: Annotated[bool, typer.Option("--llm", help="use a small chat model")] = False,
+    task: Annotated[
+        Literal["classification", "chat", "preference"],
+        typer.Option(help="what the model learns: chat and preference take a small chat model"),
+    ] = "classification",
     folder: Annotated[Path, typer.Option(help="for models, data and runs")] = Path("demo"),
     json: Json = False,
 ) -> None:
     """Fetch a real model and texts, run three methods on a few seeds, and compare the results."""
-    from rolora.cli.progress import follow
+    from rolora.cli.progress import follow_all
     from rolora.cli.results import results_table
-    from rolora.demo.side_by_side import MEANING, before_and_after, prepare_demo
+    from rolora.comparison.queue import queued_runs
+    from rolora.demo.side_by_side import MEANING, prepare_demo
     from rolora.report.narrative import conclusions
     from rolora.results.export import export_results
     from rolora.results.runs import load_run, summarise
+    from rolora.run.experiment import Experiment
 
     with working("fetching the model and the data (once)"):
-        ready = prepare_demo(folder, llm=llm)
-    runs = []
-    with going_on(ready.command):
-        for run in ready.runs():
-            follow(run, run.folder.path.name)
-            runs.append(run)
-    found = [load_run(run.folder.path) for run in runs]
+        ready = prepare_demo(folder, task)
+    for note in ready.notes:
+        err_console.print(f"note: {printable(note)}")
+    comparison = ready.comparison
+    queue = queued_runs(comparison, ready.out, build=partial(Experiment, tracked=tracked))
+    with going_on(ready.command), contextlib.closing(queue):
+        follow_all(queue)
+    found = [load_run(run.path) for run in comparison.final_runs(ready.out, None)]
     files = {
         "report": str(ready.out / "report.html"),
-        "adapter": str(runs[0].folder.adapter),
+        "adapter": str(found[0].path / "adapter"),
         "config": str(ready.file),
     }
-    answers = before_and_after(runs[0]) if llm else []
     kinds = ("prompt", "before", "after")
-    told = [dict(zip(kinds, texts, strict=True)) for texts in answers]
+    told = [{kind: getattr(one, kind) for kind in kinds} for one in found[0].samples]
     rows = [f"{what:8}{' '.join(text.split())}" for one in told for what, text in one.items()]
     show(
         json,
-        {**export_results(found), **({"answers": told} if llm else {}), **files},
+        {**export_results(found), **({"answers": told} if told else {}), **files},
         *(f"{row}\n" if row.startswith("after") else row for row in rows),
         results_table(summarise(found)),
         *(f"\n{one.budget}: {one.headline}. {one.text}" for one in conclusions(found)),

@@ -23,7 +23,15 @@ from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.export import export
 from rolora.cli.options import ConfigPath, Json, Overrides, names
-from rolora.cli.printing import Interrupted, err_console, out_console, resuming, show, working
+from rolora.cli.printing import (
+    Interrupted,
+    err_console,
+    out_console,
+    resuming,
+    show,
+    tracked,
+    working,
+)
 from rolora.cli.runs import env, list_runs, watch
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
@@ -181,6 +189,7 @@ def run(
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
     from rolora.config.load import load_config, toml_text
     from rolora.run import runs
+    from rolora.run.experiment import Experiment
 
     byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
     changes = [*byzantine, *(overrides or [])]
@@ -197,7 +206,7 @@ def run(
             across_sites(settings, path, json)
             return
         with working("loading the model and the data"):
-            started = runs.start(settings, path)
+            started = runs.start(settings, path, partial(Experiment, tracked=tracked))
         _follow(started, json)
 
 
@@ -222,6 +231,7 @@ def resume(
     Its files may have moved: hashes tell whether they are still the same.
     """
     from rolora.run import runs
+    from rolora.run.experiment import Experiment
     from rolora.run.folder import RunFolder
 
     folder = RunFolder.open(path)
@@ -234,7 +244,8 @@ def resume(
             across_sites(settings, path, json, rounds)
             return
         with working("loading the model and the data"):
-            resumed = runs.resume(path, rounds, overrides=places or [], root=root)
+            build = partial(Experiment, tracked=tracked)
+            resumed = runs.resume(path, rounds, build, overrides=places or [], root=root)
         _follow(resumed, json)
 
 

@@ -101,8 +101,7 @@ def resuming(run: Path) -> contextlib.AbstractContextManager[None]:
 def working(what: str) -> Iterator[None]:
     """A spinner during something slow; a plain line if there is no terminal."""
     if err_console.is_terminal:
-        # on its own console, so that it keeps spinning while standard error is redirected
-        with Console(file=sys.stderr).status(what):
+        with err_console.status(what):  # the same console, so that a bar can stand below
             yield
     else:
         err_console.print(f"{what} ...")

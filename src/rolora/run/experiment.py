@@ -45,7 +45,7 @@ from rolora.training.local import first_gradient, outputs
 from rolora.training.memory import SHARE, BankPlan, free_bytes, phases, plan_bank, worker_bytes
 from rolora.training.precision import is_wide, lower
 from rolora.training.processes import Processes, usable_cores
-from rolora.training.reference import references
+from rolora.training.reference import Tracked, references, untold
 from rolora.training.rounds import Federation, RunState, cohort_size
 from rolora.training.settings import LocalSettings
 
@@ -65,6 +65,7 @@ class Parts(TypedDict, total=False):
     engine: Engine
     executor: Executor | None
     processes: Processes | None
+    tracked: Tracked
     partition: Mapping[str, Any]
     data: str
     run: str
@@ -83,13 +84,15 @@ class Experiment:
 
     ``run``: the run's name at its sites, "" on one machine. ``spare``: clients asked in excess of
     the cohort. ``executor`` runs the worker processes, wherever they are; without it, processes of
-    this machine do: ``processes``, which outlive the run, or else its own.
+    this machine do: ``processes``, which outlive the run, or else its own. ``tracked`` shows
+    how far a long pass over rows is.
     """
 
     run: str = ""
     spare: int = 0
     executor: Executor | None = None
     processes: Processes | None = None
+    tracked: Tracked = staticmethod(untold)
 
     def __init__(
         self, config: RunConfig, clients: Path | None = None, **given: Unpack[Parts]
@@ -241,10 +244,12 @@ class Experiment:
         if config.model.dtype != "auto" or config.device != "cpu" or not is_wide(base):
             return base, ""
         table, source = self.rows.train.slice(0, MEASURED), config.data.train
-        task, size = self.task_on(base), config.train.batch_size
+        task, size = self._task_on(base), config.train.batch_size
         adapter = lora_init(base.specs, generator(config.seed, "init"))
-        note = lower(base, task, task.encode(table, source), adapter, size, self.cohort)
-        return base, note
+        rows = base.require_known(task.encode(table, source), source)
+        if self.kind.compares:  # with anything: a step takes as long
+            rows = replace(rows, reference=torch.zeros(len(rows), 4))
+        return base, lower(base, task, rows, adapter, size, self.cohort)
 
     @cached_property
     def task(self) -> Task:
@@ -256,14 +261,24 @@ class Experiment:
 
         Where it compares, rows come with the outputs of the base, or of lora.init_from's adapter.
         """
-        kind, config = self.kind, self.config
-        options = getattr(config, kind.section).model_dump() if kind.section else {}
-        task = kind.make(base, self.columns | options, self.labels, config.data.max_length)
-        if not kind.compares:
+        task = self._task_on(base)
+        if not self.kind.compares:
             return ready(task, base.require_known)
         start = None if self._init_from is None else read_adapter(self._init_from, base.specs)
-        compared = references(base, task, start)
+        compared = references(base, task, start, self._cache, self.tracked)
         return ready(task, lambda found, source: compared(base.require_known(found, source)))
+
+    def _task_on(self, base: Base) -> Task:
+        """The configured task, which encodes rows as they are."""
+        kind, config = self.kind, self.config
+        options = getattr(config, kind.section).model_dump() if kind.section else {}
+        return kind.make(base, self.columns | options, self.labels, config.data.max_length)
+
+    @property
+    def _cache(self) -> Path | None:
+        """The folder of ``train.cache``; None where nothing is to be kept."""
+        folder = self.config.train.cache
+        return self.config.root / from_home(folder) if folder else None
 
     @cached_property
     def examples(self) -> Examples:
@@ -301,9 +316,9 @@ class Experiment:
     def _cached(self, examples: Examples) -> tuple[Examples, str]:
         """The examples with their prefix where that is worth caching, and a note on it."""
         train, sizes = self.config.train, [len(shard) for shard in self.rows.shards.values()]
-        if not train.cache or not sizes or not revisits(train, sizes):
+        if self._cache is None or not sizes or not revisits(train, sizes):
             return examples, ""
-        return kept_below(self.base, examples, self.config.root / from_home(train.cache))
+        return kept_below(self.base, examples, self._cache)
 
     @property
     def cached(self) -> bool:
@@ -467,7 +482,9 @@ class Experiment:
             "asked": self.asked,
         }
         return WorkerPool(
-            Part(config.model_copy(update=changes), tuple(self.labels), self.base.digest),
+            Part(
+                Experiment, config.model_copy(update=changes), tuple(self.labels), self.base.digest
+            ),
             {name: given for name, given in rows.items() if given is not None},
             self.clients.parent,
             self.workers,
@@ -595,7 +612,7 @@ class Experiment:
         For another number of threads, on which the last bits of a first gradient and of the
         outputs before training depend.
         """
-        loaded = {"rows", "labels", "base", "_loaded", "bank", "executor", "processes"}
+        loaded = {"rows", "labels", "base", "_loaded", "bank", "executor", "processes", "tracked"}
         if not self.kind.compares:  # then tokens are only tokens
             loaded |= {"encoded", "test", "validation", "asked"}
         parts: Any = {name: part for name, part in vars(self).items() if name in loaded}

@@ -55,12 +55,14 @@ Adapter = tuple[Arrays, Mapping[str, float]]  # and its scaling
 class Part:
     """What a process makes its part of a run from.
 
-    ``config`` with dtype resolved; ``base``: the model's digest; ``files``: name of rows -> their
-    file; ``cached``: those whose prefix is in ``train.cache``; ``threads``: of torch; ``versions``:
-    of the libraries that compute; ``written``: a name for this writing of the files, since the next
-    run of a folder has files of the same names.
+    ``make`` makes an ``Experiment`` of a configuration and of parts that exist; ``config`` with
+    dtype resolved; ``base``: the model's digest; ``files``: name of rows -> their file; ``cached``:
+    those whose prefix is in ``train.cache``; ``threads``: of torch; ``versions``: of the libraries
+    that compute; ``written``: a name for this writing of the files, since the next run of a folder
+    has files of the same names.
     """
 
+    make: Callable[..., Any]
     config: RunConfig
     labels: tuple[str, ...]
     base: str
@@ -358,8 +360,6 @@ def _versions() -> tuple[str, ...]:
 
 
 def _made(part: Part) -> Any:
-    from rolora.run.experiment import Experiment  # which imports this module for its workers
-
     if (own := _versions()) != part.versions:
         there, here = ", ".join(part.versions), ", ".join(own)
         raise ConfigError(f"it has {here}, and the run {there}: install the same versions")
@@ -368,7 +368,7 @@ def _made(part: Part) -> Any:
     base = _Here.experiment.base if same else None
     _Here.part = _Here.experiment = None
     gc.collect()  # weights are in reference cycles, and would stay beside those to come
-    run = Experiment(config, labels=part.labels, base=base)
+    run = part.make(config, labels=part.labels, base=base)
     if run.base.digest != part.base:
         raise ConfigError(f"the base model {config.model.path} is not the one that the run has")
     given: dict[str, Any] = {}
@@ -380,7 +380,7 @@ def _made(part: Part) -> Any:
             if given[name].prefix is None:
                 raise ConfigError(f"train.cache: {note}")
     given["encoded"] = given.pop("examples"), ""
-    return Experiment(config, labels=part.labels, base=run.base, **given)
+    return part.make(config, labels=part.labels, base=run.base, **given)
 
 
 def _loads(part: Part) -> tuple[Any, ...]:
