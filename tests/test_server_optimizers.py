@@ -364,6 +364,30 @@ def test_a_setting_out_of_range_is_named_in_one_line(override: str, said: str) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["server_lr=0.5"], "aggregate.server_lr has no effect: it is for fedavgm and fedadam"),
+        (
+            ["optimizer=fedavgm", "server_beta2=0.5"],
+            "aggregate.server_beta2 has no effect: it is for fedadam",
+        ),
+        (["reducer=median", "trim=0.2"], "aggregate.trim has no effect: it is for trimmed_mean"),
+        (
+            ["optimizer=fedavgm", "server_lr=0.5", "options.fedavgm.lr=0.2"],
+            "give aggregate.server_lr or aggregate.options.fedavgm.lr, not both",
+        ),
+        (
+            ["clip_norm=1", "options.clip.norm=2.0"],
+            "give aggregate.clip_norm or aggregate.options.clip.norm, not both",
+        ),
+    ],
+)
+def test_a_key_without_effect_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configured(*(f"aggregate.{override}" for override in overrides))
+
+
 def test_fedexp_steps_by_moves_as_clipping_leaves_them_and_by_no_rule_that_cuts_some() -> None:
     def ends(*overrides: str) -> AdapterState:
         return play(compose(configured(*overrides).aggregate.rules), 4)[-1].adapter

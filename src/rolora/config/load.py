@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
 from rolora.algorithm.step import Aggregation
 from rolora.attacks.attack import ATTACKS, NO_ATTACK
-from rolora.config.schema import AggregateConfig, RunConfig
+from rolora.config.schema import SHORT, AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
 from rolora.files import from_home
 from rolora.methods import METHODS
@@ -216,12 +216,33 @@ def _check_reducers(how: AggregateConfig) -> None:
     for name in how.options.keys() - dict(how.rules):
         hint = nearest(name, dict(how.rules))
         raise ConfigError(f"[aggregate.options.{name}] is for a reducer that is not used: {hint}")
+    for key in sorted({key for keys in SHORT.values() for key in keys.values()}):
+        _check_key(how, key)
     for name, options in how.rules:
         inner = [mean()] if is_wrapper(name) else []
         check_options(REDUCERS, name, options, f"aggregate.options.{name}", *inner)
     Aggregation(compose(how.rules), trusted=how.trusted)
     if how.byzantine:
         _check_byzantine(how)
+
+
+def _check_key(how: AggregateConfig, key: str) -> None:
+    """ConfigError for a key of SHORT that is set and has no effect."""
+    if getattr(how, key) == AggregateConfig.model_fields[key].default:
+        return
+    readers = {
+        name: option for name, keys in SHORT.items() for option, k in keys.items() if k == key
+    }
+    if not readers.keys() & dict(how.rules):
+        raise ConfigError(
+            f"aggregate.{key} has no effect: it is for {' and '.join(readers)}, and neither "
+            "aggregate.reducer nor aggregate.optimizer names one"
+        )
+    for name, option in readers.items():
+        if option in how.options.get(name, {}):
+            raise ConfigError(
+                f"give aggregate.{key} or aggregate.options.{name}.{option}, not both"
+            )
 
 
 def _check_byzantine(how: AggregateConfig) -> None:

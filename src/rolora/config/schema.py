@@ -261,6 +261,20 @@ class MethodConfig(BaseModel, extra="allow", frozen=True):
         return dict(self.model_extra or {})
 
 
+# reducer -> its options that are keys of [aggregate], and the key of each
+SHORT = {
+    "trimmed_mean": {"trim": "trim"},
+    "clip": {"norm": "clip_norm"},
+    "fedavgm": {"lr": "server_lr", "momentum": "server_momentum"},
+    "fedadam": {
+        "lr": "server_lr",
+        "beta1": "server_momentum",
+        "beta2": "server_beta2",
+        "tau": "server_tau",
+    },
+}
+
+
 class AggregateConfig(Section):
     """``[aggregate]``: how the server combines updates."""
 
@@ -334,20 +348,10 @@ class AggregateConfig(Section):
         listed = [self.reducer] if isinstance(self.reducer, str) else self.reducer
         clip = ["clip"] if self.clip_norm is not None and "clip" not in listed else []
         optimizer = [] if self.optimizer == "none" else [self.optimizer]
-        keys: dict[str, dict[str, Any]] = {
-            "trimmed_mean": {"trim": self.trim},
-            "clip": {"norm": self.clip_norm},
-            "fedavgm": {"lr": self.server_lr, "momentum": self.server_momentum},
-            "fedadam": {
-                "lr": self.server_lr,
-                "beta1": self.server_momentum,
-                "beta2": self.server_beta2,
-                "tau": self.server_tau,
-            },
-        }
         found = []
         for name in (*optimizer, *clip, *listed):
-            given = {key: value for key, value in keys.get(name, {}).items() if value is not None}
+            values = {option: getattr(self, key) for option, key in SHORT.get(name, {}).items()}
+            given = {option: value for option, value in values.items() if value is not None}
             if self.byzantine and "byzantine" in REDUCERS.options(name):
                 given["byzantine"] = self.byzantine
             found.append((name, {**given, **self.options.get(name, {})}))
