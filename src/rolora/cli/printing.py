@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from rolora.errors import NoQuorum, printable
+from rolora.files import finite
 
 out_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -44,17 +45,10 @@ def table(
     return made
 
 
-def json_text(value: object) -> str:
-    """The value as JSON, in which a number that is NaN or infinite is null, as JSON has neither."""
-    from pydantic_core import to_jsonable_python
-
-    return json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2)
-
-
 def show(as_json: bool, value: object, *parts: RenderableType) -> None:
     """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read."""
     if as_json:
-        print(json_text(value))
+        print(json.dumps(finite(value), indent=2))
     else:
         for part in parts:
             out_console.print(part)

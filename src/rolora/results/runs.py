@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
@@ -26,12 +26,16 @@ T = TypeVar("T")
 IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"}
 
 
+# null where it was not finite; infinite is the worst score there is, see ``gain``
+Score = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
+
+
 class Line(BaseModel, strict=True):
     """A line of ``rounds.jsonl``, as far as it is read."""
 
     round: int
-    metrics: dict[str, float]
-    client_metrics: dict[str, dict[str, float]]
+    metrics: dict[str, Score]
+    client_metrics: dict[str, dict[str, Score]]
     loss: float | None
     aggregation_error: float | None
     bytes_up: int
@@ -40,7 +44,7 @@ class Line(BaseModel, strict=True):
     rejected: dict[str, str]
     factors: list[str] = []
     clients: dict[str, dict[str, float]] = {}
-    validation: dict[str, float] = {}
+    validation: dict[str, Score] = {}
     cut: dict[str, float] = {}
     recall: list[float] = []
     layers: dict[str, list[float | None]] = {}
@@ -301,10 +305,9 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
                 f"rolora resume {shlex.quote(str(file.parent))}"
             ) from None
         try:
-            Line.model_validate(line)
+            yield line | Line.model_validate(line).model_dump(exclude_unset=True)
         except ValidationError as error:
             raise DataError(f"{where}: {_fault(error)}") from None
-        yield line
 
 
 @dataclass(frozen=True)
