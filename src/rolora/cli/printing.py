@@ -15,7 +15,6 @@ from rich.progress import track
 from rich.table import Table
 
 from rolora.errors import NoQuorum, printable
-from rolora.files import finite
 
 out_console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 err_console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -48,6 +47,8 @@ def table(
 def show(as_json: bool, value: object, *parts: RenderableType) -> None:
     """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read."""
     if as_json:
+        from rolora.files import finite
+
         print(json.dumps(finite(value), indent=2))
     else:
         for part in parts:

@@ -305,9 +305,10 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
                 f"rolora resume {shlex.quote(str(file.parent))}"
             ) from None
         try:
-            yield line | Line.model_validate(line).model_dump(exclude_unset=True)
+            read = Line.model_validate(line).model_dump(exclude_unset=True)
         except ValidationError as error:
             raise DataError(f"{where}: {_fault(error)}") from None
+        yield line | read
 
 
 @dataclass(frozen=True)
