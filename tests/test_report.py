@@ -318,13 +318,14 @@ def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Pa
     assert "accuracy against megabytes" not in html
 
 
-def test_rejected_updates_are_on_the_page_with_reason_and_rounds_the_most_frequent_first(
+def test_updates_that_were_rejected_and_that_did_not_come_are_apart_the_most_frequent_first(
     tmp_path: Path,
 ) -> None:
     run = write_run(tmp_path / "a", clients=6, rounds=10)
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     for number in (6, 7, 8, 10):
         lines[number]["rejected"] = {"client-001": "not finite"}
+        lines[number]["missing"] = {"client-002": "no answer before the deadline"}
     lines[5]["rejected"] = {f"client-{n:03d}": "too large" for n in range(120)}
     (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = write_report([run], tmp_path / "page.html").read_text()
@@ -333,6 +334,8 @@ def test_rejected_updates_are_on_the_page_with_reason_and_rounds_the_most_freque
     assert cells[6:10] == ["client-000", "too large", "1", "5"]
     assert len(cells) == 100 * 5
     assert "21 more, less frequent ones" in html
+    cells = Page(html.split("Updates that did not come</h2>")[1].split("</table>")[0]).text["td"]
+    assert cells[1:] == ["client-002", "no answer before the deadline", "4", "6-8, 10"]
 
 
 def test_an_aggregation_error_of_zero_or_rounding_lies_in_the_exact_band() -> None:

@@ -42,6 +42,7 @@ class Line(BaseModel, strict=True):
     bytes_down: int
     seconds: float
     rejected: dict[str, str]
+    missing: dict[str, str] = {}
     factors: list[str] = []
     clients: dict[str, dict[str, float]] = {}
     validation: dict[str, Score] = {}

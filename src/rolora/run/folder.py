@@ -50,7 +50,7 @@ def line(result: RoundResult) -> dict[str, Any]:
         what: [None if value is None else float(f"{value:.4g}") for value in own.values()]
         for what, own in result.layers.items()
     }
-    for key in ("cut", "recall", "layers"):
+    for key in ("missing", "cut", "recall", "layers"):
         if not values[key]:
             del values[key]  # most rules cut nobody, and most rounds are not evaluated
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}

@@ -208,6 +208,7 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
         "bytes_up": line["bytes_up"],
         "bytes_down": line["bytes_down"],
         "rejected": len(line["rejected"]),
+        "missing": len(line.get("missing", {})),
     }
     return {
         name: float(value)
