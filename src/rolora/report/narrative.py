@@ -49,12 +49,12 @@ class Conclusion:
     differences: Mapping[str, Difference] = field(default_factory=dict)
 
 
-def format_metric(value: float, sd: float | None = None) -> str:
+def format_metric(value: float, sd: float | None = None, digits: str = ".3f") -> str:
     """'0.821 ± 0.004': a metric to three decimals, with its sd if there is one."""
     if not math.isfinite(value):
         return "not finite"
-    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
-    return text if sd is None else f"{text} ± {sd:.3f}"
+    text = f"{value:{digits}}" if abs(value) < 1000 else f"{value:.4g}"
+    return text if sd is None else f"{text} ± {sd:{digits}}"
 
 
 def format_difference(difference: Difference) -> str:

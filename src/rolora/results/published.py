@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rolora.errors import DataError
 from rolora.files import from_home
-from rolora.results.runs import RunRecord, by_method, mean_sd
+from rolora.results.runs import RunRecord, by_method, over_seeds
 
 
 class Published(BaseModel, frozen=True, extra="forbid"):
@@ -82,8 +82,7 @@ def beside_published(published: Published, runs: Sequence[RunRecord]) -> list[Be
         unique = list(names.values()).count(names[method]) == 1
         key = names[method] if unique else method
         matched.add(key)
-        last = [curve[-1].value for run in own if (curve := run.scores(published.metric))]
-        mean, sd = mean_sd(last) if len(last) == len(own) else (None, None)
+        mean, sd = over_seeds([run.last(published.metric) for run in own]) or (None, None)
         ours, spread = (None if x is None else x * published.scale for x in (mean, sd))
         rows.append(BesidePublished(method, ours, spread, published.results.get(key)))
     others = published.results.items()

@@ -21,6 +21,7 @@ from rolora.tasks.registry import higher_is_better
 FIRST = ("accuracy", "choice_accuracy", "answer_accuracy", "exact_match")
 LAST = ("perplexity", "loss")
 MEGABYTE = 1e6  # bytes
+Measured = tuple[float, float | None]  # mean and sample standard deviation, see ``mean_sd``
 T = TypeVar("T")
 # keys that runs of one group may differ in: what tells seeds apart, and what changes no result
 IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"}
@@ -421,8 +422,7 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
     best = [max(each, key=lambda value: gain(metric, value)) for each in values]
     lines = [line for run in runs for line in run.rounds]
     errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
-    tenths = [tenth for run in runs if (tenth := worst_tenth(run, metric)) is not None]
-    worst, worst_sd = mean_sd(tenths) if len(tenths) == len(runs) else (None, None)
+    worst, worst_sd = over_seeds([worst_tenth(run, metric) for run in runs]) or (None, None)
     return Summary(
         method=method,
         seeds=tuple(sorted(run.seed for run in runs)),
@@ -458,7 +458,13 @@ def worst_tenth(run: RunRecord, metric: str) -> float | None:
     return statistics.fmean(values[: math.ceil(len(values) / 10)]) if values else None
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+def over_seeds(values: Sequence[float | None]) -> Measured | None:
+    """``mean_sd`` of a value of each of a method's runs; None if a run does not have it."""
+    known = [value for value in values if value is not None]
+    return mean_sd(known) if known and len(known) == len(values) else None
+
+
+def mean_sd(values: Sequence[float]) -> Measured:
     """Mean and sample standard deviation (None for one value, or if a value is not finite)."""
     several = len(values) > 1 and all(map(math.isfinite, values))
     return statistics.fmean(values), statistics.stdev(values) if several else None
