@@ -333,7 +333,7 @@ def test_answers_before_and_after_are_side_by_side_each_in_the_direction_of_its_
     page = Page(html)
     assert page.text["dt"] == ["prompt", "expected", "before", "rolora, after", "fedit, after"]
     assert page.text["dd"] == ["what?\nsay:", "Paris", "", "باريس", "Paris\nof course"]
-    assert "nothing: the text ended at once" in page.text["span"]
+    assert "empty: the text ended at once" in page.text["span"]
     assert [own.get("dir") for tag, own in page.tags if tag == "dd"] == ["auto"] * 5
 
 

@@ -78,6 +78,7 @@ def render(
             reference=next(iter(groups), ""),
             cautions=narrative.cautions(every, tuning.keys if tuning else ()),
             tuning=tuning,
+            seed_heads=[f"seed {seed}" for seed in tuning.seeds] if tuning else [],
             published=published,
             beside=beside_published(published, runs) if published and runs else [],
             metric=metric,
@@ -86,7 +87,6 @@ def render(
             unfinished=[(run, run.last(metric)) for run in found.unfinished],
             most_places=MOST_PLACES,
             rounding=figures.ROUNDING,
-            palette=list(enumerate(figures.PALETTE)),
             keys={
                 method: (n, inline_svg(figures.key(n, are_finished(own)), f"key-{n}"))
                 for n, (method, own) in enumerate(groups.items())
@@ -123,11 +123,12 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.globals["palette"] = figures.PALETTE
     environment.filters |= {
         function.__name__: function
         for function in (
             *(narrative.format_metric, narrative.format_difference),
-            *(narrative.format_megabytes, narrative.format_spent, narrative.format_cell),
+            *(narrative.format_megabytes, narrative.format_spent, narrative.escaped),
         )
     }
     return environment

@@ -231,7 +231,7 @@ def _curves(
 
 
 def values(groups: Groups, metric: str) -> list[tuple[str, ...]]:
-    """What the curves of ``metric`` say when pointed at, for who cannot point.
+    """What the curves of ``metric`` say when pointed at, as a table.
 
     (method, round, megabytes, seconds, local steps, value) of each point.
     """
@@ -330,7 +330,7 @@ def _attack_success(groups: Groups) -> Picture | None:
         "Attack success",
         f"attack success over rounds for {', '.join(lines)}",
         figures.curves(list(lines.values()), "attack success", ROUNDS.label),
-        "How often the model gives the answers that the attack is after. "
+        "How often the model gives the answers that the attack wants. "
         + _band(groups, "lower is better")
         + _missing(groups, lines),
         tuple(lines),

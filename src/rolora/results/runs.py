@@ -23,6 +23,7 @@ LAST = ("perplexity", "loss")
 MEGABYTE = 1e6  # bytes
 Measured = tuple[float, float | None]  # mean and sample standard deviation, see ``mean_sd``
 T = TypeVar("T")
+U = TypeVar("U")
 # keys that runs of one group may differ in: what tells seeds apart, and what changes no result
 IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"}
 
@@ -265,14 +266,14 @@ def load_run(path: str | Path) -> RunRecord:
         rounds,
         partition,
         _read_axes(folder / "axes.json", rounds),
-        _read(folder / "samples.json", _SAMPLES, ()),
+        read_json(folder / "samples.json", _SAMPLES, ()),
         diverged,
     )
 
 
 def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     """What the lists of these lines are over. DataError unless they are as long."""
-    axes = _read(file, _AXES, Axes())
+    axes = read_json(file, _AXES, Axes())
     for line in rounds:
         recall, layers = line.get("recall", axes.labels), line.get("layers", {}).values()
         if len(recall) != len(axes.labels) or any(len(v) != len(axes.layers) for v in layers):
@@ -283,8 +284,8 @@ def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     return axes
 
 
-def _read(file: Path, kind: TypeAdapter[T], otherwise: T) -> T:
-    """A JSON file that older runs do not have. DataError for one that is damaged."""
+def read_json(file: Path, kind: TypeAdapter[T], otherwise: U) -> T | U:
+    """The content of a JSON file, if there is one. DataError for one that is damaged."""
     try:
         return kind.validate_json(file.read_bytes()) if file.is_file() else otherwise
     except ValidationError as error:
