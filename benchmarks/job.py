@@ -105,7 +105,7 @@ def write_job(config: RunConfig, folder: Path, rounds: int, *, threads: int, act
         "threads": threads,
         "actors": actors,
         "clients": len(experiment.federation.engine.clients()),
-        "eval_every": config.eval.every,
+        "evaluated": [n for n in range(rounds + 1) if n in experiment.federation.evaluated_rounds],
         "rounds": plan,
     }
     write_file(folder / "job.json", json.dumps(job) + "\n")

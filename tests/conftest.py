@@ -29,7 +29,7 @@ WIDE = {
     "test_cli",
     "test_compare",
     "test_compare_command",
-    "test_config_template",
+    "test_template",
     "test_corpus",
     "test_docs",
     "test_deploy",

@@ -113,8 +113,8 @@ def test_the_table_fits_a_terminal_and_cuts_no_word(width: int) -> None:
 def test_the_table_has_the_facts_of_a_row_in_its_line() -> None:
     lines = {text.split()[0]: text for text in printed(140) if text}
     for name, facts in {
-        "rolora": "B, A B, A B, A – yes no yes first, b_rounds, alternate, orthogonal_a, turn, "
-        "scaled 2502.01755",
+        "rolora": "B, A B, A B, A – yes no yes first, b_rounds, orthogonal_a, turn, scaled "
+        "2502.01755",
         "fedex_lora": "A+B A+B A+B+Δ – yes no no 2410.09432",
         "fedsa_lora": "A+B A A B – no yes 2410.01463",
         "hetlora": "A+B A+B A+B – no yes no gamma, decay 2401.06432",

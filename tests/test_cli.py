@@ -118,8 +118,6 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
             "local does not support the server optimizer",
         ),
         ("method.b_rounds=0", "b_rounds must be at least 1, not 0"),
-        ("method.alternate=0", "alternate must be at least 1, not 0"),
-        ("method.alternate=-4", "alternate must be at least 1, not -4"),
         ("method.b_round=2", "unknown key 'method.b_round': did you mean 'b_rounds'?"),
         ("method.name=flora method.b_rounds=2", "method 'flora' has no options"),
         ("method.name=ravan method.heads=3", "heads = 3 does not divide lora.rank = 2"),

@@ -14,11 +14,11 @@ from sklearn.metrics import f1_score
 from rolora.config.load import load_config
 from rolora.data.examples import Examples
 from rolora.errors import ConfigError, NotHere
+from rolora.proposal.found_rows import GLUE
+from rolora.proposal.template import write_template
 from rolora.run import runs
-from rolora.run.config_template import write_template
 from rolora.run.evaluation import evaluate_adapter
 from rolora.run.experiment import Experiment
-from rolora.run.found_rows import GLUE
 from rolora.run.prediction import predict
 from rolora.training.engine import Evaluation
 

@@ -13,7 +13,7 @@ import pytest
 
 from rolora.data import tables
 from rolora.errors import RoloraError
-from rolora.run.config_template import write_template
+from rolora.proposal.template import write_template
 
 LINES = [f"a text that is long {n},{'yes' if n % 2 else 'no'}" for n in range(40)]
 RIGHT_TO_LEFT = [f"שלום עולם {n} 👩‍👩‍👧 مرحبا,{'نعم' if n % 2 else 'לא'}" for n in range(40)]

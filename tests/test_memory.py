@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,18 @@ def test_auto_gives_the_processor_about_the_tokens_that_keep_it_busy(bench: Benc
     assert 0.8 * 1024 <= found.tokens <= 1024
     assert plan(bench, batch_size=8).clients == pytest.approx(found.clients / 2, abs=1)
     assert plan(bench, clients=3).clients == 3
+
+
+@pytest.mark.parametrize(
+    ("clients", "tokens", "size"),
+    [(50, 60, 13), (50, 40, 25), (50, 20, 50), (3, 1000, 1), (7, 300, 2), (1, 5000, 1)],
+)
+def test_auto_trains_in_one_pass_or_an_even_number_so_that_no_worker_of_two_waits(
+    clients: int, tokens: int, size: int
+) -> None:
+    assert memory.bank_size("cpu", tokens, 1, 10**9, clients) == size
+    passes = math.ceil(clients / size)
+    assert passes == 1 or passes % 2 == 0 or size == 1
 
 
 def test_no_more_clients_go_at_once_than_fit_in_memory(

@@ -23,9 +23,9 @@ from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.methods import method_names
 from rolora.plan.needs import make_plan
+from rolora.proposal.template import write_template
 from rolora.results.runs import load_run
 from rolora.run import runs
-from rolora.run.config_template import write_template
 from rolora.run.evaluation import evaluate_adapter
 from rolora.run.experiment import Experiment
 from rolora.run.prediction import predict

@@ -68,7 +68,9 @@ def test_the_layers_below_run_once_and_never_again(tmp_path: Path) -> None:
     assert not calls
 
 
-def test_other_weights_and_other_rows_find_another_file(tmp_path: Path) -> None:
+def test_other_weights_other_rows_and_other_threads_find_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = top("bert", tmp_path)
     file = cached(bench, tmp_path)[1].file
     fewer = dataclasses.replace(bench.examples, tokens=bench.examples.tokens.flip(0))
@@ -81,7 +83,11 @@ def test_other_weights_and_other_rows_find_another_file(tmp_path: Path) -> None:
     other_weights = below_adapters(changed.base, changed.examples, tmp_path)
     assert other_rows is not None
     assert other_weights is not None
-    assert len({file, other_rows.file, other_weights.file}) == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    other_threads = below_adapters(changed.base, changed.examples, tmp_path)
+    assert other_threads is not None
+    files = {file, other_rows.file, other_weights.file, other_threads.file}
+    assert len(files) == 4
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other shape", "no safetensors"])

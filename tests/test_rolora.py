@@ -44,20 +44,6 @@ def test_b_rounds_of_b_come_with_every_round_of_a(first: str, b_rounds: int) -> 
     assert turns(first=first, b_rounds=b_rounds) == "".join(islice(cycle(one_turn), ROUNDS))
 
 
-@pytest.mark.parametrize("alternate", [1, 2, 5, 6])
-@pytest.mark.parametrize("b_rounds", [1, 2])
-@pytest.mark.parametrize("first", ["A", "B"])
-def test_after_alternate_rounds_only_b_moves(first: str, b_rounds: int, alternate: int) -> None:
-    options = {"first": first, "b_rounds": b_rounds}
-    for_ever = turns(**options)
-    stopped = turns(**options, alternate=alternate)
-    assert stopped == for_ever[:alternate] + "B" * (ROUNDS - alternate)
-
-
-def test_taking_turns_for_longer_than_the_run_is_taking_turns_for_ever() -> None:
-    assert turns(alternate=ROUNDS) == turns()
-
-
 def test_orthogonal_a_starts_from_orthonormal_rows_and_a_product_of_zero() -> None:
     specs = make_specs()
     adapter = get_method("rolora", orthogonal_a=True).init(specs, generator(3, "init"))
@@ -80,7 +66,7 @@ def test_the_other_options_leave_the_start_as_it_is() -> None:
     def start(**options: Any) -> AdapterState:
         return get_method("rolora", **options).init(make_specs(), generator(3, "init"))
 
-    assert same(start(b_rounds=3, alternate=2, first="A"), start())
+    assert same(start(b_rounds=3, first="A"), start())
     assert not same(start(orthogonal_a=True), start())
 
 
@@ -88,7 +74,6 @@ def test_the_other_options_leave_the_start_as_it_is() -> None:
     ("options", "word"),
     [
         (["method.b_rounds=2"], "BBABBA"),
-        (["method.alternate=2"], "BABBBB"),
         (["method.orthogonal_a=true", "method.first=A"], "ABABAB"),
     ],
 )
@@ -118,7 +103,6 @@ def test_a_run_moves_the_factor_whose_turn_it_is_and_every_average_is_exact(
         ("rolora", {}, 1, {"B"}),
         ("rolora", {"b_rounds": 5}, 40, {"B", "A"}),
         ("rolora", {"b_rounds": 5}, 5, {"B"}),
-        ("rolora", {"first": "A", "alternate": 1}, 40, {"B", "A"}),
         ("la_lora", {}, 1, {"B", "A"}),
         ("ffa_lora", {}, 40, {"B"}),
         ("fedit", {}, 40, {"A+B"}),
@@ -142,8 +126,6 @@ def test_memory_is_planned_for_everything_that_a_run_will_train_at_a_time(
         ("b_rounds", "1.5", "method.b_rounds: Input should be a valid integer, got 1.5"),
         ("b_rounds", '"2"', "method.b_rounds: Input should be a valid integer, got '2'"),
         ("b_rounds", "true", "method.b_rounds: Input should be a valid integer, got True"),
-        ("alternate", "0", "alternate must be at least 1, not 0; see ffa_lora"),
-        ("alternate", "-1", "alternate must be at least 1, not -1; see ffa_lora"),
         ("orthogonal_a", "1", "method.orthogonal_a: Input should be a valid boolean, got 1"),
         ("orthogonal", "true", "unknown key 'method.orthogonal': did you mean 'orthogonal_a'?"),
     ],

@@ -495,11 +495,20 @@ def test_each_round_trains_with_the_rate_of_its_number_even_when_it_is_retried()
 
 
 @pytest.mark.parametrize(
-    ("every", "rounds", "evaluated"),
-    [(3, 7, [0, 3, 6, 7]), (2, 4, [0, 2, 4]), (1, 3, [0, 1, 2, 3]), (100, 5, [0, 5])],
+    ("method", "every", "rounds", "evaluated"),
+    [
+        ("fedit", 3, 7, [0, 3, 6, 7]),
+        ("fedit", 2, 4, [0, 2, 4]),
+        ("fedit", 100, 5, [0, 5]),
+        ("rolora", 3, 8, [0, 3, 6, 7, 8]),
+        ("rolora", 100, 5, [0, 4, 5]),
+        ("rolora", 9, 1, [0, 1]),
+        (get_method("rolora", b_rounds=3), 100, 6, [0, 4, 6]),
+        (get_method("rolora", b_rounds=3), 100, 8, [0, 7, 8]),
+    ],
 )
-def test_the_first_the_last_and_every_nth_round_are_evaluated(
-    every: int, rounds: int, evaluated: list[int]
+def test_round_zero_every_nth_round_and_the_last_of_each_phase_are_evaluated(
+    method: str | Method, every: int, rounds: int, evaluated: list[int]
 ) -> None:
     seen: list[AdapterState] = []
 
@@ -507,7 +516,7 @@ def test_the_first_the_last_and_every_nth_round_are_evaluated(
         seen.append(adapter)
         return {"accuracy": len(seen)}
 
-    results = play(federation(eval_every=every, rounds=rounds, evaluate=measured(measure)))
+    results = play(federation(method, eval_every=every, rounds=rounds, evaluate=measured(measure)))
     assert [result.round for result in results if result.metrics] == evaluated
     states = [result.state.server.adapter for result in results if result.metrics]
     assert all(one is other for one, other in zip(seen, states, strict=True))
@@ -588,7 +597,7 @@ def test_every_client_with_held_out_rows_is_measured_whether_in_the_cohort_or_no
         per_client=True, participation=0.3, eval_every=4, evaluate=measured(lambda _: {"loss": 1.0})
     )
     results = play(run)
-    assert [result.round for result in results if result.client_metrics] == [0, 4, 6]
+    assert [result.round for result in results if result.client_metrics] == [0, 4, 5, 6]
     assert results[4].client_metrics == {
         client: {"accuracy": rows + 0.04} for client, rows in CLIENTS.items() if client != "ann"
     }

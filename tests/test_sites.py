@@ -47,7 +47,7 @@ def bits(run: Run, last: RoundResult) -> dict[str, str]:
         ("lora.dropout=0.3", "train.local_epochs=1"),
         ("data.client_test=0.3",),
         ("train.b_lr_ratio=4", "aggregate.optimizer=fedavgm", "method.b_rounds=2"),
-        ("aggregate.optimizer=fedadam", "method.orthogonal_a=true", "method.alternate=1"),
+        ("aggregate.optimizer=fedadam", "method.orthogonal_a=true"),
         ("method.name=fedex_lora", FEW),
         ("method.name=flora", RANKS, FEW),
         ("method.name=hetlora", "method.gamma=0.5", RANKS, FEW),

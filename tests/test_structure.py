@@ -35,7 +35,7 @@ LEVELS = (
     {"results"},
     {"report"},
     {"run"},
-    {"comparison", "plan", "flower"},
+    {"comparison", "plan", "flower", "proposal"},
     {"sites", "demo"},
     {"cli"},
 )
@@ -53,7 +53,7 @@ FENCES: dict[str, set[str]] = {
     "sklearn": {"tasks"},
     "scipy": {"results", "tasks"},
     "psutil": {"training", "sites"},
-    "yaml": {"run"},
+    "yaml": {"proposal"},
     "flwr": {"flower", "sites"},
     "cryptography": {"sites"},
     "filelock": {"files"},

@@ -12,7 +12,7 @@ import pytest
 from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
-from rolora.run.config_template import write_template
+from rolora.proposal.template import write_template
 
 SFT = """\
 # trl sft --config sft.yaml

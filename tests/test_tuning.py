@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rolora.comparison.budget import Timing, all_rounds, core_seconds, estimate
+from rolora.comparison.budget import Timing, core_seconds, estimate
 from rolora.comparison.tuning import choose, make_grids, settings
 from rolora.comparison.variants import addressee, checked_labels, variant_overrides
 from rolora.errors import ConfigError, RoloraError
@@ -165,10 +165,6 @@ def test_a_budget_is_read_in_hours_minutes_or_seconds(text: str, seconds: float)
 def test_a_budget_of_nothing_or_in_another_unit_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--budget"):
         core_seconds(text)
-
-
-def test_the_rounds_of_a_run_end_with_an_evaluation() -> None:
-    assert all_rounds(7, 3) == [Timing(n, n in (0, 3, 6, 7)) for n in range(8)]
 
 
 def test_an_estimate_tells_training_from_evaluation() -> None:

@@ -44,8 +44,8 @@ class Job:
         return [self.batches[f"{number}/{client['id']}/{step}"] for step in range(client["steps"])]
 
     def evaluated(self, number: int) -> bool:
-        """Whether the job asks for the accuracy after this round: every n-th and the last."""
-        return number % self.settings["eval_every"] == 0 or number == len(self.rounds)
+        """Whether the job asks for the accuracy after this round."""
+        return number in self.settings["evaluated"]
 
 
 def read_job(folder: str, *, actor: bool = False) -> Job:

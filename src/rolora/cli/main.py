@@ -90,7 +90,7 @@ def init(
 ) -> None:
     """Look at your rows, write a commented configuration, and show how it splits them."""
     from rolora.cli.tables import masked_text, split_table
-    from rolora.run.config_template import write_template
+    from rolora.proposal.template import write_template
     from rolora.run.runs import training_masks
 
     notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)

@@ -38,11 +38,6 @@ class Timing(NamedTuple):
     seconds: float = 0.0
 
 
-def all_rounds(last: int, every: int) -> list[Timing]:
-    """Rounds 0 to ``last``, of which every n-th and the last are evaluated."""
-    return [Timing(n, n % every == 0 or n == last) for n in range(last + 1)]
-
-
 def estimate(done: Sequence[Timing], left: Iterable[Timing]) -> float | None:
     """The seconds that the rounds ``left`` will take; None before any round of training."""
     trained = [one for one in done if one.round > 0]

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rolora.comparison.budget import Timing, all_rounds
+from rolora.comparison.budget import Timing
 from rolora.comparison.tuning import Grid, Setting, make_grids, refuse_unfair, settings
 from rolora.comparison.variants import method_of, variant_overrides
 from rolora.config.load import PLACES, make_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
+from rolora.methods import get_method
 from rolora.results.tuned import Tuning
 from rolora.run.experiment import Experiment
+from rolora.training.rounds import evaluated_rounds
 
 TUNE_SEEDS = (100, 101)
 VALIDATION = 0.1  # of the training rows, if the configuration has no validation rows
@@ -39,7 +41,10 @@ class PlannedRun:
     @property
     def rounds(self) -> list[Timing]:
         """Its rounds, of which the evaluation before training is the first."""
-        return all_rounds(self.config.train.rounds, self.config.eval.every)
+        config, rounds = self.config, self.config.train.rounds
+        method = get_method(config.method.name, **config.method.options)
+        evaluated = evaluated_rounds(method, rounds, config.eval.every)
+        return [Timing(round, round in evaluated) for round in range(rounds + 1)]
 
 
 @dataclass(frozen=True)

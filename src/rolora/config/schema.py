@@ -442,7 +442,10 @@ class EvalConfig(Section):
     """``[eval]``: what is evaluated, and when."""
 
     every: int = Field(
-        5, ge=1, description="rounds between evaluations; the first and last are always evaluated"
+        5,
+        ge=1,
+        description="rounds between evaluations; round 0 and the last round of each phase are "
+        "always evaluated",
     )
     generate: int = Field(
         0, ge=0, description="causal_lm: number of test rows to generate answers for (exact_match)"

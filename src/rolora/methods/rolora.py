@@ -57,7 +57,6 @@ def method(
     *,
     first: Literal["A", "B"] = "B",
     b_rounds: int = 1,
-    alternate: int | None = None,
     orthogonal_a: bool = False,
     turn: float | None = None,
     scaled: bool = False,
@@ -66,7 +65,6 @@ def method(
 
     ``first``: the factor of round 1; "B", because lora_A has no gradient while lora_B = 0.
     ``b_rounds``: rounds of lora_B per round of lora_A (the paper's unbalanced schedules).
-    ``alternate``: rounds that alternate; later rounds train lora_B, as FFA-LoRA. None: all rounds.
     ``orthogonal_a``: start from a lora_A with orthonormal rows instead of Kaiming uniform.
     ``turn``: the length of the rows of lora_A, or columns of lora_B, that the server makes
     orthogonal before each round in which they are frozen. None: it makes none.
@@ -76,9 +74,6 @@ def method(
         raise ConfigError(f"rolora: first must be 'A' or 'B', not {first!r}")
     if b_rounds < 1:
         raise ConfigError(f"rolora: b_rounds must be at least 1, not {b_rounds}")
-    if alternate is not None and alternate < 1:
-        raise ConfigError(f"rolora: alternate must be at least 1, not {alternate}; see ffa_lora")
-
     if turn is not None and not turn > 0:
         raise ConfigError(f"rolora: turn must be positive, not {turn}")
 
@@ -86,8 +81,7 @@ def method(
         # by the server's round number, so clients that missed rounds cannot get out of phase
         place = (round - 1) % (b_rounds + 1)
         takes_a = place == (b_rounds if first == "B" else 0)
-        over = alternate is not None and round > alternate
-        return frozenset({"A" if takes_a and not over else "B", "head"})
+        return frozenset({"A" if takes_a else "B", "head"})
 
     def ready(server: ServerState) -> ServerState:
         """The state whose next round finds an orthogonal frozen factor."""

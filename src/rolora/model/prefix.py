@@ -1,8 +1,8 @@
 """The layers below the adapters, computed once per token for a whole run and kept on disk.
 
 What leaves these frozen layers is the same in every round. The name of its safetensors file is a
-hash of the base, the layer and the rows' tokens: others find another file. The file holds a hash of
-its tensor, and is used only if no one but its owner can have written it.
+hash of the base, the layer, the rows' tokens and the number of threads: others find another file.
+The file holds a hash of its tensor, and is used only if no one but its owner can have written it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def below_adapters(base: Base, examples: Examples, folder: Path) -> Prefix | Non
     stack, examples = base.stack, examples.sequences
     if stack is None or stack.lowest == 0 or not stack.fits(examples.lengths):
         return None
-    digest = hashlib.sha256(f"{base.digest} {stack.lowest}".encode())
+    threads = torch.get_num_threads()  # a sum in another order may end in other bits
+    digest = hashlib.sha256(f"{base.digest} {stack.lowest} {threads}".encode())
     for tensor in (examples.tokens, examples.offsets, examples.types):
         digest.update(b"" if tensor is None else tensor.numpy().data)
     width = int(base.model.config.hidden_size)  # type: ignore[union-attr, arg-type]

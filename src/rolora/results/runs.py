@@ -294,6 +294,8 @@ def read_json(file: Path, kind: TypeAdapter[T], otherwise: U) -> T | U:
 
 def _fault(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "model_type":
+        return "it is not a JSON object"
     return ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
 
 

@@ -636,7 +636,6 @@ class Experiment:
                 f"{self.groups} groups of clients a round, {self.workers} trained at a time, each "
                 "in its own process (train.bank sets the size of a group)"
             )
-        found.append(self._one_phase())
         if self.method.personal_roles:
             kept = "+".join(sorted(self.method.personal_roles))
             found.append(
@@ -644,19 +643,6 @@ class Experiment:
                 "means over clients, and adapter/ holds only the server's part"
             )
         return [note for note in found if note]
-
-    def _one_phase(self) -> str:
-        """A note if evaluations only ever come after training the same of several factors."""
-        rounds, every = self.config.train.rounds, self.config.eval.every
-        phases = {round: self.method.trained(round) for round in range(1, rounds + 1)}
-        seen = {phases[r] for r in phases if r % every == 0 or r == rounds}
-        if len(seen) > 1 or len(set(phases.values())) == 1:
-            return ""
-        trained = "+".join(sorted(seen.pop() - {"head"}))
-        return (
-            f"every evaluation follows a round that trains {trained}, so scores leave out the "
-            f"other rounds: try an odd eval.every below {rounds}"
-        )
 
     def _without_text(self) -> int:
         """How many training rows are blank in every text column; 0 for a task without any."""

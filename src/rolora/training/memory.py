@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,17 @@ def plan_bank(
 def bank_size(
     device: str, tokens: int, kept: int, free: int, clients: int, wanted: Wanted = "auto"
 ) -> int:
-    """Clients in a pass, if each has ``tokens`` tokens and keeps ``kept`` of the ``free`` bytes."""
+    """Clients in a pass, if each has ``tokens`` tokens and keeps ``kept`` of the ``free`` bytes.
+
+    "auto" makes the passes of a round an even number if they are more than one and the clients
+    divide so: then two workers have the same to do.
+    """
     busy = TOKENS_IN_A_PASS[device] // tokens if wanted == "auto" else wanted
-    return max(1, min(busy, int(SHARE * free) // max(1, kept), clients))
+    most = max(1, min(busy, int(SHARE * free) // max(1, kept), clients))
+    passes = math.ceil(clients / most)
+    if wanted != "auto" or passes == 1:
+        return most
+    return math.ceil(clients / (passes + passes % 2))
 
 
 def activation_bytes(

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -135,6 +136,20 @@ class Federation:
     spare: int = 0
     max_attempts: int = 3
     arrived: Callable[[Update | Failure], None] = lambda reply: None
+
+    @cached_property
+    def evaluated_rounds(self) -> frozenset[int]:
+        """The rounds whose results have metrics; see the function ``evaluated_rounds``."""
+        return evaluated_rounds(self.method, self.rounds, self.eval_every)
+
+
+def evaluated_rounds(method: Method, rounds: int, every: int) -> frozenset[int]:
+    """Round 0, every n-th, and the last that trains each set of factors.
+
+    So the final score of a method that alternates is a mean over its last rounds, whatever n.
+    """
+    last = {method.trained(round): round for round in range(1, rounds + 1)}
+    return frozenset({0, *range(every, rounds + 1, every), *last.values()})
 
 
 def cohort_size(clients: int, participation: float) -> int:
@@ -301,8 +316,8 @@ def _round(run: Federation, state: RunState) -> RoundResult:
 
 
 def _evaluated(run: Federation, result: RoundResult) -> RoundResult:
-    """The result with metrics, if its round is one to evaluate: the first, the last, every n-th."""
-    if result.round % run.eval_every and result.round != run.rounds:
+    """The result with metrics, if its round is one to evaluate."""
+    if result.round not in run.evaluated_rounds:
         return result
     state, first = result.state, result.round == 0
     client_metrics: dict[str, Metrics] = {}

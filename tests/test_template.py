@@ -17,7 +17,7 @@ from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.demo.sources import SOURCES
 from rolora.errors import ConfigError, printable
-from rolora.run.config_template import _DECODER, _ENCODER, write_template
+from rolora.proposal.template import _DECODER, _ENCODER, write_template
 from rolora.run.experiment import Experiment
 
 HOSTILE = (

@@ -19,9 +19,9 @@ from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, printable
 from rolora.files import from_home, write_file
 from rolora.network import HUB
+from rolora.proposal.found_rows import GLUE, MISMATCHED, Found, each, look
+from rolora.proposal.trl_config import Trainer, read_trainer
 from rolora.run.experiment import Experiment
-from rolora.run.found_rows import GLUE, MISMATCHED, Found, each, look
-from rolora.run.trl_config import Trainer, read_trainer
 from rolora.tasks.registry import TASKS, TaskKind
 
 
