@@ -70,6 +70,7 @@ WIDE = {
     "test_predict",
     "test_preference_runs",
     "test_prefix",
+    "test_push",
     "test_readers",
     "test_report",
     "test_report_conclusions",

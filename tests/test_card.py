@@ -66,6 +66,14 @@ def test_a_card_names_no_client_and_no_folder_of_this_machine(tmp_path: Path) ->
     assert "client-0" not in text
 
 
+def test_a_card_of_clients_with_ranks_of_their_own_has_the_largest_and_no_name(
+    tmp_path: Path,
+) -> None:
+    run = load_run(write_run(tmp_path / "run"))
+    run.config["lora"] = {"rank": {"ann-*": 2, "*": 8}, "alpha": 8.0}
+    assert "| adapter | rank 8, alpha 8.0, on query |" in card(run, 40, SOURCE)
+
+
 def test_no_name_of_the_user_s_breaks_a_card(tmp_path: Path) -> None:
     unkind = 'a: "b" | c\n# d <script> - [x](y)'
     run = load_run(write_run(tmp_path / "run", name=unkind))
@@ -83,7 +91,8 @@ def test_a_card_of_a_gguf_base_says_how_to_load_that(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("models/minilm", "models/base.Q4_1.gguf"))
     text = card(load_run(folder), 40, replace(SOURCE, base=str(tmp_path), causal=True))
     assert "| base model | base.Q4\\_1.gguf, weights" in text
-    assert 'AutoModelForCausalLM.from_pretrained("ITS FOLDER", gguf_file="base.Q4_1.gguf")' in text
+    assert "AutoModelForCausalLM.from_pretrained(" in text
+    assert '    "BASE_FOLDER", gguf_file="base.Q4_1.gguf"\n' in text
 
 
 def test_a_card_says_what_stays_with_the_clients(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy
 import peft
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_a_classifier_without_a_padding_token_of_its_own_takes_rows_of_several_l
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     snippet = (run / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
     made: dict[str, Any] = {}
-    exec(snippet.replace("FOLDER", str(run / "adapter")), made)
+    exec(snippet.replace("ADAPTER_FOLDER", str(run / "adapter")), made)
     with torch.no_grad():
         found, wanted = (model.eval()(**rows).logits for model in (merged, made["model"]))
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -116,11 +117,75 @@ def test_an_adapter_trained_on_a_gpu_is_exported_on_a_machine_without(
     assert (tmp_path / "adapter.gguf").is_file()
 
 
-def test_merged_weights_have_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_merged_weights_have_the_dtype_that_was_asked_for(tmp_path: Path, dtype: Any) -> None:
     run = trained(tmp_path, "causal_lm")
-    export(run, merged=tmp_path / "merged", dtype="bf16")
+    export(run, merged=tmp_path / "merged", dtype=dtype)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    assert {tensor.dtype for tensor in merged.parameters()} == {torch.bfloat16}
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert {tensor.dtype for tensor in merged.parameters()} == {wanted}
+
+
+def tensors(file: Path) -> dict[str, tuple[str, Any]]:
+    """Name -> type and values of each tensor of a GGUF file."""
+    return {
+        tensor.name: (tensor.tensor_type.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in gguf.GGUFReader(file).tensors
+    }
+
+
+def error_allowed(kind: str, values: Any) -> Any:
+    """How far a type of GGUF may be from these float32 values at most, for each.
+
+    Q8_0 has a float16 step for each 32 values, 1/127 of their largest, and rounds to whole steps.
+    """
+    if kind == "Q8_0":
+        step = abs(values.reshape(-1, 32)).max(1, keepdims=True) / 127
+        off = numpy.maximum(step * 2**-11, 2**-25)  # of the step itself
+        return (numpy.ones((1, 32)) * (step / 2 + 127 * off)).reshape(values.shape)
+    digits, smallest = {"F32": (24, 0), "BF16": (8, 0), "F16": (11, 2**-25)}[kind]
+    return numpy.maximum(abs(values) * 2.0**-digits, smallest)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "kinds"),
+    [
+        ("fp32", 4, "F32 F32"),
+        ("fp16", 4, "F16 F16"),
+        ("bf16", 4, "BF16 BF16"),
+        ("q8_0", 4, "Q8_0 F16"),
+        ("q8_0", 32, "Q8_0 Q8_0"),
+    ],
+)
+def test_an_adapter_in_gguf_is_as_near_as_its_dtype_allows(
+    tmp_path: Path, dtype: Any, rank: int, kinds: str
+) -> None:
+    run = trained(tmp_path, "causal_lm", rank=rank, target_modules=["q_proj", "down_proj"])
+    export(run, gguf=tmp_path / "adapter.gguf", dtype=dtype)
+    export(run, gguf=tmp_path / "exact.gguf")
+    found, exact = tensors(tmp_path / "adapter.gguf"), tensors(tmp_path / "exact.gguf")
+    assert found.keys() == exact.keys()
+    for name, (kind, values) in found.items():
+        wanted = exact[name][1]
+        assert kind == kinds.split()[name.endswith("lora_b")], name
+        assert (abs(values - wanted) <= error_allowed(kind, wanted) * 1.0001).all(), name
+
+
+def test_the_adapted_layers_of_a_gguf_base_can_have_8_bits_too(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    as_gguf(tmp_path / "model", tmp_path / "base.gguf", packed="Q4_0")
+    run = trained(tmp_path, "causal_lm", base="base.gguf", target_modules=["q_proj", "down_proj"])
+    export(run, merged=tmp_path / "exact.gguf")
+    export(run, merged=tmp_path / "merged.gguf", dtype="q8_0")
+    found, exact = tensors(tmp_path / "merged.gguf"), tensors(tmp_path / "exact.gguf")
+    for name, (kind, values) in found.items():
+        before, wanted = exact[name]
+        assert kind == ("Q8_0" if ".attn_q." in name or ".ffn_down." in name else before), name
+        near = error_allowed(kind, wanted) * 1.0001 if kind != before else 0
+        assert (abs(values - wanted) <= near).all(), name
+    with pytest.raises(ConfigError, match="q8_0 is for GGUF files; --merged FOLDER takes fp32, "):
+        export(run, merged=tmp_path / "merged", gguf=tmp_path / "adapter.gguf", dtype="q8_0")
+    assert not (tmp_path / "adapter.gguf").exists()
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -236,9 +301,9 @@ def test_the_card_of_a_classifier_on_a_gguf_base_loads_the_classifier(tmp_path: 
     run = trained(tmp_path, "classification", base="base.gguf", maker=tiny_llama)
     export(run, merged=tmp_path / "merged")
     snippet = (run / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
-    snippet = snippet.replace("ITS FOLDER", str(tmp_path))
+    snippet = snippet.replace("BASE_FOLDER", str(tmp_path))
     made: dict[str, Any] = {}
-    exec(snippet.replace("FOLDER", str(run / "adapter")), made)
+    exec(snippet.replace("ADAPTER_FOLDER", str(run / "adapter")), made)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     found, wanted = (logits(model, tmp_path / "merged") for model in (made["model"], merged))
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -301,16 +366,17 @@ def test_an_adapter_is_not_merged_into_a_gguf_file_that_has_no_place_for_it(
     loaded, adapter, _ = load_trained(run, {}, None, [])
     lacking, out = tmp_path / "adapter.gguf", tmp_path / "merged.gguf"
     with pytest.raises(ConfigError, match=r"is not in 'adapter\.gguf'"):
-        write_merged_gguf(loaded.base, adapter, lacking, out, torch.float32)
+        write_merged_gguf(loaded.base, adapter, lacking, out, "fp32")
     assert not list(tmp_path.glob("*merged*"))
 
 
-def test_llama_cpp_itself_continues_a_text_as_peft_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "q8_0"])
+def test_llama_cpp_itself_continues_a_text_as_peft_does(tmp_path: Path, dtype: Any) -> None:
     llama_cpp = pytest.importorskip("xllamacpp", reason="xllamacpp, llama.cpp's code, is missing")
     tiny_llama(tmp_path / "model")
     as_gguf(tmp_path / "model", tmp_path / "base.gguf")
     run = trained(tmp_path, "causal_lm", base="base.gguf")
-    export(run, gguf=tmp_path / "adapter.gguf", merged=tmp_path / "merged.gguf")
+    export(run, gguf=tmp_path / "adapter.gguf", merged=tmp_path / "merged.gguf", dtype=dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "adapter")
     rows = [tokenizer(text)["input_ids"] for text in TEXTS[:4]]
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,12 +21,13 @@ from rolora.cli.attack import attack
 from rolora.cli.chat import chat
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
+from rolora.cli.export import export
 from rolora.cli.options import ConfigPath, Json, Overrides, names
 from rolora.cli.printing import Interrupted, err_console, out_console, resuming, show, working
 from rolora.cli.runs import env, list_runs, watch
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
-from rolora.errors import EXIT_CODES, ConfigError, ModelNotHere, NotHere, RoloraError, printable
+from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -324,37 +325,7 @@ def predict(
         out_console.print(f"wrote {len(found)} predictions to {out}")
 
 
-@app.command(rich_help_panel=USE)
-def export(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
-    ],
-    merged: Annotated[
-        Path | None,
-        typer.Option(
-            help="a new folder for the base with the adapter in its weights; for a GGUF base also "
-            "a new .gguf file"
-        ),
-    ] = None,
-    gguf: Annotated[
-        Path | None, typer.Option(help="a file for the adapter alone, for llama.cpp's --lora")
-    ] = None,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the merged weights")] = "fp32",
-    model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
-    json: Json = False,
-) -> None:
-    """Write a finished run's adapter merged into its base, or as a GGUF file."""
-    from rolora.run import export
-
-    if merged is None and gguf is None:
-        raise ConfigError("choose what to write: --merged FOLDER, --gguf FILE, or both")
-    with working("loading the base and writing"):
-        export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
-    made = {"merged": merged, "gguf": gguf}
-    written = {form: str(out) for form, out in made.items() if out is not None}
-    show(json, written, *(printable(f"wrote {out}") for out in written.values()))
-
-
+app.command(rich_help_panel=USE)(export)
 app.command(rich_help_panel=USE)(chat)
 app.command("runs", rich_help_panel=LOOK)(list_runs)
 app.command(rich_help_panel=LOOK)(watch)

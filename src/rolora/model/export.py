@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import peft
@@ -18,6 +19,9 @@ from rolora.model.bank import PREFIX
 from rolora.model.base import Base
 from rolora.model.checkpoint import load_model, locate, one_line_errors, quiet
 from rolora.model.peft import Kind
+
+Dtype = Literal["fp32", "fp16", "bf16", "q8_0"]
+_GGUF = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 
 # model type -> llama.cpp's name of it, and the layers whose rows it wants in another order: it
 # rotates neighbouring halves of a head where transformers rotates its first half with its second
@@ -61,8 +65,8 @@ def write_merged(
         tokenizer.save_pretrained(part)
 
 
-def write_gguf(base: Base, adapter: AdapterState, out: Path) -> None:
-    """Write a causal model's adapter as a float32 GGUF file for llama.cpp's ``--lora``.
+def write_gguf(base: Base, adapter: AdapterState, out: Path, dtype: Dtype) -> None:
+    """Write a causal model's adapter as a GGUF file of this ``dtype`` for llama.cpp's ``--lora``.
 
     llama.cpp scales each product by the file's alpha over the layer's rank; what the adapter's own
     scaling differs from that by goes into lora_B. Written whole or not at all. ConfigError for an
@@ -70,22 +74,18 @@ def write_gguf(base: Base, adapter: AdapterState, out: Path) -> None:
     """
     config: Any = base.model.config
     factors, alpha = _factors(base, adapter), float(base.peft_config.lora_alpha)
-    with new_file(out) as part:
-        writer = gguf.GGUFWriter(part, _LLAMA_CPP[config.model_type][0])
+    with _new_gguf(out, _LLAMA_CPP[config.model_type][0]) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         for name, (down, up) in factors.items():
-            writer.add_tensor(f"{name}.lora_a", down.contiguous().numpy())
-            writer.add_tensor(f"{name}.lora_b", (up * len(down) / alpha).contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+            for letter, factor in {"a": down, "b": up * len(down) / alpha}.items():
+                data, kind = _stored(factor.contiguous().numpy(), dtype)
+                writer.add_tensor(f"{name}.lora_{letter}", data, raw_dtype=kind)
 
 
 def write_merged_gguf(
-    base: Base, adapter: AdapterState, source: Path, out: Path, dtype: torch.dtype
+    base: Base, adapter: AdapterState, source: Path, out: Path, dtype: Dtype
 ) -> None:
     """Write the GGUF file ``source``, a causal model's base, with this adapter in its weights.
 
@@ -104,9 +104,7 @@ def write_merged_gguf(
             f"{min(lacking)!r}, which the adapter changes, is not in {source.name!r}: name a "
             "folder with --merged"
         )
-    stored = gguf.GGMLQuantizationType[{torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]]
-    with new_file(out) as part:
-        writer = gguf.GGUFWriter(part, reader.fields["general.architecture"].contents())
+    with _new_gguf(out, reader.fields["general.architecture"].contents()) as writer:
         writer.data_alignment = reader.alignment
         own = ("general.architecture", "general.file_type")  # the type is no longer that of all
         for field in reader.fields.values():
@@ -117,13 +115,8 @@ def write_merged_gguf(
             data, kind = tensor.data, tensor.tensor_type
             if tensor.name in factors:
                 down, up = factors[tensor.name]
-                merged = gguf.dequantize(data, kind) + (up @ down).numpy()
-                data, kind = gguf.quantize(merged, stored), stored
+                data, kind = _stored(gguf.dequantize(data, kind) + (up @ down).numpy(), dtype)
             writer.add_tensor(tensor.name, data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
 
 
 def _factors(base: Base, adapter: AdapterState) -> dict[str, tuple[Tensor, Tensor]]:
@@ -153,6 +146,30 @@ def _factors(base: Base, adapter: AdapterState) -> dict[str, tuple[Tensor, Tenso
             raise ConfigError(f"layer {path!r} has no name in GGUF: use --merged")
         factors[f"{called}.weight"] = (adapter[f"{layer}.lora_A.weight"].float(), up)
     return factors
+
+
+@contextlib.contextmanager
+def _new_gguf(out: Path, architecture: str) -> Iterator[Any]:
+    """A writer of a GGUF file, which is written whole when the block ends well, or not at all."""
+    with new_file(out) as part:
+        writer = gguf.GGUFWriter(part, architecture)
+        yield writer
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _stored(matrix: Any, dtype: Dtype) -> tuple[Any, Any]:
+    """A float32 array as a GGUF file stores it, and its type there.
+
+    F16 if its rows are no whole number of blocks of ``dtype``, as in llama.cpp's converter.
+    """
+    kind = gguf.GGMLQuantizationType[_GGUF[dtype]]
+    size, _ = gguf.GGML_QUANT_SIZES[kind]
+    if matrix.shape[-1] % size:
+        kind = gguf.GGMLQuantizationType.F16
+    return gguf.quantize(matrix, kind), kind
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:

@@ -167,7 +167,7 @@ INSTEAD = {
     "save_strategy": "rolora saves every round",
     "save_steps": "rolora saves every round",
     "report_to": "rolora writes rounds.jsonl and report.html",
-    "push_to_hub": "rolora uploads nothing: hf upload NAME RUN/adapter does",
+    "push_to_hub": "rolora uploads nothing by itself: rolora export RUN --push NAME does",
 }
 
 

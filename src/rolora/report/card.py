@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rolora.config.schema import LoraConfig
 from rolora.report.page import templates
 from rolora.results.runs import MEGABYTE, RunRecord
 
@@ -35,7 +36,7 @@ def card(run: RunRecord, round: int, source: Source) -> str:
 
     Clients are counted, not named, and paths are left out: cards are made to be shared.
     """
-    local, path = Path(source.base).exists(), Path(run.config["model"]["path"])
+    local, path = Path(source.base).is_absolute(), Path(run.config["model"]["path"])
     sizes = [client["num_examples"] for client in run.partition["clients"]]
     errors = [e for line in run.rounds if (e := line["aggregation_error"]) is not None]
     labels = ", ".join(source.labels[:LABELS])
@@ -56,7 +57,7 @@ def card(run: RunRecord, round: int, source: Source) -> str:
             method=run.method,
             judged_on=run.config.get("eval", {}).get("rows", "test"),
             kept=" and ".join(KEPT[role] for role in source.kept),
-            rank=run.config["lora"]["rank"],
+            rank=LoraConfig.model_validate(run.config["lora"]).largest,
             alpha=run.config["lora"]["alpha"],
             layers=", ".join(sorted({path.rpartition(".")[2] for path in source.layers})),
             clients=len(sizes),

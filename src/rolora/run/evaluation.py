@@ -56,7 +56,7 @@ def load_trained(
     See :func:`evaluate_adapter`.
     """
     folder = adapter_folder(path)
-    notes = _notes(folder)
+    notes = read_notes(folder)
     trained = _trained(folder, notes, model, overrides)
     config = trained.config
     read = {
@@ -112,8 +112,8 @@ def _load_base(folder: Path, notes: Mapping[str, Any], trained: Experiment) -> B
     return base
 
 
-def _notes(folder: Path) -> dict[str, Any]:
-    """What the run that left the adapter wrote about it."""
+def read_notes(folder: Path) -> dict[str, Any]:
+    """What the run that left the adapter wrote about it. ConfigError if it is not there."""
     file = folder / "rolora.json"
     if not file.is_file():
         run = folder.parent

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from rolora.errors import ConfigError
 from rolora.files import from_home
-from rolora.model.export import write_gguf, write_merged, write_merged_gguf
+from rolora.model.export import Dtype, write_gguf, write_merged, write_merged_gguf
 from rolora.run.evaluation import adapter_folder, load_trained
 
-Dtype = Literal["fp32", "bf16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_OF_FOLDERS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export(
@@ -26,24 +24,34 @@ def export(
 ) -> None:
     """Write a finished run's adapter, or that of its adapter folder, in other forms.
 
-    ``merged``: a new folder for the base with the adapter in its weights, of this ``dtype``; for a
-    base that is a GGUF file, it may be a new GGUF file. ``gguf``: a new file with the adapter
-    alone, for llama.cpp. ``model`` names the base where it has moved. Raises ConfigError as
-    ``evaluate_adapter`` does, and for an adapter that cannot be written as GGUF.
+    ``merged``: a new folder for the base with the adapter in its weights; for a base that is a GGUF
+    file, it may be a new GGUF file. ``gguf``: a new file with the adapter alone, for llama.cpp.
+    ``dtype``: of the weights that are written; "q8_0", 8 bits each, is for GGUF files, and stores
+    matrices whose rows are no whole number of its blocks of 32 as fp16. ``model`` names the base
+    where it has moved. Raises ConfigError as ``evaluate_adapter`` does, for an adapter that cannot
+    be written as GGUF, for a folder in q8_0, and if nothing is to be written.
     """
-    if merged is not None and merged == gguf:
+    if merged is None and gguf is None:
+        raise ConfigError(
+            "choose what to write: --merged FOLDER, --gguf FILE, or both; or upload with --push"
+        )
+    if merged == gguf:
         raise ConfigError(f"--merged and --gguf are both {gguf}: name two files")
     for option, out in {"--merged": merged, "--gguf": gguf}.items():
         if out is not None and out.exists():
             raise ConfigError(f"{out} exists and is not overwritten: name another with {option}")
+    folder = merged is not None and merged.suffix != ".gguf"
+    if folder and dtype not in _OF_FOLDERS:
+        known = ", ".join(_OF_FOLDERS)
+        raise ConfigError(f"--dtype {dtype} is for GGUF files; --merged FOLDER takes {known}")
     here = [] if torch.cuda.is_available() else ["device=cpu"]  # wherever it was trained
     trained, adapter, _ = load_trained(path, {}, model, here)
     config, base = trained.config, trained.base
     if gguf is not None:
-        write_gguf(base, adapter, gguf)
-    if merged is not None and merged.suffix == ".gguf":
+        write_gguf(base, adapter, gguf, dtype)
+    if merged is not None and not folder:
         source = config.root / from_home(config.model.path)
-        write_merged_gguf(base, adapter, source, merged, _DTYPES[dtype])
+        write_merged_gguf(base, adapter, source, merged, dtype)
     elif merged is not None:
         write_merged(
             adapter_folder(path),
@@ -52,7 +60,7 @@ def export(
             trained.kind.head,
             trained.labels,
             root=config.root,
-            dtype=_DTYPES[dtype],
+            dtype=_OF_FOLDERS[dtype],
             tokenizer=base.tokenizer,
             offline=config.offline,
         )
