@@ -111,12 +111,12 @@ def test_published_numbers_stand_beside_ours(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "published.json: Invalid JSON"),
+        ("{", "published.json is damaged: Invalid JSON"),
         (
             '{"source": "s", "setting": "s", "metric": "accuracy", "unit": "%"}',
             "unit: Input should",
         ),
-        ('{"source": 1}', "published.json: source"),
+        ('{"source": 1}', "published.json is damaged: source"),
     ],
 )
 def test_damaged_published_numbers_are_one_line_that_names_the_file(

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cli import rolora
 
-from rolora.cli import sites as commands
+from rolora.cli.printing import Interrupted
 from rolora.config.load import make_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.sites import folder as folders
@@ -104,12 +105,48 @@ def test_what_needs_a_served_federation_says_so_and_how(
         run_remotely(across(federation.path), tmp_path / "run", print)
 
 
-def test_a_run_across_sites_without_flower_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("site",),
+        ("doctor", "site.toml"),
+        ("federation", "keys", "--sites", "ann"),
+        ("federation", "remove", "--sites", "ann"),
+        ("federation", "serve"),
+        ("federation", "up"),
+        ("run", "--on", "federation"),
+    ],
+)
+def test_a_command_across_sites_without_flower_says_what_to_install(
+    words: tuple[str, ...],
+    site: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(commands, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'rolora\[flower\]'"):
-        commands.across_sites(across("federation"), tmp_path / "run", as_json=False)
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("rolora.sites")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    code, _, err = rolora(monkeypatch, capsys, *words, *([site] if words[0] == "run" else []))
+    said = "rolora: runs across sites need Flower: pip install 'rolora[flower]'"
+    assert (code, err.splitlines()[-1]) == (2, said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["serve", "up"])
+def test_a_federation_that_is_interrupted_promises_no_saved_rounds(
+    command: str,
+    federation: FederationFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(*_: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr("rolora.sites.serve.serve", stopped)
+    code, _, err = rolora(monkeypatch, capsys, "federation", command, "--folder", federation.path)
+    assert (code, err.splitlines()[-1]) == (130, "rolora: interrupted")
 
 
 def test_a_federation_that_is_neither_a_folder_nor_known_to_flower_is_named(

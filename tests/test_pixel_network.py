@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import random
 from collections.abc import Mapping
@@ -167,6 +168,26 @@ def test_a_run_in_which_no_tensor_of_any_client_moves_says_so_in_every_round(
     record = load_run(tmp_path / "run")
     assert [line["moved"] for line in record.rounds] == [None, False, False]
     assert "moved no tensor of any client in 2 of 2 rounds" in "".join(cautions([record]))
+
+
+def test_a_round_takes_one_row_of_80_columns_and_says_what_went_wrong(
+    place: Path, tmp_path: Path
+) -> None:
+    run = runs.start(configuration(place, "train.rounds=2"), tmp_path / "run")
+    before, _, last = run.rounds()
+    long = dataclasses.replace(
+        last,
+        round=100,
+        factors=("A", "B", "head"),
+        metrics={"accuracy": 0.5, "loss": 1.0, "macro_f1": 0.5},
+        aggregation_error=1e-8,
+    )
+    wrong = dataclasses.replace(long, rejected={"ann": "too large"}, missing={"bob": "no answer"})
+    said = [line for _, line in described([before, long, wrong], run)]
+    assert said[0] == f"before training  accuracy {before.metrics['accuracy']:.3f}"
+    assert said[1].startswith(f"round 100/2  train A+B  train loss {last.loss:.3f}  accuracy 0.500")
+    assert len(said[1]) <= 80
+    assert said[2].endswith("  rejected 1: ann (too large)  no update of 1: bob (no answer)")
 
 
 def test_a_run_that_moves_does_not_say_that_it_stands_still(place: Path, tmp_path: Path) -> None:

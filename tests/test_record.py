@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,9 @@ from rolora.files import (
     sweep,
     write_file,
 )
+from rolora.results.runs import gain, load_run
 from rolora.run.folder import RunFolder, line
+from rolora.run.tracking import scalars
 from rolora.training.rounds import Best, RoundResult, RunState
 
 
@@ -90,6 +94,25 @@ def assert_same(one: RunState, other: RunState) -> None:
         other.server.round,
     )
     assert one.server.attempt == other.server.attempt
+
+
+def test_a_score_that_is_not_finite_is_null_on_disk_and_is_read_as_the_worst(
+    tmp_path: Path,
+) -> None:
+    config = "name = 'x'\nseed = 0\n[method]\nname = 'fedit'\n"
+    clients = {"clients": [{"id": "c", "num_examples": 2, "labels": {}}]}
+    run = RunFolder.create(tmp_path / "run", config, clients, {})
+    scored = replace(
+        result(0), metrics={"perplexity": math.inf}, client_metrics={"c": {"perplexity": math.nan}}
+    )
+    run.commit(scored)
+    text = run.rounds.read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    read = load_run(run.path)
+    assert [gain("perplexity", point.value) for point in read.curve("perplexity")] == [-math.inf]
+    assert read.rounds[0]["client_metrics"] == {"c": {"perplexity": math.inf}}
+    assert "eval/perplexity" not in scalars(line(scored))
+    assert scalars(line(scored)) == scalars(read.rounds[0])
 
 
 def test_a_restored_state_is_the_committed_one_to_the_bit(folder: RunFolder) -> None:

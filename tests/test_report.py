@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -29,7 +30,8 @@ from rolora.report.figures import (
 )
 from rolora.report.page import write_report
 from rolora.report.svg import inline_svg
-from rolora.results.runs import load_run
+from rolora.results.runs import by_method, load_run
+from rolora.results.samples import side_by_side
 
 HOSTILE = '"><img src=x onerror=alert(1)> </pre><script>alert(2)</script> & $x_1$ {{ 7 * 7 }}'
 
@@ -287,13 +289,37 @@ def test_the_median_and_range_over_layers_are_on_the_page_and_each_layer_in_a_ta
     assert "rolora, round 10: 1.75 (1.5 to 2)" in Page(html).text["text"]  # norms of A
     assert "fedit, round 10: 1.4 (0.4 to 2.4)" in Page(html).text["text"]  # norms of B
     last = [json.loads((r / "rounds.jsonl").read_text().splitlines()[-1]) for r in runs[:2]]
-    rank = sum(line["layers"]["effective_rank"][0] for line in last) / 2
+    ranks = [line["layers"]["effective_rank"][0] for line in last]
+    rank = f"{statistics.fmean(ranks):.3g} ± {statistics.stdev(ranks):.3g}"
     shown = html.split("by layer, at the end</summary>")[1].split("</table>")[0]
     cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", shown)]
     layer = "encoder.layer.0.attention.self.query"
-    assert cells[:5] == [layer, "rolora", f"{rank:.3g}", "1.5", "0.4"]
-    assert cells[5 * 5 + 1 : 5 * 5 + 5] == ["rolora", "not defined", "2", "2.4"]
+    assert cells[:5] == [layer, "rolora", rank, "1.5 ± 0", "0.4 ± 0"]
+    assert cells[5 * 5 + 1 : 5 * 5 + 5] == ["rolora", "not defined", "2 ± 0", "2.4 ± 0"]
     assert len(cells) == 2 * 6 * 5
+
+
+def test_a_caption_says_of_a_method_that_is_not_drawn_what_is_true_of_it(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, name, clients=6, rounds=10)
+        for name in ("rolora", "fedit", "local")
+    ]
+    file = runs[1] / "rounds.jsonl"  # as an older version has written it
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        line.pop("layers", None)
+        line |= {"aggregation_error": None, "loss": None}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(runs, tmp_path / "page.html").read_text())
+    titles = [title for title in page.text["h3"] if title]
+    captions = dict(zip(titles, page.text["figcaption"], strict=True))
+    unrecorded = " Not drawn (not recorded in all of its runs): "
+    for title in ("Norm of A", "Effective rank of B·A", "Aggregation error"):
+        assert captions[title].endswith(f"{unrecorded}fedit, local."), title
+    assert captions["training loss against rounds"].endswith(f"{unrecorded}fedit.")
+    sent = captions["training loss against megabytes sent"]
+    assert sent.endswith(f"{unrecorded}fedit. Not drawn (no megabytes sent): local.")
+    assert "Not drawn" not in captions["accuracy against seconds"]
 
 
 def test_answers_before_and_after_are_side_by_side_each_in_the_direction_of_its_text(
@@ -307,8 +333,18 @@ def test_answers_before_and_after_are_side_by_side_each_in_the_direction_of_its_
     page = Page(html)
     assert page.text["dt"] == ["prompt", "expected", "before", "rolora, after", "fedit, after"]
     assert page.text["dd"] == ["what?\nsay:", "Paris", "", "باريس", "Paris\nof course"]
-    assert "nothing: the text ended at once" in page.text["span"]
+    assert "empty: the text ended at once" in page.text["span"]
     assert [own.get("dir") for tag, own in page.tags if tag == "dd"] == ["auto"] * 5
+
+
+def test_of_several_seeds_only_the_prompts_of_the_first_are_on_the_page(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{n}", seed=n, clients=4, rounds=5) for n in (2, 0, 1)]
+    for run, seed in zip(runs, (2, 0, 1), strict=True):
+        one = dict.fromkeys(("expected", "before", "after"), "x") | {"prompt": f"of seed {seed}"}
+        (run / "samples.json").write_text(json.dumps([one]))
+    (sample,) = side_by_side(by_method(map(load_run, runs)))
+    assert sample.prompt == "of seed 0"
+    assert sample.answers == [("before", "x"), ("rolora, after", "x")]
 
 
 def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Path) -> None:
@@ -318,13 +354,14 @@ def test_a_method_that_sends_nothing_has_no_curve_against_megabytes(tmp_path: Pa
     assert "accuracy against megabytes" not in html
 
 
-def test_rejected_updates_are_on_the_page_with_reason_and_rounds_the_most_frequent_first(
+def test_updates_that_were_rejected_and_that_did_not_come_are_apart_the_most_frequent_first(
     tmp_path: Path,
 ) -> None:
     run = write_run(tmp_path / "a", clients=6, rounds=10)
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     for number in (6, 7, 8, 10):
         lines[number]["rejected"] = {"client-001": "not finite"}
+        lines[number]["missing"] = {"client-002": "no answer before the deadline"}
     lines[5]["rejected"] = {f"client-{n:03d}": "too large" for n in range(120)}
     (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     html = write_report([run], tmp_path / "page.html").read_text()
@@ -333,6 +370,8 @@ def test_rejected_updates_are_on_the_page_with_reason_and_rounds_the_most_freque
     assert cells[6:10] == ["client-000", "too large", "1", "5"]
     assert len(cells) == 100 * 5
     assert "21 more, less frequent ones" in html
+    cells = Page(html.split("Updates that did not come</h2>")[1].split("</table>")[0]).text["td"]
+    assert cells[1:] == ["client-002", "no answer before the deadline", "4", "6-8, 10"]
 
 
 def test_an_aggregation_error_of_zero_or_rounding_lies_in_the_exact_band() -> None:

@@ -209,7 +209,7 @@ def test_a_diverged_method_is_not_ranked_and_does_not_hide_the_others(tmp_path: 
     for conclusion in said(*runs):
         assert conclusion.headline == "perplexity 3.000"
         assert conclusion.text.endswith("Not ranked, because perplexity is not finite: fedit.")
-    assert "nan" in write_report(runs, tmp_path / "page.html").read_text()
+    assert "<td>not finite</td>" in write_report(runs, tmp_path / "page.html").read_text()
 
 
 def test_runs_of_one_method_with_other_settings_are_not_averaged(tmp_path: Path) -> None:

@@ -425,10 +425,15 @@ def test_a_site_that_did_not_answer_is_not_counted_as_one_that_the_rule_stopped(
     assert met is not None
     assert met.honest[0] > 0
     silent = "not needed: 2 others answered first (federation.spare)"
-    told, rounds = f'"rejected": {{"x": "{silent}"}}', path / "rounds.jsonl"
-    rounds.write_text(rounds.read_text().replace('"rejected": {}', told))
-    assert load_run(path).rounds[-1]["rejected"] == {"x": silent}
+    told, rounds = f'"rejected": {{}}, "missing": {{"x": "{silent}"}}', path / "rounds.jsonl"
+    before = rounds.read_text()
+    rounds.write_text(before.replace('"rejected": {}', told))
+    assert load_run(path).rounds[-1]["missing"] == {"x": silent}
     assert defence(load_run(path)) == met
+    rounds.write_text(before.replace('"rejected": {}', '"rejected": {"x": "not finite"}'))
+    rejected = defence(load_run(path))
+    assert rejected is not None
+    assert rejected.honest[0] > met.honest[0]
 
 
 def test_spans_of_rounds_say_how_many_are_left_out() -> None:

@@ -55,7 +55,7 @@ def test_every_lie_is_rejected_with_its_reason_and_the_others_are_used(
     results = list(remote(config, tmp_path / "run", calls(place, tmp_path, lie)).rounds())[1:]
     assert len(results) == rounds
     for result, (name, (said, _)) in zip(results[:-1], LIES.items(), strict=True):
-        assert said in result.rejected["site-cy"], name
+        assert said in {**result.missing, **result.rejected}["site-cy"], name
         assert sorted(result.clients) == ["site-ann", "site-bob"]
     assert results[-1].rejected == {}
     assert len(results[-1].clients) == 3
@@ -87,7 +87,8 @@ def test_an_answer_of_another_round_or_phase_is_never_averaged(
 
     config = configuration(place, "train.participation=1.0", "train.rounds=3")
     _, _, second, third = remote(config, tmp_path / "run", calls(place, tmp_path, late)).rounds()
-    assert said in second.rejected["site-bob"]
+    unused = second.missing if of == "nothing" else second.rejected
+    assert said in unused["site-bob"]
     assert "site-bob" in third.clients
 
 
@@ -223,7 +224,8 @@ def test_of_a_cohort_with_a_spare_site_the_first_to_answer_are_used(
     for result in results:
         assert len(result.cohort) == 3
         assert len(result.clients) == 2
-        (reason,) = result.rejected.values()
+        assert result.rejected == {}
+        (reason,) = result.missing.values()
         assert reason.startswith("not needed")
 
 

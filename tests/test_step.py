@@ -150,6 +150,9 @@ def test_a_failed_client_is_named_and_holds_up_nobody() -> None:
     after, report = take([Failure("ann", "out of memory"), bob, cy, dee])
     assert report.rejected == {"ann": "out of memory"}
     assert same(after.adapter, expected.adapter)
+    after, report = take([bob, Failure("ann", "no answer", missing=True), cy, dee])
+    assert (report.rejected, report.missing) == ({}, {"ann": "no answer"})
+    assert same(after.adapter, expected.adapter)
 
 
 def test_updates_that_come_in_turn_are_dropped_once_used() -> None:

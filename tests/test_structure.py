@@ -62,7 +62,7 @@ FENCES: dict[str, set[str]] = {
     "httpx": {"network", "sites", "flower"},
     "uvicorn": {"sites"},
     "pydantic": {"config", "results", "sites"},
-    "pydantic_core": {"cli", "run"},
+    "pydantic_core": {"files"},
     "tomli_w": {"config", "report", "sites"},
     "typer": {"cli"},
     "rich": {"cli"},

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -59,6 +59,13 @@ def new_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def finite(value: object) -> Any:
+    """The value as JSON can hold it: a number that is NaN or infinite becomes None."""
+    from pydantic_core import to_jsonable_python
+
+    return to_jsonable_python(value, inf_nan_mode="null")
 
 
 def append_line(path: Path, line: str) -> None:

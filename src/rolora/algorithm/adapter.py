@@ -235,10 +235,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client of the cohort that sent no usable update, and why."""
+    """A client of the cohort that sent no usable update, and why; ``missing``: it sent none."""
 
     client: str
     reason: str
+    missing: bool = False
 
 
 # The largest value of a tensor that a client sends. Trained factors and heads are below 100; at

@@ -64,7 +64,7 @@ class Aggregation:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """The outcome of ``step``: whose updates were used, whose were rejected and why.
+    """The outcome of ``step``: whose updates were used, whose were rejected or missing, and why.
 
     ``aggregation_error``: see ``rolora.algorithm.exactness.AggregationError``; None if it was not
     asked for, or if the server cannot know it because clients keep factors to themselves.
@@ -77,6 +77,7 @@ class RoundReport:
     rejected: Mapping[str, str]
     aggregation_error: float | None
     quorum_met: bool
+    missing: Mapping[str, str] = field(default_factory=dict)
     cut: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
 
@@ -107,13 +108,14 @@ def step(
         cohort = {trusted: cohort[trusted], **cohort}
     accepted: list[str] = []
     rejected: dict[str, str] = {}
+    missing: dict[str, str] = {}
     kept: list[Memory] = []
     cut: dict[str, float] = {}
     known = aggregation.exactness and not method.personal(round)
     missed = AggregationError(server.adapter) if known else None
 
     def weighed(weight: Callable[[Update], float] | None) -> Iterator[tuple[Update, float]]:
-        for update in _in_turn(replies, cohort, rejected):
+        for update in _in_turn(replies, cohort, rejected, missing):
             assigned = cohort[update.client]
             if fault := _fault(method, assigned, update):
                 rejected[update.client] = fault
@@ -143,7 +145,7 @@ def step(
             absent = "it did not answer" if trusted in cohort else "it is not in the cohort"
             raise _BelowQuorum(
                 f"no usable update of {trusted}, the trusted client: "
-                f"{rejected.get(trusted, absent)}"
+                f"{(missing | rejected).get(trusted, absent)}"
             )
         if len(accepted) < aggregation.fewest:
             raise _BelowQuorum(
@@ -181,9 +183,11 @@ def step(
     except (_BelowQuorum, LinAlgError) as refusal:
         stalled = replace(server, attempt=server.attempt + 1)
         return stalled, RoundReport(
-            tuple(accepted), rejected, None, quorum_met=False, reason=str(refusal)
+            tuple(accepted), rejected, None, quorum_met=False, missing=missing, reason=str(refusal)
         )
-    return after, RoundReport(tuple(accepted), rejected, error, quorum_met=True, cut=cut)
+    return after, RoundReport(
+        tuple(accepted), rejected, error, quorum_met=True, missing=missing, cut=cut
+    )
 
 
 def _cut(accepted: Sequence[str], weights: torch.Tensor) -> dict[str, float]:
@@ -245,7 +249,10 @@ def capped(weights: Sequence[float], most: float) -> list[float]:
 
 
 def _in_turn(
-    replies: Iterable[Update | Failure], cohort: Mapping[str, Assignment], rejected: dict[str, str]
+    replies: Iterable[Update | Failure],
+    cohort: Mapping[str, Assignment],
+    rejected: dict[str, str],
+    missing: dict[str, str],
 ) -> Iterator[Update]:
     """The updates in the order of ``cohort``; an early one waits for its turn.
 
@@ -262,7 +269,7 @@ def _in_turn(
         else:
             came.add(reply.client)
             if isinstance(reply, Failure):
-                rejected[reply.client] = reply.reason
+                (missing if reply.missing else rejected)[reply.client] = reply.reason
             else:
                 waiting[reply.client] = reply
         while turns and turns[0] in came:

@@ -44,17 +44,12 @@ def table(
     return made
 
 
-def json_text(value: object) -> str:
-    """The value as JSON, in which a number that is NaN or infinite is null, as JSON has neither."""
-    from pydantic_core import to_jsonable_python
-
-    return json.dumps(to_jsonable_python(value, inf_nan_mode="null"), indent=2)
-
-
 def show(as_json: bool, value: object, *parts: RenderableType) -> None:
     """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read."""
     if as_json:
-        print(json_text(value))
+        from rolora.files import finite
+
+        print(json.dumps(finite(value), indent=2))
     else:
         for part in parts:
             out_console.print(part)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.text import Text
 
 from rolora.algorithm.adapter import Failure, Update
 from rolora.cli.printing import err_console, working
@@ -64,7 +63,7 @@ def _show(
         for result, text in described(rounds, run):
             if finished is not None:
                 finished(result)
-            err_console.print(Text.assemble((title, "bold"), f": {text}"))
+            err_console.print(text)
             count = 0
             trained = int(result.advanced and result.round > 0)
             bars.update(bar, advance=trained, text=updates.format(count))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rolora.cli.options import Json, names
-from rolora.cli.printing import again, err_console, out_console, show, working
+from rolora.cli.printing import err_console, out_console, show, working
 from rolora.errors import ConfigError, RoloraError, printable
 
 federation = typer.Typer(
@@ -37,7 +36,6 @@ def site(
 
     Rows never leave the site. What does is listed in outgoing.log in its state folder.
     """
-    _need_flower()
     from rolora.sites.logs import escape_records
     from rolora.sites.node import serve
     from rolora.sites.processes import end_with_parent
@@ -51,8 +49,7 @@ def site(
     escape_records()
     if parent_pid is not None:
         end_with_parent(parent_pid)
-    with again():
-        serve(settings, Site(settings).answer, _notify)
+    serve(settings, Site(settings).answer, _notify)
 
 
 def doctor(
@@ -63,7 +60,6 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Check the setup of a site or a coordinator, one line for each check."""
-    _need_flower()
     from rolora.sites.doctor import examine_federation
     from rolora.sites.folder import FederationFolder
     from rolora.sites.site_config import read_site
@@ -85,7 +81,6 @@ def keys(
     json: Json = False,
 ) -> None:
     """Make a CA, a server certificate and a key for each site, or add sites to a folder."""
-    _need_flower()
     from rolora.sites.folder import FederationFolder
 
     say = _notify if json else out_console.print
@@ -113,7 +108,6 @@ def remove(
     json: Json = False,
 ) -> None:
     """Refuse these sites' keys from now on. The federation must be running."""
-    _need_flower()
     from rolora.sites.folder import FederationFolder
 
     opened, listed = FederationFolder.open(folder), _listed(sites)
@@ -127,12 +121,10 @@ def remove(
 @federation.command()
 def serve(folder: Folder = Path("federation")) -> None:
     """Run the coordinator's programs until interrupted; if one ends, end the others too."""
-    _need_flower()
     from rolora.sites import serve as programs
     from rolora.sites.folder import FederationFolder
 
-    with again():
-        programs.serve(FederationFolder.open(folder), _notify)
+    programs.serve(FederationFolder.open(folder), _notify)
 
 
 @federation.command()
@@ -150,7 +142,6 @@ def up(
     A new folder gets keys, and each site its share of the configuration's rows; a folder that
     exists is used as it is.
     """
-    _need_flower()
     from rolora.sites.folder import FederationFolder
     from rolora.sites.local_trial import make_trial
     from rolora.sites.serve import serve
@@ -164,13 +155,11 @@ def up(
     opened = FederationFolder.open(folder)
     _notify(f"starting {len(opened.public)} sites; when they are up, run in another terminal:")
     _notify(f"  rolora run {folder / 'run.toml'} --on {folder}")
-    with again():
-        serve(opened, _notify, list(opened.public))
+    serve(opened, _notify, list(opened.public))
 
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:
     """Run or resume on the sites of ``federation.on``, showing the run's progress."""
-    _need_flower()
     from rolora.cli.results import show_result
     from rolora.sites.submit import run_remotely
 
@@ -203,11 +192,6 @@ def _listed(text: str) -> list[str]:
     if not (found := names(text)):
         raise ConfigError("--sites is empty: give comma-separated names, such as ann,bob")
     return found
-
-
-def _need_flower() -> None:
-    if find_spec("flwr") is None:
-        raise ConfigError("runs across sites need Flower: pip install 'rolora[flower]'")
 
 
 def _notify(line: str) -> None:

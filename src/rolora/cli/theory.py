@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import json_text, show, table, tracked
+from rolora.cli.printing import show, table, tracked
 from rolora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def theory(
     json: Json = False,
 ) -> None:
     """Run the paper's linear model: RoLoRA's angle and its bound, FFA-LoRA's floor, FedAvg."""
-    from rolora.files import write_file
+    from rolora.files import finite, write_file
     from rolora.report.figures import save_picture
     from rolora.report.theory_figure import theory_figure
     from rolora.report.theory_text import theory_verdicts
@@ -95,7 +96,7 @@ def theory(
     save_picture(theory_figure(outcome, sweeps), picture)
     found = _for_programs(outcome, verdicts, sweeps)
     if numbers:
-        write_file(numbers, json_text(found))
+        write_file(numbers, dumps(finite(found), indent=2))
     written = {"picture": picture, "numbers": numbers}
     show(json, found, *_parts(outcome, verdicts, sweeps, written))
 

@@ -109,7 +109,8 @@ class Remote:
             if used >= wanted and trusted not in waiting:
                 break
         for client in waiting:
-            yield Failure(client, f"not needed: {wanted} others answered first (federation.spare)")
+            why = f"not needed: {wanted} others answered first (federation.spare)"
+            yield Failure(client, why, missing=True)
 
     def evaluate(self, method: Method, clients: Iterable[Assignment]) -> Iterator[ClientMetrics]:
         """Each site's metrics on its held-out rows; sites do not have the server's test rows."""
@@ -184,7 +185,10 @@ class Remote:
             return Update(info.id, adapter, count, metrics, body_bytes(answer.body))
 
         found = attempt(used, reply)
-        return Failure(info.id, found.reason) if isinstance(found, Unusable) else found
+        if isinstance(found, Unusable):
+            missing = bool(reply.head.keys() & {"error", "lacks"})
+            return Failure(info.id, found.reason, missing)
+        return found
 
 
 def _sent(method: Method, assigned: Assignment) -> AdapterState:

@@ -165,7 +165,8 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
             return None, None
         came = list(replies)
         report = self._step(came)
-        for node, reason in report.rejected.items():
+        unused = {**report.rejected, **report.missing}
+        for node, reason in unused.items():
             _log.warning("aggregate_train: the reply of node %s is left out: %s", node, reason)
         if not report.quorum_met:
             _log.warning(
@@ -179,7 +180,7 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         contents = [first[node].content for node in report.accepted]
         metrics = self._averaged(contents, self.train_metrics_aggr_fn) or MetricRecord()
         metrics["round"] = self.state.round
-        metrics["accepted"], metrics["rejected"] = len(report.accepted), len(report.rejected)
+        metrics["accepted"], metrics["rejected"] = len(report.accepted), len(unused)
         if report.aggregation_error is not None:
             metrics["aggregation_error"] = report.aggregation_error
         return ArrayRecord(dict(self.state.adapter)), metrics
@@ -191,7 +192,8 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         key = self.weighted_by_key
         updates = [_update_in(reply, received, shared, key) for reply in replies]
         silent = set(self.asked) - {update.client for update in updates}
-        missing = [Failure(node, "no answer before the deadline") for node in sorted(silent)]
+        why = "no answer before the deadline"
+        missing = [Failure(node, why, missing=True) for node in sorted(silent)]
         named = {u.client: u.num_examples for u in reversed(updates) if isinstance(u, Update)}
         counts = named | self.counts
         cohort = {

@@ -61,7 +61,7 @@ def update_in(
     node = str(message.metadata.src_node_id)
     if message.has_error():
         reason = str(message.error.reason or message.error.code)
-        return Failure(node, printable(" ".join(reason.split())[:300]))
+        return Failure(node, printable(" ".join(reason.split())[:300]), missing=True)
     content = message.content
     count = examples_in(content, key)
     if count is None:

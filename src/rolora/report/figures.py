@@ -212,10 +212,7 @@ def client_spread(
         axes.plot([low], [row], marker="^", mfc="none", mec=INK, markersize=9, ls="none")
         words = f"{elided(method, 18)}: mean {mean:.3f}, worst tenth {low:.3f}"
         axes.text(0, row - 0.3, words, va="bottom", transform=axes.get_yaxis_transform())
-    axes.set_ylim(len(clients) - 0.6, -0.85)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel(f"{metric} of each client")
+    _rows(axes, len(clients) - 0.6, -0.85, f"{metric} of each client")
     return figure
 
 
@@ -243,11 +240,8 @@ def forest_plot(
             axes.text(0, y - 0.23, elided(method, 40), va="bottom", transform=across)
             y += 1
     axes.axvline(0, color=INK, linewidth=1, linestyle=DOTTED)
-    axes.set_ylim(y - 0.5, -0.35)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(f"{metric}, minus that of {elided(reference, 24)}")
+    _rows(axes, y - 0.5, -0.35, f"{metric}, minus that of {elided(reference, 24)}")
     return figure
 
 
@@ -266,11 +260,16 @@ def dots(rows: Mapping[str, Mapping[str, float]], styles: Mapping[str, int], met
             marker, colour = MARKERS[style % len(MARKERS)], PALETTE[style % len(PALETTE)]
             shift = 0.3 * (style + 0.5) / len(styles) - 0.1
             axes.plot([value], [y + shift], marker=marker, markersize=6, ls="none", color=colour)
-    axes.set_ylim(len(rows) - 0.4, -0.7)
+    _rows(axes, len(rows) - 0.4, -0.7, metric)
+    return figure
+
+
+def _rows(axes: Any, bottom: float, top: float, xlabel: str) -> None:
+    """Axes of rows that have their names inside, from the top."""
+    axes.set_ylim(bottom, top)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(metric)
-    return figure
+    axes.set_xlabel(xlabel)
 
 
 @styled

@@ -49,17 +49,24 @@ class Conclusion:
     differences: Mapping[str, Difference] = field(default_factory=dict)
 
 
-def format_metric(value: float, sd: float | None = None) -> str:
+def format_metric(value: float, sd: float | None = None, digits: str = ".3f") -> str:
     """'0.821 ± 0.004': a metric to three decimals, with its sd if there is one."""
-    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
-    return text if sd is None else f"{text} ± {sd:.3f}"
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{value:{digits}}" if abs(value) < 1000 else f"{value:.4g}"
+    return text if sd is None else f"{text} ± {sd:{digits}}"
 
 
 def format_difference(difference: Difference) -> str:
     """'+0.018 [+0.006, +0.030]', without the interval if there is none."""
-    text = f"{difference.mean:+.3f}"
-    if difference.interval is not None:
-        text += f" [{difference.interval[0]:+.3f}, {difference.interval[1]:+.3f}]"
+    return format_mean(difference.mean, difference.interval)
+
+
+def format_mean(mean: float, interval: tuple[float, float] | None) -> str:
+    """The mean of differences and its interval, as ``format_difference``."""
+    text = f"{mean:+.3f}"
+    if interval is not None:
+        text += f" [{interval[0]:+.3f}, {interval[1]:+.3f}]"
     return text.replace("-", "−")
 
 
@@ -68,7 +75,7 @@ def format_megabytes(value: float) -> str:
     return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-def format_cell(text: str) -> str:
+def escaped(text: str) -> str:
     """A name of the user's, of any characters, within one cell of a Markdown table."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", printable(text))
 

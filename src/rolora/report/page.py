@@ -30,7 +30,7 @@ from rolora.results.samples import side_by_side
 from rolora.results.tuned import Tuning
 
 MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
-REJECTED_ROWS = 100
+UNUSED_ROWS = 100
 CUT_ROWS = 20  # of each run: the clients that were cut most
 
 
@@ -66,7 +66,7 @@ def render(
     conclusions = narrative.conclusions(runs) if runs else [narrative.nothing_finished(found)]
     left, finished = runs or found.unfinished, by_method(runs)
     defended = [(run.label, one) for run in every if (one := defence(run))]
-    rejected, labels = _rejected(every), label_recalls(finished)
+    labels = label_recalls(finished)
     names = {run.name for run in left}
     return (
         templates()
@@ -78,6 +78,7 @@ def render(
             reference=next(iter(groups), ""),
             cautions=narrative.cautions(every, tuning.keys if tuning else ()),
             tuning=tuning,
+            seed_heads=[f"seed {seed}" for seed in tuning.seeds] if tuning else [],
             published=published,
             beside=beside_published(published, runs) if published and runs else [],
             metric=metric,
@@ -86,7 +87,6 @@ def render(
             unfinished=[(run, run.last(metric)) for run in found.unfinished],
             most_places=MOST_PLACES,
             rounding=figures.ROUNDING,
-            palette=list(enumerate(figures.PALETTE)),
             keys={
                 method: (n, inline_svg(figures.key(n, are_finished(own)), f"key-{n}"))
                 for n, (method, own) in enumerate(groups.items())
@@ -99,8 +99,11 @@ def render(
             layers=last_layers(finished),
             measures={measure: title for measure, (title, _) in MEASURES.items()},
             recalled=list(dict.fromkeys(method for one in labels for method in one.methods)),
-            rejected=rejected[:REJECTED_ROWS],
-            more_rejected=len(rejected[REJECTED_ROWS:]),
+            unused={
+                "Rejected updates": _unused(every, "rejected"),
+                "Updates that did not come": _unused(every, "missing"),
+            },
+            most_unused=UNUSED_ROWS,
             defended=defended,
             attacked=any(one.attackers for _, one in defended),
             cut=[(run.label, one) for run in every for one in _most_cut(run)],
@@ -120,22 +123,24 @@ def templates() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.globals["palette"] = figures.PALETTE
     environment.filters |= {
         function.__name__: function
         for function in (
             *(narrative.format_metric, narrative.format_difference),
-            *(narrative.format_megabytes, narrative.format_spent, narrative.format_cell),
+            *(narrative.format_megabytes, narrative.format_spent, narrative.escaped),
         )
     }
     return environment
 
 
-def _rejected(runs: Sequence[RunRecord]) -> list[tuple[str, str, str, int, str]]:
-    """(run, client, reason, how often, rounds) of all rejected updates, the most frequent first."""
+def _unused(runs: Sequence[RunRecord], why: str) -> list[tuple[str, str, str, int, str]]:
+    """(run, client, reason, how often, rounds) of all updates that are "rejected" or "missing", the
+    most frequent first."""
     found: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         for line in run.rounds:
-            for client, reason in line["rejected"].items():
+            for client, reason in line.get(why, {}).items():
                 found.setdefault((run.label, client, reason), []).append(line["round"])
     most = sorted(found.items(), key=lambda item: -len(item[1]))
     return [(*what, len(rounds), spans(rounds)) for what, rounds in most]

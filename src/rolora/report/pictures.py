@@ -19,7 +19,7 @@ from rolora.results.layers import MEASURES, known
 from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
 from rolora.results.robustness import SUCCESS
-from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, worst_tenth
+from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, over_seeds, worst_tenth
 
 Groups = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[int, Any]  # by round
@@ -206,6 +206,7 @@ def _curves(
 ) -> list[Picture]:
     """The same values against each axis; ``budget`` is one of megabytes."""
     found = []
+    recorded = {method: groups[method] for method in _series(groups, values)}
     for number, axis in enumerate(AXES):
         lines = _series(groups, values, axis)
         if not lines:
@@ -215,14 +216,13 @@ def _curves(
         if mark is not None:
             sent = narrative.format_megabytes(mark)
             text += f" Dotted: {sent} MB, the most that all methods have sent."
-        why = "its seeds share no evaluated round" if axis is ROUNDS else f"it has no {axis.name}"
         found.append(
             Picture(
                 f"{name}-{number}",
                 f"{title} against {axis.name}",
                 f"{title} against {axis.name} for {', '.join(lines)}",
                 figures.curves(list(lines.values()), title, axis.label, budget=mark),
-                text + _missing(groups, lines, why),
+                text + _missing(groups, recorded) + _missing(recorded, lines, f"no {axis.name}"),
                 tuple(lines),
                 axis.name,
             )
@@ -231,7 +231,7 @@ def _curves(
 
 
 def values(groups: Groups, metric: str) -> list[tuple[str, ...]]:
-    """What the curves of ``metric`` say when pointed at, for who cannot point.
+    """What the curves of ``metric`` say when pointed at, as a table.
 
     (method, round, megabytes, seconds, local steps, value) of each point.
     """
@@ -248,9 +248,11 @@ def values(groups: Groups, metric: str) -> list[tuple[str, ...]]:
     ]
 
 
-def _missing(groups: Groups, drawn: Iterable[str], why: str) -> str:
+def _missing(
+    groups: Groups, drawn: Iterable[str], why: str = "not recorded in all of its runs"
+) -> str:
     absent = [m for m, runs in groups.items() if m not in drawn and are_finished(runs)]
-    return f" Not drawn, because {why}: {', '.join(absent)}." if absent else ""
+    return f" Not drawn ({why}): {', '.join(absent)}." if absent else ""
 
 
 def _band(groups: Groups, first: str) -> str:
@@ -314,7 +316,7 @@ def _aggregation_error(groups: Groups) -> Picture | None:
         "How far the server's B·A is from the mean of the clients' B·A, relative to that mean. In "
         "the grey band the average is exact; lines there are spread only to be seen."
         + _thin(groups)
-        + _missing(groups, lines, "the server cannot know it"),
+        + _missing(groups, lines),
         tuple(lines),
     )
 
@@ -328,9 +330,9 @@ def _attack_success(groups: Groups) -> Picture | None:
         "Attack success",
         f"attack success over rounds for {', '.join(lines)}",
         figures.curves(list(lines.values()), "attack success", ROUNDS.label),
-        "How often the model gives the answers that the attack is after. "
+        "How often the model gives the answers that the attack wants. "
         + _band(groups, "lower is better")
-        + _missing(groups, lines, "no attack on it is after certain answers"),
+        + _missing(groups, lines),
         tuple(lines),
     )
 
@@ -346,7 +348,7 @@ def _layers(groups: Groups, measure: str) -> Picture | None:
         f"{title} over rounds for {', '.join(lines)}",
         figures.curves(list(lines.values()), title, ROUNDS.label),
         f"{about} Line: median over layers; band: from the smallest to the largest layer."
-        + _missing(groups, lines, "clients keep a factor, or a matrix lies beside the factors"),
+        + _missing(groups, lines),
         tuple(lines),
         title,
         "show",
@@ -356,11 +358,10 @@ def _layers(groups: Groups, measure: str) -> Picture | None:
 def _client_spread(groups: Groups, metric: str) -> Picture | None:
     clients, worst = {}, {}
     for method, runs in groups.items():
-        tenths = [worst_tenth(run, metric) for run in runs]
-        known = [tenth for tenth in tenths if tenth is not None]
-        if are_finished(runs) and len(known) == len(runs):
+        tenth = over_seeds([worst_tenth(run, metric) for run in runs])
+        if are_finished(runs) and tenth:
             clients[method] = [value for run in runs for value in client_values(run, metric)]
-            worst[method] = mean_sd(known)[0]
+            worst[method] = tenth[0]
     if not clients:
         return None
     return Picture(
@@ -370,7 +371,7 @@ def _client_spread(groups: Groups, metric: str) -> Picture | None:
         figures.client_spread(clients, worst, _styles(groups), metric),
         "On each client's own held-out rows, at the end; clients of all seeds together. A dot's "
         "area is the number of clients; bar: mean; triangle: mean of the worst tenth of a run's "
-        "clients, over seeds." + _missing(groups, clients, "its clients were not measured"),
+        "clients, over seeds." + _missing(groups, clients),
     )
 
 

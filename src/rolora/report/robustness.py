@@ -47,8 +47,7 @@ def write_robustness(cells: Sequence[Cell], metric: str, bad: int, name: str, ou
             beside=beside,
             cell=format_cell,
             reference=methods[0],
-            successful=[a for a in attacks if any(c.success is not None for c in _of(cells, a))],
-            palette=list(enumerate(figures.PALETTE)),
+            successful=list(dict.fromkeys(c.attack for c in cells if c.success is not None)),
             keys={m: (n, inline_svg(figures.key(n), f"key-{n}")) for m, n in styles.items()},
             no_attack=NO_ATTACK,
         )
@@ -83,11 +82,4 @@ def beside(standing: Standing) -> str:
     """'+0.018 [+0.006, +0.030]': better than the reference by so much; '' where unknown."""
     if standing.beside is None:
         return ""
-    text = f"{standing.beside:+.3f}"
-    if standing.interval is not None:
-        text += f" [{standing.interval[0]:+.3f}, {standing.interval[1]:+.3f}]"
-    return text.replace("-", "−")
-
-
-def _of(cells: Sequence[Cell], attack: str) -> list[Cell]:
-    return [cell for cell in cells if cell.attack == attack]
+    return narrative.format_mean(standing.beside, standing.interval)

@@ -36,9 +36,8 @@ class Defence:
     """An attacked or robust run.
 
     ``bad`` and ``honest``: how many updates of the attackers, and of the others, were stopped, and
-    how many there were. Stopped is one that was cut by more than half or, in an attacked run, was
-    rejected: that is on one machine, where nothing but an update is. ``success``: how often the
-    attack gets the answers that it is after, at the end, if it is after any.
+    how many there were. Stopped is one that was cut by more than half, or rejected. ``success``:
+    how often the attack gets the answers that it is after, at the end, if it is after any.
     """
 
     rule: str
@@ -89,9 +88,8 @@ def defence(run: RunRecord) -> Defence | None:
         return None
     counts = {True: [0, 0], False: [0, 0]}
     for line in run.rounds:
-        rejected = line["rejected"] if bad else {}  # of sites also those that did not answer
-        for client in {**line.get("clients", {}), **rejected}:
-            stopped = client in rejected or line.get("cut", {}).get(client, 0.0) > MOSTLY
+        for client in {**line.get("clients", {}), **line["rejected"]}:
+            stopped = client in line["rejected"] or line.get("cut", {}).get(client, 0.0) > MOSTLY
             counts[client in bad][0] += stopped
             counts[client in bad][1] += 1
     return Defence(

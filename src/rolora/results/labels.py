@@ -6,17 +6,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rolora.results.runs import RunRecord, mean_sd, phase
+from rolora.results.runs import Measured, RunRecord, over_seeds, phase
 
 
 @dataclass(frozen=True)
 class LabelRecall:
     """A label, its rows among those that are evaluated on (None if runs differ in them), and
-    method -> the mean and sd over seeds of ``recalls``."""
+    method -> ``recalls`` over the seeds that have such rows."""
 
     label: str
     rows: int | None
-    methods: Mapping[str, tuple[float, float | None]]
+    methods: Mapping[str, Measured]
 
 
 def recalls(run: RunRecord) -> dict[str, float]:
@@ -34,13 +34,10 @@ def label_recalls(groups: Mapping[str, Sequence[RunRecord]]) -> list[LabelRecall
     rows = [run.axes.labels for method in known for run in groups[method]]
     found = []
     for label in dict.fromkeys(label for one in rows for label in one):
-        having = {m: [run[label] for run in own if label in run] for m, own in known.items()}
+        own = {
+            m: over_seeds([run[label] for run in runs if label in run]) for m, runs in known.items()
+        }
         counts = {one.get(label) for one in rows}
-        found.append(
-            LabelRecall(
-                label,
-                counts.pop() if len(counts) == 1 else None,
-                {method: mean_sd(own) for method, own in having.items() if own},
-            )
-        )
+        count = counts.pop() if len(counts) == 1 else None
+        found.append(LabelRecall(label, count, {m: one for m, one in own.items() if one}))
     return sorted(found, key=lambda one: statistics.fmean(m for m, _ in one.methods.values()))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from rolora.results.runs import RunRecord
+from rolora.results.runs import Measured, RunRecord, over_seeds
 
 # a measure's name in ``rounds.jsonl`` -> its title, and what it is
 MEASURES = {
@@ -22,11 +21,11 @@ MEASURES = {
 
 
 class Layer(NamedTuple):
-    """A layer of a method's runs at their end: measure -> its mean over the runs that know it."""
+    """A layer of a method's runs at their end: measure -> its value over seeds."""
 
     method: str
     layer: str
-    values: Mapping[str, float]
+    values: Mapping[str, Measured | None]
 
 
 def known(run: RunRecord, measure: str) -> dict[int, list[float]]:
@@ -40,14 +39,18 @@ def last_layers(groups: Mapping[str, Sequence[RunRecord]]) -> list[Layer]:
     """Every layer of every method, at the last evaluation."""
     found = []
     for method, runs in groups.items():
-        seen: dict[str, dict[str, list[float]]] = {}
-        for run in runs:
-            measured = [line["layers"] for line in run.rounds if "layers" in line]
-            for measure, values in (measured or [{}])[-1].items():
-                for layer, value in zip(run.axes.layers, values, strict=True):
-                    if value is not None:
-                        seen.setdefault(layer, {}).setdefault(measure, []).append(value)
-        for layer, own in seen.items():
-            means = {measure: statistics.fmean(values) for measure, values in own.items()}
-            found.append(Layer(method, layer.removeprefix("base_model.model."), means))
+        each = [_last(run) for run in runs]
+        for layer in dict.fromkeys(layer for own in each for _, layer in own):
+            values = {m: over_seeds([own.get((m, layer)) for own in each]) for m in MEASURES}
+            found.append(Layer(method, layer.removeprefix("base_model.model."), values))
     return found
+
+
+def _last(run: RunRecord) -> dict[tuple[str, str], float | None]:
+    """(measure, layer) -> the value at the last evaluation."""
+    measured = [line["layers"] for line in run.rounds if "layers" in line]
+    return {
+        (measure, layer): value
+        for measure, values in (measured[-1].items() if measured else ())
+        for layer, value in zip(run.axes.layers, values, strict=True)
+    }

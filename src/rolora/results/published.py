@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter
 
-from rolora.errors import DataError
 from rolora.files import from_home
-from rolora.results.runs import RunRecord, by_method, mean_sd
+from rolora.results.runs import RunRecord, by_method, over_seeds, read_json
 
 
 class Published(BaseModel, frozen=True, extra="forbid"):
@@ -62,14 +61,7 @@ class BesidePublished:
 def read_published(config: str | Path) -> Published | None:
     """The published results next to this configuration, if any. DataError for a damaged file."""
     file = from_home(config).with_suffix(".published.json")
-    if not file.is_file():
-        return None
-    try:
-        return Published.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = [str(file), ".".join(map(str, first["loc"])), first["msg"]]
-        raise DataError(": ".join(filter(None, where))) from None
+    return read_json(file, TypeAdapter(Published), None)
 
 
 def beside_published(published: Published, runs: Sequence[RunRecord]) -> list[BesidePublished]:
@@ -82,8 +74,7 @@ def beside_published(published: Published, runs: Sequence[RunRecord]) -> list[Be
         unique = list(names.values()).count(names[method]) == 1
         key = names[method] if unique else method
         matched.add(key)
-        last = [curve[-1].value for run in own if (curve := run.scores(published.metric))]
-        mean, sd = mean_sd(last) if len(last) == len(own) else (None, None)
+        mean, sd = over_seeds([run.last(published.metric) for run in own]) or (None, None)
         ours, spread = (None if x is None else x * published.scale for x in (mean, sd))
         rows.append(BesidePublished(method, ours, spread, published.results.get(key)))
     others = published.results.items()

@@ -11,7 +11,7 @@ from typing import Any
 
 from rolora.attacks.attack import NO_ATTACK
 from rolora.results.paired import interval
-from rolora.results.runs import RunRecord, gain, mean_sd
+from rolora.results.runs import RunRecord, gain, mean_sd, over_seeds
 
 SUCCESS = "attack_success"
 
@@ -44,17 +44,14 @@ class Cell:
     @property
     def mean(self) -> float | None:
         """The mean over seeds; None if a run diverged."""
-        return self._mean_sd[0]
+        found = over_seeds(self.values)
+        return found and found[0]
 
     @property
     def sd(self) -> float | None:
         """The sample standard deviation over seeds; None for one, or if a run diverged."""
-        return self._mean_sd[1]
-
-    @property
-    def _mean_sd(self) -> tuple[float | None, float | None]:
-        values = [value for value in self.values if value is not None]
-        return mean_sd(values) if len(values) == len(self.values) else (None, None)
+        found = over_seeds(self.values)
+        return found and found[1]
 
 
 def matrix(runs: Mapping[tuple[str, str, str], Iterable[RunRecord]], metric: str) -> list[Cell]:
@@ -63,15 +60,14 @@ def matrix(runs: Mapping[tuple[str, str, str], Iterable[RunRecord]], metric: str
     for (attack, rule, method), each in runs.items():
         own = sorted(each, key=lambda run: run.seed)
         values = tuple(None if run.diverged else run.last(metric) for run in own)
-        last = [None if run.diverged else run.last(SUCCESS) for run in own]
-        shares = [share for share in last if share is not None]
+        success = over_seeds([None if run.diverged else run.last(SUCCESS) for run in own])
         cell = Cell(
             attack,
             rule,
             method,
             tuple(run.seed for run in own),
             values,
-            success=mean_sd(shares)[0] if shares and len(shares) == len(own) else None,
+            success=success and success[0],
         )
         clean = found.get((NO_ATTACK, rule, method), cell)
         found[attack, rule, method] = _beside(cell, clean, metric)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 
 from rolora.errors import AllDiverged, ConfigError, DataError
 from rolora.tasks.registry import higher_is_better
@@ -21,26 +21,33 @@ from rolora.tasks.registry import higher_is_better
 FIRST = ("accuracy", "choice_accuracy", "answer_accuracy", "exact_match")
 LAST = ("perplexity", "loss")
 MEGABYTE = 1e6  # bytes
+Measured = tuple[float, float | None]  # mean and sample standard deviation, see ``mean_sd``
 T = TypeVar("T")
+U = TypeVar("U")
 # keys that runs of one group may differ in: what tells seeds apart, and what changes no result
 IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"}
+
+
+# null where it was not finite; infinite is the worst score there is, see ``gain``
+Score = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
 class Line(BaseModel, strict=True):
     """A line of ``rounds.jsonl``, as far as it is read."""
 
     round: int
-    metrics: dict[str, float]
-    client_metrics: dict[str, dict[str, float]]
+    metrics: dict[str, Score]
+    client_metrics: dict[str, dict[str, Score]]
     loss: float | None
     aggregation_error: float | None
     bytes_up: int
     bytes_down: int
     seconds: float
     rejected: dict[str, str]
+    missing: dict[str, str] = {}
     factors: list[str] = []
     clients: dict[str, dict[str, float]] = {}
-    validation: dict[str, float] = {}
+    validation: dict[str, Score] = {}
     cut: dict[str, float] = {}
     recall: list[float] = []
     layers: dict[str, list[float | None]] = {}
@@ -259,14 +266,14 @@ def load_run(path: str | Path) -> RunRecord:
         rounds,
         partition,
         _read_axes(folder / "axes.json", rounds),
-        _read(folder / "samples.json", _SAMPLES, ()),
+        read_json(folder / "samples.json", _SAMPLES, ()),
         diverged,
     )
 
 
 def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     """What the lists of these lines are over. DataError unless they are as long."""
-    axes = _read(file, _AXES, Axes())
+    axes = read_json(file, _AXES, Axes())
     for line in rounds:
         recall, layers = line.get("recall", axes.labels), line.get("layers", {}).values()
         if len(recall) != len(axes.labels) or any(len(v) != len(axes.layers) for v in layers):
@@ -277,8 +284,8 @@ def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     return axes
 
 
-def _read(file: Path, kind: TypeAdapter[T], otherwise: T) -> T:
-    """A JSON file that older runs do not have. DataError for one that is damaged."""
+def read_json(file: Path, kind: TypeAdapter[T], otherwise: U) -> T | U:
+    """The content of a JSON file, if there is one. DataError for one that is damaged."""
     try:
         return kind.validate_json(file.read_bytes()) if file.is_file() else otherwise
     except ValidationError as error:
@@ -303,10 +310,10 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
                 f"rolora resume {shlex.quote(str(file.parent))}"
             ) from None
         try:
-            Line.model_validate(line)
+            read = Line.model_validate(line).model_dump(exclude_unset=True)
         except ValidationError as error:
             raise DataError(f"{where}: {_fault(error)}") from None
-        yield line
+        yield line | read
 
 
 @dataclass(frozen=True)
@@ -418,8 +425,7 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
     best = [max(each, key=lambda value: gain(metric, value)) for each in values]
     lines = [line for run in runs for line in run.rounds]
     errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
-    tenths = [tenth for run in runs if (tenth := worst_tenth(run, metric)) is not None]
-    worst, worst_sd = mean_sd(tenths) if len(tenths) == len(runs) else (None, None)
+    worst, worst_sd = over_seeds([worst_tenth(run, metric) for run in runs]) or (None, None)
     return Summary(
         method=method,
         seeds=tuple(sorted(run.seed for run in runs)),
@@ -455,7 +461,13 @@ def worst_tenth(run: RunRecord, metric: str) -> float | None:
     return statistics.fmean(values[: math.ceil(len(values) / 10)]) if values else None
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+def over_seeds(values: Sequence[float | None]) -> Measured | None:
+    """``mean_sd`` of a value of each of a method's runs; None if a run does not have it."""
+    known = [value for value in values if value is not None]
+    return mean_sd(known) if known and len(known) == len(values) else None
+
+
+def mean_sd(values: Sequence[float]) -> Measured:
     """Mean and sample standard deviation (None for one value, or if a value is not finite)."""
     several = len(values) > 1 and all(map(math.isfinite, values))
     return statistics.fmean(values), statistics.stdev(values) if several else None

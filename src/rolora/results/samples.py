@@ -18,13 +18,15 @@ class Sample:
 
 
 def side_by_side(groups: Mapping[str, Sequence[RunRecord]]) -> list[Sample]:
-    """Each prompt once, with the answers of each method's first run that was asked it.
+    """Each prompt once, with the answers of each method's first seed that was asked any.
 
-    The answers before training come first; methods that start from the same one share it.
+    Only of one seed, because seeds may differ in their test rows and so in their prompts. The
+    answers before training come first; methods that start from the same one share it.
     """
     said: dict[tuple[str, str], dict[str, Written]] = {}
     for method, runs in groups.items():
-        for run in runs:
+        asked = [run for run in runs if run.samples]
+        for run in sorted(asked, key=lambda run: run.seed)[:1]:
             for one in run.samples:
                 said.setdefault((one.prompt, one.expected), {}).setdefault(method, one)
     found = []

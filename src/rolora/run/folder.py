@@ -23,14 +23,26 @@ from rolora.algorithm.adapter import AdapterState
 from rolora.algorithm.ledger import Held, Ledger
 from rolora.algorithm.method import ServerState
 from rolora.errors import ConfigError, RoloraError
-from rolora.files import DOOMED, append_line, locked, new_folder, sweep, sweep_beside, write_file
+from rolora.files import (
+    DOOMED,
+    append_line,
+    finite,
+    locked,
+    new_folder,
+    sweep,
+    sweep_beside,
+    write_file,
+)
 from rolora.training.rounds import Best, RoundResult, RunState
 
 KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained from
 
 
 def line(result: RoundResult) -> dict[str, Any]:
-    """A round's line in ``rounds.jsonl``; what its lists are over, ``axes.json`` has once."""
+    """A round's line in ``rounds.jsonl``; what its lists are over, ``axes.json`` has once.
+
+    A score that is NaN or infinite is null.
+    """
     values = {field.name: getattr(result, field.name) for field in fields(result)}
     del values["advanced"], values["reason"], values["state"]
     values["recall"] = [round(share, 4) for share in result.recall.values()]
@@ -38,11 +50,11 @@ def line(result: RoundResult) -> dict[str, Any]:
         what: [None if value is None else float(f"{value:.4g}") for value in own.values()]
         for what, own in result.layers.items()
     }
-    for key in ("cut", "recall", "layers"):
+    for key in ("missing", "cut", "recall", "layers"):
         if not values[key]:
             del values[key]  # most rules cut nobody, and most rounds are not evaluated
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}
-    return values
+    return dict(finite(values))
 
 
 def as_json(value: object) -> str:

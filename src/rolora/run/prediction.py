@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import to_jsonable_python
-
 from rolora.errors import ConfigError
+from rolora.files import finite
 from rolora.results.runs import flatten
 from rolora.run.evaluation import load_trained
 from rolora.training.local import outputs
@@ -56,8 +55,7 @@ def writer(file: Path | None) -> Callable[[Sequence[Mapping[str, Any]]], str]:
 
 
 def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    finite = to_jsonable_python(rows, inf_nan_mode="null")  # JSON has no NaN
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finite)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in finite(rows))
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

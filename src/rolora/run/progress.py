@@ -13,46 +13,42 @@ from rolora.training.rounds import RoundResult
 def described(rounds: Iterable[RoundResult], run: Run) -> Iterator[tuple[RoundResult, str]]:
     """Each round of ``run`` as it finishes, with a line about it.
 
-    The line: phase, cohort, training loss, metrics, aggregation error, whose update was mostly not
-    used, bytes sent so far, time left.
+    The line: phase, training loss, main metric, time left; then what went wrong, if anything did.
+    Without that it has fewer than 80 characters. What was sent is in the table at the end.
     """
-    total = run.experiment.federation.rounds
+    total, metric = run.experiment.federation.rounds, run.experiment.federation.metric
     left = total - run.state.server.round
-    up, down, done, started = 0, 0, 0, time.monotonic()
+    done, started = 0, time.monotonic()
     for result in rounds:
-        up, down = up + result.bytes_up, down + result.bytes_down
-        if result.round == 0:
-            yield result, f"before training   {_metrics(result)}"
-            continue
-        done += result.advanced
+        done += result.advanced and result.round > 0
         seconds = (time.monotonic() - started) / done * (left - done) if done else 0.0
-        sent = f"sent {up / 1e6:.2f} MB up, {down / 1e6:.2f} MB down"
-        yield result, "   ".join([*_parts(result, total), sent, f"{clock(seconds)} left"])
+        parts = [_where(result, total)]
+        if result.loss is not None:
+            parts.append(f"train loss {result.loss:.3f}")
+        if metric in result.metrics:
+            parts.append(f"{metric} {result.metrics[metric]:.3f}")
+        if result.round:
+            parts.append(f"{clock(seconds)} left")
+        yield result, "  ".join([*parts, *_faults(result)])
 
 
-def _parts(result: RoundResult, rounds: int) -> Iterator[str]:
+def _where(result: RoundResult, rounds: int) -> str:
+    if not result.round:
+        return "before training"
     phase = "+".join(role for role in result.factors if role != "head") or "head"
-    yield from (f"round {result.round}/{rounds}", f"train {phase}", f"{len(result.cohort)} clients")
+    return f"round {result.round}/{rounds}  train {phase}"
+
+
+def _faults(result: RoundResult) -> Iterator[str]:
     if not result.advanced:
         yield f"no quorum in attempt {result.attempt + 1} ({result.reason}); trying again"
-    if result.loss is not None:
-        yield f"training loss {result.loss:.3f}"
     if result.moved is False:
         yield "NOTHING MOVED: no gradient reached a tensor of any client"
-    if found := _metrics(result):
-        yield found
-    if result.aggregation_error is not None:
-        yield f"aggregation error {result.aggregation_error:.1e}"
     if worst := [client for client, share in result.cut.items() if share > MOSTLY]:
         yield f"cut {len(worst)}: {', '.join(worst[:3])}{', ...' if len(worst) > 3 else ''}"
-    if result.rejected:
-        client, reason = next(iter(result.rejected.items()))
-        yield f"rejected {len(result.rejected)}: {client} ({reason})"
-
-
-def _metrics(result: RoundResult) -> str:
-    wanted = [name for name in result.metrics if name not in ("macro_f1", "matthews")]
-    return "  ".join(f"{name} {result.metrics[name]:.3f}" for name in wanted)
+    for what, unused in (("rejected", result.rejected), ("no update of", result.missing)):
+        for client, reason in list(unused.items())[:1]:
+            yield f"{what} {len(unused)}: {client} ({reason})"
 
 
 def clock(seconds: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
@@ -207,8 +208,13 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
         "bytes_up": line["bytes_up"],
         "bytes_down": line["bytes_down"],
         "rejected": len(line["rejected"]),
+        "missing": len(line.get("missing", {})),
     }
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if value is not None and math.isfinite(value)
+    }
 
 
 def _name(folder: RunFolder) -> str:

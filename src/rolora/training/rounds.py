@@ -58,8 +58,8 @@ class RoundResult:
     Round 0 is the evaluation before any training. ``bytes_up`` and ``bytes_down`` are this round's
     payload over all clients, as it is encoded; those of round 0 are the gradients of all clients,
     if the method starts from them. ``recall``: see ``Evaluation``; ``layers``: see
-    ``rolora.algorithm.spectrum``; ``cut``: see ``rolora.algorithm.step.RoundReport``. ``reason``:
-    why an attempt has not advanced.
+    ``rolora.algorithm.spectrum``; ``rejected``, ``missing`` and ``cut``: see
+    ``rolora.algorithm.step.RoundReport``. ``reason``: why an attempt has not advanced.
     """
 
     round: int
@@ -79,6 +79,7 @@ class RoundResult:
     bytes_down: int = 0
     seconds: float = 0.0
     rejected: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
     cut: Mapping[str, float] = field(default_factory=dict)
     advanced: bool = True
     reason: str = ""
@@ -306,6 +307,7 @@ def _round(run: Federation, state: RunState) -> RoundResult:
         bytes_up=bytes_up,
         bytes_down=bytes_down,
         rejected=report.rejected,
+        missing=report.missing,
         cut=report.cut,
         advanced=report.quorum_met,
         reason=report.reason,
