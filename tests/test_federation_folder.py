@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rolora.cli.printing import Interrupted
 from rolora.config.load import make_config
 from rolora.errors import ConfigError, RoloraError
 from rolora.sites import folder as folders
+from rolora.sites import serve as programs
 from rolora.sites.flower_internals import Fleet
 from rolora.sites.folder import FederationFolder
 from rolora.sites.node import last_node
@@ -147,6 +149,42 @@ def test_a_federation_that_is_interrupted_promises_no_saved_rounds(
     monkeypatch.setattr("rolora.sites.serve.serve", stopped)
     code, _, err = rolora(monkeypatch, capsys, "federation", command, "--folder", federation.path)
     assert (code, err.splitlines()[-1]) == (130, "rolora: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("ending", "ended"), [(Interrupted(), True), (RoloraError("the SuperLink ended"), False)]
+)
+def test_the_app_of_a_run_ends_with_an_interruption_and_not_with_a_failure(
+    ending: BaseException,
+    ended: bool,
+    federation: FederationFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = tmp_path / "app"
+    waits = ["sh", "-c", f"sleep 30 & echo $! > {app}; wait"]
+
+    def watch(*_: object) -> None:
+        while not (app.is_file() and app.read_text().endswith("\n")):
+            time.sleep(0.01)
+        raise ending
+
+    monkeypatch.setattr(FederationFolder, "superlink", lambda self: ["sleep", "30"])
+    monkeypatch.setattr(FederationFolder, "superexec", lambda self: waits)
+    monkeypatch.setattr(FederationFolder, "register", lambda self, notify: True)
+    monkeypatch.setattr(programs, "_wait_for", lambda folder, link: None)
+    monkeypatch.setattr(programs, "_watch", watch)
+    with pytest.raises(type(ending)):
+        programs.serve(federation, print)
+    state = Path("/proc") / app.read_text().strip() / "stat"
+    until = time.monotonic() + 2
+    while alive := state.exists() and state.read_text().split()[2] != "Z":
+        if time.monotonic() > until or not ended:
+            break
+        time.sleep(0.01)
+    if alive:
+        os.kill(int(app.read_text()), signal.SIGKILL)
+    assert alive is not ended
 
 
 def test_a_federation_that_is_neither_a_folder_nor_known_to_flower_is_named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -398,8 +399,9 @@ def test_records_that_are_anything_fail_alone_in_flower_s_strategy() -> None:
     [
         (lambda: SiteMessage({"x": 3}).text("x"), "'x' is 3, expected a string"),
         (lambda: SiteMessage({}).text("x"), "'x' is None, expected a string"),
-        (lambda: SiteMessage({"x": "3"}).number("x"), "'x' is '3', expected a number"),
-        (lambda: SiteMessage({"x": True}).number("x"), "'x' is True, expected a number"),
+        (lambda: SiteMessage({"x": "3"}).number("x"), "'x' is '3', expected a finite number"),
+        (lambda: SiteMessage({"x": True}).number("x"), "'x' is True, expected a finite number"),
+        (lambda: SiteMessage({"x": math.nan}).number("x"), "'x' is nan, expected a finite number"),
         (lambda: SiteMessage({"x": -1}).integer("x"), "'x' is -1, expected an integer of at least"),
         (lambda: SiteMessage({"x": 1.0}).integer("x"), "'x' is 1.0, expected an integer of at lea"),
         (lambda: read_json("[9007199254740993]", 99), "JSON with a whole number beyond 2^53"),

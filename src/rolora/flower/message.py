@@ -89,10 +89,10 @@ class SiteMessage:
         return value
 
     def number(self, key: str) -> float:
-        """A number of the head, finite or not. Raises MessageError otherwise."""
+        """A finite number of the head. Raises MessageError otherwise."""
         value = self.head.get(key)
-        if type(value) not in (int, float):
-            raise MessageError(f"{key!r} is {_shown(value)}, expected a number")
+        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+            raise MessageError(f"{key!r} is {_shown(value)}, expected a finite number")
         return float(value)  # type: ignore[arg-type]
 
 

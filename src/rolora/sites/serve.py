@@ -56,8 +56,9 @@ def serve(
         notify(f"serving {folder.host}:{folder.port}; start runs on it with: --on {folder.path}")
         try:
             _watch(folder, [link, executor], trial, notify)
-        except KeyboardInterrupt:
-            os.killpg(executor.process.pid, signal.SIGTERM)  # with the app of a run under way
+        except BaseException as ending:
+            if not isinstance(ending, Exception):  # an interruption, under whatever name
+                os.killpg(executor.process.pid, signal.SIGTERM)  # with the app of a run under way
             raise
 
 
