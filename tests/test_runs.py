@@ -232,6 +232,16 @@ def test_a_damaged_run_folder_is_refused_before_any_training(
         runs.resume(path)
 
 
+def test_a_run_that_began_with_a_key_without_effect_goes_on_and_its_adapter_is_evaluated(
+    site: Path, tmp_path: Path
+) -> None:
+    config, out = load_config(site, ["train.rounds=1"]), tmp_path / "run"
+    idle = config.aggregate.model_copy(update={"server_lr": 0.5})
+    list(runs.start(config.model_copy(update={"aggregate": idle}), out).rounds())
+    assert [result.round for result in runs.resume(out, 2).rounds()] == [2]
+    assert "accuracy" in evaluate_adapter(out, str(site.parent / "test.csv"))
+
+
 @pytest.mark.parametrize("damaged", ["{", "[]", "{}"])
 def test_an_adapter_whose_notes_are_damaged_is_refused(
     whole: Path, tmp_path: Path, damaged: str

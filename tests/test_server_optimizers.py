@@ -383,9 +383,14 @@ def test_a_setting_out_of_range_is_named_in_one_line(override: str, said: str) -
         ),
     ],
 )
-def test_a_key_without_effect_is_refused(overrides: list[str], said: str) -> None:
+def test_a_key_without_effect_is_refused_for_all_methods_and_for_one(
+    overrides: list[str], said: str, site: Path
+) -> None:
+    given = [f"aggregate.{override}" for override in overrides]
     with pytest.raises(ConfigError, match=said):
-        configured(*(f"aggregate.{override}" for override in overrides))
+        load_config(site, given)
+    with pytest.raises(ConfigError, match=said):
+        grid.plan(load_config(site), {"fedit": given}, [0])
 
 
 def test_fedexp_steps_by_moves_as_clipping_leaves_them_and_by_no_rule_that_cuts_some() -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rolora.comparison.budget import Timing
 from rolora.comparison.tuning import Grid, Setting, make_grids, refuse_unfair, settings
 from rolora.comparison.variants import method_of, variant_overrides
-from rolora.config.load import PLACES, make_config
+from rolora.config.load import PLACES, make_config, refuse_idle
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.methods import get_method
@@ -72,6 +72,7 @@ class Comparison:
         overrides = [*variant_overrides(method), *self.methods[method], *more]
         values = {**values, "method": own, "seed": seed}
         config = make_config(values, overrides, root=self.config.root)
+        refuse_idle(config.aggregate)
         config = config.model_copy(update={"track": self.config.track})
         _ = Experiment(config).method  # raises before the first run starts
         return config

@@ -48,7 +48,10 @@ def load_config(
         if not isinstance(root, str):
             raise ConfigError(f"{path} is damaged: provenance.root is {root!r}, not a folder")
         root = file.resolve().parent / root
-    return make_config({"name": file.stem, **values}, overrides, root=Path(root))
+    config = make_config({"name": file.stem, **values}, overrides, root=Path(root))
+    if not origin:  # a run that has begun goes on as it is
+        refuse_idle(config.aggregate)
+    return config
 
 
 def places(config: RunConfig) -> list[str]:
@@ -216,8 +219,6 @@ def _check_reducers(how: AggregateConfig) -> None:
     for name in how.options.keys() - dict(how.rules):
         hint = nearest(name, dict(how.rules))
         raise ConfigError(f"[aggregate.options.{name}] is for a reducer that is not used: {hint}")
-    for key in sorted({key for keys in SHORT.values() for key in keys.values()}):
-        _check_key(how, key)
     for name, options in how.rules:
         inner = [mean()] if is_wrapper(name) else []
         check_options(REDUCERS, name, options, f"aggregate.options.{name}", *inner)
@@ -226,8 +227,13 @@ def _check_reducers(how: AggregateConfig) -> None:
         _check_byzantine(how)
 
 
-def _check_key(how: AggregateConfig, key: str) -> None:
+def refuse_idle(how: AggregateConfig) -> None:
     """ConfigError for a key of SHORT that is set and has no effect."""
+    for key in sorted({key for keys in SHORT.values() for key in keys.values()}):
+        _check_key(how, key)
+
+
+def _check_key(how: AggregateConfig, key: str) -> None:
     if getattr(how, key) == AggregateConfig.model_fields[key].default:
         return
     readers = {
