@@ -575,11 +575,29 @@ def test_the_best_round_of_an_alternating_method_goes_by_the_mean_over_its_phase
     assert results[3].state.phases == {"B+head": 0.5, "A+head": 0.8}
 
 
+def test_no_round_is_the_best_by_the_validation_of_one_phase_alone() -> None:
+    good_after_a = {0: 0.0, 2: 0.8, 4: 0.8, 6: 0.8, 7: 0.5, 8: 0.82}
+    validated = measured(validation=scores(good_after_a))
+    results = play(federation(rounds=8, eval_every=2, patience=1, evaluate=validated))
+    bests = [
+        best and (best.round, round(best.value, 9)) for best in (r.state.best for r in results)
+    ]
+    assert bests == [None] * 7 + [(7, 0.65), (8, 0.66)]
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf])
+def test_a_validation_that_is_not_finite_is_no_better_than_any_other(worst: float) -> None:
+    validated = measured(validation=scores({0: 0.0, 1: worst, 2: 0.4, 3: worst, 4: 0.3}))
+    run = federation("fedit", rounds=4, eval_every=1, evaluate=validated)
+    best = play(run)[-1].state.best
+    assert best is not None
+    assert best.round == 2
+
+
 def test_patience_counts_evaluations_and_not_rounds() -> None:
     values = {0: 0.0, 1: 0.5, 2: 0.4, 3: 0.3}
-    run = federation(
-        eval_every=3, patience=2, rounds=30, evaluate=measured(validation=scores(values))
-    )
+    validated = measured(validation=scores(values))
+    run = federation("fedit", eval_every=3, patience=2, rounds=30, evaluate=validated)
     assert play(run)[-1].round == 9
 
 

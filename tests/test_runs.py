@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,20 @@ def test_the_best_validated_round_is_exported_and_patience_ends_the_run(
     assert (best.round, results[-1].round) == (1, 3)
     exported = read_adapter(run.folder.adapter, run.experiment.base.specs)
     assert all(torch.equal(exported[name], best.adapter[name]) for name in exported)
+
+
+def test_a_run_that_validates_one_phase_alone_says_so_and_does_not_stop_by_it(
+    site: Path, tmp_path: Path
+) -> None:
+    changes = ["data.validation=0.2", "eval.patience=1", "eval.every=2", "train.lr=1e-12"]
+    run = runs.start(load_config(site, [*changes, "train.rounds=6"]), tmp_path / "run")
+    assert any("meets only rounds that train A:" in note for note in run.notes)
+    assert [result.round for result in run.rounds()][-1] == 6
+    record = load_run(run.folder.path)
+    parts = [replace(record, rounds=record.rounds[: done + 1]) for done in range(7)]
+    assert [part.finished for part in parts] == [False] * 6 + [True]
+    odd = runs.start(load_config(site, ["eval.every=3", "train.rounds=6"]), tmp_path / "odd")
+    assert not any("eval.every" in note for note in odd.notes)
 
 
 @pytest.mark.parametrize("method", ["local", "fedsa_lora", "fed_alora"])

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -130,9 +131,15 @@ class RunRecord:
         if (patience := how.get("patience")) is None or not held:
             return False
         metric = how.get("metric", next(iter(held[0]["validation"])))
-        found = ((phase(line), line["validation"][metric]) for line in held)
-        gains = [gain(metric, value) for value in over_phases(found)]
-        return bool(len(gains) - 1 - gains.index(max(gains)) >= patience)
+        latest: dict[str, float] = {}
+        trained, gains = set[str](), list[float]()
+        for line in filter(itemgetter("round"), self.rounds):
+            trained.add(phase(line))
+            if line.get("validation"):
+                latest[phase(line)] = line["validation"][metric]
+                if latest.keys() == trained:
+                    gains.append(gain(metric, statistics.fmean(latest.values())))
+        return bool(gains) and len(gains) - 1 - gains.index(max(gains)) >= patience
 
     def last(self, metric: str) -> float | None:
         """The last score; None before the first evaluation."""

@@ -653,6 +653,7 @@ class Experiment:
                 f"{self.groups} groups of clients a round, {self.workers} trained at a time, each "
                 "in its own process (train.bank sets the size of a group)"
             )
+        found.append(self._one_phase())
         if self.method.personal_roles:
             kept = "+".join(sorted(self.method.personal_roles))
             found.append(
@@ -660,6 +661,20 @@ class Experiment:
                 "means over clients, and adapter/ holds only the server's part"
             )
         return [note for note in found if note]
+
+    def _one_phase(self) -> str:
+        """A note if eval.every meets only one of several phases."""
+        rounds, every = self.config.train.rounds, self.config.eval.every
+        phases = [self.method.trained(round) for round in range(1, rounds + 1)]
+        met = phases[every - 1 :: every]
+        if len(met) < 2 or len(set(met)) > 1 or len(set(phases)) == 1:
+            return ""
+        trained = "+".join(sorted(met[0] - {"head"}))
+        return (
+            f"eval.every = {every} meets only rounds that train {trained}: before the last rounds, "
+            "scores leave out the others, no round is the best, and eval.patience has no effect; "
+            "where turns are equal, an odd number meets both"
+        )
 
     def _without_text(self) -> int:
         """How many training rows are blank in every text column; 0 for a task without any."""

@@ -365,14 +365,22 @@ def _all_clients(run: Federation, server: ServerState) -> Iterator[Assignment]:
 
 def _track_best(run: Federation, state: RunState, validation: Metrics) -> RunState:
     """By the mean over phases, as ``RunRecord.scores``: a phase that is validated on its good side
-    alone would always win."""
-    phase = "+".join(sorted(run.method.trained(state.server.round)))
-    state = replace(state, phases={**state.phases, phase: validation[run.metric]})
+    alone would always win. So a round counts once all phases so far have been validated."""
+    phases = ["+".join(sorted(run.method.trained(n + 1))) for n in range(state.server.round)]
+    state = replace(state, phases={**state.phases, phases[-1]: validation[run.metric]})
+    if set(phases) - state.phases.keys():
+        return state
     value = sum(state.phases.values()) / len(state.phases)
-    sign = 1 if run.higher_is_better else -1
-    if state.best is None or sign * value > sign * state.best.value:
+    if state.best is None or _merit(run, value) > _merit(run, state.best.value):
         return replace(state, best=Best(state.server.round, value, state.server.adapter), stale=0)
     return replace(state, stale=state.stale + 1)
+
+
+def _merit(run: Federation, value: float) -> float:
+    """Larger is better; what is not finite is the worst."""
+    if not math.isfinite(value):
+        return -math.inf
+    return value if run.higher_is_better else -value
 
 
 def _mean(metrics: Sequence[Metrics]) -> Metrics:
