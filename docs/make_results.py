@@ -343,14 +343,15 @@ def others(cell: Record) -> list[str]:
 def contrasts(records: Records) -> Iterator[Contrast]:
     """The registered questions, for the cells that have been run."""
     for study, key, name in (
-        ("e1", "partition.clients", "{} clients"),
-        ("e2", "partition.clients", "{} clients"),
-        ("e3", "train.schedule", "{} rate"),
+        ("e1", "partition.clients", "E1, {} clients"),
+        ("e2", "partition.clients", "E2, {} clients"),
+        ("e3", "train.schedule", "E3, {} rate"),
+        ("e3-dirichlet", "partition.alpha", "E3, Dirichlet {}"),
     ):
         if study not in records:
             continue
         for value, cell in cells_of(records[study], key).items():
-            where = f"{study.upper()}, {name.format(value)}"
+            where = name.format(value)
             yield Contrast(where, "the turn − RoLoRA", *at(cell, "rolora", "megabytes"))
             best = strongest(cell, others(cell))
             question = f"the turn − `{label(best)}`, equal bytes"
@@ -398,6 +399,9 @@ def by_budget(records: Records) -> list[str]:
     ]
     for schedule, cell in cells_of(records["e3"], "train.schedule").items():
         settings.append((f"digits, one digit a client, {schedule} rate", "`turn=1.0`", cell))
+    if "e3-dirichlet" in records:
+        for alpha, cell in cells_of(records["e3-dirichlet"], "partition.alpha").items():
+            settings.append((f"digits, ten clients, Dirichlet {alpha}", "`turn=1.0`", cell))
     for rows_of, study in (
         ("questions, 20 uneven clients", "kept"),
         ("six people's lines (per cent of perplexity)", "e4"),
@@ -571,6 +575,10 @@ TABLES: Mapping[str, Table] = {
     "e2": (("e2",), lambda records: in_columns(records["e2"], "partition.clients")),
     "e3": (("e3",), heterogeneous),
     "e3-bounds": (("e3-bounds",), bounds),
+    "e3-dirichlet": (
+        ("e3-dirichlet",),
+        lambda records: in_columns(records["e3-dirichlet"], "partition.alpha"),
+    ),
     "e4": (("e4",), language),
     "kept": (("kept",), moments),
     "mnist-epochs": (("mnist-epochs",), lambda records: broken_map(records["mnist-epochs"])),

@@ -86,7 +86,7 @@ def look(
 ) -> Found:
     """Read the rows, and find where test rows are.
 
-    ``source``, ``delimiter``, ``encoding``: see ``config_template.write_template``. ``split`` and
+    ``source``, ``delimiter``, ``encoding``: see ``template.write_template``. ``split`` and
     ``test_split`` name the splits to use; empty, "train" and the usual ones.
     """
     root = Path()
