@@ -240,7 +240,7 @@ def test_no_network_no_token_and_a_token_without_rights_are_each_one_line(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     code, line = said()
     assert (code, line.endswith("does not answer: nothing was uploaded")) == (1, True)
-    both = "rolora: --push uploads the adapter folder: leave out --merged and --gguf"
+    both = "rolora: --push uploads the adapter folder as it is: leave out other options"
     assert said("--gguf", "x.gguf") == (2, both)
     assert hub.files == {}
 

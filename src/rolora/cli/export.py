@@ -46,8 +46,8 @@ def export(
 ) -> None:
     """Write a finished run's adapter merged into its base or as a GGUF file, or upload it."""
     if push is not None:
-        if merged is not None or gguf is not None:
-            raise ConfigError("--push uploads the adapter folder: leave out --merged and --gguf")
+        if (merged, gguf, model, dtype) != (None, None, None, "fp32"):
+            raise ConfigError("--push uploads the adapter folder as it is: leave out other options")
         _push(path, push, json)
         return
     from rolora.run import export
