@@ -370,6 +370,20 @@ def test_every_command_that_ends_with_a_result_prints_it_as_json_if_asked() -> N
     assert without == {"predict", "watch", "federation serve", "federation up"}
 
 
+def test_init_names_the_file_of_a_folder_that_is_no_model_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"what is {n},the number {n}\n" for n in range(40))
+    (tmp_path / "rows.csv").write_text(f"prompt,completion\n{rows}")
+    folder, out = tmp_path / "small", tmp_path / "new.toml"
+    folder.mkdir()
+    (folder / "small.gguf").touch()
+    words = ("init", tmp_path / "rows.csv", "--out", out, "--model", folder)
+    code, _, err = rolora(monkeypatch, capsys, *words)
+    assert (code, out.exists()) == (2, False)
+    assert "has no config.json, but 'small.gguf': give the file" in err
+
+
 @pytest.mark.parametrize("command", ["init", "partition", "keys"])
 def test_with_json_standard_output_is_json_and_nothing_else(
     site: Path,

@@ -59,6 +59,7 @@ def test_an_override_reaches_any_key_and_takes_toml_values_or_bare_words() -> No
     [
         ({}, ["train.rouds=3"], "unknown key 'train.rouds': did you mean 'rounds'?"),
         ({"trian": {}}, [], "unknown key 'trian': did you mean 'train'?"),
+        ({}, ["lr=0.1"], "unknown key 'lr': did you mean 'train.lr'?"),
         ({}, ["train.rounds=three"], "train.rounds: Input should be a valid integer"),
         ({}, ["train.lr=-1"], "train.lr: Input should be greater than 0"),
         ({}, ["lora.rank=0"], "lora.rank: Input should be greater than or equal to 1; or"),

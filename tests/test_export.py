@@ -124,6 +124,8 @@ def test_merged_weights_have_the_dtype_that_was_asked_for(tmp_path: Path, dtype:
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert {tensor.dtype for tensor in merged.parameters()} == {wanted}
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "merged").iterdir()}
+    assert len(set(modes.values())) == 1, "whoever can read one file can read them all"
 
 
 def tensors(file: Path) -> dict[str, tuple[str, Any]]:

@@ -145,6 +145,22 @@ def test_a_run_with_int8_uploads_resumes_to_the_same_bytes(
         assert 3 < float(str(plain["bytes_up"])) / float(str(encoded["bytes_up"])) < 4
 
 
+def test_a_resumed_run_says_that_it_keeps_its_threads(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    next(runs.start(load_config(site), path).rounds())
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        notes = runs.resume(path).notes
+    finally:
+        torch.set_num_threads(threads)
+    began = "1 thread" if threads == 1 else f"{threads} threads"
+    assert f"it continues on {began}, as it began: OMP_NUM_THREADS is not used" in notes
+
+
 def test_a_resumed_run_can_be_given_more_rounds(site: Path, whole: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(whole, tmp_path / "longer"))
     finish(runs.resume(path, rounds=6))

@@ -111,8 +111,12 @@ def init(
         split_table(table, experiment.rows.test.num_rows),
     ]
     if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
-        with working("loading the tokenizer"):
-            masked = training_masks(experiment, 2)
+        try:
+            with working("loading the tokenizer"):
+                masked = training_masks(experiment, 2)
+        except RoloraError:
+            out.unlink()  # the corrected command may then write it
+            raise
         made["masks"] = masked
         parts.append(masked_text(masked))
     show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))

@@ -182,7 +182,13 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
     others = [f for f in faults if _key(f, schema) != where]
     more = f" (and {len(others)} more)" if others else ""
     if fault["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: {nearest(where[-1], _keys(schema, where[:-1]))}{more}"
+        homes = [] if where[1:] else [f"{name}.{key}" for name in _sections_with(key, schema)]
+        hint = (
+            f"did you mean {homes[0]!r}?"
+            if homes
+            else nearest(where[-1], _keys(schema, where[:-1]))
+        )
+        return f"unknown key {key!r}: {hint}{more}"
     if fault["type"] == "missing":
         return f"{key} is missing{more}"
     if fault["type"] == "model_type":
@@ -206,6 +212,11 @@ def _key(fault: Mapping[str, Any], section: Any) -> list[str]:
 
 def _is_table(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _sections_with(key: str, schema: type[BaseModel]) -> list[str]:
+    tables = {name: field.annotation for name, field in schema.model_fields.items()}
+    return [name for name, kind in tables.items() if _is_table(kind) and key in _keys(kind, [])]
 
 
 def _keys(section: Any, path: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
 
     "hub:NAME" or "hub:NAME@REVISION" is on the hub. Without "hub:", a path; a name of at most one
     slash is looked for on the hub if there is no such folder, nor one that would hold it.
-    ConfigError for a path that does not exist.
+    ConfigError for a path that does not exist, and for a folder of GGUF files alone.
     """
     pixel_network.register()
     if source.startswith(HUB):
@@ -49,6 +49,12 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
             "local_files_only": True,
         }
     if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if files and not (path / "config.json").is_file():
+            raise ConfigError(
+                f"model folder {source!r} has no config.json, but {files[0]!r}: give the file, "
+                f"{str(Path(source) / files[0])!r}"
+            )
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     owned = source.count("/") == 1 and path.parent.is_dir()
     if owned or source.startswith((".", "/", "~")) or source.count("/") > 1:

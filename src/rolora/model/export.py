@@ -63,6 +63,8 @@ def write_merged(
     with new_folder(out) as part, quiet():
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        for weights in part.glob("*.safetensors"):  # which safetensors keeps for the owner
+            weights.chmod((part / "config.json").stat().st_mode)
 
 
 def write_gguf(base: Base, adapter: AdapterState, out: Path, dtype: Dtype) -> None:

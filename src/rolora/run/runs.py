@@ -192,6 +192,7 @@ def resume(
         if rounds is not None:
             config = load_config(folder.config, [*overrides, f"train.rounds={rounds}"], config.root)
         require_trackers(config.track)
+        wanted = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else origin["threads"]
         torch.set_num_threads(origin["threads"])
         try:
             experiment = _on(executor, build)(pinned(config, origin), folder.clients)
@@ -210,6 +211,9 @@ def resume(
                     f"again with: rolora run {folder.config} --out NEW_FOLDER"
                 )
         state, notes = folder.restore(experiment.start)
+        if wanted != origin["threads"]:
+            threads = "1 thread" if origin["threads"] == 1 else f"{origin['threads']} threads"
+            notes.append(f"it continues on {threads}, as it began: OMP_NUM_THREADS is not used")
         checkpoint = folder.newest
         if rounds is not None and rounds < state.server.round:
             raise ConfigError(f"{path} has already done {state.server.round} rounds")
