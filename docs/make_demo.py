@@ -68,7 +68,7 @@ def table(runs: list[RunRecord]) -> str:
     seeds = ", ".join(str(seed) for seed in rows[0].seeds)
     lines.append("")
     lines.append(
-        f"Mean ± standard deviation over seeds {seeds}; {made['cpu']}, {made['threads']} threads, "
+        f"Mean ± standard deviation over seeds {seeds}; {made['cpu']}, threads: {made['threads']}, "
         f"torch {made['versions']['torch']}."
     )
     return "\n".join(lines)

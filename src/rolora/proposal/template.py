@@ -194,7 +194,7 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
     tokens = cohort * start.local_steps * batch * min(_tokens(found), start.max_length)
     rounds = max(6, min(40, 2 * round(start.tokens / tokens / 2)))
     seen = float(f"{tokens * rounds:.2g}")
-    few = f"about {seen:,.0f} tokens: minutes on two cores with a small model"
+    few = f"about {seen:,.0f} tokens: minutes on two idle cores with a small model"
     share = math.ceil(100 * cohort / clients) / 100
     sections: dict[str, Lines] = {
         "": {
