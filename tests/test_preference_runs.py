@@ -215,6 +215,17 @@ def test_other_seeds_other_methods_and_a_resumed_run_read_what_the_first_run_kep
     assert passes.count(80) == 1
 
 
+def test_showing_what_is_trained_on_runs_no_row_through_the_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*args: Any) -> Any:
+        raise AssertionError("rows went through the model")
+
+    monkeypatch.setattr("rolora.training.reference.outputs_of", none)
+    shown = runs.training_masks(Experiment(configuration(place)), 2)
+    assert any(trained for row in shown for _, trained in row)
+
+
 def test_timing_steps_for_the_dtype_takes_no_pass_before_training(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

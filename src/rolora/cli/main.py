@@ -114,7 +114,7 @@ def init(
         try:
             with working("loading the tokenizer"):
                 masked = training_masks(experiment, 2)
-        except RoloraError:
+        except BaseException:
             out.unlink()  # the corrected command may then write it
             raise
         made["masks"] = masked

@@ -183,11 +183,8 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
     more = f" (and {len(others)} more)" if others else ""
     if fault["type"] == "extra_forbidden":
         homes = [] if where[1:] else [f"{name}.{key}" for name in _sections_with(key, schema)]
-        hint = (
-            f"did you mean {homes[0]!r}?"
-            if homes
-            else nearest(where[-1], _keys(schema, where[:-1]))
-        )
+        known = _keys(schema, where[:-1])
+        hint = f"did you mean {homes[0]!r}?" if homes else nearest(where[-1], known)
         return f"unknown key {key!r}: {hint}{more}"
     if fault["type"] == "missing":
         return f"{key} is missing{more}"
@@ -240,25 +237,20 @@ def _check_reducers(how: AggregateConfig) -> None:
 
 def refuse_idle(how: AggregateConfig) -> None:
     """ConfigError for a key of SHORT that is set and has no effect."""
-    for key in sorted({key for keys in SHORT.values() for key in keys.values()}):
-        _check_key(how, key)
-
-
-def _check_key(how: AggregateConfig, key: str) -> None:
-    if getattr(how, key) == AggregateConfig.model_fields[key].default:
-        return
-    readers = {
-        name: option for name, keys in SHORT.items() for option, k in keys.items() if k == key
-    }
-    if not readers.keys() & dict(how.rules):
-        raise ConfigError(
-            f"aggregate.{key} has no effect: it is for {' and '.join(readers)}, and neither "
-            "aggregate.reducer nor aggregate.optimizer names one"
-        )
-    for name, option in readers.items():
-        if option in how.options.get(name, {}):
+    readers: dict[str, list[str]] = {}
+    for name, keys in SHORT.items():
+        for option, key in keys.items():
+            if getattr(how, key) == AggregateConfig.model_fields[key].default:
+                continue
+            if option in how.options.get(name, {}):
+                both = f"aggregate.{key} or aggregate.options.{name}.{option}"
+                raise ConfigError(f"give {both}, not both")
+            readers.setdefault(key, []).append(name)
+    for key, names in readers.items():
+        if not {*names} & dict(how.rules).keys():
             raise ConfigError(
-                f"give aggregate.{key} or aggregate.options.{name}.{option}, not both"
+                f"aggregate.{key} has no effect: it is for {' and '.join(names)}, and neither "
+                "aggregate.reducer nor aggregate.optimizer names one"
             )
 
 

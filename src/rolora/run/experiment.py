@@ -244,7 +244,7 @@ class Experiment:
         if config.model.dtype != "auto" or config.device != "cpu" or not is_wide(base):
             return base, ""
         table, source = self.rows.train.slice(0, MEASURED), config.data.train
-        task, size = self._task_on(base), config.train.batch_size
+        task, size = self.task_on(base), config.train.batch_size
         adapter = lora_init(base.specs, generator(config.seed, "init"))
         rows = base.require_known(task.encode(table, source), source)
         if self.kind.compares:  # with anything: a step takes as long
@@ -253,23 +253,19 @@ class Experiment:
 
     @cached_property
     def task(self) -> Task:
-        """The configured task on the base model."""
-        return self.task_on(self.base)
-
-    def task_on(self, base: Base) -> Task:
-        """The configured task on this base model; rows that it does not know are refused.
+        """The configured task on the base model; rows that it does not know are refused.
 
         Where it compares, rows come with the outputs of the base, or of lora.init_from's adapter.
         """
-        task = self._task_on(base)
+        base, task = self.base, self.task_on(self.base)
         if not self.kind.compares:
             return ready(task, base.require_known)
         start = None if self._init_from is None else read_adapter(self._init_from, base.specs)
         compared = references(base, task, start, self._cache, self.tracked)
         return ready(task, lambda found, source: compared(base.require_known(found, source)))
 
-    def _task_on(self, base: Base) -> Task:
-        """The configured task, which encodes rows as they are."""
+    def task_on(self, base: Base) -> Task:
+        """The configured task on this base model, which encodes rows as they are."""
         kind, config = self.kind, self.config
         options = getattr(config, kind.section).model_dump() if kind.section else {}
         return kind.make(base, self.columns | options, self.labels, config.data.max_length)

@@ -263,7 +263,7 @@ def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bo
         raise ConfigError(f"{experiment.kind.name} trains on whole rows: there are no masks")
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
-    examples = experiment.task_on(base).encode(table, source)
+    examples = base.require_known(experiment.task_on(base).encode(table, source), source)
     return masks(examples.sequences, base.tokenizer)
 
 
