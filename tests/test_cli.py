@@ -381,7 +381,7 @@ def test_init_names_the_file_of_a_folder_that_is_no_model_and_writes_nothing(
     words = ("init", tmp_path / "rows.csv", "--out", out, "--model", folder)
     code, _, err = rolora(monkeypatch, capsys, *words)
     assert (code, out.exists()) == (2, False)
-    assert "has no config.json, but 'small.gguf': give the file" in err
+    assert "has no config.json, but 'small.gguf': give that file" in err
 
 
 @pytest.mark.parametrize("command", ["init", "partition", "keys"])

@@ -52,8 +52,7 @@ def locate(source: str, root: Path, offline: bool) -> dict[str, Any]:
         files = sorted(file.name for file in path.glob("*.gguf"))
         if files and not (path / "config.json").is_file():
             raise ConfigError(
-                f"model folder {source!r} has no config.json, but {files[0]!r}: give the file, "
-                f"{str(Path(source) / files[0])!r}"
+                f"model folder {source!r} has no config.json, but {files[0]!r}: give that file"
             )
         return {"pretrained_model_name_or_path": str(path), "local_files_only": True}
     owned = source.count("/") == 1 and path.parent.is_dir()
