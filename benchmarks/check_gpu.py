@@ -2,10 +2,12 @@
 
     python -m benchmarks.check_gpu [--rehearse] [--minutes 8]
 
-The models have real shapes and random weights. Three parts, each a list of claims that hold or
+The models have real shapes and random weights. Four parts, each a list of claims that hold or
 fail:
 
 - ``small``: tiny models in float64. A bank trains as clients one by one, and as on the CPU.
+- ``cards``: tiny models in float64 with their layers on two GPUs. A round of B and one of A end as
+  on the CPU. Left out on a machine with one GPU.
 - ``encoder``: RoBERTa-Large with 50 clients in float32. A bank trains as clients one by one, and
   one client as with PEFT. Then in bfloat16, for rows of several lengths: milliseconds a client
   step in the bank and one by one, the highest memory, and the share of the GPU's own matrix rate
@@ -125,6 +127,16 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Claims that cannot be made on this machine, and why."""
+
+    why: str
+
+    def __str__(self) -> str:
+        return f"left out: {self.why}"
+
+
+@dataclass(frozen=True)
 class Machine:
     """Where it runs, and whether it is a rehearsal."""
 
@@ -162,7 +174,7 @@ class Machine:
         return 2 * width**3 / median(times[2:])
 
 
-Found = Iterator[Claim | Speed]
+Found = Iterator[Claim | Speed | LeftOut]
 
 
 def small(machine: Machine) -> Found:
@@ -346,7 +358,26 @@ def two_rounds(machine: Machine, folder: Path, dtype: str) -> Found:
         yield Claim(f"{dtype}: highest memory, as a share of the plan's", over, OVER_PLAN)
 
 
-PARTS = {"small": small, "encoder": encoder, "decoder": decoder}
+def cards(machine: Machine) -> Found:
+    """Tiny models in float64 with their layers on two GPUs; differences are relative."""
+    if not machine.rehearsal and torch.cuda.device_count() < 2:
+        yield LeftOut("this machine has one GPU, and the claims are about two")
+        return
+    devices = [torch.device("cpu" if machine.rehearsal else f"cuda:{index}") for index in (0, 1)]
+    makers = {"bert": tiny_clients.classifier, "llama": tiny_clients.language_model}
+    settings, method = LocalSettings(steps=3, batch_size=4), get_method("rolora")
+    for name, make in makers.items():
+        with tempfile.TemporaryDirectory() as folder:
+            model = getattr(tiny, f"tiny_{name}")(Path(folder))
+            benches = make(model), make(model, devices=devices)
+        work = benches[0].work(settings)
+        for round, what in ((1, "B"), (2, "A")):
+            exact, spread = (b.train(work, settings, method=method, round=round) for b in benches)
+            apart = max(relative(a.adapter, b.adapter) for a, b in zip(spread, exact, strict=True))
+            yield Claim(f"{name}: {what} is trained on two GPUs as on the CPU", apart, 1e-9)
+
+
+PARTS = {"small": small, "cards": cards, "encoder": encoder, "decoder": decoder}
 
 
 def main() -> int:

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from states import relative
 from tiny_clients import classifier, language_model
-from transformers import AutoConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification
 
 from rolora.errors import ConfigError
 from rolora.model import checkpoint
 from rolora.model.base import Base, load_base
 from rolora.model.peft import LoraSettings
+from rolora.model.stack import device_map, layers_of
 from rolora.training.settings import LocalSettings
 
 
@@ -299,3 +300,55 @@ def test_a_head_in_the_checkpoint_is_kept_and_a_missing_one_is_left_to_the_seed(
     assert torch.equal(found["base_model.model.classifier.weight"], whole.classifier.weight)
     assert not load("01").specs.head  # a head of three labels is no head of two
     assert not load("abc").specs.head  # nobody knows which of its outputs is "a"
+
+
+CPUS = (torch.device("cpu"),) * 2
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_a_base_whose_layers_are_loaded_device_by_device_is_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    folder = getattr(tiny, f"tiny_{name}")(tmp_path / "model")
+    make = classifier if name == "bert" else language_model
+    one, several = make(folder), make(folder, devices=CPUS)
+    assert several.base.digest == one.base.digest
+    settings = LocalSettings(steps=2, batch_size=4)
+    ended = (bench.train(one.work(settings), settings) for bench in (one, several))
+    assert all(relative(a.adapter, b.adapter) == 0 for a, b in zip(*ended, strict=True))
+
+
+@pytest.mark.parametrize("name", ["albert", "mpnet"])
+def test_a_base_whose_layers_cannot_be_on_several_devices_is_refused(
+    name: str, tmp_path: Path
+) -> None:
+    folder = architectures.save(name, "classification", tmp_path / "model")
+    lora = LoraSettings(target_modules="all-linear")
+    with pytest.raises(ConfigError, match=r"cannot be spread over GPUs: remove model\.device_map"):
+        load_base(str(folder), "classification", lora, labels=("no", "yes"), devices=CPUS)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("share", [1.0, 0.25])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_device_has_its_share_of_the_weights_and_the_layers_in_their_order(
+    name: str, share: float, count: int
+) -> None:
+    sizes = {**architectures.SIZES, "num_hidden_layers": 12, "vocab_size": 200}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes))
+    where = device_map(model, range(count), share)
+    found = layers_of(model)
+    assert where is not None
+    assert found is not None
+    left, held = dict(model.named_parameters()), [0.0] * count
+    for path, device in where.items():
+        part = {n: left.pop(n) for n in [*left] if n == path or n.startswith(f"{path}.")}
+        width = share if path.startswith(f"{found[0]}.") else 1.0
+        held[device] += width * sum(p.numel() for p in part.values())
+    assert not left
+    order = [where[f"{found[0]}.{index}"] for index in range(12)]
+    assert order[0] == 0
+    assert order == sorted(order)
+    layer = share * sum(p.numel() for p in found[1][0].parameters())
+    outside = sum(held) - 12 * layer
+    assert max(held) <= max(sum(held) / count, outside + layer) + layer

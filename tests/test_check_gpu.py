@@ -25,9 +25,9 @@ def test_a_rehearsal_makes_every_claim_and_each_holds(
 ) -> None:
     code, parts = rehearse(monkeypatch, tmp_path / "gpu.json")
     assert code == 0
-    assert list(parts) == ["small", "encoder", "decoder"]
+    assert list(parts) == ["small", "cards", "encoder", "decoder"]
     claims = [one for found in parts.values() for one in found if "bound" in one]
-    assert len(claims) == 14
+    assert len(claims) == 18
     assert all(one["found"] <= one["bound"] for one in claims)
     assert [one["tokens"] for one in parts["encoder"] if "tokens" in one] == [32, 128]
 

@@ -78,6 +78,11 @@ def test_an_override_reaches_any_key_and_takes_toml_values_or_bare_words() -> No
         ({}, ["train.local_steps=1", "train.local_epochs=1"], "not both"),
         ({}, ["partition.scheme=by_field"], "partition.field"),
         ({}, ["eval.patience=2"], "data.validation"),
+        (
+            {},
+            ["model.device_map=auto"],
+            "model.device_map = 'auto' needs device = 'cuda', not 'cpu'",
+        ),
         ({}, ["name=a/b"], "usable as a folder name"),
         ({}, ["root=/"], "unknown key 'root'"),
         ({"model": {}}, [], "model.path is missing"),

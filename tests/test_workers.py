@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+import torch
 from test_memory import FULL, starving
 from tiny import tiny_bert
 from tiny_site import make_site, write_rows
@@ -30,6 +31,7 @@ from rolora.errors import ConfigError, RoloraError
 from rolora.model import base, prefix
 from rolora.run import shards
 from rolora.run.experiment import Experiment
+from rolora.run.workers import cards
 from rolora.training.local import NonFiniteLoss
 from rolora.training.memory import PROCESS
 from rolora.training.processes import AHEAD, ATTEMPTS, Processes, deal
@@ -296,6 +298,18 @@ def test_there_are_never_more_workers_than_groups_cores_and_memory_allow(
     assert count("train.bank=1") == 1
     monkeypatch.setattr("rolora.run.experiment.free_bytes", lambda device: 5 * PROCESS)
     assert count("train.workers=auto", "train.bank=1") == 2
+
+
+def test_a_worker_has_one_card_or_with_a_device_map_all_of_them(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    wanted = ["device=cuda", "train.workers=auto", "train.participation=1.0"]
+    for changes, names, count in ([], ["0", "1"], 2), (["model.device_map=auto"], [], 1):
+        config = rolora.load_config(place, [*wanted, *changes])
+        assert cards(config) == names
+        assert Experiment(config, tmp_path / "clients", bank=1).workers == count
 
 
 # the executor

@@ -88,19 +88,25 @@ class Bench:
         )
 
 
-def classifier(folder: Path, dtype: torch.dtype = torch.float64, **lora: Any) -> Bench:
+def classifier(
+    folder: Path, dtype: torch.dtype = torch.float64, devices: Sequence[Any] = (), **lora: Any
+) -> Bench:
     """Three labels on a model saved in ``folder``."""
     settings = LoraSettings(**{"rank": 2, **lora})
-    base = load_base(str(folder), "classification", settings, labels=LABELS, dtype=dtype)
+    base = load_base(
+        str(folder), "classification", settings, labels=LABELS, dtype=dtype, devices=devices
+    )
     task = classification(base, LABELS, ["text"], "label", 32)
     table = pa.table({"text": _texts(), "label": [LABELS[i % 3] for i in range(ROWS)]})
     return Bench(base, task, task.encode(table, "rows"))
 
 
-def language_model(folder: Path, dtype: torch.dtype = torch.float64, **lora: Any) -> Bench:
+def language_model(
+    folder: Path, dtype: torch.dtype = torch.float64, devices: Sequence[Any] = (), **lora: Any
+) -> Bench:
     """Completions of prompts on a model saved in ``folder``."""
     settings = LoraSettings(**{"rank": 2, **lora})
-    base = load_base(str(folder), "causal_lm", settings, dtype=dtype)
+    base = load_base(str(folder), "causal_lm", settings, dtype=dtype, devices=devices)
     task = causal_lm(base, prompt="ask", completion="say", messages=None, max_length=48)
     table = pa.table({"ask": _texts(), "say": [f" {text[::-1]}" for text in reversed(_texts())]})
     return Bench(base, task, task.encode(table, "rows"))

@@ -136,7 +136,7 @@ def config_hash(config: RunConfig) -> str:
         exclude={
             "train": {"rounds", "bank", "workers", "cache"},
             "eval": {"samples"},
-            "model": {"dtype", "path"},
+            "model": {"dtype", "path", "device_map"},
             "data": {"train", "test", "validation", *pairs},
             **({} if compares else {"preference": True}),
             "lora": {"init_from"},

@@ -65,6 +65,11 @@ class ModelConfig(Section):
         description="dtype of the frozen base; auto: bf16 on a GPU, the faster of fp32 and bf16 "
         "on a CPU; int8 and nf4 need rolora[quantised]",
     )
+    device_map: Literal["none", "auto"] = Field(
+        "none",
+        description="auto: for a base that does not fit on one GPU, its layers are spread over all "
+        'that are visible; with device = "cuda"',
+    )
     head: Literal["train", "freeze"] = Field(
         "train", description="whether the classifier head is trained"
     )
@@ -611,6 +616,11 @@ class RunConfig(Section):
         if self.partition.scheme == "by_field" and self.partition.field is None:
             raise ConfigError(
                 "partition.scheme = 'by_field' needs partition.field, the name of a column"
+            )
+        if self.model.device_map == "auto" and self.device != "cuda":
+            raise ConfigError(
+                f"model.device_map = 'auto' needs device = 'cuda', not {self.device!r}: it is for "
+                "bases that do not fit on one GPU"
             )
         if self.attack.name != NO_ATTACK and self.federation.on is not None:
             raise ConfigError("[attack] is for runs on one machine: remove it, or federation.on")

@@ -40,12 +40,14 @@ class Bank:
     With no leaves loaded the model is the plain base. ``rows`` and, in a packed batch, ``tokens``
     are how many each client has; left empty, all have as many. ``dropout`` is LoRA's input dropout,
     active only while ``noise`` says which random stream a row draws from. ``most`` is how many
-    clients fitted in memory, once more did not.
+    clients fitted in memory, once more did not. ``layers`` maps names of layers to their frozen
+    modules.
     """
 
-    def __init__(self, specs: Specs, dropout: float) -> None:
+    def __init__(self, specs: Specs, dropout: float, layers: Mapping[str, nn.Module]) -> None:
         self.specs = specs
         self.dropout = dropout
+        self.layers = layers
         self.leaves: dict[str, Tensor] = {}
         self.deltas: dict[str, Tensor] = {}
         self.adapters: Sequence[AdapterState] = ()
@@ -59,18 +61,26 @@ class Bank:
         """How many clients are loaded."""
         return next(iter(self.leaves.values())).shape[0] if self.leaves else 0
 
-    def load(self, adapters: Sequence[AdapterState], device: torch.device | str = "cpu") -> None:
-        """Stack these clients' adapters, which hold the same names; deltas must be the same too."""
+    def load(self, adapters: Sequence[AdapterState]) -> None:
+        """Stack these clients' adapters, which hold the same names; deltas must be the same too.
+
+        A tensor goes where its layer is.
+        """
         first, self.adapters = adapters[0], adapters
         for name in first.only(frozenset({"delta"})):
             if not all(first.holds(name, other[name]) for other in adapters):
                 raise ValueError(f"clients of one bank have different {name}")
-            self.deltas[name] = first[name].to(device)
+            self.deltas[name] = first[name].to(self._device(name))
         self.leaves = {
-            name: _stacked([adapter[name] for adapter in adapters]).to(device)
+            name: _stacked([adapter[name] for adapter in adapters]).to(self._device(name))
             for name in first
             if name not in self.deltas
         }
+
+    def _device(self, name: str) -> torch.device:
+        """Where the layer is to which the tensor of this name belongs."""
+        layer = name.rpartition(".lora_")[0] or name.rpartition(".")[0]
+        return next(self.layers[layer].parameters()).device
 
     def unload(self) -> None:
         """Leave the plain base model."""
@@ -286,7 +296,8 @@ def attach(
             tensors.append(TensorSpec(name, "head", tuple(value.shape)))
     scalings = {PREFIX + path: scaling for path in layers}
     ordered = tuple(sorted(tensors, key=lambda spec: spec.name))
-    bank = Bank(Specs(ordered, scalings, head, head_std, b_std), dropout)
+    frozen = {PREFIX + path: model.get_submodule(path) for path in [*layers, *head_layers]}
+    bank = Bank(Specs(ordered, scalings, head, head_std, b_std), dropout, frozen)
     for path in layers:
         layer = LoraLinear(model.get_submodule(path), PREFIX + path, scaling, bank)
         model.set_submodule(path, layer)
@@ -326,13 +337,13 @@ class Noise:
         has the same mask each time. The hash is splitmix64's finaliser (Steele et al. 2014) on
         wrapping int64.
         """
-        width = x.shape[-1]
+        width, keys = x.shape[-1], self.keys.to(x.device)
         if self.tokens is not None and x.numel() == len(self.tokens[0]) * width:
-            row, position = self.tokens
-            keys = self.keys[row].view(-1, 1)
+            row, position = (part.to(x.device) for part in self.tokens)
+            keys = keys[row].view(-1, 1)
             places = position.view(-1, 1) * width + torch.arange(width, device=x.device)
         else:
-            keys = self.keys.view(-1, 1)
+            keys = keys.view(-1, 1)
             places = torch.arange(x.numel() // len(keys), device=x.device)
         z = (keys ^ _signed(layer_key * _ODD)) + places * _ODD
         z = (z ^ ((z >> 30) & 0x3_FFFF_FFFF)) * _MIX1

@@ -21,6 +21,7 @@ from rolora.errors import ConfigError, DataError
 from rolora.model.bank import Bank, Noise, attach
 from rolora.model.checkpoint import (
     AUTO,
+    WIDTHS,
     Quantised,
     generic_names,
     in_order_of_outputs,
@@ -32,10 +33,11 @@ from rolora.model.checkpoint import (
     quiet,
     read_config,
     require_here,
+    shapes,
 )
 from rolora.model.peft import Kind, LoraSettings, above_encoder, linear_layers, peft_config
 from rolora.model.probe import unfit
-from rolora.model.stack import Stack, take_over
+from rolora.model.stack import Stack, device_map, take_over
 
 # Keys of a model's configuration that do not change what its layers compute from the same weights:
 # names, versions, formats, what the run itself sets, what is returned beside the outputs.
@@ -189,7 +191,7 @@ class Base:
         """The model with this one adapter in its bank, or none; afterwards with what it held."""
         with self.bank.lent():
             if adapter is not None:
-                self.bank.load([adapter], self.device)
+                self.bank.load([adapter])
             yield
 
 
@@ -203,22 +205,33 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     quantise: Quantised | None = None,
     device: str = "cpu",
+    devices: Sequence[int | torch.device] = (),
     offline: bool = False,
 ) -> Base:
     """Load a model and tokenizer and put a bank under its target modules.
 
     ``source`` is a folder (relative to ``root``), a file ending in ``.gguf``, or "hub:NAME". Only
     safetensors and GGUF weights are read and no remote code runs. ``quantise``: the linear layers
-    but the head's through bitsandbytes. A trained head is used only where the checkpoint names its
-    outputs as ``labels``, in this order. Raises ConfigError, in one line, for anything unusable.
+    but the head's through bitsandbytes. ``devices``, in place of ``device``: those that the layers
+    are spread over. A trained head is used only where the checkpoint names its outputs as
+    ``labels``, in this order. Raises ConfigError, in one line, for anything unusable.
     """
     place = locate(source, root, offline)
     require_here(place, offline)
-    packed = quantisation(place, AUTO[kind], quantise, dtype, device) if quantise else {}
+    how = quantisation(place, AUTO[kind], quantise, dtype, device) if quantise else {}
+    refusal = ConfigError(
+        f"the layers of {source!r} cannot be spread over GPUs: remove model.device_map"
+    )
+    if devices:
+        with one_line_errors(source):
+            share = WIDTHS[quantise] / dtype.itemsize if quantise else 1.0
+            how["device_map"] = device_map(shapes(place, AUTO[kind]), devices, share)
+        if how["device_map"] is None:
+            raise refusal
     with one_line_errors(source), quiet():
         stored = read_config(place)
         tokenizer = load_tokenizer(place)
-        model, info = load_model(kind, place, labels, dtype=dtype, **packed)
+        model, info = load_model(kind, place, labels, dtype=dtype, **how)
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     outputs = set() if kind == "causal_lm" else _outputs(model)
     note = ""
@@ -231,7 +244,9 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     base = with_bank(model, tokenizer, kind, settings, source, missing)
     base.peft_config.revision = place.get("revision")
-    if not quantise:
+    if devices and base.stack is None:
+        raise refusal
+    if not how:
         base.model.to(device)
     return replace(base, note=note)
 

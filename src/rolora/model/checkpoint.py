@@ -20,6 +20,7 @@ from rolora.model.peft import MODEL_CONFIG, Kind
 from rolora.network import HUB, is_reachable
 
 Quantised = Literal["int8", "nf4"]
+WIDTHS: Mapping[str, float] = {"int8": 1.0, "nf4": 0.5}  # bytes of a weight
 AUTO: Mapping[Kind, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
     "multi_label": transformers.AutoModelForSequenceClassification,
@@ -203,6 +204,12 @@ def in_order_of_adapter(folder: Path, labels: Sequence[Any]) -> list[Any] | None
         return in_order_of_outputs(config, labels)
 
 
+def shapes(place: dict[str, Any], auto: Any) -> Any:
+    """The model at this place without its weights, on torch's device "meta"."""
+    with torch.device("meta"):
+        return auto.from_config(read_config(place), trust_remote_code=False)
+
+
 def quantisation(
     place: dict[str, Any], auto: Any, quantise: Quantised, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
@@ -211,8 +218,7 @@ def quantisation(
         raise ConfigError(f"model.dtype = {quantise!r} needs: pip install 'rolora[quantised]'")
     if quantise == "nf4" and device != "cuda":  # bitsandbytes has no gradient through it there
         raise ConfigError("model.dtype = 'nf4' needs device = 'cuda'; on a CPU use 'int8'")
-    with torch.device("meta"):
-        model = auto.from_config(read_config(place), trust_remote_code=False)
+    model = shapes(place, auto)
     head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     how = transformers.BitsAndBytesConfig(
         load_in_8bit=quantise == "int8",

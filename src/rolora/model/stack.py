@@ -3,17 +3,22 @@
 A batch enters and leaves the model as padded rows (rows, width). Between its first and its last
 layer the real tokens lie end to end, (1, tokens, hidden), and only attention sees where rows begin
 and end. What enters the lowest layer with an adapter can be computed once, kept, and put in there.
+
+Layers may be on several GPUs: what enters a layer is copied to its GPU, and what leaves the last
+one to the first layer's, where everything outside the layers is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -50,9 +55,14 @@ class Stack:
         self._prefix: Tensor | None = None
         self._first = 0
         self._capture = False
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self._seen: dict[Any, tuple[Any, Any]] = {}  # values that layers share, and their copies
         for index, layer in enumerate(layers):
             layer.forward = partial(self._layer, index, layer.forward)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Those that the layers are on."""
+        return {self._device(index) for index in range(self.depth)}
 
     def fits(self, lengths: Tensor) -> bool:
         """Whether rows of these lengths lie within the model's attention window."""
@@ -68,8 +78,7 @@ class Stack:
         if not self.fits(lengths):
             yield None
             return
-        device = next(self.layers.parameters()).device
-        self._packing, self._prefix = pack(lengths).to(device), prefix
+        self._packing, self._prefix = pack(lengths).to(self._device(0)), prefix
         self._first = 0 if prefix is None else self.lowest
         try:
             yield self._packing
@@ -90,9 +99,7 @@ class Stack:
         raise RuntimeError("the model did not run its layers in order")
 
     def _layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        packing = self._packing
-        if packing is None and not self.checkpointing:
-            return forward(*args, **kwargs)
+        packing, device = self._packing, self._device(index)
         hidden, *rest = args
         if packing is not None:
             if index < self._first:
@@ -105,14 +112,33 @@ class Stack:
             rest = [self._along(value, packing) for value in rest]
             kwargs = {key: self._along(value, packing) for key, value in kwargs.items()}
             kwargs["packing"] = packing
-        run = partial(forward, **kwargs)
+        rest = [self._copied(value, device) for value in rest]
+        kwargs = {key: self._copied(value, device) for key, value in kwargs.items()}
+        run, hidden = partial(forward, **kwargs), hidden.to(device)
         if self.checkpointing and torch.is_grad_enabled():
             out = checkpoint(run, hidden, *rest, use_reentrant=False)
         else:
             out = run(hidden, *rest)
-        if packing is not None and index == self.depth - 1:
-            return _unpacked(out.squeeze(0), packing)
-        return out
+        if index < self.depth - 1:
+            return out
+        self._seen.clear()
+        out = out.to(self._device(0))
+        return out if packing is None else _unpacked(out.squeeze(0), packing)
+
+    def _device(self, index: int) -> torch.device:
+        """Where this layer computes."""
+        return next(self.layers[index].parameters()).device
+
+    def _copied(self, value: Any, device: torch.device) -> Any:
+        """A layer's other argument on this device, copied there once a pass."""
+        if isinstance(value, tuple):
+            return tuple(self._copied(item, device) for item in value)
+        if not isinstance(value, Tensor | Packing):
+            return value
+        key = id(value), device
+        if key not in self._seen:
+            self._seen[key] = value, value.to(device)
+        return self._seen[key][1]
 
     def _along(self, value: Any, packing: Packing) -> Any:
         """A layer's other argument, packed where it has an entry per token; no mask is left."""
@@ -145,21 +171,58 @@ def _unpacked(tokens: Tensor, packing: Packing) -> Tensor:
     return tokens.view(packing.rows, packing.width, *tokens.shape[1:])
 
 
+def layers_of(model: Any) -> tuple[str, nn.ModuleList] | None:
+    """The path of the list of a model's layers, and the list; None if there is no such list."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def device_map(model: Any, devices: Sequence[Any], share: float = 1.0) -> dict[str, Any] | None:
+    """Module -> its device, as transformers takes it: layers in their order, each device with
+    about as many weights, and everything outside them on the first one, where layer 0 is, too.
+
+    ``share``: bytes of a layer's weight, by those of a weight outside. None without ``layers_of``.
+    """
+    if (found := layers_of(model)) is None:
+        return None
+    layers = found[1]
+    sizes = [share * sum(p.numel() for p in layer.parameters()) for layer in layers]
+    used = sum(p.numel() for p in model.parameters()) - sum(sizes) / share
+    total, where = used + sum(sizes), dict[str, Any]()
+
+    def put(module: nn.Module, path: str) -> None:
+        """Everything below ``path`` on the first device, but for the layers."""
+        tensors = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        where.update({path + name: devices[0] for name, _ in tensors})
+        for name, child in module.named_children():
+            if any(part is layers for part in child.modules()):
+                put(child, f"{path}{name}.")
+            elif module is not layers:
+                where[path + name] = devices[0]
+
+    put(model, "")
+    for index, size in enumerate(sizes):
+        place = int(len(devices) * (used + size / 2) / total) if index else 0
+        where[f"{found[0]}.{index}"], used = devices[place], used + size
+    return where
+
+
 def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = False) -> Stack | None:
     """The model's layers as a :class:`Stack`, or None for a model that they do not suit.
 
     ``adapted`` tells by its path whether a module carries an adapter. Three rows of unequal length
     are run both ways: a model whose layers mix tokens other than by transformers' attention
     interface gives other numbers when packed, and is left as it was. A ``trusted`` one is not run.
+    A model that accelerate's hooks run on several devices is run without them from then on.
     """
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
-    ]
-    if len(found) != 1 or not getattr(model, "_supports_attention_backend", False):
+    found = layers_of(model)
+    if found is None or not getattr(model, "_supports_attention_backend", False):
         return None
-    path, layers = found[0]
+    path, layers = found
     lowest = next(
         (
             i
@@ -169,9 +232,10 @@ def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = Fal
         len(layers) - 1,
     )
     windows = [size for name in WINDOWS if (size := getattr(model.config, name, None))]
-    originals = [layer.forward for layer in layers]
     before = model.config._attn_implementation
     plain = None if trusted else _hidden(model)
+    remove_hook_from_submodules(model)
+    originals = [layer.forward for layer in layers]
     transformers.AttentionInterface.register(ATTENTION, packed_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
     stack = Stack(layers, lowest, min(windows) // 2 if windows else None)
@@ -199,7 +263,7 @@ def _hidden(model: Any) -> Tensor:
     ids, real = _rows(model)
     with torch.no_grad():
         out = model.base_model(input_ids=ids, attention_mask=real.long())
-    hidden: Tensor = out.last_hidden_state[real]
+    hidden: Tensor = out.last_hidden_state.to(real.device)[real]
     return hidden
 
 

@@ -104,7 +104,7 @@ def step_cost(
     keys = row_keys([0] * len(sizes), 0, sizes) if bank.dropout else None
     try:
         with base.running(batch, sizes, keys) as given, outline.mode:
-            bank.load([start] * len(sizes), base.device)
+            bank.load([start] * len(sizes))
             bank.train(roles)
             # two passes, because the counter of products keeps gradients alive
             with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as products:

@@ -14,6 +14,7 @@ from rolora.algorithm.seeding import generator
 from rolora.config.schema import TrainConfig
 from rolora.data.examples import Batch, Examples, collate
 from rolora.errors import NotHere
+from rolora.model.checkpoint import WIDTHS
 from rolora.plan.cost import StepCost, step_cost
 from rolora.plan.meta_model import Outline, outline
 from rolora.run.experiment import Experiment
@@ -143,6 +144,8 @@ def estimate_run(run: Experiment) -> Estimate:
     if config.model.dtype == "auto":
         faster = "; a run takes bf16 where it is faster" if config.device == "cpu" else ""
         notes.append(f"model.dtype = 'auto' is assumed to be {dtype}{faster}")
+    if config.model.device_map == "auto":
+        notes.append("memory is that of all GPUs together (model.device_map)")
     base = drawn.base
     if base.stack is not None:
         base.stack.checkpointing = config.train.recompute
@@ -189,12 +192,11 @@ def _weights(model: Any, dtype: str) -> int:
     """Bytes of the weights in memory; with int8 or nf4, of fewer in linear layers below a head."""
     tensors = [*model.parameters(), *model.buffers()]
     total: int = sum(t.numel() * t.dtype.itemsize for t in tensors)
-    if dtype not in ("int8", "nf4"):
+    if dtype not in WIDTHS:
         return total
-    width = 1.0 if dtype == "int8" else 0.5
     encoder = model.get_submodule(model.base_model_prefix)
     linears = [module.weight for module in encoder.modules() if isinstance(module, nn.Linear)]
-    return total - round(sum(w.numel() * (w.dtype.itemsize - width) for w in linears))
+    return total - round(sum(w.numel() * (w.dtype.itemsize - WIDTHS[dtype]) for w in linears))
 
 
 def _longest(length: int, kind: TaskKind, labels: int) -> Examples:

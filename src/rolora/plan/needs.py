@@ -205,7 +205,9 @@ def _bank(run: Estimate, start: AdapterState, trained: Sequence[Roles]) -> int:
     device, train = run.experiment.config.device, run.experiment.config.train
     if train.engine == "debug":
         return 1
-    free = free_bytes(device) if device != "cuda" or torch.cuda.is_available() else 1 << 62
+    cards = torch.cuda.device_count() if run.experiment.config.model.device_map == "auto" else 1
+    here = device != "cuda" or torch.cuda.is_available()
+    free = cards * free_bytes(device) if here else 1 << 62
     size = bank_size(device, run.tokens, 0, free, run.cohort, train.bank)
     costs = [run.cost(start, roles | run.experiment.settings.kept, size) for roles in trained]
     kept = max((cost.activations // size for cost in costs if cost), default=0)

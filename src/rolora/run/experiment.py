@@ -35,7 +35,7 @@ from rolora.model.prefix import kept_below
 from rolora.run.refusals import require_clients, require_supported
 from rolora.run.settings import base_dtype, local_settings, lora_settings, revisits
 from rolora.run.shards import Rows, load_rows, neighboured, rewritten, spoiled
-from rolora.run.workers import InWorkers, Part, WorkerPool
+from rolora.run.workers import InWorkers, Part, WorkerPool, cards
 from rolora.tasks.generation import answer_metrics
 from rolora.tasks.registry import Task, TaskKind, task_kind
 from rolora.training.attacked import Attacked
@@ -229,6 +229,7 @@ class Experiment:
             dtype=base_dtype(wanted, config.device),
             quantise=wanted if wanted in ("int8", "nf4") else None,
             device=config.device,
+            devices=range(torch.cuda.device_count() if config.model.device_map == "auto" else 0),
             offline=config.offline,
         )
         if config.train.recompute and base.stack is None:
@@ -454,7 +455,7 @@ class Experiment:
         if self.executor is not None:
             return groups
         if device != "cpu":
-            return min(groups, torch.cuda.device_count() if device == "cuda" else 1)
+            return min(groups, torch.cuda.device_count() if cards(self.config) else 1)
         each = worker_bytes(self.base, self.bank_plan, self.start.server.adapter)
         fitting = int(SHARE * free_bytes(device)) // each
         return max(1, min(groups, usable_cores(), fitting))

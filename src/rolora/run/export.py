@@ -44,7 +44,8 @@ def export(
     if folder and dtype not in _OF_FOLDERS:
         known = ", ".join(_OF_FOLDERS)
         raise ConfigError(f"--dtype {dtype} is for GGUF files; --merged FOLDER takes {known}")
-    here = [] if torch.cuda.is_available() else ["device=cpu"]  # wherever it was trained
+    alone = ["device=cpu", "model.device_map=none"]
+    here = [] if torch.cuda.is_available() else alone  # wherever it was trained
     trained, adapter, _ = load_trained(path, {}, model, here)
     config, base = trained.config, trained.base
     if gguf is not None:

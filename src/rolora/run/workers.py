@@ -97,7 +97,7 @@ class WorkerPool:
     def _executor(self) -> Executor:
         if self._running is not None:
             return self._running
-        return Processes(self._count, _cards(self._without_files.config.device))
+        return Processes(self._count, cards(self._without_files.config))
 
     @cached_property
     def _part(self) -> Part:
@@ -223,13 +223,14 @@ class InWorkers:
 
 def all_processes(config: RunConfig) -> Processes:
     """As many processes as runs of this configuration may need; none is started yet."""
-    cards, workers = _cards(config.device), config.train.workers
-    return Processes(workers if workers != "auto" else len(cards) or usable_cores(), cards)
+    each, workers = cards(config), config.train.workers
+    return Processes(workers if workers != "auto" else len(each) or usable_cores(), each)
 
 
-def _cards(device: str) -> list[str]:
-    """CUDA's names of the cards that this process sees, of which each worker takes one."""
-    if device != "cuda":
+def cards(config: RunConfig) -> list[str]:
+    """CUDA's names of the cards that this process sees, of which each worker takes one; empty where
+    each takes all."""
+    if config.device != "cuda" or config.model.device_map == "auto":
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [*map(str, range(torch.cuda.device_count()))]

@@ -82,7 +82,7 @@ def experiment_here(site: SiteConfig, received: str | bytes, labels: str = "[]")
     config = consented(site, make_config(values, root=site.root))
     own: dict[str, dict[str, Any]] = {
         "data": {"train": site.data},
-        "model": {"path": site.model},
+        "model": {"path": site.model, "device_map": None if site.device == "cuda" else "none"},
         "train": {"cache": str((site.folder / "cache").resolve()) if config.train.cache else ""},
     }
     changed: dict[str, Any] = {"device": site.device}

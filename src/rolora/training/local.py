@@ -88,7 +88,7 @@ def train_group(
     trained: dict[int, Trained] = {}
     prepared = _batches(base, examples, active, settings.batch_size, seed, round)
     seeds = [derived_seed(seed, "dropout", round, w.client) for w in active]
-    bank.load([w.start for w in active], base.device)
+    bank.load([w.start for w in active])
     optimizer = LocalOptimizer(bank, settings, lr, [w.moments for w in active])
     total = torch.zeros(len(active), dtype=torch.float64)
     told: list[Tensor] = []  # each client's loss per step, where the model computes
@@ -136,7 +136,9 @@ def train_group(
             losses = _losses(base, task, batch, sizes, keys)
             total_loss = losses.sum()
             if penalty is not None:
-                total_loss = total_loss + sum(penalty(bank.view(k)) for k in range(staying))
+                held = map(bank.view, range(staying))
+                here = ({n: x.to(base.device) for n, x in view.items()} for view in held)
+                total_loss = total_loss + sum(map(penalty, here))
             total_loss.backward()  # type: ignore[no-untyped-call]
             if gradient is not None:
                 for name, leaf in bank.leaves.items():
@@ -196,10 +198,12 @@ def _clip_gradients(leaves: Iterable[Tensor], max_norm: float) -> None:
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     if not gradients:
         return
-    square = torch.stack([g.flatten(1).square().sum(dim=1) for g in gradients]).sum(dim=0)
+    norms = [g.flatten(1).square().sum(dim=1).to(gradients[0].device) for g in gradients]
+    square = torch.stack(norms).sum(dim=0)
     scale = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        each = scale.to(gradient.device).view(-1, *[1] * (gradient.dim() - 1))
+        gradient.mul_(each)
 
 
 def first_gradient(

@@ -77,8 +77,9 @@ def plan_bank(
         name: activation_bytes(base, task, examples, start, roles, batch_size)
         for name, roles in phases.items()
     }
-    device = base.device.type
-    size = bank_size(device, tokens, max(each.values()), free_bytes(device), clients, wanted)
+    device, cards = base.device.type, len(base.stack.devices) if base.stack else 1
+    free = cards * free_bytes(device)
+    size = bank_size(device, tokens, max(each.values()), free, clients, wanted)
     return BankPlan(size, size * tokens, {name: size * kept for name, kept in each.items()})
 
 
