@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -234,6 +233,9 @@ def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = Fal
     windows = [size for name in WINDOWS if (size := getattr(model.config, name, None))]
     before = model.config._attn_implementation
     plain = None if trusted else _hidden(model)
+    # here, since a worker process that imports it before transformers does was seen to hang
+    from accelerate.hooks import remove_hook_from_submodules
+
     remove_hook_from_submodules(model)
     originals = [layer.forward for layer in layers]
     transformers.AttentionInterface.register(ATTENTION, packed_attention)
