@@ -55,6 +55,7 @@ class Stack:
         self._prefix: Tensor | None = None
         self._first = 0
         self._capture = False
+        self._narrow: Packing | None = None
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         for index, layer in enumerate(layers):
             layer.forward = partial(self._layer, index, layer.forward)
@@ -113,6 +114,7 @@ class Stack:
             kwargs = {key: self._along(value, packing) for key, value in kwargs.items()}
             if self.first and index == self.depth - 1:
                 packing = replace(packing, first=True)
+                forward = partial(self._narrowing, forward)
             kwargs["packing"] = packing
         run = partial(forward, **kwargs)
         if self.checkpointing and torch.is_grad_enabled():
@@ -123,11 +125,19 @@ class Stack:
             return _unpacked(out.squeeze(0), packing)
         return out
 
+    def _narrowing(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The last layer, also where it is recomputed in the backward pass."""
+        self._narrow = kwargs["packing"]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._narrow = None
+
     def _narrowed(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         """What a module of the last layer is called with, if it adds what entered the layer to what
         attention gave: first tokens alone."""
-        packing = self._packing
-        if packing is None or not self.first:
+        packing = self._narrow
+        if packing is None:
             return None
 
         def whole(x: Any) -> bool:
