@@ -19,7 +19,7 @@ from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, printable
 from rolora.files import from_home, write_file
 from rolora.network import HUB
-from rolora.proposal.found_rows import GLUE, MISMATCHED, Found, each, look
+from rolora.proposal.found_rows import GLUE, Found, each, look
 from rolora.proposal.trl_config import Trainer, read_trainer
 from rolora.run.experiment import Experiment
 from rolora.tasks.registry import TASKS, TaskKind
@@ -146,11 +146,6 @@ def _notes(found: Found) -> list[str]:
             else "prompt and completion are joined without a separator: set one if the texts need "
             "a space or a line break between them"
         )
-    if found.glue == "mnli" and found.held:
-        notes.append(
-            f"the mismatched set: rolora eval RUN --data {found.train['train']} "
-            f"data.test_split={MISMATCHED}"
-        )
     return notes
 
 
@@ -173,6 +168,8 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
     start, rows = _start(found.kind), found.table.num_rows
     train = {key: _seen_from(out, value) for key, value in found.train.items()}
     held: Lines = {key: (_seen_from(out, value), "") for key, value in found.held.items()}
+    if "second_name" in held:
+        held["second_name"] = (found.held["second_name"], "for accuracy/mismatched and so on")
     if not held:
         share = round(min(0.2, max(start.test_rows / rows, 0.001)), 3)
         held = {"test": (share, "a share of the rows, or another file"), **held}
