@@ -16,7 +16,7 @@ from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.demo.sources import SOURCES
-from rolora.errors import ConfigError, printable
+from rolora.errors import ConfigError, DataError, printable
 from rolora.proposal.template import _DECODER, _ENCODER, write_template
 from rolora.run.experiment import Experiment
 
@@ -232,10 +232,55 @@ def test_a_column_that_names_a_site_makes_clients_and_is_said(tmp_path: Path) ->
     assert notes == ["a guess: each of the 3 values of site is a client"]
 
 
-def test_rows_that_may_have_no_label_are_noted(tmp_path: Path) -> None:
-    rows = [[f"a text that is long {row}", str(row % 3 - 1)] for row in range(60)]
-    _, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
-    assert [note for note in notes if note.startswith("label is -1 in some rows")]
+@pytest.mark.parametrize("name", ["-1", "NaN", "nan", "NA", "None"])
+def test_rows_that_may_have_no_label_are_noted(tmp_path: Path, name: str) -> None:
+    rows = [[f"a text that is long {row}", ("0", "1", name)[row % 3]] for row in range(60)]
+    config, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
+    assert [note for note in notes if note.startswith(f"label is {name} in 20 of 60 rows")]
+    assert name in Experiment(config).labels
+
+
+def test_rows_without_text_are_counted_and_kept(tmp_path: Path) -> None:
+    rows = [["" if row % 9 else f"a text that is long {row}", str(row % 2)] for row in range(90)]
+    config, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
+    assert [note for note in notes if note.startswith("80 of 90 rows have no text")]
+    assert Experiment(config).rows.train.num_rows == 90
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-Infinity"])
+def test_what_is_no_number_is_refused_as_a_run_refuses_it(tmp_path: Path, value: str) -> None:
+    rows = [[f"a text that is long {row}", f"{row / 8}"] for row in range(40)]
+    rows[5][1] = value
+    source = write_csv(tmp_path / "a.csv", ["text", "score"], rows)
+    with pytest.raises(DataError) as caught:
+        made(source, tmp_path)
+    assert str(caught.value).endswith(f"column 'score' is {value!r} in row 6, not a number")
+    assert not (tmp_path / "made.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("films/train.jsonl", "films"),
+        ("films/Data.csv", "films"),
+        ("films/data/rows.csv", "rows"),
+        ("films/*.csv", "films"),
+        ("films/reviews.csv", "reviews"),
+    ],
+)
+def test_a_run_on_a_file_of_a_common_name_is_called_after_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(file.replace("*", "one"))
+    path.parent.mkdir(parents=True)
+    if path.suffix == ".csv":
+        write_rows(path)
+    else:
+        rows = [{"text": f"a text that is long {row}", "label": row % 2} for row in range(40)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    write_template(file, tmp_path / "rolora.toml", "model")
+    assert load_config(tmp_path / "rolora.toml").name == name
 
 
 def test_a_small_set_has_few_clients_and_a_large_one_few_in_a_round(tmp_path: Path) -> None:

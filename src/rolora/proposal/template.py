@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ _ENCODER = Start("data/minilm", "minilm", 128, 5e-3, 10, 5, 8, 200_000, 500)
 _SMOLLM2 = "data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DECODER = Start(_SMOLLM2, "smollm2", 512, 5e-3, 4, 2, 4, 20_000, 100)
 _MODELS = ("data", "models")  # folders that may already have a model
+NO_LABEL = ("-1", "nan", "na", "n/a", "none", "null")  # what may stand for a label that is missing
+SAYS_LITTLE = ("train", "data", "dataset", "rows", "all")  # names of files of any rows
 
 Lines = dict[str, tuple[Any, str]]  # a key, or a comment in its place: its value, and a comment
 
@@ -82,6 +85,8 @@ def write_template(
     experiment = Experiment(make_config(tomllib.loads(text), root=out.parent))
     labels = found.kind.labels(experiment.rows.train, experiment.columns, source)
     found.kind.vocabulary(labels, source)
+    if found.kind.head == "regression":
+        tables.numbers(found.table, str(found.guess[1]["label"]), source)
     write_file(out, text)
     return notes, experiment
 
@@ -126,10 +131,19 @@ def _notes(found: Found) -> list[str]:
             "header row, add one"
         )
     source = found.train["train"]
-    if found.guess[0] == "classification" and "-1" in tables.labels(table, str(label), source):
-        notes.append(
-            f"{printable(str(label))} is -1 in some rows, which counts as a class: if it "
+    rows = f"of {table.num_rows} rows"
+    if found.guess[0] == "classification":
+        named = Counter(tables.labels(table, str(label), source))
+        notes += [
+            f"{printable(str(label))} is {name} in {count} {rows}, which counts as a class: if it "
             "means that a row has no label, remove those rows"
+            for name, count in named.items()
+            if name.lower() in NO_LABEL
+        ]
+    if blank := tables.blank_rows(table, chosen.get("text", ()), source):
+        notes.append(
+            f"{blank} {rows} have no text, and a run uses them all the same: remove them if it "
+            "should not"
         )
     labels = next((c for c in found.columns if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
@@ -330,9 +344,16 @@ def _seen_from(out: Path, source: str) -> str:
 
 
 def _name(source: str, out: Path) -> str:
-    """A name for the run that any file system takes."""
-    stem = out.stem if out.stem != "rolora" else Path(source).name.partition(".")[0]
-    return re.sub(r"[^\w.-]+", "-", stem.replace("*", "all")).strip(".-") or "run"
+    """A name for the run that any file system takes; for train.csv and the like the folder's."""
+    if out.stem != "rolora":
+        found = [out.stem]
+    else:
+        path = Path(source)
+        found = [path.name.partition(".")[0].replace("*", "all"), path.resolve().parent.name]
+    names = [re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in found]
+    return (
+        next((name for name in names if name.lower() not in ("", *SAYS_LITTLE)), names[0]) or "run"
+    )
 
 
 def _toml(value: Any) -> str:

@@ -638,7 +638,8 @@ class Experiment:
             found.append(self.rows.note)
         if self.rows.dropped:
             found.append(f"{self.rows.dropped} training rows belong to no client and are not used")
-        if empty := self._without_text():
+        text, source = self.columns.get("text", ()), config.data.train
+        if empty := tables.blank_rows(self.rows.train, text, source):
             found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
         if self.attack is not None:
             found.append(
@@ -688,15 +689,6 @@ class Experiment:
             "scores leave out the others, no round is the best, and eval.patience has no effect; "
             "where turns are equal, an odd number meets both"
         )
-
-    def _without_text(self) -> int:
-        """How many training rows are blank in every text column; 0 for a task without any."""
-        if "text" not in self.columns:
-            return 0
-        names, source = self.columns["text"], self.config.data.train
-        names = [names] if isinstance(names, str) else names
-        columns = [tables.texts(self.rows.train, name, source) for name in names]
-        return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
 
 
 def ready(task: Task, finish: Callable[[Examples, str], Examples]) -> Task:
