@@ -319,3 +319,12 @@ def test_a_model_that_is_at_hand_is_named_without_more_words(
     notes, made = write_template(write_rows(tmp_path / "a.csv"), tmp_path / "a.toml")
     assert notes == ["no --model given: the file names models/minilm, a small model"]
     assert made.config.model.path == "models/minilm"
+
+
+def test_the_rate_that_is_proposed_is_rolora_s_best_in_the_study_with_that_model() -> None:
+    records = Path(__file__).parent.parent / "experiments" / "records"
+    for start, study in ((_ENCODER, "trec-top"), (_DECODER, "e4")):
+        cell = json.loads((records / f"{study}.json").read_text())["cells"][0]
+        own = next(one for one in cell["tuning"]["methods"] if one["method"] == "rolora")
+        assert start.lr == float(own["best"]["train.lr"])
+        assert not own["at_edge"]

@@ -30,8 +30,9 @@ from rolora.tasks.registry import TASKS, TaskKind
 class Start:
     """Settings to start with, by the model's head: minutes on two cores with the model ``small``.
 
-    ``small`` is what ``rolora fetch NAME`` puts into data/. ``tokens``: trained on in a whole run.
-    ``test_rows``: the most rows to hold out, since each evaluation takes time.
+    ``small`` is what ``rolora fetch NAME`` puts into data/; ``lr`` is RoLoRA's best with it, see
+    docs/choosing.md. ``tokens``: trained on in a whole run. ``test_rows``: the most rows to hold
+    out, since each evaluation takes time.
     """
 
     small: str
@@ -45,9 +46,9 @@ class Start:
     test_rows: int
 
 
-_ENCODER = Start("data/minilm", "minilm", 128, 5e-3, 10, 5, 8, 200_000, 500)
+_ENCODER = Start("data/minilm", "minilm", 128, 2e-2, 10, 5, 8, 200_000, 500)
 _SMOLLM2 = "data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_DECODER = Start(_SMOLLM2, "smollm2", 512, 5e-3, 4, 2, 4, 20_000, 100)
+_DECODER = Start(_SMOLLM2, "smollm2", 512, 1e-2, 4, 2, 4, 20_000, 100)
 _MODELS = ("data", "models")  # folders that may already have a model
 NO_LABEL = ("-1", "nan", "na", "n/a", "none", "null")  # what may stand for a label that is missing
 SAYS_LITTLE = ("train", "data", "dataset", "rows", "all")  # names of files of any rows
@@ -241,7 +242,7 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
             "local_steps": (start.local_steps, "or local_epochs"),
             "batch_size": (batch, ""),
             "optimizer": ("adamw", ""),
-            "lr": (start.lr, "try several: the best rate depends on method and data"),
+            "lr": (start.lr, "for the small model: with another, try several"),
         },
         "eval": {"every": (_every(rounds), "rounds")},
     }
