@@ -397,7 +397,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(
         "partition": ["partition", site, "--picture", tmp_path / "split.png", "--show-masks"],
         "keys": ["federation", "keys", "--sites", "ann,bob", "--host", "localhost"],
     }
-    masks = [[("a film", False), ("good", True)]]
+    masks = [{"text": [("a film", False), ("good", True)]}]
     monkeypatch.setattr("rolora.run.runs.training_masks", lambda experiment, rows: masks)
     folder = ["--folder", tmp_path / "federation"] if command == "keys" else []
     code, out, _ = rolora(monkeypatch, capsys, *words[command], *folder, "--json")
@@ -408,7 +408,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(
         assert len(found["notes"]) == 1  # on the model, which is left out
         assert found["split"]["clients"]
     elif command == "partition":
-        assert found["masks"] == [[["a film", False], ["good", True]]]
+        assert found["masks"] == [{"text": [["a film", False], ["good", True]]}]
         assert sum(client["num_examples"] for client in found["clients"]) == 60
     else:
         assert found["sites"].keys() == {"ann", "bob"}

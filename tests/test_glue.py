@@ -9,12 +9,12 @@ import datasets
 import pytest
 import tiny
 from datasets import ClassLabel, Features, Value
+from proposals import write_template
 from sklearn.metrics import f1_score
 
 from rolora.config.load import load_config
 from rolora.errors import ConfigError, NotHere
 from rolora.proposal.found_rows import GLUE
-from rolora.proposal.template import write_template
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
 from rolora.run.prediction import predict

@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from proposals import write_template
 
 from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.demo.sources import SOURCES
 from rolora.errors import ConfigError, DataError, printable
-from rolora.proposal.template import _DECODER, _ENCODER, write_template
+from rolora.proposal.template import _DECODER, _ENCODER
 from rolora.run.experiment import Experiment
 
 HOSTILE = (
@@ -104,19 +105,28 @@ def test_a_prompt_in_two_columns_is_taken_whole(tmp_path: Path, names: tuple[str
     assert asked[:2] == ["Add 0\n", "Add 1\n1 and 2\n"]
 
 
-def test_a_completion_that_follows_its_prompt_at_once_is_said_and_a_separator_offered(
-    tmp_path: Path,
-) -> None:
-    rows = [[f"Question {row}?", f"Answer number {row}."] for row in range(6)]
+def test_rows_whose_completion_follows_the_prompt_at_once_are_counted(tmp_path: Path) -> None:
+    ends = ["?", "? ", "?", "?\n"]
+    rows = [
+        [f"Question {row}{ends[row % 4]}", f"{' ' * (row % 2)}Answer {row}."] for row in range(8)
+    ]
     source = write_csv(tmp_path / "a.csv", ["prompt", "completion"], rows)
     config, notes, text = made(source, tmp_path)
     assert notes == [
-        "prompt and completion are joined without a separator: set one if the texts need a space "
-        "or a line break between them"
+        "in 4 of 8 rows no space or line break is between prompt and completion: set separator if "
+        "the texts need one"
     ]
     assert config.data.separator is None
     assert '\n# separator = "\\n"' in text
     tomllib.loads(text.replace("# separator", "separator"))
+
+
+@pytest.mark.parametrize("start", ["", " "])
+def test_of_a_pair_neither_answer_may_follow_the_prompt_at_once(tmp_path: Path, start: str) -> None:
+    rows = [[f"Question {row}?", f" yes {row}", f"{start}no {row}"] for row in range(8)]
+    source = write_csv(tmp_path / "a.csv", ["prompt", "chosen", "rejected"], rows)
+    _, notes, _ = made(source, tmp_path)
+    assert [note[:16] for note in notes] == ([] if start else ["in 8 of 8 rows n"])
 
 
 def test_delimiter_and_encoding_are_found_said_and_written(tmp_path: Path) -> None:

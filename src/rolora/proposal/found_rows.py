@@ -85,7 +85,7 @@ def look(
 ) -> Found:
     """Read the rows, and find where test rows are.
 
-    ``source``, ``delimiter``, ``encoding``: see ``template.write_template``. ``split`` and
+    ``source``, ``delimiter``, ``encoding``: see ``template.propose``. ``split`` and
     ``test_split`` name the splits to use; empty, "train" and the usual ones.
     """
     root = Path()

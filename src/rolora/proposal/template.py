@@ -1,4 +1,4 @@
-"""The commented configuration that ``rolora init`` writes for a user's rows."""
+"""The commented configuration that ``rolora init`` proposes for a user's rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rolora.data import tables
 from rolora.data.columns import is_own_value
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, printable
-from rolora.files import from_home, write_file
+from rolora.files import from_home
 from rolora.network import HUB
 from rolora.proposal.found_rows import GLUE, Found, each, look
 from rolora.proposal.trl_config import Trainer, read_trainer
@@ -56,21 +56,31 @@ SAYS_LITTLE = ("train", "data", "dataset", "rows", "all")  # names of files of a
 Lines = dict[str, tuple[Any, str]]  # a key, or a comment in its place: its value, and a comment
 
 
-def write_template(
+@dataclass(frozen=True)
+class Proposal:
+    """The text of a configuration, what a user should know of it, a line each, and its experiment,
+    whose rows have been read and split."""
+
+    text: str
+    notes: Sequence[str]
+    experiment: Experiment
+
+
+def propose(
     source: str,
     out: Path,
     model: str = "",
     delimiter: str | None = None,
     encoding: str | None = None,
     trainer: Path | None = None,
-) -> tuple[list[str], Experiment]:
-    """Look at the rows of ``source`` and write a configuration to ``out``.
+) -> Proposal:
+    """Look at the rows of ``source``, and make a configuration for the new file ``out``.
 
     ``source``: a file, a folder, a pattern of files, a hub name, or a task of GLUE's ("glue/mnli").
     ``delimiter`` and ``encoding`` of text files are found where they are left out. ``trainer``: a
-    YAML file of TRL's, whose settings are taken over. Returns what a user should know, a line each,
-    and the experiment, whose rows have been read and split. Raises ConfigError if ``out`` exists or
-    an argument is wrong, DataError if no task fits the columns or the rows cannot be split.
+    YAML file of TRL's, whose settings are taken over. Writes nothing. Raises ConfigError if ``out``
+    exists or an argument is wrong, DataError if no task fits the columns or the rows cannot be
+    split.
     """
     if out.exists():
         raise ConfigError(f"{out} exists and is not overwritten: name another file with --out")
@@ -88,8 +98,7 @@ def write_template(
     found.kind.vocabulary(labels, source)
     if found.kind.head == "regression":
         tables.numbers(found.table, str(found.guess[1]["label"]), source)
-    write_file(out, text)
-    return notes, experiment
+    return Proposal(text, notes, experiment)
 
 
 def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str]) -> str:
@@ -154,12 +163,10 @@ def _notes(found: Found) -> list[str]:
         notes.append(
             f"{printable(str(chosen['completion']))} is learned as it is, without a prompt"
         )
-    if _joined(found):
+    if touching := _touching(found):
         notes.append(
-            "separator goes between the two columns of the prompt and before the completion"
-            if isinstance(chosen["prompt"], list)
-            else "prompt and completion are joined without a separator: set one if the texts need "
-            "a space or a line break between them"
+            f"in {touching} {rows} no space or line break is between prompt and completion: set "
+            "separator if the texts need one"
         )
     return notes
 
@@ -169,6 +176,20 @@ def _joined(found: Found) -> bool:
     task, asked = found.guess[0], found.guess[1].get("prompt")
     chats = [column.name for column in found.columns if column.kind == "messages"]
     return task in ("causal_lm", "preference") and asked is not None and asked not in chats
+
+
+def _touching(found: Found) -> int:
+    """In how many rows a completion follows its prompt, in one column, without a space between."""
+    chosen, source = found.guess[1], found.train["train"]
+    if not _joined(found) or isinstance(chosen["prompt"], list):
+        return 0
+    starts = tables.texts(found.table, chosen["prompt"], source)
+    names = [str(chosen[key]) for key in ("completion", "chosen", "rejected") if key in chosen]
+    ends = zip(*(tables.texts(found.table, name, source) for name in names), strict=True)
+    return sum(
+        start != "" and not start[-1].isspace() and any(not end[:1].isspace() for end in row)
+        for start, row in zip(starts, ends, strict=True)
+    )
 
 
 def _stated(form: TextForm) -> dict[str, str]:
