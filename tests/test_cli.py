@@ -473,6 +473,21 @@ def test_init_writes_a_config_that_runs_as_it_is(
     assert (code, "not overwritten" in err) == (2, True)
 
 
+def test_init_says_which_task_and_columns_it_found_in_lines_that_fit_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [f"a text {n},,{('yes', 'no', 'None')[n % 3]}" for n in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["premise,hypothesis,label", *rows]) + "\n")
+    out = tmp_path / "a.toml"
+    code, said, _ = rolora(monkeypatch, capsys, "init", tmp_path / "a.csv", "--out", out)
+    first, *lines = said.splitlines()
+    assert code == 0
+    assert first == "classification: text = ['premise', 'hypothesis'], label = 'label'"
+    assert "note: label is None in 20 of 60 rows" in said
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+
+
 def test_the_version_is_printed_and_that_is_all(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,6 +98,8 @@ def init(
     json: Json = False,
 ) -> None:
     """Look at your rows, write a commented configuration, and show how it splits them."""
+    from rich.text import Text
+
     from rolora.cli.tables import masked_text, split_table
     from rolora.files import write_file
     from rolora.proposal.template import propose
@@ -106,9 +108,11 @@ def init(
     proposal = propose(data, out, model, delimiter, encoding, trainer)
     notes, experiment = proposal.notes, proposal.experiment
     table, config = experiment.rows.table(), experiment.config
+    columns = [f"{key} = {value!r}" for key, value in experiment.columns.items()]
     made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
     parts: list[RenderableType] = [
-        *(f"note: {note}" for note in notes),
+        Text(f"{experiment.kind.name}: {printable(', '.join(columns))}"),
+        *(Text(f"note: {note}") for note in notes),
         printable(f"wrote {out}"),
         split_table(table, experiment.rows.test.num_rows),
     ]

@@ -55,6 +55,7 @@ def masked_text(rows: Iterable[Mapping[str, Sequence[tuple[str, bool]]]]) -> Tex
                 piece = printable(piece, keep="\n\t")
                 text.append(*((f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")))
             text.append("\n")
+    text.rstrip()
     return text
 
 
