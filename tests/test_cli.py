@@ -397,7 +397,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(
         "partition": ["partition", site, "--picture", tmp_path / "split.png", "--show-masks"],
         "keys": ["federation", "keys", "--sites", "ann,bob", "--host", "localhost"],
     }
-    masks = [[("a film", False), ("good", True)]]
+    masks = [{"text": [("a film", False), ("good", True)]}]
     monkeypatch.setattr("rolora.run.runs.training_masks", lambda experiment, rows: masks)
     folder = ["--folder", tmp_path / "federation"] if command == "keys" else []
     code, out, _ = rolora(monkeypatch, capsys, *words[command], *folder, "--json")
@@ -408,7 +408,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(
         assert len(found["notes"]) == 1  # on the model, which is left out
         assert found["split"]["clients"]
     elif command == "partition":
-        assert found["masks"] == [[["a film", False], ["good", True]]]
+        assert found["masks"] == [{"text": [["a film", False], ["good", True]]}]
         assert sum(client["num_examples"] for client in found["clients"]) == 60
     else:
         assert found["sites"].keys() == {"ann", "bob"}
@@ -471,6 +471,21 @@ def test_init_writes_a_config_that_runs_as_it_is(
     assert rolora(monkeypatch, capsys, *run)[0] == 0
     code, _, err = rolora(monkeypatch, capsys, "init", site.parent / "train.csv", "--out", config)
     assert (code, "not overwritten" in err) == (2, True)
+
+
+def test_init_says_which_task_and_columns_it_found_in_lines_that_fit_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [f"a text {n},,{('yes', 'no', 'None')[n % 3]}" for n in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["premise,hypothesis,label", *rows]) + "\n")
+    out = tmp_path / "a.toml"
+    code, said, _ = rolora(monkeypatch, capsys, "init", tmp_path / "a.csv", "--out", out)
+    first, *lines = said.splitlines()
+    assert code == 0
+    assert first == "classification: text = ['premise', 'hypothesis'], label = 'label'"
+    assert "note: label is None in 20 of 60 rows" in said
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
 
 
 def test_the_version_is_printed_and_that_is_all(

@@ -98,27 +98,29 @@ def init(
     json: Json = False,
 ) -> None:
     """Look at your rows, write a commented configuration, and show how it splits them."""
+    from rich.text import Text
+
     from rolora.cli.tables import masked_text, split_table
-    from rolora.proposal.template import write_template
+    from rolora.files import write_file
+    from rolora.proposal.template import propose
     from rolora.run.runs import training_masks
 
-    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
+    proposal = propose(data, out, model, delimiter, encoding, trainer)
+    notes, experiment = proposal.notes, proposal.experiment
     table, config = experiment.rows.table(), experiment.config
+    columns = [f"{key} = {value!r}" for key, value in experiment.columns.items()]
     made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
     parts: list[RenderableType] = [
-        *(f"note: {note}" for note in notes),
+        Text(f"{experiment.kind.name}: {printable(', '.join(columns))}"),
+        *(Text(f"note: {note}") for note in notes),
         printable(f"wrote {out}"),
         split_table(table, experiment.rows.test.num_rows),
     ]
     if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
-        try:
-            with working("loading the tokenizer"):
-                masked = training_masks(experiment, 2)
-        except BaseException:
-            out.unlink()  # the corrected command may then write it
-            raise
-        made["masks"] = masked
+        with working("loading the tokenizer"):
+            made["masks"] = masked = training_masks(experiment, 2)
         parts.append(masked_text(masked))
+    write_file(out, proposal.text)
     show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))
 
 

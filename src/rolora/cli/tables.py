@@ -44,15 +44,18 @@ def split_table(split: Mapping[str, Any], test_rows: int) -> Group:
     return Group(table(["client", "rows", *shown], rows), summary)
 
 
-def masked_text(rows: Iterable[Sequence[tuple[str, bool]]]) -> Text:
+def masked_text(rows: Iterable[Mapping[str, Sequence[tuple[str, bool]]]]) -> Text:
     """Each row in pieces; those that are trained on are between ⟦ and ⟧."""
     text = Text()
-    for row, pieces in enumerate(rows, start=1):
-        text.append(f"\nrow {row}; the text between ⟦ and ⟧ is trained on:\n")
-        for piece, trained in pieces:
-            piece = printable(piece, keep="\n\t")
-            text.append(*((f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")))
-        text.append("\n")
+    for number, row in enumerate(rows, start=1):
+        text.append(f"\nrow {number}; the text between ⟦ and ⟧ is trained on:\n")
+        for name, pieces in row.items():
+            text.append(f"{name}: " if len(row) > 1 else "")
+            for piece, trained in pieces:
+                piece = printable(piece, keep="\n\t")
+                text.append(*((f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")))
+            text.append("\n")
+    text.rstrip()
     return text
 
 

@@ -25,7 +25,7 @@ from rolora.tasks.registry import task_kind
 # Where the files of a run are. They may move: hashes say whether they are still the same. And which
 # trackers its rounds go to.
 PLACES = (
-    *("data.train", "data.test", "data.validation"),
+    *("data.train", "data.test", "data.second_test", "data.validation"),
     *("model.path", "lora.init_from", "train.cache", "federation.on"),
     *("track.to", "track.project"),
 )
@@ -131,13 +131,14 @@ def config_hash(config: RunConfig) -> str:
     that older versions do not know: a run that one of them has started can be resumed.
     """
     compares = task_kind(config.model.task).compares
-    pairs = {key for key in ("chosen", "rejected", "positive") if getattr(config.data, key) is None}
+    later = ("chosen", "rejected", "positive", "second_split", "second_name")
+    unset = {key for key in later if getattr(config.data, key) is None}
     values = config.model_dump_json(
         exclude={
             "train": {"rounds", "bank", "workers", "cache"},
             "eval": {"samples"},
             "model": {"dtype", "path"},
-            "data": {"train", "test", "validation", *pairs},
+            "data": {"train", "test", "second_test", "validation", *unset},
             **({} if compares else {"preference": True}),
             "lora": {"init_from"},
             "federation": True,

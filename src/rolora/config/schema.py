@@ -136,6 +136,20 @@ class DataConfig(Section):
         "train", description="split for training, of a datasets folder or hub name"
     )
     test_split: str = Field("test", description="split for data.test, likewise")
+    second_test: str | None = Field(
+        None,
+        min_length=1,
+        description="a second source of test rows, such as another site's: measured whenever "
+        "data.test is, as accuracy/second and so on; never used to choose a round",
+    )
+    second_split: str | None = Field(
+        None, description="split for data.second_test, likewise; left out: test"
+    )
+    second_name: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+$",
+        description='what its metrics are called, "x" for accuracy/x; left out: second',
+    )
     delimiter: str | None = Field(
         None, description='between the values of a csv; left out: ",", in .tsv a tab'
     )

@@ -23,6 +23,7 @@ from rolora.results.runs import (
     by_method,
     differing,
     load_run,
+    on_second_rows,
     sorted_out,
     summarise,
 )
@@ -84,6 +85,7 @@ def render(
             metric=metric,
             direction=narrative.direction(metric),
             rows=summarise(runs),
+            second=on_second_rows(runs, metric),
             unfinished=[(run, run.last(metric)) for run in found.unfinished],
             most_places=MOST_PLACES,
             rounding=figures.ROUNDING,

@@ -19,7 +19,15 @@ from rolora.results.layers import MEASURES, known
 from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
 from rolora.results.robustness import SUCCESS
-from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, over_seeds, worst_tenth
+from rolora.results.runs import (
+    MEGABYTE,
+    RunRecord,
+    client_values,
+    mean_sd,
+    on_second_rows,
+    over_seeds,
+    worst_tenth,
+)
 
 Groups = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[int, Any]  # by round
@@ -117,6 +125,12 @@ def pictures(
             _metric(metric),
             _band(groups, narrative.direction(metric)),
             _budget(runs, metric),
+        ),
+        *(
+            _curves(
+                f"second-{n}", name, groups, _metric(name), _band(groups, narrative.direction(name))
+            )
+            for n, name in enumerate(on_second_rows(runs, metric))
         ),
         _curves("loss", "training loss", groups, _field("loss"), _band(groups, LOSS)),
         [_differences(groups, metric, conclusions)],

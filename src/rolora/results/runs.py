@@ -218,6 +218,7 @@ class Summary:
     the whole run and all clients; ``trained_rows`` is ``Point.rows`` at the end;
     ``aggregation_error`` is the mean over rounds (None if unknown); ``worst_tenth_mean`` and its sd
     are of the function ``worst_tenth`` (None if a run has not measured its clients).
+    ``second``: a metric of ``on_second_rows`` -> mean and sd of the last score.
     """
 
     method: str
@@ -235,6 +236,7 @@ class Summary:
     seconds: float
     worst_tenth_mean: float | None
     worst_tenth_sd: float | None
+    second: Mapping[str, Measured]
 
 
 def load_run(path: str | Path) -> RunRecord:
@@ -367,12 +369,20 @@ def primary_metric(runs: Sequence[RunRecord]) -> str:
     for run, names in zip(runs, measured, strict=True):
         if not names:
             raise DataError(f"{run.path} has no evaluated round yet: resume it, or leave it out")
-    others = [name for name in measured[0] if name not in LAST]
+    others = [name for name in measured[0] if name not in LAST and "/" not in name]
     for metric in (*FIRST, *others, *LAST):
         if all(metric in names for names in measured):
             return metric
     found = "; ".join(sorted({", ".join(sorted(names)) for names in measured}))
     raise DataError(f"these runs have no metric in common ({found}): report them separately")
+
+
+def on_second_rows(runs: Iterable[RunRecord], metric: str) -> list[str]:
+    """What ``metric`` is called on second test rows, such as "accuracy/second", in each run that
+    has any (see ``data.second_test``)."""
+    lines = (line for run in runs for line in run.rounds)
+    names = dict.fromkeys(name for line in lines for name in line["metrics"])
+    return [name for name in names if name.startswith(f"{metric}/")]
 
 
 def gain(metric: str, value: float) -> float:
@@ -433,6 +443,9 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
     lines = [line for run in runs for line in run.rounds]
     errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
     worst, worst_sd = over_seeds([worst_tenth(run, metric) for run in runs]) or (None, None)
+    second = {
+        name: over_seeds([run.last(name) for run in runs]) for name in on_second_rows(runs, metric)
+    }
     return Summary(
         method=method,
         seeds=tuple(sorted(run.seed for run in runs)),
@@ -449,6 +462,7 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
         seconds=sum(line["seconds"] for line in lines) / len(runs),
         worst_tenth_mean=worst,
         worst_tenth_sd=worst_sd,
+        second={name: measured for name, measured in second.items() if measured},
     )
 
 

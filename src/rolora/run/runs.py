@@ -254,17 +254,21 @@ def stored(
     return load_config(folder.config, overrides, root), origin
 
 
-def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bool]]]:
+def training_masks(experiment: Experiment, rows: int) -> list[dict[str, list[tuple[str, bool]]]]:
     """The first training rows in runs of tokens, each with whether the loss is taken on it.
 
-    ConfigError for a task that learns from whole rows.
+    Of a pair, those of its "chosen" and of its "rejected" completion; of any other row, of its
+    "text". ConfigError for a task that learns from whole rows.
     """
     if experiment.kind.head != "causal_lm":
         raise ConfigError(f"{experiment.kind.name} trains on whole rows: there are no masks")
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
     examples = base.require_known(experiment.task_on(base).encode(table, source), source)
-    return masks(examples.sequences, base.tokenizer)
+    shown = masks(examples.sequences, base.tokenizer)
+    names = ("chosen", "rejected") if "chosen" in experiment.columns else ("text",)
+    each = 2 if experiment.kind.compares else 1  # the second of KTO is of another row
+    return [dict(zip(names, shown[n:], strict=False)) for n in range(0, len(shown), each)]
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:

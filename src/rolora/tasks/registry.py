@@ -177,7 +177,9 @@ def task_kind(name: str) -> TaskKind:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric of any known task is better. Raises ConfigError for another."""
+    """Whether more of a metric of any known task is better, whichever rows it is measured on
+    ("accuracy/second"). Raises ConfigError for another."""
+    metric = metric.partition("/")[0]
     for name in sorted(TASKS.names(), key=lambda name: name not in TASKS.own):
         kind = task_kind(name)
         for known in (kind.metrics, kind.answers):
