@@ -54,7 +54,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        ("train.rouds=3", 2, "did you mean 'rounds'"),
+        ("train.rouds=3", 2, "did you mean 'train.rounds'"),
         ("train.rounds=many", 2, "train.rounds: Input should be a valid integer"),
         ("data.train=none.csv", 3, "none.csv"),
         ("data.text=txet", 3, "no column 'txet': did you mean 'text'?"),
@@ -121,7 +121,7 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
             "local does not support the server optimizer",
         ),
         ("method.b_rounds=0", "b_rounds must be at least 1, not 0"),
-        ("method.b_round=2", "unknown key 'method.b_round': did you mean 'b_rounds'?"),
+        ("method.b_round=2", "unknown key 'method.b_round': did you mean 'method.b_rounds'?"),
         ("method.name=flora method.b_rounds=2", "method 'flora' has no options"),
         ("method.name=ravan method.heads=3", "heads = 3 does not divide lora.rank = 2"),
         ("method.name=ravan method.heads=0", "heads = 0 does not divide lora.rank = 2"),

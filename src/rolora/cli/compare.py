@@ -45,20 +45,21 @@ def compare(
     An override can be for one method only: fedit:train.lr=1e-3, also in --tune. A method can have
     options: rolora,rolora+first=A
     """
+    from rolora.config.load import load_config
+
+    common, own = own_overrides(methods, overrides)
+    settings = load_config(config, common)
     from rolora.cli.progress import follow_all
     from rolora.cli.results import comparison_text
     from rolora.comparison.budget import core_seconds
     from rolora.comparison.folder import ComparisonFolder
     from rolora.comparison.grid import TUNE_SEEDS, plan
     from rolora.comparison.queue import comparison_path, queued_runs
-    from rolora.config.load import load_config
     from rolora.results.export import export_results
     from rolora.results.published import read_published
     from rolora.results.runs import load_run
     from rolora.run.experiment import Experiment
 
-    common, own = own_overrides(methods, overrides)
-    settings = load_config(config, common)
     if not tune and (tune_seeds is not None or tune_rounds is not None):
         raise ConfigError("--tune-seeds and --tune-rounds need --tune with a grid")
     tuned_on = TUNE_SEEDS if tune_seeds is None else seeds_of("--tune-seeds", tune_seeds)

@@ -1,6 +1,8 @@
 """The command line: every command calls one library function and prints the result.
 
 Results go to standard output, progress to standard error. ``rolora.errors`` has the exit codes.
+A command reads its configuration before it imports what needs torch, which takes seconds, so that
+a mistake in it is told at once.
 """
 
 from __future__ import annotations
@@ -135,13 +137,14 @@ def partition(
     json: Json = False,
 ) -> None:
     """Show which client holds which rows, and save a picture of it. Trains nothing."""
-    from rolora.cli.tables import masked_text, split_table
     from rolora.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    from rolora.cli.tables import masked_text, split_table
     from rolora.report.figures import save_picture, split_figure
     from rolora.run.experiment import Experiment
     from rolora.run.runs import training_masks
 
-    settings = load_config(config, overrides or [])
     experiment = Experiment(settings)
     rows = experiment.rows
     table = rows.table()
@@ -165,12 +168,13 @@ def plan(
     json: Json = False,
 ) -> None:
     """Estimate the memory, traffic, compute and disk of a run. Downloads no weights."""
-    from rolora.cli.tables import plan_text
     from rolora.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    from rolora.cli.tables import plan_text
     from rolora.plan.needs import make_plan
     from rolora.run.experiment import Experiment
 
-    settings = load_config(config, overrides or [])
     with working("running a step on shapes alone"):
         made = make_plan(Experiment(settings), names(methods))
     show(json, dataclasses.asdict(made), plan_text(made))
@@ -192,8 +196,6 @@ def run(
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
     from rolora.config.load import load_config, toml_text
-    from rolora.run import runs
-    from rolora.run.experiment import Experiment
 
     byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
     changes = [*byzantine, *(overrides or [])]
@@ -204,6 +206,9 @@ def run(
         if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
             on = os.path.relpath(Path(on).resolve(), settings.root)
         settings = load_config(config, [*changes, f"federation.on={toml_text(on)}"])
+    from rolora.run import runs
+    from rolora.run.experiment import Experiment
+
     path = runs.new_path(settings, out)
     with resuming(path):
         if settings.federation.on:
