@@ -357,6 +357,24 @@ def test_every_command_has_help(
         assert "Usage" in out
 
 
+def test_a_paragraph_of_a_help_page_is_broken_where_the_terminal_ends_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for words, said in {
+        (
+            "compare",
+        ): "With --tune, each method first gets its best values, chosen on validation rows "
+        "and on seeds that the final table does not use.",
+        (
+            "federation",
+            "up",
+        ): "A new folder gets keys, and each site its share of the configuration's "
+        "rows; a folder that exists is used as it is.",
+    }.items():
+        assert said in rolora(monkeypatch, capsys, *words, "--help")[1]
+
+
 def test_every_command_that_ends_with_a_result_prints_it_as_json_if_asked() -> None:
     """Without: those that serve, and predict, which always prints JSON lines."""
     commands = dict(get_command(cli.app).commands)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rolora.cli.options import Budget, ConfigPath, Json, Methods, Overrides, own_overrides, seeds_of
-from rolora.cli.printing import again, err_console, show, tracked
+from rolora.cli.printing import again, note, show, tracked
 from rolora.errors import ConfigError
 
 
@@ -69,7 +69,7 @@ def compare(
     published = read_published(config)
     folder = ComparisonFolder(comparison_path(settings, out))
     if comparison.cut_validation:
-        err_console.print(f"note: tuning on {comparison.tuned_on()}")
+        note(f"tuning on {comparison.tuned_on()}")
     build = partial(Experiment, tracked=tracked)
     queue = queued_runs(comparison, folder.path, published, seconds, build)
     with again(), contextlib.closing(queue):

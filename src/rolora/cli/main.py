@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from rolora.cli.export import export
 from rolora.cli.options import ConfigPath, Json, Overrides, names
 from rolora.cli.printing import (
     Interrupted,
-    err_console,
+    note,
     out_console,
     resuming,
     show,
@@ -177,7 +178,8 @@ def plan(
 
     with working("running a step on shapes alone"):
         made = make_plan(Experiment(settings), names(methods))
-    show(json, dataclasses.asdict(made), plan_text(made))
+    timed = "\ntime is not estimated: rolora run shows the time left after each round"
+    show(json, dataclasses.asdict(made), plan_text(made), timed)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -201,7 +203,7 @@ def run(
     changes = [*byzantine, *(overrides or [])]
     settings = load_config(config, changes)
     if byzantine:
-        err_console.print(f"note: {settings.aggregate.price}")
+        note(settings.aggregate.price)
     if on is not None:
         if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
             on = os.path.relpath(Path(on).resolve(), settings.root)
@@ -307,12 +309,12 @@ def evaluate(
     if is_glob(data, root=Path()):
         sets = {name: file for file, name in files_of(data, root=Path()).items()}
         with working(f"loading and evaluating on {len(sets)} sets of rows"):
-            found = dict(evaluate_each(path, sets, model, overrides or []))
+            found = dict(evaluate_each(path, sets, model, overrides or [], note))
         metrics = {name: one.metrics for name, one in found.items()}
         show(json, {name: scores(one) for name, one in found.items()}, sets_table(metrics))
         return
     with working("loading and evaluating"):
-        ((_, one),) = evaluate_each(path, {data: data}, model, overrides or [])
+        ((_, one),) = evaluate_each(path, {data: data}, model, overrides or [], note)
     show(json, scores(one), *(f"{name:20} {value:.4f}" for name, value in one.metrics.items()))
 
 
@@ -321,7 +323,10 @@ def predict(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
     ],
-    data: Annotated[str, typer.Option(help="rows with the run's columns, without right answers")],
+    data: Annotated[
+        str,
+        typer.Option(help="rows with the run's columns; labels or expected answers are not needed"),
+    ],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="a .csv or .jsonl file; default: print JSON lines")
@@ -337,7 +342,7 @@ def predict(
 
     written = writer(out)
     with working("loading and predicting"):
-        found = predict(path, data, model, overrides or [], max_new_tokens)
+        found = predict(path, data, model, overrides or [], max_new_tokens, note)
     if out is None:
         print(written(found), end="")
     else:
@@ -356,6 +361,10 @@ app.command(rich_help_panel=SITES)(doctor)
 app.command(rich_help_panel=TRY)(fetch)
 app.command(rich_help_panel=TRY)(demo)
 app.command(rich_help_panel=TRY)(theory)
+
+for command in (*app.registered_commands, *federation.registered_commands):
+    paragraphs = str(inspect.getdoc(command.callback)).split("\n\n")  # typer joins the first alone
+    command.help = "\n\n".join(" ".join(lines.split()) for lines in paragraphs)
 
 
 def _follow(run: Run, as_json: bool) -> None:
