@@ -31,7 +31,10 @@ def attack(
     ] = None,
     bad: Annotated[int, typer.Option(min=1, help="clients that attack the others")] = 2,
     rules: Annotated[
-        str, typer.Option(help="rules, comma-separated; STEP+RULE takes a step before a rule")
+        str,
+        typer.Option(
+            help="rules that combine updates, comma-separated; STEP+RULE: a step, then a rule"
+        ),
     ] = "mean,nnm+trimmed_mean",
     methods: Methods = "rolora,ffa_lora,fedit",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0,1,2",

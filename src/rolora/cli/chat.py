@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rolora.cli.options import Overrides
+from rolora.cli.options import Changes
 from rolora.cli.printing import note, working
 from rolora.errors import ConfigError, DataError, printable
 
@@ -19,11 +19,13 @@ def chat(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
     ],
-    overrides: Overrides = None,
+    overrides: Changes = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="answer this and end; it may have several lines; -: standard input"),
+        typer.Option(
+            help="one prompt, which may have several lines, to answer; -: read standard input"
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="maximum tokens in an answer")] = 128,
     json: Annotated[bool, typer.Option("--json", help="print each turn as a JSON line")] = False,

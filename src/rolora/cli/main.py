@@ -25,7 +25,7 @@ from rolora.cli.chat import chat
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.export import export
-from rolora.cli.options import ConfigPath, Json, Overrides, names
+from rolora.cli.options import Changes, ConfigPath, Json, Overrides, names
 from rolora.cli.printing import (
     Interrupted,
     note,
@@ -297,7 +297,7 @@ def evaluate(
         str,
         typer.Option(help="rows with the run's columns; with a pattern, each file separately"),
     ],
-    overrides: Overrides = None,
+    overrides: Changes = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
     json: Json = False,
 ) -> None:
@@ -327,7 +327,7 @@ def predict(
         str,
         typer.Option(help="rows with the run's columns; labels or expected answers are not needed"),
     ],
-    overrides: Overrides = None,
+    overrides: Changes = None,
     out: Annotated[
         Path | None, typer.Option(help="a .csv or .jsonl file; default: print JSON lines")
     ] = None,

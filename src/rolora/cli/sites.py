@@ -34,7 +34,7 @@ def site(
 ) -> None:
     """Connect this site to its coordinator, and train on its rows when asked.
 
-    Rows never leave the site. What does is listed in outgoing.log in its state folder.
+    Rows never leave the site. What leaves it is listed in outgoing.log in its state folder.
     """
     from rolora.sites.logs import escape_records
     from rolora.sites.node import serve
