@@ -54,7 +54,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        ("train.rouds=3", 2, "did you mean 'rounds'"),
+        ("train.rouds=3", 2, "did you mean 'train.rounds'"),
         ("train.rounds=many", 2, "train.rounds: Input should be a valid integer"),
         ("data.train=none.csv", 3, "none.csv"),
         ("data.text=txet", 3, "no column 'txet': did you mean 'text'?"),
@@ -121,7 +121,7 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
             "local does not support the server optimizer",
         ),
         ("method.b_rounds=0", "b_rounds must be at least 1, not 0"),
-        ("method.b_round=2", "unknown key 'method.b_round': did you mean 'b_rounds'?"),
+        ("method.b_round=2", "unknown key 'method.b_round': did you mean 'method.b_rounds'?"),
         ("method.name=flora method.b_rounds=2", "method 'flora' has no options"),
         ("method.name=ravan method.heads=3", "heads = 3 does not divide lora.rank = 2"),
         ("method.name=ravan method.heads=0", "heads = 0 does not divide lora.rank = 2"),
@@ -355,6 +355,24 @@ def test_every_command_has_help(
         code, out, _ = rolora(monkeypatch, capsys, name, "--help")
         assert code == 0
         assert "Usage" in out
+
+
+def test_a_paragraph_of_a_help_page_is_broken_where_the_terminal_ends_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for words, said in {
+        (
+            "compare",
+        ): "With --tune, each method first gets its best values, chosen on validation rows "
+        "and on seeds that the final table does not use.",
+        (
+            "federation",
+            "up",
+        ): "A new folder gets keys, and each site its share of the configuration's "
+        "rows; a folder that exists is used as it is.",
+    }.items():
+        assert said in rolora(monkeypatch, capsys, *words, "--help")[1]
 
 
 def test_every_command_that_ends_with_a_result_prints_it_as_json_if_asked() -> None:

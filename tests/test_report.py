@@ -155,7 +155,7 @@ def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
     text = (moved / "config.toml").read_text().replace("2.13.0", "2.14.1")
     (moved / "config.toml").write_text(text)
     html = write_report([*runs, moved], tmp_path / "page.html").read_text()
-    assert "The same in all runs: python 3.11.7; rolora 0.1.0; git_commit 5905833d26" in html
+    assert "The same in all runs: python 3.11.7; rolora 0.1.0; git commit: 5905833d26" in html
     cells = Page(html).text["td"]
     assert (cells.count("2.13.0"), cells.count("2.14.1")) == (4, 1)
     assert "secret-project" not in html

@@ -59,6 +59,11 @@ def show(as_json: bool, value: object, *parts: RenderableType) -> None:
             out_console.print(part, soft_wrap=not isinstance(part, Text))
 
 
+def note(text: str) -> None:
+    """Print a remark on standard error."""
+    err_console.print(f"note: {printable(text)}")
+
+
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:
     """The items one by one, with a progress bar; a plain line if there is no terminal."""
     if err_console.is_terminal:

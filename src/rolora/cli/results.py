@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -38,7 +38,9 @@ from rolora.results.runs import (
     summarise,
 )
 from rolora.results.tuned import Tuning
-from rolora.training.engine import Evaluation
+
+if TYPE_CHECKING:
+    from rolora.training.engine import Evaluation
 
 
 def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:

@@ -95,13 +95,13 @@ def yes_or_no(value: bool | None) -> str:
 
 
 def sources_table(sources: Mapping[str, Source]) -> Table:
-    """What can be fetched, and how many megabytes are downloaded for it."""
+    """What can be fetched, from which package, and how many megabytes that has."""
     rows = [
-        [name, str(one.megabytes), source.what, f"{one.client}: {one.name} {one.version}"]
+        [name, str(one.megabytes), f"{source.what}; from {one.client}: {one.name} {one.version}"]
         for name, source in sources.items()
         for one in [source.package]
     ]
-    return table(["name", "MB", "what it is", "from"], rows, align="lrl")
+    return table(["name", "MB", "what it is, and its package"], rows, align="lrl")
 
 
 def plan_text(plan: Plan) -> Group:

@@ -19,9 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from rolora.algorithm.codec import Format
-from rolora.algorithm.reduce import REDUCERS
-from rolora.attacks.attack import NO_ATTACK
+from rolora.algorithm.choices import REDUCERS, Format
+from rolora.attacks import NO_ATTACK
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, nearest
 from rolora.tasks.registry import task_kind

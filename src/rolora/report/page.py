@@ -33,6 +33,18 @@ from rolora.results.tuned import Tuning
 MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
 UNUSED_ROWS = 100
 CUT_ROWS = 20  # of each run: the clients that were cut most
+# key of a run's provenance -> what it is called on the page, where that differs
+NAMES = {
+    "git_commit": "git commit",
+    "cpu": "processor",
+    "bank": "clients trained at once",
+    "dtype": "dtype of the base",
+    "prefix": "outputs of frozen layers from the cache",
+    "data": "hash of the rows",
+    "base": "hash of the base's weights",
+    "init_from": "hash of the adapter it started from",
+    "config": "hash of the settings",
+}
 
 
 def write_report(
@@ -181,8 +193,10 @@ def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:
     rows = zip(runs, tables, strict=True)
     return {
         "shared": [
-            f"{n} {v}" for n in names if n not in apart and (v := tables[0][n]) not in ("", None)
+            f"{NAMES[n]}: {v}" if n in NAMES else f"{n} {v}"
+            for n in names
+            if n not in apart and (v := tables[0][n]) not in ("", None)
         ],
-        "provenance_names": apart,
+        "provenance_names": [NAMES.get(n, n) for n in apart],
         "provenance": [(run.label, [table.get(n, "") for n in apart]) for run, table in rows],
     }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from rolora.algorithm.step import MOSTLY
-from rolora.attacks.attack import NO_ATTACK, bad_clients
+from rolora.attacks import NO_ATTACK
 from rolora.results.robustness import SUCCESS
 from rolora.results.runs import RunRecord
+
+MOSTLY = 0.5  # a client that is cut by more than this counts as cut in a round
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def attackers(run: RunRecord) -> frozenset[str]:
     attack = run.config.get("attack", {})
     if attack.get("name", NO_ATTACK) == NO_ATTACK:
         return frozenset()
+    from rolora.attacks.attack import bad_clients  # needs torch, and few runs are attacked
+
     clients = [client["id"] for client in run.partition["clients"]]
     trusted = run.config.get("aggregate", {}).get("trusted")
     return bad_clients(clients, attack["clients"], run.seed, trusted)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rolora.attacks.attack import NO_ATTACK
+from rolora.attacks import NO_ATTACK
 from rolora.results.paired import interval
 from rolora.results.runs import RunRecord, gain, mean_sd, over_seeds
 

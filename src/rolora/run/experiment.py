@@ -20,7 +20,8 @@ from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
 from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
-from rolora.attacks.attack import ATTACKS, NO_ATTACK, Attack, bad_clients
+from rolora.attacks import ATTACKS, NO_ATTACK
+from rolora.attacks.attack import Attack, bad_clients
 from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.data.examples import Examples

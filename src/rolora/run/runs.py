@@ -96,7 +96,7 @@ class Run:
         """Write the adapter of the best validated round (of the last, without validation)."""
         adapter = state.best.adapter if state.best else state.server.adapter
         round = state.best.round if state.best else state.server.round
-        base, method = self.experiment.base, self.experiment.method
+        base = self.experiment.base
         config = pinned(self.experiment.config, _chosen(self.experiment))
         notes = {
             "rolora": version("rolora"),
@@ -108,15 +108,6 @@ class Run:
             "labels": list(self.experiment.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
-        source = Source(
-            base.peft_config.base_model_name_or_path,
-            base.digest,
-            base.licence,
-            list(base.specs.scaling),
-            self.experiment.labels,
-            self.experiment.kind.head == "causal_lm",
-            sorted(method.personal_roles),
-        )
         save_adapter(
             self.folder.adapter,
             adapter,
@@ -124,11 +115,25 @@ class Run:
             base.model.config,
             base.tokenizer,
             notes,
-            card(load_run(self.folder.path), round, source),
+            card(load_run(self.folder.path), round, card_source(self.experiment)),
         )
         if written := samples(self.experiment, adapter):
             write_file(self.folder.samples, as_json(written))
         write_report([self.folder.path], self.folder.report)
+
+
+def card_source(experiment: Experiment) -> Source:
+    """What a model card says of this experiment's adapter."""
+    base = experiment.base
+    return Source(
+        base.peft_config.base_model_name_or_path,
+        base.digest,
+        base.licence,
+        list(base.specs.scaling),
+        experiment.labels,
+        experiment.kind.head == "causal_lm",
+        sorted(experiment.method.personal_roles),
+    )
 
 
 Build = Callable[..., Experiment]  # from a configuration and the folder of clients' state

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from rolora.data.examples import Batch, Examples
 from rolora.data.labels import class_labels, in_order
 from rolora.errors import ConfigError, nearest
 from rolora.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rolora.data.examples import Batch, Examples
     from rolora.model.peft import Kind
 
-Predict = Callable[[Any, str, Callable[[Examples], Tensor], int], list[dict[str, Any]]]
+    Predict = Callable[[Any, str, Callable[[Examples], Tensor], int], list[dict[str, Any]]]
 
 TASKS = Registry(
     kind="task",
