@@ -69,7 +69,7 @@ AXES = (
         "local steps",
         "local steps, all clients",
         "{:,.0f} steps",
-        _sum(lambda line: sum(one.get("steps", 0) for one in line.get("clients", {}).values())),
+        _sum(lambda line: sum(one.get("steps", 0) for one in line["clients"].values())),
         " Optimizer steps of all clients; one that trains a single factor costs less than one "
         "that trains both.",
     ),
