@@ -72,9 +72,6 @@ class Written(BaseModel, strict=True, frozen=True):
     after: str
 
 
-_AXES, _SAMPLES = TypeAdapter(Axes), TypeAdapter(tuple[Written, ...])
-
-
 class Point(NamedTuple):
     """The metric's ``value`` after a round, and what all clients had used by then.
 
@@ -252,14 +249,14 @@ def load_run(path: str | Path) -> RunRecord:
         rounds,
         partition,
         _read_axes(folder / "axes.json", rounds),
-        read_json(folder / "samples.json", _SAMPLES, ()),
+        read_json(folder / "samples.json", tuple[Written, ...], ()),
         diverged,
     )
 
 
 def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     """What the lists of these lines are over. DataError unless they are as long."""
-    axes = read_json(file, _AXES, Axes())
+    axes = read_json(file, Axes, Axes())
     for line in rounds:
         recall, layers = line["recall"] or axes.labels, line["layers"].values()
         if len(recall) != len(axes.labels) or any(len(v) != len(axes.layers) for v in layers):
@@ -270,10 +267,12 @@ def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     return axes
 
 
-def read_json(file: Path, kind: TypeAdapter[T], otherwise: U) -> T | U:
+def read_json(file: Path, kind: type[T], otherwise: U) -> T | U:
     """The content of a JSON file, if there is one. DataError for one that is damaged."""
+    if not file.is_file():
+        return otherwise
     try:
-        return kind.validate_json(file.read_bytes()) if file.is_file() else otherwise
+        return TypeAdapter(kind).validate_json(file.read_bytes())
     except ValidationError as error:
         raise DataError(f"{file} is damaged: {_fault(error)}") from None
 
