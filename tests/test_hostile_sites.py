@@ -222,9 +222,9 @@ class Silent(Calls):
             self.waited.append(seconds)
             yield node, lost("no answer before the deadline")
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         waited = len(self.waited)
-        future = super().beside(work)
+        future = super().in_background(work)
         self.aside += self.waited[waited:]
         del self.waited[waited:]
         return future
@@ -257,12 +257,12 @@ def test_each_silence_is_followed_by_a_longer_pause_until_the_site_has_trained(
     pauses = []
     for _ in range(4):
         sites.missed(3)
-        pauses.append(sites.strikes[3].until - 1000)
+        pauses.append(sites.silences[3].until - 1000)
     assert pauses == [0, 10, 30, 70]
     sites.members["ann"] = membership.Member(3, 9)
     sites.trained("ann")
     sites.missed(3)
-    assert sites.strikes[3].until == 1000
+    assert sites.silences[3].until == 1000
     assert sites.members == {}
 
 

@@ -76,7 +76,7 @@ class _Node:
             ask = str(question.head["ask"])
             yield node, self.said if ask == self.asked else SiteMessage(USUAL[ask])
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         return done(work)
 
 
