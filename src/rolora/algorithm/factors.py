@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rolora.algorithm.adapter import AdapterState, Specs, layer_of, partner_of, pieces, role_of
+from rolora.algorithm.adapter import (
+    AdapterState,
+    ClientInfo,
+    Specs,
+    layer_of,
+    partner_of,
+    pieces,
+    role_of,
+)
 from rolora.algorithm.method import BOTH, Reduce, ServerState, lora_init
 from rolora.algorithm.patches import turn_of, turned
 from rolora.algorithm.reduce import Value
@@ -100,12 +108,12 @@ def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Ten
     }
 
 
-def truncated(adapter: AdapterState, rank: int) -> AdapterState:
-    """The first ``rank`` rows of each lora_A and columns of each lora_B, as views."""
-    return adapter | {
-        name: pieces(name, pieces(name, tensor)[:rank])
-        for name, tensor in adapter.only(frozenset({"A", "B"})).items()
-        if len(pieces(name, tensor)) > rank
+def truncated(server: ServerState, client: ClientInfo) -> AdapterState:
+    """As many rows of each lora_A and columns of each lora_B as the client's rank, as views."""
+    return server.adapter | {
+        name: pieces(name, pieces(name, tensor)[: client.rank])
+        for name, tensor in server.adapter.only(frozenset({"A", "B"})).items()
+        if len(pieces(name, tensor)) > client.rank
     }
 
 

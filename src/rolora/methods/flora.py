@@ -36,7 +36,7 @@ def method() -> Method:
         init=init_with_delta,
         trainable=lambda round, step: BOTH,
         shared=lambda round: BOTH,
-        download=lambda server, client: truncated(server.adapter, client.rank),
+        download=truncated,
         aggregate=_aggregate,
         heterogeneous_ranks=True,
         whole_products=True,

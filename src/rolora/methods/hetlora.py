@@ -70,7 +70,7 @@ def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
         name="hetlora",
         trainable=lambda round, step: BOTH,
         shared=lambda round: BOTH,
-        download=lambda server, client: truncated(server.adapter, client.rank),
+        download=truncated,
         penalty=(lambda adapter: decay * size(adapter)) if gamma < 1 else None,
         upload=upload,
         aggregate=_aggregate,
