@@ -372,8 +372,7 @@ def test_a_head_is_a_few_short_plain_values() -> None:
 
 
 def test_records_that_are_anything_fail_alone_in_flower_s_strategy() -> None:
-    from rolora.flower.fedavg import _update_in
-    from rolora.flower.records import comparable
+    from rolora.flower.records import comparable, update_in
 
     class Odd:
         """A content whose every look raises."""
@@ -385,7 +384,7 @@ def test_records_that_are_anything_fail_alone_in_flower_s_strategy() -> None:
     reply = SimpleNamespace(metadata=about, content=Odd(), has_error=lambda: False)
     assert (
         "RuntimeError"
-        in cast("Any", _update_in(cast("Any", reply), *2 * (cast("Any", {}),), "n")).reason
+        in cast("Any", update_in(cast("Any", reply), *2 * (cast("Any", {}),), "n")).reason
     )
     good = RecordDict({"m": MetricRecord({"n": 1, "loss": 0.5}), "a": ArrayRecord({})})
     assert comparable([Odd(), good], "n") == [good]
