@@ -273,7 +273,7 @@ def _thin(groups: Groups) -> str:
 def _budget(runs: Sequence[RunRecord], metric: str) -> float | None:
     """The megabytes at which methods are compared; None without a second method."""
     finished = [run for run in runs if run.finished]
-    ranking = rank_methods(finished, metric, "megabytes") if finished else None
+    ranking = rank_methods(finished, metric, "megabytes")
     return ranking.budget if ranking is not None and len(ranking.places) > 1 else None
 
 
