@@ -23,6 +23,7 @@ from rolora.report.figures import (
     Series,
     aggregation_errors,
     curves,
+    dots,
     elided,
     key,
     save_picture,
@@ -402,6 +403,15 @@ def test_methods_can_be_told_apart_without_colour() -> None:
         drawing = re.sub(r"var\(--series-\d\)", "grey", drawing)
         grey.add(re.sub(r'id="[^"]*"|"#[^"]*"|url\(#[^)]*\)', "", drawing))
     assert len(grey) == 16
+
+
+def test_a_method_has_the_colour_and_the_marker_of_the_legend_in_every_figure() -> None:
+    styles = {f"method {number}": number for number in range(10)}
+    drawn = dots({"no attack": dict.fromkeys(styles, 0.5)}, styles, "accuracy").axes[0].lines
+    legend = [key(number).axes[0].lines[0] for number in styles.values()]
+    shown = [(line.get_color(), line.get_marker()) for line in drawn]
+    assert shown == [(line.get_color(), line.get_marker()) for line in legend]
+    assert len(set(shown)) == len(styles)
 
 
 def test_a_picture_takes_its_colours_from_the_page(html: str) -> None:

@@ -154,7 +154,7 @@ def _unused(runs: Sequence[RunRecord], why: str) -> list[tuple[str, str, str, in
     found: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         for line in run.rounds:
-            for client, reason in line.get(why, {}).items():
+            for client, reason in line[why].items():
                 found.setdefault((run.label, client, reason), []).append(line["round"])
     most = sorted(found.items(), key=lambda item: -len(item[1]))
     return [(*what, len(rounds), spans(rounds)) for what, rounds in most]

@@ -77,7 +77,7 @@ AXES = (
         "local steps",
         "local steps, all clients",
         "{:,.0f} steps",
-        _sum(lambda line: sum(one.get("steps", 0) for one in line.get("clients", {}).values())),
+        _sum(lambda line: sum(one.get("steps", 0) for one in line["clients"].values())),
         " Optimizer steps of all clients; one that trains a single factor costs less than one "
         "that trains both.",
     ),
@@ -287,7 +287,7 @@ def _thin(groups: Groups) -> str:
 def _budget(runs: Sequence[RunRecord], metric: str) -> float | None:
     """The megabytes at which methods are compared; None without a second method."""
     finished = [run for run in runs if run.finished]
-    ranking = rank_methods(finished, metric, "megabytes") if finished else None
+    ranking = rank_methods(finished, metric, "megabytes")
     return ranking.budget if ranking is not None and len(ranking.places) > 1 else None
 
 

@@ -65,8 +65,8 @@ def cuts(run: RunRecord) -> list[Cut]:
     """Every client whose updates came, most cut first; empty if the run's rule cuts nobody."""
     shares: dict[str, dict[int, float]] = {}
     for line in run.rounds:
-        for client in line.get("clients", {}):
-            cut = line.get("cut", {}).get(client, 0.0)
+        for client in line["clients"]:
+            cut = line["cut"].get(client, 0.0)
             shares.setdefault(client, {})[line["round"]] = cut
     if not any(any(own.values()) for own in shares.values()):
         return []
@@ -91,8 +91,8 @@ def defence(run: RunRecord) -> Defence | None:
         return None
     counts = {True: [0, 0], False: [0, 0]}
     for line in run.rounds:
-        for client in {**line.get("clients", {}), **line["rejected"]}:
-            stopped = client in line["rejected"] or line.get("cut", {}).get(client, 0.0) > MOSTLY
+        for client in {**line["clients"], **line["rejected"]}:
+            stopped = client in line["rejected"] or line["cut"].get(client, 0.0) > MOSTLY
             counts[client in bad][0] += stopped
             counts[client in bad][1] += 1
     return Defence(

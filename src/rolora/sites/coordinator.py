@@ -82,7 +82,7 @@ def _prepare(
     while True:
         labels = wanted.ordered(membership.labels())
         here = Experiment(config, rows=rows, labels=labels)
-        membership.settle(here.base, labels)
+        membership.load_model(here.base, labels)
         engine = Remote(membership, here, expect)
         members = engine.clients()
         if wanted.ordered(membership.labels()) == labels:
