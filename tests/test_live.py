@@ -14,7 +14,7 @@ import pytest
 
 from rolora.config.load import load_config
 from rolora.errors import ConfigError
-from rolora.report.live import live_server
+from rolora.report.live import events, live_server
 from rolora.report.page import render
 from rolora.results.runs import load_run
 from rolora.run import runs
@@ -71,24 +71,32 @@ def test_the_page_is_the_report_as_it_is_now(site: Path, tmp_path: Path) -> None
         assert "line 6 is not valid JSON" in get(port, "/page")[1]
 
 
-def test_the_state_says_how_far_the_run_is_and_whether_the_page_has_changed(
-    site: Path, tmp_path: Path
+def test_events_say_how_far_the_run_is_and_when_it_ends(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rolora.report.live.EVERY", 0.01)
+    monkeypatch.setattr("rolora.report.live.BEAT", 0.0)
     path = tmp_path / "run"
     rounds = runs.start(load_config(site), path).rounds()
-    with served(path) as port:
-        states = [json.loads(get(port, "/state")[1])]
-        for _ in range(2):
-            next(rounds)
-        states += [json.loads(get(port, "/state")[1]) for _ in range(2)]
-        list(rounds)
-        states.append(json.loads(get(port, "/state")[1]))
-    first, *others = [state["text"] for state in states]
-    assert first.startswith("tiny: not finished, round 0 of 4; continue with: rolora resume")
-    assert others == [*["tiny: running, round 1 of 4"] * 2, "tiny: finished, 4 rounds"]
-    versions = [state["version"] for state in states]
-    assert versions[1] == versions[2]
-    assert len(set(versions)) == 3
+    told = events(path)
+    assert next(told).startswith("tiny: not finished, round 0 of 4; continue with: rolora resume")
+    for _ in range(2):
+        next(rounds)
+    assert next(told) == "tiny: running, round 1 of 4"
+    assert next(told) == ""  # nothing is new
+    list(rounds)
+    assert next(told) == "tiny: finished, 4 rounds"
+
+
+def test_a_browser_is_told_of_a_round_by_an_event(whole: Path) -> None:
+    with served(whole) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/events")
+        answer = connection.getresponse()
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        line = answer.readline().decode()
+        connection.close()
+    assert json.loads(line.removeprefix("data: ")) == "tiny: finished, 4 rounds"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,7 @@ def test_the_frame_runs_its_own_script_alone(whole: Path) -> None:
         connection.request("GET", "/")
         answer = connection.getresponse()
         policy = answer.headers["Content-Security-Policy"]
-        assert 'fetch("/state")' in answer.read().decode()
+        assert "new EventSource" in answer.read().decode()
         connection.close()
     assert "script-src 'sha256-" in policy
     assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]

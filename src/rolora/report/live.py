@@ -1,8 +1,8 @@
 """A run's report served to a browser, which shows it again after each round.
 
-Three addresses: ``/`` is a frame around ``/page``, the report as it is now; the frame asks
-``/state`` every few seconds how far the run is, and loads the page again when that has changed.
-Only GET, and nothing that a request says is looked up on the disk.
+Three addresses: ``/`` is a frame around ``/page``, the report as it is now; ``/events`` tells the
+frame, by server-sent events, how far the run is and so when to load the page again. Only GET, and
+nothing that a request says is looked up on the disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,11 +31,16 @@ from rolora.report.page import render
 from rolora.results.listing import listed
 from rolora.results.runs import load_run
 
+EVERY = 3.0  # seconds between looks at the run's folder: drawing the page takes about one
+BEAT = 15.0  # seconds after which a silent stream says that it is there, to notice who has left
 READS = 3  # a line may be half written when it is read
+
+Version = tuple[object, ...]
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    block_on_close = False  # streams of events end with the process
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -61,25 +66,16 @@ def live_server(path: Path, host: str, port: int) -> ThreadingHTTPServer:
     drawing = threading.Lock()  # matplotlib draws one figure at a time
 
     @lru_cache(maxsize=1)
-    def page(version: str) -> str:
+    def drawn(version: Version) -> str:
         return _page(path)
 
-    @lru_cache(maxsize=1)
-    def state(version: str) -> str:
-        return json.dumps({"version": version, "text": _state(path)})
-
-    def drawn() -> str:
+    def page() -> str:
         with drawing:
-            return page(_version(path))
+            return drawn(_version(path))
 
     frame = Path(__file__).with_name("live.html").read_text(encoding="utf-8")
-    answers = {
-        "/": ("text/html", lambda: frame),
-        "/page": ("text/html", drawn),
-        "/state": ("application/json", lambda: state(_version(path))),
-    }
     try:
-        return _Server(host, port, _handler(host, frame, answers))
+        return _Server(host, port, _handler(host, frame, page, lambda: events(path)))
     except OSError as error:
         raise ConfigError(
             f"cannot serve on {host}:{port} ({error.strerror or error}): choose another --port, or "
@@ -87,15 +83,30 @@ def live_server(path: Path, host: str, port: int) -> ThreadingHTTPServer:
         ) from None
 
 
-def _state(path: Path) -> str:
-    """How far the run is, and how to continue one that has stopped."""
-    one = listed(path)
-    stopped = one.state == "not finished"
-    hint = f"; continue with: rolora resume {quote(str(path))}" if stopped else ""
-    return f"{one.name or path.name}: {one.how_far}{hint}"
+def events(path: Path) -> Iterator[str]:
+    """How far the run is, now and whenever its folder has changed; "" where nothing has for long.
+
+    Never ends.
+    """
+    last: Version = ()
+    said = 0.0
+    while True:
+        if (version := _version(path)) != last:
+            last, said = version, time.monotonic()
+            one = listed(path)
+            hint = (
+                f"; continue with: rolora resume {quote(str(path))}"
+                if one.state == "not finished"
+                else ""
+            )
+            yield f"{one.name or path.name}: {one.how_far}{hint}"
+        elif time.monotonic() > said + BEAT:
+            said = time.monotonic()
+            yield ""
+        time.sleep(EVERY)
 
 
-def _version(path: Path) -> str:
+def _version(path: Path) -> Version:
     """What changes whenever the page about this run does."""
     found: list[object] = [is_locked(path / ".lock")]
     for name in ("config.toml", "rounds.jsonl", "diverged.txt", "report.html"):
@@ -104,7 +115,7 @@ def _version(path: Path) -> str:
             found += [about.st_mtime_ns, about.st_size]
         except OSError:
             found.append(name)
-    return repr(found)
+    return tuple(found)
 
 
 def _page(path: Path) -> str:
@@ -120,9 +131,8 @@ def _page(path: Path) -> str:
 
 
 def _handler(
-    host: str, frame: str, answers: Mapping[str, tuple[str, Callable[[], str]]]
+    host: str, frame: str, page: Callable[[], str], told: Callable[[], Iterator[str]]
 ) -> type[BaseHTTPRequestHandler]:
-    """A handler of requests; ``answers``: address -> the type of its content, and the content."""
     script = re.findall(r"<script>(.*?)</script>", frame, re.DOTALL)[0]
     known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -137,19 +147,34 @@ def _handler(
             """Send one of the three."""
             if not _is_ours(self.headers.get("Host", ""), host):
                 self.send_error(421, "this name is not served here")
-            elif self.path not in answers:
-                self.send_error(404)
+            elif self.path == "/":
+                self._send(frame)
+            elif self.path == "/page":
+                self._send(page())
+            elif self.path == "/events":
+                self._head("text/event-stream")
+                self._stream()
             else:
-                kind, content = answers[self.path]
-                text = content()
-                self.send_response(200)
-                self.send_header("Content-Type", f"{kind}; charset=utf-8")
-                self.send_header("Content-Security-Policy", policy)
-                self.send_header("Cache-Control", "no-store")
-                self.send_header("X-Content-Type-Options", "nosniff")
-                self.send_header("Referrer-Policy", "no-referrer")
-                self.end_headers()
-                self.wfile.write(text.encode())
+                self.send_error(404)
+
+        def _head(self, kind: str) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Security-Policy", policy)
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("Referrer-Policy", "no-referrer")
+            self.end_headers()
+
+        def _send(self, text: str) -> None:
+            self._head("text/html")
+            self.wfile.write(text.encode())
+
+        def _stream(self) -> None:
+            for text in told():
+                event = f"data: {json.dumps(text)}\n\n" if text else ": still here\n\n"
+                self.wfile.write(event.encode())
+                self.wfile.flush()
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing."""
