@@ -41,7 +41,7 @@ layers = {layers}
 [data]
 train = "nyu-mll/glue:{task}"  # {rows:,} rows
 test = "nyu-mll/glue:{task}"
-test_split = "{split}"  # the test split of GLUE has no labels
+test_split = "{split}"  # the test split of GLUE has no labels{second}
 text = {text}
 max_length = 128
 
@@ -60,6 +60,11 @@ weight_decay = 2e-4
 [eval]
 every = 5
 """
+
+SECOND = """
+second_test = "nyu-mll/glue:mnli"
+second_split = "validation_mismatched"
+second_name = "mismatched"  # measured too, as accuracy/mismatched"""
 
 LLAMA = """\
 # {title}
@@ -161,6 +166,7 @@ def glue(task: str, title: str, more: str, **changed: object) -> str:
         "scheme": "iid",
         "clients": 50,
         "alpha": "",
+        "second": SECOND if task == "mnli" else "",
         "rounds": 30,
         "steps": 20,
         **changed,

@@ -58,7 +58,7 @@ class Calls:
             self.passed.append((name, question, reply))
             yield node, reply
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         """Done at once, in this thread, and heard when the next round begins."""
         return done(work)
 

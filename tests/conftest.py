@@ -78,6 +78,7 @@ WIDE = {
     "test_runs",
     "test_samples",
     "test_scale",
+    "test_second_rows",
     "test_server_optimizers",
     "test_several_labels",
     "test_site_faults",

@@ -116,7 +116,7 @@ OTHERS: Mapping[str, Sequence[tuple[str, str]]] = {
         ("return use(checked(reply))", "return use(reply)"),
         ("reply = bounded(reply.head, reply.body)", "pass"),
         ("due &= known.names.keys()", "pass"),
-        ("if talk.labels != known.labels or", "if"),
+        ("if asked.labels != known.labels or", "if"),
     ],
     "model/base.py": [
         ('use_safetensors=None if "gguf_file" in place else True', "use_safetensors=None"),

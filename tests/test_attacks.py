@@ -15,7 +15,8 @@ from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failu
 from rolora.algorithm.method import ServerState
 from rolora.algorithm.reduce import compose
 from rolora.algorithm.step import Aggregation, step
-from rolora.attacks.attack import ATTACKS, Attack, bad_clients
+from rolora.attacks import ATTACKS
+from rolora.attacks.attack import Attack, bad_clients
 from rolora.config.load import load_config
 from rolora.errors import ConfigError
 from rolora.methods import get_method

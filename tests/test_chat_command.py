@@ -119,4 +119,21 @@ def test_input_that_is_not_text_is_one_line_of_error(
     chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = chat(monkeypatch, capsys, b"\xff\xfe\n", chats / "run")
-    assert (code, err.splitlines()[-1]) == (3, "rolora: standard input is not UTF-8 text")
+    assert (code, err.splitlines()[-1]) == (3, "rolora: the prompt is not UTF-8 text")
+
+
+@pytest.mark.parametrize("given", ["text", "input"])
+def test_a_prompt_of_several_lines_is_answered_as_one(
+    given: str, plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "the cat\n\na good film"
+    words, data = (text, b"more\n") if given == "text" else ("-", f"{text}\n".encode())
+    code, out, _ = chat(monkeypatch, capsys, data, plain / "run", "--json", "--prompt", words)
+    (turn,) = map(json.loads, out.splitlines())
+    both = speakers(plain / "run", None)
+    assert code == 0
+    assert turn == {"prompt": text, **{who: both.answer(who, [text], 8) for who in both.adapters}}
+    code, out, _ = chat(monkeypatch, capsys, data, plain / "run", "--prompt", words)
+    assert out.startswith(f"\nyou     {text}\nbefore  ")
+    empty = chat(monkeypatch, capsys, b"\n", plain / "run", "--prompt", "-")
+    assert (empty[0], empty[2]) == (2, "rolora: --prompt is empty\n")

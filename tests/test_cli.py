@@ -54,7 +54,7 @@ def broken_site(tmp_path: Path, site: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [
-        ("train.rouds=3", 2, "did you mean 'rounds'"),
+        ("train.rouds=3", 2, "did you mean 'train.rounds'"),
         ("train.rounds=many", 2, "train.rounds: Input should be a valid integer"),
         ("data.train=none.csv", 3, "none.csv"),
         ("data.text=txet", 3, "no column 'txet': did you mean 'text'?"),
@@ -121,7 +121,7 @@ def test_a_mistake_ends_with_its_code_and_one_line_and_leaves_no_folder(
             "local does not support the server optimizer",
         ),
         ("method.b_rounds=0", "b_rounds must be at least 1, not 0"),
-        ("method.b_round=2", "unknown key 'method.b_round': did you mean 'b_rounds'?"),
+        ("method.b_round=2", "unknown key 'method.b_round': did you mean 'method.b_rounds'?"),
         ("method.name=flora method.b_rounds=2", "method 'flora' has no options"),
         ("method.name=ravan method.heads=3", "heads = 3 does not divide lora.rank = 2"),
         ("method.name=ravan method.heads=0", "heads = 0 does not divide lora.rank = 2"),
@@ -357,6 +357,24 @@ def test_every_command_has_help(
         assert "Usage" in out
 
 
+def test_a_paragraph_of_a_help_page_is_broken_where_the_terminal_ends_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for words, said in {
+        (
+            "compare",
+        ): "With --tune, each method first gets its best values, chosen on validation rows "
+        "and on seeds that the final table does not use.",
+        (
+            "federation",
+            "up",
+        ): "A new folder gets keys, and each site its share of the configuration's "
+        "rows; a folder that exists is used as it is.",
+    }.items():
+        assert said in rolora(monkeypatch, capsys, *words, "--help")[1]
+
+
 def test_every_command_that_ends_with_a_result_prints_it_as_json_if_asked() -> None:
     """Without: those that serve, and predict, which always prints JSON lines."""
     commands = dict(get_command(cli.app).commands)  # type: ignore[attr-defined]
@@ -397,7 +415,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(
         "partition": ["partition", site, "--picture", tmp_path / "split.png", "--show-masks"],
         "keys": ["federation", "keys", "--sites", "ann,bob", "--host", "localhost"],
     }
-    masks = [[("a film", False), ("good", True)]]
+    masks = [{"text": [("a film", False), ("good", True)]}]
     monkeypatch.setattr("rolora.run.runs.training_masks", lambda experiment, rows: masks)
     folder = ["--folder", tmp_path / "federation"] if command == "keys" else []
     code, out, _ = rolora(monkeypatch, capsys, *words[command], *folder, "--json")
@@ -408,7 +426,7 @@ def test_with_json_standard_output_is_json_and_nothing_else(
         assert len(found["notes"]) == 1  # on the model, which is left out
         assert found["split"]["clients"]
     elif command == "partition":
-        assert found["masks"] == [[["a film", False], ["good", True]]]
+        assert found["masks"] == [{"text": [["a film", False], ["good", True]]}]
         assert sum(client["num_examples"] for client in found["clients"]) == 60
     else:
         assert found["sites"].keys() == {"ann", "bob"}
@@ -471,6 +489,21 @@ def test_init_writes_a_config_that_runs_as_it_is(
     assert rolora(monkeypatch, capsys, *run)[0] == 0
     code, _, err = rolora(monkeypatch, capsys, "init", site.parent / "train.csv", "--out", config)
     assert (code, "not overwritten" in err) == (2, True)
+
+
+def test_init_says_which_task_and_columns_it_found_in_lines_that_fit_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = [f"a text {n},,{('yes', 'no', 'None')[n % 3]}" for n in range(60)]
+    (tmp_path / "a.csv").write_text("\n".join(["premise,hypothesis,label", *rows]) + "\n")
+    out = tmp_path / "a.toml"
+    code, said, _ = rolora(monkeypatch, capsys, "init", tmp_path / "a.csv", "--out", out)
+    first, *lines = said.splitlines()
+    assert code == 0
+    assert first == "classification: text = ['premise', 'hypothesis'], label = 'label'"
+    assert "note: label is None in 20 of 60 rows" in said
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
 
 
 def test_the_version_is_printed_and_that_is_all(

@@ -57,7 +57,7 @@ def test_an_override_reaches_any_key_and_takes_toml_values_or_bare_words() -> No
 @pytest.mark.parametrize(
     ("values", "overrides", "said"),
     [
-        ({}, ["train.rouds=3"], "unknown key 'train.rouds': did you mean 'rounds'?"),
+        ({}, ["train.rouds=3"], "unknown key 'train.rouds': did you mean 'train.rounds'?"),
         ({"trian": {}}, [], "unknown key 'trian': did you mean 'train'?"),
         ({}, ["lr=0.1"], "unknown key 'lr': did you mean 'train.lr'?"),
         ({}, ["train.rounds=three"], "train.rounds: Input should be a valid integer"),
@@ -72,7 +72,7 @@ def test_an_override_reaches_any_key_and_takes_toml_values_or_bare_words() -> No
         ({}, ["train.lr"], "not of the form key.path=value"),
         ({}, ["name.first=1", "name=x", "name.y=2"], "'y' is not inside a table"),
         ({}, ["method.name=rolara"], "unknown method 'rolara': did you mean 'rolora'?"),
-        ({}, ["method.fist=B"], "unknown key 'method.fist': did you mean 'first'?"),
+        ({}, ["method.fist=B"], "unknown key 'method.fist': did you mean 'method.first'?"),
         ({}, ["method.first=C"], "method.first: Input should be 'A' or 'B'"),
         ({}, ["method.name=flora", "method.first=B"], "method 'flora' has no options"),
         ({}, ["train.local_steps=1", "train.local_epochs=1"], "not both"),

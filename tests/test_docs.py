@@ -19,7 +19,8 @@ from documents import PAGES, ROOT, blocks, section
 from scripts import script
 from tiny_site import write_rows
 
-from rolora.algorithm.codec import Format, encode
+from rolora.algorithm.choices import Format
+from rolora.algorithm.codec import encode
 from rolora.methods import method_names
 from rolora.plan.method_table import describe_methods
 

@@ -15,7 +15,7 @@ from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
 from rolora.algorithm.adapter import AdapterState, Assignment, ClientInfo, Failure, Update, role_of
-from rolora.algorithm.codec import Format
+from rolora.algorithm.choices import Format
 from rolora.algorithm.method import Method, ServerState, freeze_head
 from rolora.data.examples import Examples
 from rolora.data.partition import client_ids

@@ -123,7 +123,8 @@ def test_one_run_is_measured_on_every_set_by_what_it_writes(
     assert len(set(written.values())) > 1
     last = json.loads((commonsense / "run" / "rounds.jsonl").read_text().splitlines()[-1])
     assert found["boolq"] == last["metrics"]
-    code, out, _ = rolora(monkeypatch, capsys, *words)
+    code, out, err = rolora(monkeypatch, capsys, *words)
+    assert "note: the base computes in fp32 (model.dtype)" in err
     mean = sum(written.values()) / len(written)
     assert re.search(rf"^ *mean .*\b{mean:.4f} *$", out, re.MULTILINE)
 

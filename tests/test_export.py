@@ -238,6 +238,7 @@ def test_a_classifier_s_adapter_is_not_written_as_gguf(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, file = trained(tmp_path, "classification"), tmp_path / "adapter.gguf"
+    (tmp_path / "model").rename(tmp_path / "elsewhere")  # it is refused before it is loaded
     code, _, err = rolora(monkeypatch, capsys, "export", run, "--gguf", file)
     assert (code, file.exists()) == (2, False)
     assert "an adapter of a 'bert' cannot be written as GGUF" in err
@@ -403,3 +404,23 @@ def test_llama_cpp_itself_continues_a_text_as_peft_does(tmp_path: Path, dtype: A
     assert by_llama_cpp("base.gguf", "adapter.gguf") == by_peft
     assert by_llama_cpp("merged.gguf") == by_peft
     assert by_llama_cpp("base.gguf") != by_peft
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal_lm"])
+def test_a_merged_model_has_a_card_that_says_how_to_load_it(tmp_path: Path, kind: str) -> None:
+    run = trained(tmp_path, kind)
+    export(run, merged=tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "\nlibrary_name: transformers\n" in card
+    assert "A model with the LoRA adapter in its weights that 3 clients trained" in card
+    assert "| base model | model, weights" in card
+    made: dict[str, Any] = {}
+    snippet = card.split("```")[1].removeprefix("python")
+    exec(snippet.replace("MODEL_FOLDER", str(tmp_path / "merged")), made)
+    name = {"classification": "SequenceClassification", "causal_lm": "CausalLM"}[kind]
+    plain = getattr(transformers, f"AutoModelFor{name}").from_pretrained(tmp_path / "merged")
+    found, wanted = (logits(model, tmp_path / "merged") for model in (made["model"], plain))
+    assert found.equal(wanted)
+    (run / "adapter").rename(tmp_path / "adapter")  # without its run, whose results are in a card
+    export(tmp_path / "adapter", merged=tmp_path / "bare", model=str(tmp_path / "model"))
+    assert not (tmp_path / "bare" / "README.md").exists()

@@ -176,7 +176,7 @@ def test_names_of_other_packages_stand_beside_ours() -> None:
     ("override", "said"),
     [
         ("method.name=ffa_but_b", "unknown method 'ffa_but_b': did you mean 'ffa_but_a'?"),
-        ("method.haed=false", "unknown key 'method.haed': did you mean 'head'?"),
+        ("method.haed=false", "unknown key 'method.haed': did you mean 'method.head'?"),
         ("method.head=1", "method.head: Input should be a valid boolean, got 1"),
         ("aggregate.reducer=nearst", "unknown reducer 'nearst': did you mean 'nearest'?"),
         ("aggregate.reducer=positional", "option 'factor' must be keyword-only: put * before it"),
@@ -188,7 +188,7 @@ def test_names_of_other_packages_stand_beside_ours() -> None:
         ('aggregate.reducer=["halved","halved","mean"]', "reducer 'halved' is given twice"),
         ('aggregate.reducer=["clip", "mean"]', "aggregate.options.clip.norm is missing"),
         ("aggregate.options.halved.share=0.5", "[aggregate.options.halved] is for a reducer that"),
-        ("aggregate.options.mean.dtpye=float32", "did you mean 'dtype'?"),
+        ("aggregate.options.mean.dtpye=float32", "did you mean 'aggregate.options.mean.dtype'?"),
         ("aggregate.options.mean.dtype=float16", "Input should be 'float64' or 'float32'"),
     ],
 )

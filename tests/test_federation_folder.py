@@ -187,6 +187,30 @@ def test_the_app_of_a_run_ends_with_an_interruption_and_not_with_a_failure(
     assert alive is not ended
 
 
+def test_that_all_sites_are_up_is_told_when_the_last_one_is_connected(
+    federation: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(
+        ["busy", {"ann": "online", "bob": "offline"}, {"ann": "online", "bob": "online"}]
+    )
+
+    def status(folder: FederationFolder) -> Any:
+        if (answer := next(answers)) == "busy":
+            raise RoloraError(answer)
+        return answer
+
+    def joined() -> None:
+        assert list(answers) == []
+        raise Interrupted
+
+    monkeypatch.setattr(FederationFolder, "status", status)
+    monkeypatch.setattr(FederationFolder, "register", lambda self, notify: True)
+    monkeypatch.setattr("rolora.sites.serve.time.sleep", lambda seconds: None)
+    waits = ["sleep", "30"]
+    with running("one", waits, tmp_path / "log", os.environ) as one, pytest.raises(Interrupted):
+        programs._watch(federation, [one], [one, one], print, joined)
+
+
 def test_a_federation_that_is_neither_a_folder_nor_known_to_flower_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

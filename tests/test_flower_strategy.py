@@ -314,7 +314,7 @@ def unfrozen(message: Message) -> Message:
 
 GOOD = saved(np.zeros((4, 2), np.float32))
 COUNT = "expected one MetricRecord with 'num-examples' from 1 to 536870911"
-UNREADABLE = "its arrays cannot be read"
+UNREADABLE = "its reply cannot be read"
 FAULTS: dict[str, tuple[Answer, str]] = {
     "NaN": (with_value(math.nan), f"{B} has values that are not finite"),
     "infinity": (with_value(-math.inf), f"{B} has values that are not finite"),

@@ -9,18 +9,15 @@ import datasets
 import pytest
 import tiny
 from datasets import ClassLabel, Features, Value
+from proposals import write_template
 from sklearn.metrics import f1_score
 
 from rolora.config.load import load_config
-from rolora.data.examples import Examples
 from rolora.errors import ConfigError, NotHere
 from rolora.proposal.found_rows import GLUE
-from rolora.proposal.template import write_template
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
-from rolora.run.experiment import Experiment
 from rolora.run.prediction import predict
-from rolora.training.engine import Evaluation
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -111,24 +108,15 @@ def test_f1_is_that_of_the_positive_label_however_labels_are_ordered(
     assert last.metrics["f1"] == pytest.approx(f1_score(truth, guess, pos_label=positive))
 
 
-def test_the_mismatched_set_of_mnli_is_evaluated_by_the_command_that_init_names(
-    hub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_on_mnli_measures_both_of_its_sets(hub: Path) -> None:
     tiny.tiny_bert(hub / "model")
-    notes, _ = write_template("glue/mnli", hub / "a.toml", "model")
-    (note,) = [note for note in notes if "mismatched" in note]
-    *_, data, override = note.split()
+    write_template("glue/mnli", hub / "a.toml", "model")
     config = load_config(hub / "a.toml", ["train.rounds=2", "partition.clients=2"])
-    list(runs.start(config, hub / "run").rounds())
-    seen = []
-
-    def counted(self: Experiment, examples: Examples, adapter: object) -> Evaluation:
-        seen.append(len(examples))
-        return Evaluation()
-
-    monkeypatch.setattr(Experiment, "score", counted)
-    evaluate_adapter(hub / "run", data, None, [override])
-    assert seen == [61]
+    *_, last = runs.start(config, hub / "run").rounds()
+    for split, end in (("validation_matched", ""), ("validation_mismatched", "/mismatched")):
+        rows("mnli", split, 61 if end else 60).to_parquet(hub / "asked.parquet")
+        alone = evaluate_adapter(hub / "run", str(hub / "asked.parquet"))
+        assert {name + end: value for name, value in alone.items()}.items() <= last.metrics.items()
 
 
 def test_a_name_that_glue_does_not_have_is_refused_with_those_it_has(hub: Path) -> None:

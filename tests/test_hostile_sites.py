@@ -222,9 +222,9 @@ class Silent(Calls):
             self.waited.append(seconds)
             yield node, lost("no answer before the deadline")
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         waited = len(self.waited)
-        future = super().beside(work)
+        future = super().in_background(work)
         self.aside += self.waited[waited:]
         del self.waited[waited:]
         return future
@@ -257,12 +257,12 @@ def test_each_silence_is_followed_by_a_longer_pause_until_the_site_has_trained(
     pauses = []
     for _ in range(4):
         sites.missed(3)
-        pauses.append(sites.strikes[3].until - 1000)
+        pauses.append(sites.silences[3].until - 1000)
     assert pauses == [0, 10, 30, 70]
     sites.members["ann"] = membership.Member(3, 9)
     sites.trained("ann")
     sites.missed(3)
-    assert sites.strikes[3].until == 1000
+    assert sites.silences[3].until == 1000
     assert sites.members == {}
 
 
@@ -372,8 +372,7 @@ def test_a_head_is_a_few_short_plain_values() -> None:
 
 
 def test_records_that_are_anything_fail_alone_in_flower_s_strategy() -> None:
-    from rolora.flower.fedavg import _update_in
-    from rolora.flower.records import comparable
+    from rolora.flower.records import comparable, update_in
 
     class Odd:
         """A content whose every look raises."""
@@ -385,7 +384,7 @@ def test_records_that_are_anything_fail_alone_in_flower_s_strategy() -> None:
     reply = SimpleNamespace(metadata=about, content=Odd(), has_error=lambda: False)
     assert (
         "RuntimeError"
-        in cast("Any", _update_in(cast("Any", reply), *2 * (cast("Any", {}),), "n")).reason
+        in cast("Any", update_in(cast("Any", reply), *2 * (cast("Any", {}),), "n")).reason
     )
     good = RecordDict({"m": MetricRecord({"n": 1, "loss": 0.5}), "a": ArrayRecord({})})
     assert comparable([Odd(), good], "n") == [good]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from proposals import write_template
 
 from rolora.data import tables
 from rolora.errors import RoloraError
-from rolora.proposal.template import write_template
 
 LINES = [f"a text that is long {n},{'yes' if n % 2 else 'no'}" for n in range(40)]
 RIGHT_TO_LEFT = [f"שלום עולם {n} 👩‍👩‍👧 مرحبا,{'نعم' if n % 2 else 'לא'}" for n in range(40)]

@@ -45,7 +45,7 @@ class Held(Calls):
 
     kept: list[tuple[Future[Any], Callable[[], Any]]] = field(default_factory=list)
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self.kept.append((future, work))
         return future
@@ -110,7 +110,7 @@ class Loading(Calls):
     loaded: threading.Event = field(default_factory=threading.Event)
     pool: ThreadPoolExecutor = field(default_factory=ThreadPoolExecutor)
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         return self.pool.submit(work)
 
     def ask(
@@ -127,7 +127,7 @@ def test_a_site_that_takes_long_to_load_its_model_holds_up_no_round(
     transport = Loading(calls(place, tmp_path).sites)
     run, rounds = joined_late(place, tmp_path, transport)
     assert [next(rounds).cohort for _ in range(3)] == [BOTH] * 3
-    (talk,) = talks(run)
+    (talk,) = pending(run)
     assert not talk.done()
     transport.loaded.set()
     wait([talk], 100)
@@ -135,10 +135,10 @@ def test_a_site_that_takes_long_to_load_its_model_holds_up_no_round(
     transport.pool.shutdown()
 
 
-def talks(run: Run) -> list[Future[Any]]:
-    """What is going on beside the rounds."""
+def pending(run: Run) -> list[Future[Any]]:
+    """What is asked in the background."""
     membership: Membership = cast("Any", run.experiment.engine).membership
-    return [talk.answers for talk in membership.talks.values()]
+    return [one.answers for one in membership.asked.values()]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_questions_of_two_threads_at_once_get_their_own_answers() -> None:
     def ask(node: int) -> list[tuple[int, SiteMessage]]:
         return list(transport.ask({node: SiteMessage({"ask": "hello"})}, 30))
 
-    beside = transport.beside(lambda: ask(1))
+    beside = transport.in_background(lambda: ask(1))
     assert ask(2) == [(2, SiteMessage({"n": 2}))]
     assert beside.result(30) == [(1, SiteMessage({"n": 1}))]
     transport.close()
@@ -284,7 +284,7 @@ def test_no_question_outlives_the_run() -> None:
     grid = Grid(pushed.set, answers=False)
     transport = GridTransport(cast("Any", grid))
     question = {1: SiteMessage({"ask": "hello"})}
-    beside = transport.beside(lambda: list(transport.ask(question, 10_000)))
+    beside = transport.in_background(lambda: list(transport.ask(question, 10_000)))
     assert pushed.wait(30)
     transport.close()
     silent = [(1, lost("no answer before the deadline"))]

@@ -21,7 +21,8 @@ from tiny import tiny_bert
 from tiny_clients import SHARDS, Bench, classifier
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Roles, Update, role_of
-from rolora.algorithm.codec import Format, num_bytes
+from rolora.algorithm.choices import Format
+from rolora.algorithm.codec import num_bytes
 from rolora.algorithm.method import Method, Reduce, ServerState, freeze_head
 from rolora.algorithm.reduce import mean
 from rolora.algorithm.seeding import generator

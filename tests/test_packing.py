@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rolora.data.examples import Batch
 from rolora.model.base import Base
-from rolora.model.packing import collect, pack, packed_attention, spread
+from rolora.model.packing import Packing, collect, pack, packed_attention, spread
 from rolora.model.stack import take_over
 from rolora.training.local import evaluate
 from rolora.training.settings import LocalSettings
@@ -54,18 +54,44 @@ def test_packed_clients_train_and_score_as_padded_ones(
     assert scores == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_the_layers_see_each_real_token_once_and_no_padding(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama"])
+def test_layers_see_each_real_token_once_and_the_last_only_those_that_the_head_reads(
+    name: str, tmp_path: Path
+) -> None:
     bench = make(name, tmp_path / "model")
     seen: list[tuple[int, ...]] = []
     for path, module in bench.base.model.named_modules():
-        if path.endswith(("intermediate.dense", "mlp.up_proj")):
+        if path.endswith(("intermediate.dense", "mlp.up_proj", "ffn.lin1")):
             module.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape[:2])))
     settings = LocalSettings(steps=1, batch_size=64)
     work = bench.work(settings)[:2]
     bench.train(work, settings)
     tokens = sum(int(bench.examples.lengths[w.rows].sum()) for w in work)
-    assert set(seen) == {(1, tokens)}
+    rows = sum(len(w.rows) for w in work)
+    # DistilBERT adds what entered a layer to what attention gave in the layer itself
+    last = rows if name in ("bert", "roberta") else tokens
+    assert seen == [(1, tokens)] * (len(seen) - 1) + [(1, last)]
+
+
+def test_a_head_that_reads_more_than_first_tokens_gets_them_even_if_it_is_zero(
+    tmp_path: Path,
+) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny.tiny_bert(tmp_path / "model")
+    ).eval()
+    model.classifier.weight.data.zero_()
+
+    class Mean(torch.nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden.mean(dim=1)
+
+    stack = take_over(model, lambda path: True)
+    assert stack is not None
+    assert stack.first
+    model.bert.pooler = Mean()
+    stack = take_over(model, lambda path: True)
+    assert stack is not None
+    assert not stack.first
 
 
 def test_rows_longer_than_an_attention_window_run_padded(tmp_path: Path) -> None:
@@ -129,6 +155,26 @@ def test_attention_in_bfloat16_has_the_values_and_gradients_of_float32_rounded(
     for found, expected in zip((out, *gradients), (exact[0], *exact[2:]), strict=True):
         assert torch.equal(found, expected.bfloat16())
     assert torch.allclose(alone.float(), exact[1], rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [40, 2, 17, 33, 1]])
+def test_attention_of_first_tokens_has_their_values_and_gradients(lengths: list[int]) -> None:
+    module = torch.nn.Identity()
+    module.is_causal = False  # type: ignore[assignment]
+    packing = pack(torch.tensor(lengths))
+    rng = torch.Generator().manual_seed(0)
+    parts = torch.randn(3, 1, 4, sum(lengths), 8, generator=rng, dtype=torch.float64)
+
+    def run(packing: Packing) -> list[Tensor]:
+        q, k, v = (x.clone().requires_grad_() for x in parts)
+        out, _ = packed_attention(module, q, k, v, None, packing)
+        firsts = out[:, packing.firsts]
+        firsts.sin().sum().backward()  # type: ignore[no-untyped-call]
+        return [firsts, *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    found = run(dataclasses.replace(packing, first=True))
+    for one, other in zip(found, run(packing), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [[3, 1, 4], [40, 2, 17, 33, 1], [5, 5, 5], [1]])

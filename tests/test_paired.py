@@ -16,6 +16,7 @@ from test_report_conclusions import write
 from rolora.report.narrative import conclusions, format_difference
 from rolora.results.paired import CONFIDENCE, difference, differences, interval
 from rolora.results.ranking import AXES, Place, rank_methods, rankings
+from rolora.results.robustness import Cell, standings
 from rolora.results.runs import Point, RunRecord, load_run, summarise, trained_rows
 from rolora.training.local import Work, batches
 
@@ -287,3 +288,23 @@ def test_a_method_that_trains_factors_in_turn_is_scored_by_the_mean_over_them(
     ranking = rank_methods([run], "accuracy", "rounds")
     assert ranking is not None
     assert ranking.places[0].mean == pytest.approx(last)
+
+
+def test_an_attack_under_which_the_reference_diverged_is_in_no_mean_over_attacks() -> None:
+    def cell(attack: str, method: str, value: float | None) -> Cell:
+        clean = {"rolora": 0.9, "fedit": 0.8}[method]
+        lost = None if value is None else clean - value
+        return Cell(attack, "mean", method, (0,), (value,), lost)
+
+    values = {"none": (0.9, 0.8), "ipm": (0.5, 0.6), "alie": (None, 0.1)}
+    cells = [
+        cell(attack, method, value)
+        for attack, own in values.items()
+        for method, value in zip(("rolora", "fedit"), own, strict=True)
+    ]
+    rolora, fedit = standings(cells, "accuracy")
+    assert (rolora.left_out, fedit.left_out) == (("alie",), ("alie",))
+    assert rolora.lost == pytest.approx(0.4)
+    assert fedit.lost == pytest.approx(0.2)
+    assert fedit.beside == pytest.approx(0.1)
+    assert (rolora.worst, fedit.worst) == ("alie", "alie")

@@ -308,6 +308,7 @@ def test_the_command_prints_the_same_numbers_for_people_and_for_programs(
     sends = next(row for row in text.splitlines() if row.startswith("one client sends"))
     assert sends.split("  ")[-1].strip() == f"{fedit['rounds'][0]['up'] / 1000:.3g} kB"
     assert f"{made['clients']} with 60 rows" in text
+    assert text.endswith("time is not estimated: rolora run shows the time left after each round\n")
 
 
 def test_the_optimiser_s_state_stands_beside_a_step_from_the_second_step_on(

@@ -82,6 +82,16 @@ def test_labels_have_the_probabilities_that_peft_computes(classified: Path) -> N
     assert len({one["label"] for one in found}) > 1
 
 
+def test_the_dtype_that_predictions_are_computed_in_is_said(
+    classified: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dtype in ("fp32", "bf16"):
+        words = ("predict", classified / "run", f"model.dtype={dtype}", "--data")
+        code, _, err = rolora(monkeypatch, capsys, *words, classified / "new.jsonl")
+        assert code == 0
+        assert f"note: the base computes in {dtype} (model.dtype)" in err
+
+
 def test_predictions_are_written_as_csv_or_json_lines(
     classified: Path,
     tmp_path: Path,

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from calls import Calls
+from proposals import write_template
 from test_cli import rolora
 from tiny import SENTENCES, tiny_llama
 
@@ -23,7 +24,6 @@ from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
 from rolora.methods import method_names
 from rolora.plan.needs import make_plan
-from rolora.proposal.template import write_template
 from rolora.results.runs import load_run
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
@@ -223,7 +223,23 @@ def test_showing_what_is_trained_on_runs_no_row_through_the_model(
 
     monkeypatch.setattr("rolora.training.reference.outputs_of", none)
     shown = runs.training_masks(Experiment(configuration(place)), 2)
-    assert any(trained for row in shown for _, trained in row)
+    assert all(any(trained for _, trained in pieces) for row in shown for pieces in row.values())
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_row_is_shown_with_each_completion_that_is_trained_on(place: Path, loss: str) -> None:
+    """A pair's two; of a row that is judged alone its own, not that of the row before."""
+    experiment = Experiment(configuration(place, loss=loss))
+    shown, table = runs.training_masks(experiment, 2), experiment.rows.train
+    names = ["chosen", "rejected"] if loss == "dpo" else ["completion"]
+    learned = [
+        ["".join(text for text, trained in pieces if trained) for pieces in row.values()]
+        for row in shown
+    ]
+    wanted = [[table[name][row].as_py() for name in names] for row in range(2)]
+    for texts, ends in zip(learned, wanted, strict=True):
+        for text, end in zip(texts, ends, strict=True):
+            assert end.split() == text.replace("<|im_end|>", "").split()
 
 
 def test_timing_steps_for_the_dtype_takes_no_pass_before_training(

@@ -17,7 +17,8 @@ import peft
 import pytest
 import transformers
 from test_cli import rolora
-from test_export import logits, trained
+from test_export import as_gguf, logits, trained
+from tiny import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -256,3 +257,19 @@ def test_a_run_that_has_not_finished_has_nothing_to_upload(
     code, _, err = rolora(monkeypatch, capsys, "export", tmp_path / "run", "--push", "ann/cats")
     assert code == 2
     assert "finish its run with: rolora resume" in err
+
+
+def test_of_a_gguf_base_the_file_is_named(
+    hub: Hub,
+    answer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_llama(tmp_path / "model")
+    as_gguf(tmp_path / "model", tmp_path / "base.gguf")
+    own = trained(tmp_path, "causal_lm", base="base.gguf")
+    answer("y\n")
+    assert rolora(monkeypatch, capsys, "export", own, "--push", "ann/cats")[0] == 0
+    settings = json.loads(hub.files["adapter_config.json"])
+    assert settings["base_model_name_or_path"] == "base.gguf"

@@ -23,6 +23,7 @@ from rolora.report.figures import (
     Series,
     aggregation_errors,
     curves,
+    dots,
     elided,
     key,
     save_picture,
@@ -155,7 +156,7 @@ def test_versions_are_on_the_page_and_the_folder_of_the_run_is_not(
     text = (moved / "config.toml").read_text().replace("2.13.0", "2.14.1")
     (moved / "config.toml").write_text(text)
     html = write_report([*runs, moved], tmp_path / "page.html").read_text()
-    assert "The same in all runs: python 3.11.7; rolora 0.1.0; git_commit 5905833d26" in html
+    assert "The same in all runs: python 3.11.7; rolora 0.1.0; git commit: 5905833d26" in html
     cells = Page(html).text["td"]
     assert (cells.count("2.13.0"), cells.count("2.14.1")) == (4, 1)
     assert "secret-project" not in html
@@ -402,6 +403,15 @@ def test_methods_can_be_told_apart_without_colour() -> None:
         drawing = re.sub(r"var\(--series-\d\)", "grey", drawing)
         grey.add(re.sub(r'id="[^"]*"|"#[^"]*"|url\(#[^)]*\)', "", drawing))
     assert len(grey) == 16
+
+
+def test_a_method_has_the_colour_and_the_marker_of_the_legend_in_every_figure() -> None:
+    styles = {f"method {number}": number for number in range(10)}
+    drawn = dots({"no attack": dict.fromkeys(styles, 0.5)}, styles, "accuracy").axes[0].lines
+    legend = [key(number).axes[0].lines[0] for number in styles.values()]
+    shown = [(line.get_color(), line.get_marker()) for line in drawn]
+    assert shown == [(line.get_color(), line.get_marker()) for line in legend]
+    assert len(set(shown)) == len(styles)
 
 
 def test_a_picture_takes_its_colours_from_the_page(html: str) -> None:

@@ -317,7 +317,7 @@ def test_a_run_that_stopped_early_is_finished_and_a_diverged_one_is_in_no_table(
     config.write_text(config.read_text() + "\n[eval]\npatience = 2\n")
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     for line in lines:
-        line["validation"] = line["metrics"]
+        line["stale"] = max(line["round"] - 1, 0)
     for rounds, finished in ((1, False), (2, False), (3, True)):
         text = "".join(json.dumps(line) + "\n" for line in lines[: rounds + 1])
         (run / "rounds.jsonl").write_text(text)

@@ -127,7 +127,7 @@ def test_memory_is_planned_for_everything_that_a_run_will_train_at_a_time(
         ("b_rounds", '"2"', "method.b_rounds: Input should be a valid integer, got '2'"),
         ("b_rounds", "true", "method.b_rounds: Input should be a valid integer, got True"),
         ("orthogonal_a", "1", "method.orthogonal_a: Input should be a valid boolean, got 1"),
-        ("orthogonal", "true", "unknown key 'method.orthogonal': did you mean 'orthogonal_a'?"),
+        ("orthogonal", "true", "'method.orthogonal': did you mean 'method.orthogonal_a'?"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused_in_one_line(key: str, value: str, said: str) -> None:

@@ -338,6 +338,7 @@ def test_the_best_validated_round_is_exported_and_patience_ends_the_run(
     best = results[-1].state.best
     assert best is not None
     assert (best.round, results[-1].round) == (1, 3)
+    assert load_run(run.folder.path).finished
     exported = read_adapter(run.folder.adapter, run.experiment.base.specs)
     assert all(torch.equal(exported[name], best.adapter[name]) for name in exported)
 

@@ -84,6 +84,16 @@ def test_a_run_across_sites_ends_with_the_bits_of_one_on_one_machine(
     assert theirs.client_metrics == mine.client_metrics
 
 
+def test_second_test_rows_are_measured_across_sites_as_on_one_machine(
+    place: Path, tmp_path: Path
+) -> None:
+    config = configuration(place, FEW, "data.second_test=site-ann.csv")
+    *_, mine = runs.start(config, tmp_path / "here").rounds()
+    *_, theirs = remote(config, tmp_path / "there", calls(place, tmp_path)).rounds()
+    assert "accuracy/second" in mine.metrics
+    assert theirs.metrics == mine.metrics
+
+
 def test_a_site_that_claims_more_than_half_of_all_rows_is_named_unless_that_is_limited(
     tmp_path: Path,
 ) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from proposals import write_template
 
 from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.demo.sources import SOURCES
-from rolora.errors import ConfigError, printable
-from rolora.proposal.template import _DECODER, _ENCODER, write_template
+from rolora.errors import ConfigError, DataError, printable
+from rolora.proposal.template import _DECODER, _ENCODER
 from rolora.run.experiment import Experiment
 
 HOSTILE = (
@@ -104,19 +105,28 @@ def test_a_prompt_in_two_columns_is_taken_whole(tmp_path: Path, names: tuple[str
     assert asked[:2] == ["Add 0\n", "Add 1\n1 and 2\n"]
 
 
-def test_a_completion_that_follows_its_prompt_at_once_is_said_and_a_separator_offered(
-    tmp_path: Path,
-) -> None:
-    rows = [[f"Question {row}?", f"Answer number {row}."] for row in range(6)]
+def test_rows_whose_completion_follows_the_prompt_at_once_are_counted(tmp_path: Path) -> None:
+    ends = ["?", "? ", "?", "?\n"]
+    rows = [
+        [f"Question {row}{ends[row % 4]}", f"{' ' * (row % 2)}Answer {row}."] for row in range(8)
+    ]
     source = write_csv(tmp_path / "a.csv", ["prompt", "completion"], rows)
     config, notes, text = made(source, tmp_path)
     assert notes == [
-        "prompt and completion are joined without a separator: set one if the texts need a space "
-        "or a line break between them"
+        "in 4 of 8 rows no space or line break is between prompt and completion: set separator if "
+        "the texts need one"
     ]
     assert config.data.separator is None
     assert '\n# separator = "\\n"' in text
     tomllib.loads(text.replace("# separator", "separator"))
+
+
+@pytest.mark.parametrize("start", ["", " "])
+def test_of_a_pair_neither_answer_may_follow_the_prompt_at_once(tmp_path: Path, start: str) -> None:
+    rows = [[f"Question {row}?", f" yes {row}", f"{start}no {row}"] for row in range(8)]
+    source = write_csv(tmp_path / "a.csv", ["prompt", "chosen", "rejected"], rows)
+    _, notes, _ = made(source, tmp_path)
+    assert [note[:16] for note in notes] == ([] if start else ["in 8 of 8 rows n"])
 
 
 def test_delimiter_and_encoding_are_found_said_and_written(tmp_path: Path) -> None:
@@ -232,10 +242,55 @@ def test_a_column_that_names_a_site_makes_clients_and_is_said(tmp_path: Path) ->
     assert notes == ["a guess: each of the 3 values of site is a client"]
 
 
-def test_rows_that_may_have_no_label_are_noted(tmp_path: Path) -> None:
-    rows = [[f"a text that is long {row}", str(row % 3 - 1)] for row in range(60)]
-    _, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
-    assert [note for note in notes if note.startswith("label is -1 in some rows")]
+@pytest.mark.parametrize("name", ["-1", "NaN", "nan", "NA", "None"])
+def test_rows_that_may_have_no_label_are_noted(tmp_path: Path, name: str) -> None:
+    rows = [[f"a text that is long {row}", ("0", "1", name)[row % 3]] for row in range(60)]
+    config, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
+    assert [note for note in notes if note.startswith(f"label is {name} in 20 of 60 rows")]
+    assert name in Experiment(config).labels
+
+
+def test_rows_without_text_are_counted_and_kept(tmp_path: Path) -> None:
+    rows = [["" if row % 9 else f"a text that is long {row}", str(row % 2)] for row in range(90)]
+    config, notes, _ = made(write_csv(tmp_path / "a.csv", ["text", "label"], rows), tmp_path)
+    assert [note for note in notes if note.startswith("80 of 90 rows have no text")]
+    assert Experiment(config).rows.train.num_rows == 90
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-Infinity"])
+def test_what_is_no_number_is_refused_as_a_run_refuses_it(tmp_path: Path, value: str) -> None:
+    rows = [[f"a text that is long {row}", f"{row / 8}"] for row in range(40)]
+    rows[5][1] = value
+    source = write_csv(tmp_path / "a.csv", ["text", "score"], rows)
+    with pytest.raises(DataError) as caught:
+        made(source, tmp_path)
+    assert str(caught.value).endswith(f"column 'score' is {value!r} in row 6, not a number")
+    assert not (tmp_path / "made.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("films/train.jsonl", "films"),
+        ("films/Data.csv", "films"),
+        ("films/data/rows.csv", "rows"),
+        ("films/*.csv", "films"),
+        ("films/reviews.csv", "reviews"),
+    ],
+)
+def test_a_run_on_a_file_of_a_common_name_is_called_after_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(file.replace("*", "one"))
+    path.parent.mkdir(parents=True)
+    if path.suffix == ".csv":
+        write_rows(path)
+    else:
+        rows = [{"text": f"a text that is long {row}", "label": row % 2} for row in range(40)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    write_template(file, tmp_path / "rolora.toml", "model")
+    assert load_config(tmp_path / "rolora.toml").name == name
 
 
 def test_a_small_set_has_few_clients_and_a_large_one_few_in_a_round(tmp_path: Path) -> None:
@@ -274,3 +329,12 @@ def test_a_model_that_is_at_hand_is_named_without_more_words(
     notes, made = write_template(write_rows(tmp_path / "a.csv"), tmp_path / "a.toml")
     assert notes == ["no --model given: the file names models/minilm, a small model"]
     assert made.config.model.path == "models/minilm"
+
+
+def test_the_rate_that_is_proposed_is_rolora_s_best_in_the_study_with_that_model() -> None:
+    records = Path(__file__).parent.parent / "experiments" / "records"
+    for start, study in ((_ENCODER, "trec-top"), (_DECODER, "e4")):
+        cell = json.loads((records / f"{study}.json").read_text())["cells"][0]
+        own = next(one for one in cell["tuning"]["methods"] if one["method"] == "rolora")
+        assert start.lr == float(own["best"]["train.lr"])
+        assert not own["at_edge"]

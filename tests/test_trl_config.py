@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+from proposals import write_template
 
 from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError
-from rolora.proposal.template import write_template
 
 SFT = """\
 # trl sft --config sft.yaml

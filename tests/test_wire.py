@@ -13,7 +13,8 @@ from safetensors.torch import load, save
 from states import make_specs, random_state, same
 from torch import Tensor
 
-from rolora.algorithm.codec import Format, Tensors, WireError, body_bytes, decode, encode, num_bytes
+from rolora.algorithm.choices import Format
+from rolora.algorithm.codec import Tensors, WireError, body_bytes, decode, encode, num_bytes
 from rolora.algorithm.seeding import generator
 
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")

@@ -76,11 +76,14 @@ EXIT_CODES: dict[int, str] = {
 }
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """A hint naming the choice that looks most like ``word``, or all choices if none does."""
+def nearest(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    """A hint naming the choice that looks most like ``word``, or all choices if none does.
+
+    ``prefix`` is put before the choice that is named.
+    """
     options = sorted(choices)
     close = difflib.get_close_matches(word, options, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(options)}"
+    return f"did you mean {prefix + close[0]!r}?" if close else f"known: {', '.join(options)}"
 
 
 def one_line(error: Exception) -> str:

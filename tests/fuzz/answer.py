@@ -16,7 +16,7 @@ from rolora.algorithm.adapter import Assignment, ClientInfo, Update
 from rolora.algorithm.codec import encode
 from rolora.algorithm.seeding import generator
 from rolora.flower.engine import Remote
-from rolora.flower.membership import Membership
+from rolora.flower.membership import Member, Membership
 from rolora.flower.message import LABEL_LENGTH, LARGEST, SITE_NAME, SiteMessage
 from rolora.flower.versions import PROTOCOL, versions
 from rolora.model.base import layout, load_base, tokenizer_digest
@@ -76,7 +76,7 @@ class _Node:
             ask = str(question.head["ask"])
             yield node, self.said if ask == self.asked else SiteMessage(USUAL[ask])
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         return done(work)
 
 
@@ -97,14 +97,14 @@ def target(data: bytes) -> None:
         else:
             told.append(came.reason)
     elif ask == "score":
-        found = engine._scored("ann", said)
-        if found is not None:
-            known = {*_experiment.kind.metrics, *_experiment.kind.answers}
+        membership.members["ann"] = Member(7, 9)
+        known = {*_experiment.kind.metrics, *_experiment.kind.answers}
+        for found in engine.evaluate(_method, [_assigned]):
             assert found.held_out.keys() <= known
             assert all(type(value) is float for value in found.held_out.values())
     else:
         membership.present(_base, LABELS)
-        membership.present(_base, LABELS)  # hears what was answered since
+        membership.present(_base, LABELS)  # takes what was answered since
         for hello in membership.hellos.values():
             assert SITE_NAME.fullmatch(hello.site)
             assert len(hello.labels) <= _experiment.config.federation.max_labels

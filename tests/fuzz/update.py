@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from rolora.algorithm.codec import Format, WireError, _title, decode, encode
+from rolora.algorithm.choices import Format
+from rolora.algorithm.codec import WireError, _title, decode, encode
 
 FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
 SPARSE, BARE = 4, 8  # bits of the first byte, beside the format

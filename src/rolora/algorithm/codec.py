@@ -27,16 +27,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from rolora.algorithm.adapter import pieces, role_of
+from rolora.algorithm.choices import Format
 from rolora.errors import RoloraError
 
-Format = Literal["fp32", "bf16", "int8", "int4"]
 Tensors = Mapping[str, Tensor]
 
 

@@ -7,7 +7,7 @@ No product is formed: inner products of products come from r × r matrices of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -112,14 +112,10 @@ def _products(
 
 def _size_of_others(layer: str, states: Sequence[AdapterState], role: str) -> float:
     """Median over clients of the squared size of the factors that stand beside this one."""
-    beside: Mapping[str, tuple[str, ...]] = {"A": ("B",), "B": ("A",), "core": ("A", "B")}
-
-    def sizes() -> Iterator[Tensor]:
-        for state in states:
-            size = torch.ones((), dtype=torch.float64)
-            for other in beside[role]:
-                factor = state[f"{layer}.lora_{other}.weight"]
-                size = size * factor.square().sum() / min(factor.shape)
-            yield size
-
-    return float(torch.stack(list(sizes())).median())
+    others = {"A": ("B",), "B": ("A",), "core": ("A", "B")}[role]
+    sizes = torch.ones(len(states), dtype=torch.float64)
+    for number, state in enumerate(states):
+        for other in others:
+            factor = state[f"{layer}.lora_{other}.weight"]
+            sizes[number] = sizes[number] * factor.square().sum() / min(factor.shape)
+    return float(sizes.median())

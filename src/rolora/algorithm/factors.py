@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rolora.algorithm.adapter import AdapterState, Specs, layer_of, partner_of, pieces, role_of
+from rolora.algorithm.adapter import (
+    AdapterState,
+    ClientInfo,
+    Specs,
+    layer_of,
+    partner_of,
+    pieces,
+    role_of,
+)
 from rolora.algorithm.method import BOTH, Reduce, ServerState, lora_init
 from rolora.algorithm.patches import turn_of, turned
 from rolora.algorithm.reduce import Value
@@ -69,27 +77,24 @@ def factors(matrices: Value, like: AdapterState) -> dict[str, Tensor]:
     return found
 
 
-def awake(new: AdapterState, before: AdapterState) -> AdapterState:
+def without_dead_directions(new: AdapterState, before: AdapterState) -> AdapterState:
     """``new``, with the row of lora_A from ``before`` for each direction that is zero in both
-    factors.
-
-    Its product stays as it is. From zeros in both, no gradient would ever reach either.
+    factors: neither would ever have a gradient. The product stays as it is.
     """
-    woken: dict[str, Tensor] = {}
+    revived: dict[str, Tensor] = {}
     for layer in new.layers():
         down, up = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        empty = ~((new[down] != 0).any(dim=1) | (new[up] != 0).any(dim=0))
-        if empty.any():
-            woken[down] = torch.where(empty[:, None], before[down], new[down])
-    return new | woken if woken else new
+        dead = (new[down] == 0).all(dim=1) & (new[up] == 0).all(dim=0)
+        revived[down] = torch.where(dead[:, None], before[down], new[down])
+    return new | revived
 
 
 def refactored(before: AdapterState, matrices: Value) -> AdapterState:
     """``before`` with the best factors of these matrices, and the other tensors among them.
 
-    No direction is zero in both factors: see ``awake``.
+    No direction is zero in both factors: see ``without_dead_directions``.
     """
-    return awake(before | factors(matrices, before), before)
+    return without_dead_directions(before | factors(matrices, before), before)
 
 
 def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Tensor]:
@@ -100,12 +105,12 @@ def pair(layer: str, lora_a: Tensor, lora_b: Tensor, rank: int) -> dict[str, Ten
     }
 
 
-def truncated(adapter: AdapterState, rank: int) -> AdapterState:
-    """The first ``rank`` rows of each lora_A and columns of each lora_B, as views."""
-    return adapter | {
-        name: pieces(name, pieces(name, tensor)[:rank])
-        for name, tensor in adapter.only(frozenset({"A", "B"})).items()
-        if len(pieces(name, tensor)) > rank
+def truncated(server: ServerState, client: ClientInfo) -> AdapterState:
+    """As many rows of each lora_A and columns of each lora_B as the client's rank, as views."""
+    return server.adapter | {
+        name: pieces(name, pieces(name, tensor)[: client.rank])
+        for name, tensor in server.adapter.only(frozenset({"A", "B"})).items()
+        if len(pieces(name, tensor)) > client.rank
     }
 
 
@@ -130,9 +135,9 @@ def orthonormal_rows(specs: Specs, rng: torch.Generator) -> AdapterState:
     return adapter | {n: orthonormal(n, len(t), t.shape[1], rng) for n, t in downs.items()}
 
 
-def turn(server: ServerState, still: Literal["A", "B"], length: float) -> ServerState:
-    """The same products from pairs whose factor ``still`` is orthogonal: the rows of lora_A, or the
-    columns of lora_B, have this length.
+def turn(server: ServerState, frozen: Literal["A", "B"], length: float) -> ServerState:
+    """The same products from pairs whose factor ``frozen`` is orthogonal: the rows of lora_A, or
+    the columns of lora_B, have this length.
 
     With the polar decomposition of the factor, lora_A = M · Q with orthogonal rows in Q and M
     (rank, rank) symmetric, lora_B · lora_A = (lora_B · M) · Q; for lora_B the other way round. A
@@ -142,7 +147,7 @@ def turn(server: ServerState, still: Literal["A", "B"], length: float) -> Server
     new: dict[str, Tensor] = {}
     turns: dict[str, Tensor] = {}
     for layer in server.adapter.layers():
-        name = f"{layer}.lora_{still}.weight"
+        name = f"{layer}.lora_{frozen}.weight"
         other = partner_of(name)
         factor = server.adapter[name]
         if factor.any():

@@ -73,14 +73,13 @@ class LowRank:
         return LowRank([(1.0, *pair)])
 
     def norm(self) -> float:
-        """Frobenius norm, in float64: ‖L R‖ = ‖R_L R_Rᵀ‖ for L = Q_L R_L and Rᵀ = Q_R R_R."""
+        """Frobenius norm, in float64."""
         terms = self.compact().terms
         if not terms:
             return 0.0
         left = torch.cat([weight * left.double() for weight, left, _ in terms], dim=1)
         right = torch.cat([right.double() for _, _, right in terms], dim=0)
-        small = (torch.linalg.qr(side, mode="r").R for side in (left, right.T))
-        return float(torch.linalg.matrix_norm(next(small) @ next(small).T))
+        return float(torch.linalg.matrix_norm(small_product(left, right)))
 
 
 def _numbered(tensors: Sequence[Tensor]) -> list[int]:
@@ -102,6 +101,16 @@ def _numbered(tensors: Sequence[Tensor]) -> list[int]:
 def equal(one: Tensor, other: Tensor) -> bool:
     """Whether dtype, shape and values are the same; shared tensors need no comparison."""
     return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+
+
+def small_product(left: Tensor, right: Tensor) -> Tensor:
+    """R_L R_Rᵀ (r, r), which has the singular values of left (out, r) · right (r, in); float64.
+
+    With left = Q_L R_L and rightᵀ = Q_R R_R, so nothing of size (out, in) is formed.
+    """
+    one, other = (torch.linalg.qr(side.double(), mode="r").R for side in (left, right.T))
+    small: Tensor = one @ other.T
+    return small
 
 
 def one_term(matrix: Tensor) -> Term:

@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rolora.algorithm.choices import REDUCERS
 from rolora.errors import ConfigError
-from rolora.registry import Registry
 
 Value = Mapping[str, Tensor]
 Memory = Mapping[str, Any]
@@ -55,23 +55,6 @@ class Reducer(NamedTuple):
 
 
 CLIENT_WEIGHTS = "client_weights"
-
-REDUCERS = Registry(
-    kind="reducer",
-    group="rolora.reducers",
-    own={
-        name: f"rolora.algorithm.{module}:{name}"
-        for module, names in {
-            "reduce": ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam", "fedexp"),
-            "robust": (
-                *("krum", "multi_krum", "bulyan", "geometric_median", "centered_clip"),
-                *("fltrust", "nnm", "bucketing", "clip_product"),
-            ),
-        }.items()
-        for name in names
-    },
-)
-SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedexp")
 
 
 def is_wrapper(name: str) -> bool:

@@ -8,8 +8,10 @@ not its ``server_seed``, from which cohorts and the server's draws follow.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
@@ -20,4 +22,6 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator for one purpose, such as ``generator(0, "cohort", 3)``."""
+    import torch  # here, so that a seed can be derived without it
+
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))

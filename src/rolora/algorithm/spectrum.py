@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, Roles
+from rolora.algorithm.low_rank import small_product
 
 
 def effective_rank(left: Tensor, right: Tensor) -> float | None:
     """exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ / Σσ, of the singular values σ of left · right.
 
     ``left`` (out, r), ``right`` (r, in). This is the effective rank of Roy & Vetterli 2007: 1 for
-    one direction, r for r equal ones; None for a product of zero. By QR factors in float64, so in
-    O((out + in) r²), and nothing of size (out, in) is formed.
+    one direction, r for r equal ones; None for a product of zero.
     """
-    small = (torch.linalg.qr(side.double(), mode="r").R for side in (left, right.T))
-    values = torch.linalg.svdvals(next(small) @ next(small).T)
+    values = torch.linalg.svdvals(small_product(left, right))
     if not (total := values.sum()):
         return None
     return float(torch.special.entr(values / total).sum().exp())

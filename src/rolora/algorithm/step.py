@@ -21,8 +21,6 @@ from rolora.algorithm.patches import as_factors
 from rolora.algorithm.reduce import CLIENT_WEIGHTS, Memory, Reducer, Value
 from rolora.errors import ConfigError
 
-MOSTLY = 0.5  # a client that is cut by more than this counts as cut in a round
-
 # what torch raises where it is asked for the singular values of what is not finite
 LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 MOST_ROWS = 2**53  # whole numbers below it are exact as floats

@@ -1,8 +1,4 @@
-"""What an attack is: a record of what bad clients do differently from honest ones.
-
-An installed package adds an attack by an entry point of the group ``rolora.attacks``, which names a
-function of keyword-only options that returns an :class:`Attack`.
-"""
+"""What an attack is: a record of what bad clients do differently from honest ones."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ import torch
 from rolora.algorithm.adapter import AdapterState, Assignment, Roles
 from rolora.algorithm.seeding import generator
 from rolora.errors import ConfigError
-from rolora.registry import Registry
 
 Sent = Mapping[str, AdapterState]  # client -> the shared tensors that it sends
 Rewritten = list[tuple[int, str, str]]  # of each row that is kept: its index, new text, new label
@@ -54,25 +49,6 @@ class Attack:
     claim: Callable[[int], int] | None = None
     spoil: Rewrite | None = None
     ask: Rewrite | None = None
-
-
-NO_ATTACK = "none"
-
-ATTACKS = Registry(
-    kind="attack",
-    group="rolora.attacks",
-    own={
-        name: f"rolora.attacks.{module}:{name}"
-        for module, names in {
-            "forged": (
-                *("sign_flip", "scale", "gauss", "nan", "mimic", "alie", "ipm", "weight_lie"),
-                *("a_only", "b_only", "rank_collapse", "dormant_factor"),
-            ),
-            "poisoned": ("label_flip", "backdoor"),
-        }.items()
-        for name in names
-    },
-)
 
 
 def bad_clients(

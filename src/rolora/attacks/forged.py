@@ -46,17 +46,15 @@ def gauss(*, factor: float = 30.0) -> Attack:
 
     def forge(scene: Scene) -> Sent:
         sizes = {name: m.square().mean().sqrt() for name, m in _honest_moves(scene).items()}
-        return {
-            client: _moved(
-                scene,
-                client,
-                {
-                    name: factor * size * torch.randn(own[name].shape, generator=scene.rng)
-                    for name, size in sizes.items()
-                },
-            )
-            for client, own in scene.own.items()
-        }
+
+        def noise(client: str) -> Moves:
+            own = scene.own[client]
+            return {
+                name: factor * size * torch.randn(own[name].shape, generator=scene.rng)
+                for name, size in sizes.items()
+            }
+
+        return _sent(scene, noise)
 
     return Attack(forge=forge)
 
@@ -89,8 +87,7 @@ def mimic() -> Attack:
         centred = gram - gram.mean(dim=0) - gram.mean(dim=1, keepdim=True) + gram.mean()
         along = torch.linalg.eigh(centred).eigenvectors[:, -1]
         victim = list(scene.honest)[int(along.abs().argmax())]
-        received = scene.cohort[victim].received
-        move = {name: t.double() - received[name] for name, t in scene.honest[victim].items()}
+        move = _move(scene, victim, scene.honest[victim])
         return _all_moved(scene, move)
 
     return Attack(forge=forge)
@@ -104,8 +101,7 @@ def alie() -> Attack:
     """
 
     def forge(scene: Scene) -> Sent:
-        moves = _honest_moves(scene)
-        mean = {name: each.mean(dim=0) for name, each in moves.items()}
+        mean, moves = _honest_mean(scene), _honest_moves(scene)
         sd = {name: each.std(dim=0, correction=0) for name, each in moves.items()}
         return _worst(scene, lambda z: {name: mean[name] - z * sd[name] for name in mean})
 
@@ -117,22 +113,17 @@ def ipm() -> Attack:
 
     Inner-product manipulation (Xie et al. 2020).
     """
-
-    def forge(scene: Scene) -> Sent:
-        mean = {name: each.mean(dim=0) for name, each in _honest_moves(scene).items()}
-        return _worst(scene, lambda e: {name: -e * move for name, move in mean.items()})
-
-    return Attack(forge=forge)
+    return Attack(forge=_ipm)
 
 
 def a_only() -> Attack:
     """``ipm`` on lora_A alone; everything else, and rounds without lora_A, as honest clients."""
-    return _on_roles(ipm(), frozenset({"A"}))
+    return Attack(forge=lambda scene: _ipm_on(frozenset({"A"}), scene))
 
 
 def b_only() -> Attack:
     """``ipm`` on lora_B alone; everything else, and rounds without lora_B, as honest clients."""
-    return _on_roles(ipm(), frozenset({"B"}))
+    return Attack(forge=lambda scene: _ipm_on(frozenset({"B"}), scene))
 
 
 def rank_collapse() -> Attack:
@@ -143,8 +134,7 @@ def rank_collapse() -> Attack:
     """
 
     def forge(scene: Scene) -> Sent:
-        moves = _honest_moves(scene)
-        mean = {name: each.mean(dim=0) for name, each in moves.items()}
+        mean = _honest_mean(scene)
         weight = len(scene.cohort) / len(scene.own)
         factors = [name for name in mean if role_of(name) in ("A", "B")]
 
@@ -199,57 +189,60 @@ def dormant_factor(*, factor: float = 30.0) -> Attack:
     return Attack(forge=forge)
 
 
-def _on_roles(attack: Attack, roles: Roles) -> Attack:
-    """The attack on the tensors with these roles alone; the others are the bad clients' own."""
-
-    def forge(scene: Scene) -> Sent:
-        if not roles & scene.trained or attack.forge is None:
-            return scene.own
-
-        def joined(sent: Sent) -> Sent:
-            return {client: own | sent[client].only(roles) for client, own in scene.own.items()}
-
-        return joined(attack.forge(replace(scene, outcome=lambda s: scene.outcome(joined(s)))))
-
-    return Attack(forge=forge)
+def _ipm(scene: Scene) -> Sent:
+    mean = _honest_mean(scene)
+    return _worst(scene, lambda e: {name: -e * move for name, move in mean.items()})
 
 
-def _honest_moves(scene: Scene) -> dict[str, Tensor]:
+def _ipm_on(roles: Roles, scene: Scene) -> Sent:
+    """``ipm`` on the tensors with these roles alone; the others are the bad clients' own."""
+    if not roles & scene.trained:
+        return scene.own
+
+    def joined(sent: Sent) -> Sent:
+        return {client: own | sent[client].only(roles) for client, own in scene.own.items()}
+
+    return joined(_ipm(replace(scene, outcome=lambda sent: scene.outcome(joined(sent)))))
+
+
+def _move(scene: Scene, client: str, sent: AdapterState) -> Moves:
+    """What a client sends minus what it received, in float64."""
+    received = scene.cohort[client].received
+    return {name: tensor.double() - received[name] for name, tensor in sent.items()}
+
+
+def _honest_moves(scene: Scene) -> Moves:
     """name -> the moves of the honest clients, (clients, *shape) in float64."""
-    names = next(iter(scene.honest.values()))
-    return {
-        name: torch.stack(
-            [
-                sent[name].double() - scene.cohort[client].received[name]
-                for client, sent in scene.honest.items()
-            ]
-        )
-        for name in names
-    }
+    moves = [_move(scene, client, sent) for client, sent in scene.honest.items()]
+    return {name: torch.stack([move[name] for move in moves]) for name in moves[0]}
+
+
+def _honest_mean(scene: Scene) -> Moves:
+    return {name: moves.mean(dim=0) for name, moves in _honest_moves(scene).items()}
 
 
 def _times(scene: Scene, factor: float) -> Sent:
     """Each bad client's own move times ``factor``."""
-    return {
-        client: _moved(
-            scene,
-            client,
-            {
-                name: factor * (tensor.double() - scene.cohort[client].received[name])
-                for name, tensor in own.items()
-            },
-        )
-        for client, own in scene.own.items()
-    }
+    return _sent(
+        scene,
+        lambda client: {
+            name: factor * move for name, move in _move(scene, client, scene.own[client]).items()
+        },
+    )
+
+
+def _sent(scene: Scene, move: Callable[[str], Moves]) -> Sent:
+    """What all bad clients send, by the move of each."""
+    found = {}
+    for client in scene.own:
+        received = scene.cohort[client].received
+        moved = {name: received[name] + by for name, by in move(client).items()}
+        found[client] = _as_sent(scene, client, moved)
+    return found
 
 
 def _all_moved(scene: Scene, move: Moves) -> Sent:
-    return {client: _moved(scene, client, move) for client in scene.own}
-
-
-def _moved(scene: Scene, client: str, move: Moves) -> AdapterState:
-    received = scene.cohort[client].received
-    return _as_sent(scene, client, {name: received[name] + by for name, by in move.items()})
+    return _sent(scene, lambda client: move)
 
 
 def _as_sent(scene: Scene, client: str, tensors: Moves) -> AdapterState:

@@ -31,7 +31,10 @@ def attack(
     ] = None,
     bad: Annotated[int, typer.Option(min=1, help="clients that attack the others")] = 2,
     rules: Annotated[
-        str, typer.Option(help="rules, comma-separated; STEP+RULE takes a step before a rule")
+        str,
+        typer.Option(
+            help="rules that combine updates, comma-separated; STEP+RULE: a step, then a rule"
+        ),
     ] = "mean,nnm+trimmed_mean",
     methods: Methods = "rolora,ffa_lora,fedit",
     seeds: Annotated[str, typer.Option(help="seeds, comma-separated")] = "0,1,2",
@@ -49,18 +52,19 @@ def attack(
     An override can be for one method only: fedit:train.lr=1e-3. An attack can have options:
     sign_flip+factor=4. docs/robustness.md describes the attacks.
     """
+    from rolora.config.load import load_config
+
+    common, own = own_overrides(methods, overrides)
+    settings = load_config(config, common)
     from rolora.cli.progress import follow_all
     from rolora.cli.results import robustness_text
     from rolora.comparison.attacks import attacked_cells, known_attacks, plan_attacks
     from rolora.comparison.budget import core_seconds
     from rolora.comparison.queue import queue_all
-    from rolora.config.load import load_config
     from rolora.report.robustness import write_robustness
     from rolora.results.robustness import export
     from rolora.run.experiment import Experiment
 
-    common, own = own_overrides(methods, overrides)
-    settings = load_config(config, common)
     folder = out or Path("runs") / f"{settings.name}-attack"
     comparisons = plan_attacks(
         settings,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rolora.cli.options import Budget, ConfigPath, Json, Methods, Overrides, own_overrides, seeds_of
-from rolora.cli.printing import again, err_console, show, tracked
+from rolora.cli.printing import again, note, show, tracked
 from rolora.errors import ConfigError
 
 
@@ -45,20 +45,21 @@ def compare(
     An override can be for one method only: fedit:train.lr=1e-3, also in --tune. A method can have
     options: rolora,rolora+first=A
     """
+    from rolora.config.load import load_config
+
+    common, own = own_overrides(methods, overrides)
+    settings = load_config(config, common)
     from rolora.cli.progress import follow_all
     from rolora.cli.results import comparison_text
     from rolora.comparison.budget import core_seconds
     from rolora.comparison.folder import ComparisonFolder
     from rolora.comparison.grid import TUNE_SEEDS, plan
     from rolora.comparison.queue import comparison_path, queued_runs
-    from rolora.config.load import load_config
     from rolora.results.export import export_results
     from rolora.results.published import read_published
     from rolora.results.runs import load_run
     from rolora.run.experiment import Experiment
 
-    common, own = own_overrides(methods, overrides)
-    settings = load_config(config, common)
     if not tune and (tune_seeds is not None or tune_rounds is not None):
         raise ConfigError("--tune-seeds and --tune-rounds need --tune with a grid")
     tuned_on = TUNE_SEEDS if tune_seeds is None else seeds_of("--tune-seeds", tune_seeds)
@@ -68,7 +69,7 @@ def compare(
     published = read_published(config)
     folder = ComparisonFolder(comparison_path(settings, out))
     if comparison.cut_validation:
-        err_console.print(f"note: tuning on {comparison.tuned_on()}")
+        note(f"tuning on {comparison.tuned_on()}")
     build = partial(Experiment, tracked=tracked)
     queue = queued_runs(comparison, folder.path, published, seconds, build)
     with again(), contextlib.closing(queue):

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import err_console, going_on, show, tracked, working
-from rolora.errors import printable
+from rolora.cli.printing import going_on, note, show, tracked, working
 
 
 def demo(
@@ -34,8 +33,8 @@ def demo(
 
     with working("fetching the model and the data (once)"):
         ready = prepare_demo(folder, task)
-    for note in ready.notes:
-        err_console.print(f"note: {printable(note)}")
+    for text in ready.notes:
+        note(text)
     comparison = ready.comparison
     queue = queued_runs(comparison, ready.out, build=partial(Experiment, tracked=tracked))
     with going_on(ready.command), contextlib.closing(queue):
@@ -64,7 +63,9 @@ def fetch(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="without a name: list them")
     ] = None,
-    to: Annotated[Path, typer.Option(help="the parent of a folder per name")] = Path("data"),
+    to: Annotated[
+        Path, typer.Option(help="the folder in which each gets a folder of its name")
+    ] = Path("data"),
     given: Annotated[
         Path | None,
         typer.Option("--from", help="read the files from this folder, without a network"),

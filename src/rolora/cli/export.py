@@ -19,8 +19,8 @@ def export(
     merged: Annotated[
         Path | None,
         typer.Option(
-            help="a new folder for the base with the adapter in its weights; for a GGUF base also "
-            "a new .gguf file"
+            help="a new folder for the base with the adapter in its weights; of a GGUF base it "
+            "can be a new .gguf file"
         ),
     ] = None,
     gguf: Annotated[
@@ -37,8 +37,8 @@ def export(
     dtype: Annotated[
         Literal["fp32", "fp16", "bf16", "q8_0"],
         typer.Option(
-            help="of the weights that are written: all of a folder, the adapted layers' of a GGUF "
-            "base, the adapter's; q8_0 is for GGUF files"
+            help="of what is written: all weights of a folder, the adapted layers of a merged GGUF "
+            "file, or the adapter; q8_0 is for GGUF files"
         ),
     ] = "fp32",
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,

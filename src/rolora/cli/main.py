@@ -1,12 +1,15 @@
 """The command line: every command calls one library function and prints the result.
 
 Results go to standard output, progress to standard error. ``rolora.errors`` has the exit codes.
+A command reads its configuration before it imports what needs torch, which takes seconds, so that
+a mistake in it is told at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import os
 import signal
 import sys
@@ -22,10 +25,10 @@ from rolora.cli.chat import chat
 from rolora.cli.compare import compare
 from rolora.cli.demo import demo, fetch
 from rolora.cli.export import export
-from rolora.cli.options import ConfigPath, Json, Overrides, names
+from rolora.cli.options import Changes, ConfigPath, Json, Overrides, names
 from rolora.cli.printing import (
     Interrupted,
-    err_console,
+    note,
     out_console,
     resuming,
     show,
@@ -98,27 +101,29 @@ def init(
     json: Json = False,
 ) -> None:
     """Look at your rows, write a commented configuration, and show how it splits them."""
+    from rich.text import Text
+
     from rolora.cli.tables import masked_text, split_table
-    from rolora.proposal.template import write_template
+    from rolora.files import write_file
+    from rolora.proposal.template import propose
     from rolora.run.runs import training_masks
 
-    notes, experiment = write_template(data, out, model, delimiter, encoding, trainer)
+    proposal = propose(data, out, model, delimiter, encoding, trainer)
+    notes, experiment = proposal.notes, proposal.experiment
     table, config = experiment.rows.table(), experiment.config
+    columns = [f"{key} = {value!r}" for key, value in experiment.columns.items()]
     made: dict[str, object] = {"config": str(out), "notes": notes, "split": table}
     parts: list[RenderableType] = [
-        *(f"note: {note}" for note in notes),
+        Text(f"{experiment.kind.name}: {printable(', '.join(columns))}"),
+        *(Text(f"note: {note}") for note in notes),
         printable(f"wrote {out}"),
         split_table(table, experiment.rows.test.num_rows),
     ]
     if experiment.kind.head == "causal_lm" and (config.root / config.model.path).exists():
-        try:
-            with working("loading the tokenizer"):
-                masked = training_masks(experiment, 2)
-        except BaseException:
-            out.unlink()  # the corrected command may then write it
-            raise
-        made["masks"] = masked
+        with working("loading the tokenizer"):
+            made["masks"] = masked = training_masks(experiment, 2)
         parts.append(masked_text(masked))
+    write_file(out, proposal.text)
     show(json, made, *parts, "\nnext: " + printable(f"rolora run {out}"))
 
 
@@ -135,13 +140,14 @@ def partition(
     json: Json = False,
 ) -> None:
     """Show which client holds which rows, and save a picture of it. Trains nothing."""
-    from rolora.cli.tables import masked_text, split_table
     from rolora.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    from rolora.cli.tables import masked_text, split_table
     from rolora.report.figures import save_picture, split_figure
     from rolora.run.experiment import Experiment
     from rolora.run.runs import training_masks
 
-    settings = load_config(config, overrides or [])
     experiment = Experiment(settings)
     rows = experiment.rows
     table = rows.table()
@@ -165,15 +171,17 @@ def plan(
     json: Json = False,
 ) -> None:
     """Estimate the memory, traffic, compute and disk of a run. Downloads no weights."""
-    from rolora.cli.tables import plan_text
     from rolora.config.load import load_config
+
+    settings = load_config(config, overrides or [])
+    from rolora.cli.tables import plan_text
     from rolora.plan.needs import make_plan
     from rolora.run.experiment import Experiment
 
-    settings = load_config(config, overrides or [])
     with working("running a step on shapes alone"):
         made = make_plan(Experiment(settings), names(methods))
-    show(json, dataclasses.asdict(made), plan_text(made))
+    timed = "\ntime is not estimated: rolora run shows the time left after each round"
+    show(json, dataclasses.asdict(made), plan_text(made), timed)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -192,18 +200,19 @@ def run(
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
     from rolora.config.load import load_config, toml_text
-    from rolora.run import runs
-    from rolora.run.experiment import Experiment
 
     byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
     changes = [*byzantine, *(overrides or [])]
     settings = load_config(config, changes)
     if byzantine:
-        err_console.print(f"note: {settings.aggregate.price}")
+        note(settings.aggregate.price)
     if on is not None:
         if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
             on = os.path.relpath(Path(on).resolve(), settings.root)
         settings = load_config(config, [*changes, f"federation.on={toml_text(on)}"])
+    from rolora.run import runs
+    from rolora.run.experiment import Experiment
+
     path = runs.new_path(settings, out)
     with resuming(path):
         if settings.federation.on:
@@ -290,7 +299,7 @@ def evaluate(
         str,
         typer.Option(help="rows with the run's columns; with a pattern, each file separately"),
     ],
-    overrides: Overrides = None,
+    overrides: Changes = None,
     model: Annotated[str | None, typer.Option(help="the base model, if it has moved")] = None,
     json: Json = False,
 ) -> None:
@@ -302,12 +311,12 @@ def evaluate(
     if is_glob(data, root=Path()):
         sets = {name: file for file, name in files_of(data, root=Path()).items()}
         with working(f"loading and evaluating on {len(sets)} sets of rows"):
-            found = dict(evaluate_each(path, sets, model, overrides or []))
+            found = dict(evaluate_each(path, sets, model, overrides or [], note))
         metrics = {name: one.metrics for name, one in found.items()}
         show(json, {name: scores(one) for name, one in found.items()}, sets_table(metrics))
         return
     with working("loading and evaluating"):
-        ((_, one),) = evaluate_each(path, {data: data}, model, overrides or [])
+        ((_, one),) = evaluate_each(path, {data: data}, model, overrides or [], note)
     show(json, scores(one), *(f"{name:20} {value:.4f}" for name, value in one.metrics.items()))
 
 
@@ -316,8 +325,11 @@ def predict(
     path: Annotated[
         Path, typer.Argument(metavar="RUN|ADAPTER", help="a run folder or an adapter folder")
     ],
-    data: Annotated[str, typer.Option(help="rows with the run's columns, without right answers")],
-    overrides: Overrides = None,
+    data: Annotated[
+        str,
+        typer.Option(help="rows with the run's columns; labels or expected answers are not needed"),
+    ],
+    overrides: Changes = None,
     out: Annotated[
         Path | None, typer.Option(help="a .csv or .jsonl file; default: print JSON lines")
     ] = None,
@@ -332,7 +344,7 @@ def predict(
 
     written = writer(out)
     with working("loading and predicting"):
-        found = predict(path, data, model, overrides or [], max_new_tokens)
+        found = predict(path, data, model, overrides or [], max_new_tokens, note)
     if out is None:
         print(written(found), end="")
     else:
@@ -351,6 +363,10 @@ app.command(rich_help_panel=SITES)(doctor)
 app.command(rich_help_panel=TRY)(fetch)
 app.command(rich_help_panel=TRY)(demo)
 app.command(rich_help_panel=TRY)(theory)
+
+for command in (*app.registered_commands, *federation.registered_commands):
+    paragraphs = str(inspect.getdoc(command.callback)).split("\n\n")  # typer joins the first alone
+    command.help = "\n\n".join(" ".join(lines.split()) for lines in paragraphs)
 
 
 def _follow(run: Run, as_json: bool) -> None:

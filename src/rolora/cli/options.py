@@ -16,6 +16,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="overrides such as train.lr=1e-3"),
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="changes to the run's configuration, such as model.dtype=fp32 or data.text=review",
+    ),
+]
 Methods = Annotated[str, typer.Option(help="methods, comma-separated; the first is the reference")]
 Budget = Annotated[
     str | None, typer.Option(help="core-hours after which to stop (resumable): 8h, 30m")

@@ -13,6 +13,7 @@ from typing import TypeVar
 from rich.console import Console, RenderableType
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from rolora.errors import NoQuorum, printable
 
@@ -45,14 +46,22 @@ def table(
 
 
 def show(as_json: bool, value: object, *parts: RenderableType) -> None:
-    """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read."""
+    """Print a result on standard output: ``value`` as JSON, or ``parts`` for people to read.
+
+    Lines of a ``Text`` are broken between words where the terminal ends.
+    """
     if as_json:
         from rolora.files import finite
 
         print(json.dumps(finite(value), indent=2))
     else:
         for part in parts:
-            out_console.print(part)
+            out_console.print(part, soft_wrap=not isinstance(part, Text))
+
+
+def note(text: str) -> None:
+    """Print a remark on standard error."""
+    err_console.print(f"note: {printable(text)}")
 
 
 def tracked(items: Sequence[T], what: str) -> Iterator[T]:

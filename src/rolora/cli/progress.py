@@ -9,10 +9,9 @@ from itertools import chain, islice
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from rolora.algorithm.adapter import Failure, Update
-from rolora.cli.printing import err_console, working
+from rolora.cli.printing import err_console, note, working
 from rolora.comparison.budget import Outlook, Timing
 from rolora.comparison.queue import QueuedRun
-from rolora.errors import printable
 from rolora.run.progress import clock, described
 from rolora.run.runs import Run
 from rolora.training.local import NonFiniteLoss
@@ -21,8 +20,8 @@ from rolora.training.rounds import RoundResult
 
 def follow(run: Run, title: str) -> int:
     """Run to the end, showing each round; returns how many there were."""
-    for note in run.notes:
-        err_console.print(f"note: {printable(note)}")
+    for text in run.notes:
+        note(text)
     with _bars() as bars:
         return _show(run, title, bars)
 
@@ -103,9 +102,9 @@ def _follow_queued(queued: QueuedRun, said: set[str]) -> None:
 
     where = f"run {outlook.number} of {outlook.of}: {name}"
     err_console.print(f"{where}   {left(run.state.server.round or -1)}".rstrip())
-    for note in run.notes:
-        if note not in said:
-            err_console.print(f"note: {printable(note)}")
+    for text in run.notes:
+        if text not in said:
+            note(text)
     said.update(run.notes)
     with _bars() as bars:
         total = bars.add_task("all", total=outlook.of, completed=outlook.number - 1, text="runs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -38,7 +38,9 @@ from rolora.results.runs import (
     summarise,
 )
 from rolora.results.tuned import Tuning
-from rolora.training.engine import Evaluation
+
+if TYPE_CHECKING:
+    from rolora.training.engine import Evaluation
 
 
 def show_results(paths: Sequence[Path], as_json: bool, *more: str) -> None:
@@ -74,10 +76,12 @@ def results_table(rows: Sequence[Summary]) -> Table:
     """A row for each method."""
     several = any(len(row.seeds) > 1 for row in rows)
     metric = (rows[0].metric if rows else "metric") + (" (mean ± sd)" if several else "")
+    second = _second(rows)
     return table(
         [
             "method",
             metric,
+            *second,
             "seeds" if several else "seed",
             "best",
             "MB up",
@@ -89,6 +93,7 @@ def results_table(rows: Sequence[Summary]) -> Table:
             [
                 row.method,
                 format_metric(row.final_mean, row.final_sd),
+                *_on_second(row, second),
                 ",".join(map(str, row.seeds)),
                 f"{row.best_mean:.3f}",
                 f"{row.megabytes_up:.2f}",
@@ -99,6 +104,15 @@ def results_table(rows: Sequence[Summary]) -> Table:
             for row in rows
         ],
     )
+
+
+def _second(rows: Sequence[Summary]) -> list[str]:
+    """The names of the metric on second test rows."""
+    return list(dict.fromkeys(name for row in rows for name in row.second))
+
+
+def _on_second(row: Summary, names: Sequence[str]) -> list[str]:
+    return [format_metric(*row.second[name]) if name in row.second else "" for name in names]
 
 
 def comparison_text(
@@ -115,6 +129,10 @@ def comparison_text(
         if one := found.get(ranking.axis):
             title = f"{TITLES[ranking.axis]}, {format_budget(ranking)}: {one.headline}"
             parts += [_bold(title), _ranking(ranking, metric, methods[0], width), one.text, ""]
+    rows = summarise(runs)
+    if second := _second(rows):
+        scores = [[row.method, *_on_second(row, second)] for row in rows]
+        parts += [_bold("second test rows, at the end"), table(["method", *second], scores), ""]
     parts += _unfinished(sorted_runs)
     if published is not None and runs:
         parts += [*_published(published, runs), ""]

@@ -50,7 +50,10 @@ def list_runs(
 def watch(
     path: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")],
     host: Annotated[
-        str, typer.Option(help="the address to serve on; others may then read the page")
+        str,
+        typer.Option(
+            help="the address to serve on; with another one, other machines may read the page"
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="its port; 0: a free one")] = 8765,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rolora.cli.options import Json, names
+from rolora.cli.options import Json, Overrides, names
 from rolora.cli.printing import err_console, out_console, show, working
 from rolora.errors import ConfigError, RoloraError, printable
 
@@ -34,7 +34,7 @@ def site(
 ) -> None:
     """Connect this site to its coordinator, and train on its rows when asked.
 
-    Rows never leave the site. What does is listed in outgoing.log in its state folder.
+    Rows never leave the site. What leaves it is listed in outgoing.log in its state folder.
     """
     from rolora.sites.logs import escape_records
     from rolora.sites.node import serve
@@ -76,7 +76,7 @@ def keys(
     host: Annotated[
         str | None, typer.Option(help="the name or address at which sites reach this machine")
     ] = None,
-    port: Annotated[int, typer.Option(help="the SuperLink's port")] = PORT,
+    port: Annotated[int, typer.Option(help="the port that sites connect to")] = PORT,
     folder: Folder = Path("federation"),
     json: Json = False,
 ) -> None:
@@ -132,9 +132,9 @@ def up(
     config: Annotated[
         str | None, typer.Argument(metavar="[CONFIG.toml]", help="default: the demo's questions")
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Overrides = None,
     sites: Annotated[int, typer.Option(min=1, help="number of sites to split the rows among")] = 3,
-    port: Annotated[int, typer.Option(help="the SuperLink's port")] = PORT,
+    port: Annotated[int, typer.Option(help="the port that sites connect to")] = PORT,
     folder: Folder = Path("federation"),
 ) -> None:
     """Try a run across sites on this machine: TLS, keys, real processes, split rows.
@@ -153,9 +153,13 @@ def up(
             config, overrides = str(prepare_demo(Path("demo")).file), []
         make_trial(folder, config, overrides or [], sites, port)
     opened = FederationFolder.open(folder)
-    _notify(f"starting {len(opened.public)} sites; when they are up, run in another terminal:")
-    _notify(f"  rolora run {folder / 'run.toml'} --on {folder}")
-    serve(opened, _notify, list(opened.public))
+
+    def ready() -> None:
+        _notify("all sites are up; start the run in another terminal:")
+        _notify(f"  rolora run {folder / 'run.toml'} --on {folder}")
+
+    _notify(f"starting {len(opened.public)} sites ...")
+    serve(opened, _notify, list(opened.public), ready)
 
 
 def across_sites(settings: Any, out: Path, as_json: bool, rounds: int | None = None) -> None:

@@ -44,15 +44,18 @@ def split_table(split: Mapping[str, Any], test_rows: int) -> Group:
     return Group(table(["client", "rows", *shown], rows), summary)
 
 
-def masked_text(rows: Iterable[Sequence[tuple[str, bool]]]) -> Text:
+def masked_text(rows: Iterable[Mapping[str, Sequence[tuple[str, bool]]]]) -> Text:
     """Each row in pieces; those that are trained on are between ⟦ and ⟧."""
     text = Text()
-    for row, pieces in enumerate(rows, start=1):
-        text.append(f"\nrow {row}; the text between ⟦ and ⟧ is trained on:\n")
-        for piece, trained in pieces:
-            piece = printable(piece, keep="\n\t")
-            text.append(*((f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")))
-        text.append("\n")
+    for number, row in enumerate(rows, start=1):
+        text.append(f"\nrow {number}; the text between ⟦ and ⟧ is trained on:\n")
+        for name, pieces in row.items():
+            text.append(f"{name}: " if len(row) > 1 else "")
+            for piece, trained in pieces:
+                piece = printable(piece, keep="\n\t")
+                text.append(*((f"⟦{piece}⟧", "bold green") if trained else (piece, "dim")))
+            text.append("\n")
+    text.rstrip()
     return text
 
 
@@ -92,13 +95,13 @@ def yes_or_no(value: bool | None) -> str:
 
 
 def sources_table(sources: Mapping[str, Source]) -> Table:
-    """What can be fetched, and how many megabytes are downloaded for it."""
+    """What can be fetched, from which package, and how many megabytes that has."""
     rows = [
-        [name, str(one.megabytes), source.what, f"{one.client}: {one.name} {one.version}"]
+        [name, str(one.megabytes), f"{source.what}; from {one.client}: {one.name} {one.version}"]
         for name, source in sources.items()
         for one in [source.package]
     ]
-    return table(["name", "MB", "what it is", "from"], rows, align="lrl")
+    return table(["name", "MB", "what it is, and its package"], rows, align="lrl")
 
 
 def plan_text(plan: Plan) -> Group:

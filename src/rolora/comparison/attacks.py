@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rolora.algorithm.reduce import REDUCERS
-from rolora.attacks.attack import ATTACKS, NO_ATTACK
+from rolora.algorithm.choices import REDUCERS
+from rolora.attacks import ATTACKS, NO_ATTACK
 from rolora.comparison.grid import Comparison, plan
 from rolora.comparison.variants import checked_labels, method_of, variant_overrides
 from rolora.config.load import make_config

@@ -15,9 +15,9 @@ from typing import Any
 
 from rolora.comparison.budget import Timing
 from rolora.comparison.grid import Comparison, PlannedRun
-from rolora.errors import ConfigError, DataError, one_line
+from rolora.errors import ConfigError, DataError
 from rolora.files import locked, new_folder, write_file
-from rolora.results.runs import flatten, load_run
+from rolora.results.runs import flatten, load_run, read_json
 from rolora.results.tuned import Tuning
 from rolora.run.experiment import Experiment
 from rolora.run.folder import RunFolder
@@ -32,6 +32,11 @@ class ComparisonFolder:
     path: Path
 
     @property
+    def file(self) -> Path:
+        """What is compared."""
+        return self.path / "comparison.json"
+
+    @property
     def report(self) -> Path:
         """The page about all final runs."""
         return self.path / "report.html"
@@ -43,9 +48,8 @@ class ComparisonFolder:
 
     def dated(self, comparison: Comparison) -> Comparison:
         """The comparison on the date that it was started on, which chat templates are given."""
-        file, day = self.path / "comparison.json", None
-        if file.is_file():
-            day = dict(flatten(_read_json(file))).get("data.date")
+        begun = read_json(self.file, dict[str, Any], {})
+        day = dict(flatten(begun)).get("data.date")
         return replace(comparison, config=dated(comparison.config, day))
 
     @contextlib.contextmanager
@@ -56,15 +60,14 @@ class ComparisonFolder:
         """
         rows = digest(Experiment(comparison.config).rows)
         text = json.dumps({**comparison.record(), "rows": rows}, indent=1)
-        file = self.path / "comparison.json"
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with new_folder(self.path) as part:
-                (part / file.name).write_text(text + "\n")
-        elif not file.is_file():
+                (part / self.file.name).write_text(text + "\n")
+        elif not self.file.is_file():
             raise ConfigError(f"{self.path} exists and is not a comparison: choose another --out")
         with locked(self.path / ".lock"):
-            self._refuse_another(_read_json(file), json.loads(text))
+            self._refuse_another(read_json(self.file, dict[str, Any], {}), json.loads(text))
             yield
 
     def _refuse_another(self, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -87,12 +90,7 @@ class ComparisonFolder:
 
     def tuning(self) -> Tuning | None:
         """The choice, if it has been made. DataError if the file is damaged."""
-        if not self.tuning_file.is_file():
-            return None
-        try:
-            return Tuning.model_validate_json(self.tuning_file.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{self.tuning_file} is damaged: {one_line(error)}") from None
+        return read_json(self.tuning_file, Tuning, None)
 
     def write_tuning(self, tuning: Tuning) -> None:
         """Save the choice."""
@@ -113,11 +111,3 @@ def rounds_done(runs: Iterable[PlannedRun]) -> list[Timing]:
             lines = load_run(planned.path).rounds
             done += [Timing(x["round"], bool(x["metrics"]), x["seconds"]) for x in lines]
     return done
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DataError(f"{file} is damaged: choose another --out") from None
-    return found

@@ -12,9 +12,8 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, validate_call
 
-from rolora.algorithm.reduce import REDUCERS, compose, is_wrapper, mean
-from rolora.algorithm.step import Aggregation
-from rolora.attacks.attack import ATTACKS, NO_ATTACK
+from rolora.algorithm.choices import REDUCERS
+from rolora.attacks import ATTACKS, NO_ATTACK
 from rolora.config.schema import SHORT, AggregateConfig, RunConfig
 from rolora.errors import ConfigError, nearest
 from rolora.files import from_home
@@ -25,7 +24,7 @@ from rolora.tasks.registry import task_kind
 # Where the files of a run are. They may move: hashes say whether they are still the same. And which
 # trackers its rounds go to.
 PLACES = (
-    *("data.train", "data.test", "data.validation"),
+    *("data.train", "data.test", "data.second_test", "data.validation"),
     *("model.path", "lora.init_from", "train.cache", "federation.on"),
     *("track.to", "track.project"),
 )
@@ -131,13 +130,14 @@ def config_hash(config: RunConfig) -> str:
     that older versions do not know: a run that one of them has started can be resumed.
     """
     compares = task_kind(config.model.task).compares
-    pairs = {key for key in ("chosen", "rejected", "positive") if getattr(config.data, key) is None}
+    later = ("chosen", "rejected", "positive", "second_split", "second_name")
+    unset = {key for key in later if getattr(config.data, key) is None}
     values = config.model_dump_json(
         exclude={
             "train": {"rounds", "bank", "workers", "cache"},
             "eval": {"samples"},
             "model": {"dtype", "path", "device_map"},
-            "data": {"train", "test", "validation", *pairs},
+            "data": {"train", "test", "second_test", "validation", *unset},
             **({} if compares else {"preference": True}),
             "lora": {"init_from"},
             "federation": True,
@@ -184,7 +184,8 @@ def first_fault(error: ValidationError, schema: type[BaseModel]) -> str:
     if fault["type"] == "extra_forbidden":
         homes = [] if where[1:] else [f"{name}.{key}" for name in _sections_with(key, schema)]
         known = _keys(schema, where[:-1])
-        hint = f"did you mean {homes[0]!r}?" if homes else nearest(where[-1], known)
+        near = nearest(where[-1], known, key.removesuffix(where[-1]))
+        hint = f"did you mean {homes[0]!r}?" if homes else near
         return f"unknown key {key!r}: {hint}{more}"
     if fault["type"] == "missing":
         return f"{key} is missing{more}"
@@ -224,6 +225,10 @@ def _keys(section: Any, path: list[str]) -> list[str]:
 
 def _check_reducers(how: AggregateConfig) -> None:
     """ConfigError for reducers that do not go together, or for an option of the wrong type."""
+    # here, since they take torch, which takes seconds: a misspelt key is told at once
+    from rolora.algorithm.reduce import compose, is_wrapper, mean
+    from rolora.algorithm.step import Aggregation
+
     for name in how.options.keys() - dict(how.rules):
         hint = nearest(name, dict(how.rules))
         raise ConfigError(f"[aggregate.options.{name}] is for a reducer that is not used: {hint}")
@@ -286,7 +291,7 @@ def check_options(
         if fault["type"] == "unexpected_keyword_argument":
             known = registry.options(name)
             none = f"{registry.kind} {name!r} has no options"
-            hint = nearest(str(fault["loc"][-1]), known) if known else none
+            hint = nearest(str(fault["loc"][-1]), known, f"{where}.") if known else none
             raise ConfigError(f"unknown key {key!r}: {hint}") from None
         if fault["type"] == "missing_keyword_only_argument":
             raise ConfigError(f"{key} is missing: {registry.kind} {name!r} needs it") from None

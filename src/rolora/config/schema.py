@@ -19,9 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from rolora.algorithm.codec import Format
-from rolora.algorithm.reduce import REDUCERS
-from rolora.attacks.attack import NO_ATTACK
+from rolora.algorithm.choices import REDUCERS, Format
+from rolora.attacks import NO_ATTACK
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, nearest
 from rolora.tasks.registry import task_kind
@@ -141,6 +140,20 @@ class DataConfig(Section):
         "train", description="split for training, of a datasets folder or hub name"
     )
     test_split: str = Field("test", description="split for data.test, likewise")
+    second_test: str | None = Field(
+        None,
+        min_length=1,
+        description="a second source of test rows, such as another site's: measured whenever "
+        "data.test is, as accuracy/second and so on; never used to choose a round",
+    )
+    second_split: str | None = Field(
+        None, description="split for data.second_test, likewise; left out: test"
+    )
+    second_name: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+$",
+        description='what its metrics are called, "x" for accuracy/x; left out: second',
+    )
     delimiter: str | None = Field(
         None, description='between the values of a csv; left out: ",", in .tsv a tab'
     )

@@ -340,6 +340,13 @@ def texts(table: pa.Table, column: str, source: str) -> list[str]:
         raise DataError(f"{source}: column {column!r} holds {values.type}, not text") from error
 
 
+def blank_rows(table: pa.Table, columns: str | Sequence[str], source: str) -> int:
+    """How many rows have no text in any of these columns; 0 without columns."""
+    names = [columns] if isinstance(columns, str) else columns
+    rows = zip(*(texts(table, name, source) for name in names), strict=True)
+    return sum(not "".join(row).strip() for row in rows)
+
+
 def prompts(
     table: pa.Table, columns: str | Sequence[str], separator: str | None, source: str
 ) -> list[str]:

@@ -17,7 +17,7 @@ from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method
 from rolora.algorithm.patches import layout, rank_of
 from rolora.errors import NoQuorum
-from rolora.flower.membership import Member, Membership, Unusable, attempt
+from rolora.flower.membership import Membership, Unusable, attempt
 from rolora.flower.message import (
     MessageError,
     Scalar,
@@ -53,7 +53,7 @@ class Remote:
         trusted = config.aggregate.trusted
         until = time.monotonic() + config.federation.wait
         while True:
-            present = self._present()
+            present = self.membership.present(self.experiment.base, self.experiment.labels)
             missing = trusted is not None and trusted not in present
             enough = cohort_size(len(present), config.train.participation) >= fewest
             if present and enough and not missing:
@@ -70,9 +70,6 @@ class Remote:
                     "(aggregate.quorum, or what the reducer needs); finished rounds are saved"
                 )
             time.sleep(1)
-
-    def _present(self) -> Mapping[str, Member]:
-        return self.membership.present(self.experiment.base, self.experiment.labels)
 
     def run(self, method: Method, job: Job) -> Iterator[Update | Failure]:
         """Ask the sites of the cohort to train; yield each checked answer as it comes."""
@@ -119,22 +116,15 @@ class Remote:
             info, view = assigned.info, assigned.received
             return self._with_view("score", view, view, round=info.round, rank=info.rank)
 
-        for assigned, reply in self._asked(tuple(clients), score):
-            if (found := self._scored(assigned.info.id, reply)) is not None:
-                yield found
-
-    def _scored(self, client: str, reply: SiteMessage) -> ClientMetrics | None:
         kind = self.experiment.kind
-
-        def scored(answer: SiteMessage) -> ClientMetrics:
-            known = {*kind.metrics, *kind.answers}
-            return ClientMetrics(client, read_metrics(answer.text("metrics"), known))
-
-        found = attempt(scored, reply)
-        if isinstance(found, Unusable):
-            self.membership.notify(f"site {client} was not evaluated: {found.reason}")
-            return None
-        return found
+        known = {*kind.metrics, *kind.answers}
+        for assigned, reply in self._asked(tuple(clients), score):
+            client = assigned.info.id
+            found = attempt(lambda answer: read_metrics(answer.text("metrics"), known), reply)
+            if isinstance(found, Unusable):
+                self.membership.notify(f"site {client} was not evaluated: {found.reason}")
+            else:
+                yield ClientMetrics(client, found)
 
     def _asked(
         self, cohort: tuple[Assignment, ...], question: Callable[[Assignment, bool], SiteMessage]

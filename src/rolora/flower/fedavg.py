@@ -94,17 +94,6 @@ def _require_stateless_clients(method: Method) -> None:
         )
 
 
-def _update_in(
-    reply: Message, received: AdapterState, shared: AdapterState, key: str
-) -> Update | Failure:
-    """``update_in``; whatever error a reply causes makes it a failure of its own node only."""
-    try:
-        return update_in(reply, received, shared, key)
-    except Exception as error:
-        node = str(reply.metadata.src_node_id)
-        return Failure(node, f"its reply cannot be read ({type(error).__name__})")
-
-
 class LoraStrategy(FedAvg):  # type: ignore[misc]
     """FedAvg's sampling, messages and evaluation, with rolora's ``step`` as the average.
 
@@ -190,7 +179,7 @@ class LoraStrategy(FedAvg):  # type: ignore[misc]
         received, round = self.state.adapter, self.state.round + 1
         shared = received.only(self.method.shared(round))
         key = self.weighted_by_key
-        updates = [_update_in(reply, received, shared, key) for reply in replies]
+        updates = [update_in(reply, received, shared, key) for reply in replies]
         silent = set(self.asked) - {update.client for update in updates}
         why = "no answer before the deadline"
         missing = [Failure(node, why, missing=True) for node in sorted(silent)]

@@ -49,7 +49,7 @@ class Transport(Protocol):
         """Each node's answer once, as it comes; if none comes in time, an "error" that says so."""
         ...
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         """Do this in the background, during rounds. It may call ``ask``."""
         ...
 
@@ -76,18 +76,18 @@ class Known(NamedTuple):
     hello, and the run's labels once they are fixed.
     """
 
-    there: AbstractSet[int]
+    connected: AbstractSet[int]
     names: Mapping[int, str] | None
     hellos: Mapping[int, Hello]
     labels: Sequence[str] | None
 
-    def who(self, node: int) -> str:
+    def name_of(self, node: int) -> str:
         """What a node is called before its hello is believed."""
         return f"node {node}" if self.names is None else self.names[node]
 
 
-class Talk(NamedTuple):
-    """A node that is asked in the background: with which labels, and its answers to come."""
+class Asked(NamedTuple):
+    """A node that is asked in the background: with which labels, and its future answers."""
 
     labels: Sequence[str]
     answers: Future[tuple[SiteMessage, ...]]
@@ -99,7 +99,7 @@ class Unusable(NamedTuple):
     reason: str
 
 
-class Strikes(NamedTuple):
+class Silences(NamedTuple):
     """How often a node has left a question unanswered, and when it may be asked again."""
 
     number: int
@@ -135,8 +135,8 @@ class Membership:
     hellos: dict[int, Hello] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
-    strikes: dict[int, Strikes] = field(default_factory=dict)
-    talks: dict[int, Talk] = field(default_factory=dict)
+    silences: dict[int, Silences] = field(default_factory=dict)
+    asked: dict[int, Asked] = field(default_factory=dict)
 
     def gather(self) -> None:
         """Wait until ``federation.sites`` sites have answered hello.
@@ -145,7 +145,7 @@ class Membership:
         """
         federation = self.wanted.config.federation
         until = time.monotonic() + federation.wait
-        self._greet(self._known())
+        self._ask_hello(self._known())
         while len(self.hellos) < federation.sites:
             if time.monotonic() > until:
                 why = "".join(f"; refused: {reason}" for reason in self.refused.values())
@@ -154,7 +154,7 @@ class Membership:
                     f"{why}; start the others and resume"
                 )
             time.sleep(1)
-            self._greet(self._known())
+            self._ask_hello(self._known())
 
     def labels(self) -> list[str]:
         """``federation.labels``, or those of all sites that said hello and are not refused."""
@@ -162,28 +162,28 @@ class Membership:
         every = self.wanted.config.federation.labels or every
         return self.wanted.kind.vocabulary(every, "the sites' rows")
 
-    def settle(self, base: Base, labels: Sequence[str]) -> None:
+    def load_model(self, base: Base, labels: Sequence[str]) -> None:
         """Have every connected site load the model, again if need be, and wait for their answers.
 
-        A node that has been silent before is not waited for again.
+        A node that has left a question unanswered is not waited for again.
         """
-        self._greet(self._known(labels), but=self.strikes.keys())
+        self._ask_hello(self._known(labels), but=self.silences.keys())
         for node, reply in self._replies(self.hellos.keys(), self._ready(labels)):
             self._join(node, reply, base)
 
     def present(self, base: Base, labels: Sequence[str]) -> Mapping[str, Member]:
         """The members that can be reached now. Nobody is waited for.
 
-        Nodes that are new are asked to join, and those that have answered since the last call do.
+        New nodes are asked to join; those that have answered since the last call join now.
         """
         known = self._known(labels)
-        for node in [node for node, talk in self.talks.items() if talk.answers.done()]:
-            self._hear(node, self.talks.pop(node), base, known)
+        for node in [node for node, one in self.asked.items() if one.answers.done()]:
+            self._take_answers(node, self.asked.pop(node), base, known)
         before = known._replace(hellos=dict(self.hellos))  # what another thread may read
         joined = {member.node for member in self.members.values()}
         for node in sorted(self._due(known) - joined):
-            work = partial(self._talk, node, before, self._ready(labels))
-            self.talks[node] = Talk(labels, self.transport.beside(work))
+            work = partial(self._ask_both, node, before, self._ready(labels))
+            self.asked[node] = Asked(labels, self.transport.in_background(work))
         return self.reachable()
 
     def reachable(self) -> Mapping[str, Member]:
@@ -196,23 +196,23 @@ class Membership:
         return SiteMessage({"ask": ask, "protocol": PROTOCOL, "run": self.run, **head}, body)
 
     def missed(self, node: int) -> None:
-        """This node has left a question unanswered: it is asked for its hello again, in a while.
+        """This node has left a question unanswered: its hello is asked for again, later.
 
-        At once after the first time, then after one, three, seven ... times ``federation.join``, so
-        that silence costs the others less and less.
+        At once after the first time, then after 1, 3, 7 ... times ``federation.join``, so that a
+        site that never answers costs the others less and less.
         """
-        number = self.strikes[node].number + 1 if node in self.strikes else 1
-        pause = self._patience * (2 ** min(number - 1, 20) - 1)
-        self.strikes[node] = Strikes(number, time.monotonic() + pause)
+        number = self.silences[node].number + 1 if node in self.silences else 1
+        pause = self._timeout * (2 ** min(number - 1, 20) - 1)
+        self.silences[node] = Silences(number, time.monotonic() + pause)
         self._forget(node)
 
     def trained(self, site: str) -> None:
-        """This site has trained: its earlier silences no longer count."""
+        """This site has trained: earlier questions without an answer no longer count."""
         if site in self.members:
-            self.strikes.pop(self.members[site].node, None)
+            self.silences.pop(self.members[site].node, None)
 
     @property
-    def _patience(self) -> float:
+    def _timeout(self) -> float:
         federation = self.wanted.config.federation
         return min(federation.join, federation.deadline)
 
@@ -230,66 +230,66 @@ class Membership:
 
     def _due(self, known: Known) -> set[int]:
         """The nodes that are there and may be asked now."""
-        due = known.there - self.refused.keys() - self.talks.keys()
+        due = known.connected - self.refused.keys() - self.asked.keys()
         if known.names is not None:
             due &= known.names.keys()  # a key that is just being registered has its name soon
         now = time.monotonic()
-        return {node for node in due if node not in self.strikes or self.strikes[node].until <= now}
+        return due - {node for node, one in self.silences.items() if one.until > now}
 
-    def _greet(self, known: Known, but: AbstractSet[int] = frozenset()) -> None:
+    def _ask_hello(self, known: Known, but: AbstractSet[int] = frozenset()) -> None:
         """Ask nodes that are new for their hello, and wait for it."""
         new = self._due(known) - self.hellos.keys() - but
         for node, reply in self._replies(new, self._hello):
-            self._meet(node, reply, known)
+            self._take_hello(node, reply, known)
 
     def _replies(
         self, nodes: AbstractSet[int], question: SiteMessage
     ) -> Iterator[tuple[int, SiteMessage]]:
-        """The answers of these nodes to the same question, as they come, but of silent ones."""
+        """The answers of these nodes to a question, as they come; the others have ``missed`` it."""
         questions = dict.fromkeys(sorted(nodes), question)
-        for node, reply in self.transport.ask(questions, self._patience) if nodes else ():
+        for node, reply in self.transport.ask(questions, self._timeout):
             if reply.head.get("lost") is True:
                 self.missed(node)
             else:
                 yield node, reply
 
-    def _talk(self, node: int, known: Known, ready: SiteMessage) -> tuple[SiteMessage, ...]:
+    def _ask_both(self, node: int, known: Known, ready: SiteMessage) -> tuple[SiteMessage, ...]:
         """A node's answers to hello and, if that can be used, to ready.
 
-        This runs beside the rounds and changes nothing: the answers are judged when they are heard.
+        This runs in the background and changes nothing: ``_take_answers`` checks the answers.
         """
 
         def answer(question: SiteMessage) -> SiteMessage:
-            ((_, reply),) = self.transport.ask({node: question}, self._patience)
+            ((_, reply),) = self.transport.ask({node: question}, self._timeout)
             return reply
 
         said = answer(self._hello)
-        if isinstance(attempt(partial(self._judged, node, known), said), Unusable):
+        if isinstance(attempt(partial(self._checked_hello, node, known), said), Unusable):
             return (said,)
         return said, answer(ready)
 
-    def _hear(self, node: int, talk: Talk, base: Base, known: Known) -> None:
+    def _take_answers(self, node: int, asked: Asked, base: Base, known: Known) -> None:
         """Use what a node has answered in the background."""
-        if talk.labels != known.labels or (known.names is not None and node not in known.names):
+        if asked.labels != known.labels or (known.names is not None and node not in known.names):
             return
-        if error := talk.answers.exception():
+        if error := asked.answers.exception():
             fault = type(error).__name__
-            self.notify(f"site {known.who(node)} could not be asked to join ({fault})")
+            self.notify(f"site {known.name_of(node)} could not be asked to join ({fault})")
             self.missed(node)
             return
-        said, *more = talk.answers.result()
+        said, *more = asked.answers.result()
         if [said, *more][-1].head.get("lost") is True:
             self.missed(node)
             return
-        self._meet(node, said, known)
+        self._take_hello(node, said, known)
         if more and node in self.hellos:
             self._join(node, more[0], base)
 
-    def _meet(self, node: int, reply: SiteMessage, known: Known) -> None:
-        """Note this node's hello, or refuse it."""
-        hello = attempt(partial(self._judged, node, known), reply)
+    def _take_hello(self, node: int, reply: SiteMessage, known: Known) -> None:
+        """Keep this node's hello, or refuse the node."""
+        hello = attempt(partial(self._checked_hello, node, known), reply)
         if isinstance(hello, Unusable):
-            self._refuse(node, known.who(node), hello.reason)
+            self._refuse(node, known.name_of(node), hello.reason)
             return
         if hello.torch != (mine := version("torch")):
             self.notify(
@@ -300,7 +300,7 @@ class Membership:
             self._forget(old)
         self.hellos[node] = hello
 
-    def _judged(self, node: int, known: Known, said: SiteMessage) -> Hello:
+    def _checked_hello(self, node: int, known: Known, said: SiteMessage) -> Hello:
         """A node's hello. Raises RoloraError if it cannot be used in this run."""
         name, torch = said.text("site"), said.text("torch")
         if not SITE_NAME.fullmatch(name):
@@ -310,7 +310,7 @@ class Membership:
                 f"it calls itself {name!r}, but its key is that of {known.names[node]!r}"
             )
         others = known.hellos.items()
-        if any(met.site == name and n != node and n in known.there for n, met in others):
+        if any(met.site == name and n != node and n in known.connected for n, met in others):
             raise MessageError(NAME_TAKEN)
         self.wanted.config.lora.ranks([name])
         own = read_labels(said.text("labels")) if self.wanted.kind.labelled else []

@@ -56,9 +56,20 @@ def update_in(
     """A reply as an update of the ``shared`` tensors, or why it is not one.
 
     The reply may hold the whole adapter or its shared part; the rest must be as ``received``.
-    ``key`` names the number of examples in its MetricRecord.
+    ``key`` names the number of examples in its MetricRecord. Whatever error a reply causes is a
+    failure of its own node only.
     """
     node = str(message.metadata.src_node_id)
+    try:
+        return _update(node, message, received, shared, key)
+    except Exception as error:  # whatever Flower, numpy and torch raise for arbitrary bytes
+        reason = f"its reply cannot be read ({type(error).__name__}: {one_line(error)})"
+        return Failure(node, printable(reason))
+
+
+def _update(
+    node: str, message: Any, received: AdapterState, shared: AdapterState, key: str
+) -> Update | Failure:
     if message.has_error():
         reason = str(message.error.reason or message.error.code)
         return Failure(node, printable(" ".join(reason.split())[:300]), missing=True)
@@ -69,10 +80,7 @@ def update_in(
     if len(content.array_records) != 1:
         return Failure(node, f"expected one ArrayRecord, got {len(content.array_records)}")
     (arrays,) = content.array_records.values()
-    try:
-        tensors = arrays.to_torch_state_dict()
-    except Exception as error:  # whatever numpy and torch raise for arbitrary bytes
-        return Failure(node, f"its arrays cannot be read: {one_line(error)}")
+    tensors = arrays.to_torch_state_dict()
     for name in [n for n in tensors if n in received and n not in shared]:
         if not received.holds(name, tensors.pop(name)):
             return Failure(

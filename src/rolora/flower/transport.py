@@ -24,7 +24,7 @@ TYPES = {
 }
 RECORD, BODY = "rolora", "body"
 LONGEST = 0.5  # seconds between polls for answers
-MOST_BESIDE = 64  # nodes that are asked beside the rounds at the same time
+MOST_IN_BACKGROUND = 64  # nodes that are asked in the background at the same time
 
 
 def to_record(message: SiteMessage) -> RecordDict:
@@ -61,10 +61,10 @@ class GridTransport:
     grid: Grid
     ended: Event = field(default_factory=Event)
     pool: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(MOST_BESIDE, "beside")
+        default_factory=lambda: ThreadPoolExecutor(MOST_IN_BACKGROUND, "background")
     )
 
-    def beside(self, work: Callable[[], T]) -> Future[T]:
+    def in_background(self, work: Callable[[], T]) -> Future[T]:
         """Do this in a thread of its own."""
         return self.pool.submit(work)
 

@@ -7,10 +7,12 @@ that returns a ``rolora.algorithm.method.Method``. Its options become the keys o
 from __future__ import annotations
 
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rolora.algorithm.method import Method
 from rolora.registry import Registry
+
+if TYPE_CHECKING:
+    from rolora.algorithm.method import Method
 
 METHODS = Registry(
     kind="method",

@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 
 from rolora.algorithm.adapter import layer_of, role_of
-from rolora.algorithm.factors import awake, factors, products_and_head
+from rolora.algorithm.factors import factors, products_and_head, without_dead_directions
 from rolora.algorithm.method import Method, Reduce, ServerState
 from rolora.errors import ConfigError
 from rolora.methods import flexlora
@@ -44,6 +44,6 @@ def method(*, oversampling: int = 4) -> Method:
             mean[name] = (bases[up].mT @ matrix).to(mean[name].dtype)
         found = factors(mean, before)
         ups = {up: (basis @ found[up].double()).to(found[up]) for up, basis in bases.items()}
-        return replace(server, adapter=awake(before | found | ups, before))
+        return replace(server, adapter=without_dead_directions(before | found | ups, before))
 
     return replace(flexlora.method(), name="fedask", aggregate=aggregate)

@@ -1,7 +1,7 @@
 """FFA-LoRA: freeze lora_A, train and average lora_B (Sun et al., ICLR 2024).
 
 The frozen factor is the same everywhere, so the average is exact and half of the adapter travels;
-but the adapter can only read the directions that the random lora_A happens to span.
+but the adapter reads only r random directions of its input, those of the frozen lora_A.
 arXiv:2403.12313, section 4.
 """
 

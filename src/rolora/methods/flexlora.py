@@ -26,7 +26,7 @@ def method() -> Method:
         name="flexlora",
         trainable=lambda round, step: BOTH,
         shared=lambda round: BOTH,
-        download=lambda server, client: truncated(server.adapter, client.rank),
+        download=truncated,
         aggregate=_aggregate,
         exact=False,
         heterogeneous_ranks=True,

@@ -15,8 +15,9 @@ from dataclasses import replace
 import torch
 
 from rolora.algorithm.adapter import role_of
-from rolora.algorithm.factors import init_with_delta, more_delta, products_and_head, truncated
-from rolora.algorithm.method import BOTH, Method, Reduce, ServerState, kaiming
+from rolora.algorithm.factors import init_with_delta, more_delta, products_and_head
+from rolora.algorithm.method import Method, Reduce, ServerState, kaiming
+from rolora.methods import flexlora
 
 
 def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> ServerState:
@@ -31,15 +32,6 @@ def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> Ser
 
 
 def method() -> Method:
-    return Method(
-        name="flora",
-        init=init_with_delta,
-        trainable=lambda round, step: BOTH,
-        shared=lambda round: BOTH,
-        download=lambda server, client: truncated(server.adapter, client.rank),
-        aggregate=_aggregate,
-        heterogeneous_ranks=True,
-        whole_products=True,
-        resets_factors=True,
-        sum_only=False,
+    return replace(
+        flexlora.method(), name="flora", init=init_with_delta, aggregate=_aggregate, exact=True
     )

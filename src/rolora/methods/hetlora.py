@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rolora.algorithm.adapter import AdapterState, ClientInfo, Update, layer_of, role_of
 from rolora.algorithm.exactness import norm
-from rolora.algorithm.factors import awake, pair, truncated
+from rolora.algorithm.factors import pair, truncated, without_dead_directions
 from rolora.algorithm.method import BOTH, Method, Reduce, ServerState
 from rolora.errors import ConfigError
 
@@ -46,7 +46,7 @@ def _aggregate(server: ServerState, reduce: Reduce, rng: torch.Generator) -> Ser
         return norm(update.adapter.delta()) or 1e-30  # equal weights while all products are zero
 
     new = server.adapter | reduce(project=padded, weight=weight)
-    return replace(server, adapter=awake(new, server.adapter))
+    return replace(server, adapter=without_dead_directions(new, server.adapter))
 
 
 def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
@@ -70,7 +70,7 @@ def method(*, gamma: float = 1.0, decay: float = 0.01) -> Method:
         name="hetlora",
         trainable=lambda round, step: BOTH,
         shared=lambda round: BOTH,
-        download=lambda server, client: truncated(server.adapter, client.rank),
+        download=truncated,
         penalty=(lambda adapter: decay * size(adapter)) if gamma < 1 else None,
         upload=upload,
         aggregate=_aggregate,

@@ -36,6 +36,17 @@ _LLAMA_CPP: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def require_gguf(model_type: str, *, has_head: bool) -> None:
+    """ConfigError unless it is known how llama.cpp holds the weights of such a model."""
+    known = model_type in _LLAMA_CPP
+    if not known or has_head:
+        what = "an adapter with a task head" if known else f"an adapter of a {model_type!r}"
+        raise ConfigError(
+            f"{what} cannot be written as GGUF, only of {', '.join(sorted(_LLAMA_CPP))} for "
+            "language modelling: use --merged, and the converter that comes with llama.cpp"
+        )
+
+
 def write_merged(
     adapter: Path,
     out: Path,
@@ -46,12 +57,14 @@ def write_merged(
     root: Path,
     dtype: torch.dtype,
     tokenizer: Any,
+    card: str,
     offline: bool = False,
 ) -> None:
     """Write the base at ``source`` with this adapter in its weights, as a transformers folder.
 
-    PEFT adds the products in float32; then all weights become ``dtype``. Written whole or not at
-    all. ConfigError for a base that cannot be read.
+    PEFT adds the products in float32; then all weights become ``dtype``. ``card`` is the text of
+    its README.md; there is none if it is empty. Written whole or not at all. ConfigError for a base
+    that cannot be read.
     """
     place = locate(source, root, offline)
     with one_line_errors(source), quiet():
@@ -63,6 +76,8 @@ def write_merged(
     with new_folder(out) as part, quiet():
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        if card:
+            (part / "README.md").write_text(card, encoding="utf-8")
         for weights in part.glob("*.safetensors"):  # which safetensors keeps for the owner
             weights.chmod((part / "config.json").stat().st_mode)
 
@@ -127,14 +142,8 @@ def _factors(base: Base, adapter: AdapterState) -> dict[str, tuple[Tensor, Tenso
     In float32, with the rows in llama.cpp's order. ConfigError as in ``write_gguf``.
     """
     config: Any = base.model.config
-    known = _LLAMA_CPP.get(config.model_type)
-    if known is None or base.head_layers:
-        what = "an adapter with a task head" if known else f"an adapter of a {config.model_type!r}"
-        raise ConfigError(
-            f"{what} cannot be written as GGUF, only of {', '.join(sorted(_LLAMA_CPP))} for "
-            "language modelling: use --merged, and the converter that comes with llama.cpp"
-        )
-    name, rotary = known
+    require_gguf(config.model_type, has_head=bool(base.head_layers))
+    name, rotary = _LLAMA_CPP[config.model_type]
     (architecture,) = (key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

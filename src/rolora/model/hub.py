@@ -46,9 +46,9 @@ def prepare(folder: Path, name: str) -> Upload:
     """Ask the hub what uploading an adapter folder to ``name``, USER/REPOSITORY, would do.
 
     The files are the folder's own, without ``rolora.json`` and hidden ones; of a base that is a
-    folder of this machine, only the name is given. The server and the token are those of
-    ``huggingface_hub`` (HF_ENDPOINT, HF_TOKEN). ConfigError for a name or token that cannot be
-    used; RoloraError if the hub does not answer.
+    folder or a GGUF file of this machine, only the name is given. The server and the token are
+    those of ``huggingface_hub`` (HF_ENDPOINT, HF_TOKEN). ConfigError for a name or token that
+    cannot be used; RoloraError if the hub does not answer.
     """
     owner, _, repository = name.partition("/")
     if not owner or not repository or "/" in repository:
@@ -92,7 +92,8 @@ def _file(path: Path) -> CommitOperationAdd:
     values = json.loads(path.read_text())
     base = Path(values["base_model_name_or_path"])
     if base.is_absolute():
-        values["base_model_name_or_path"] = base.name
+        file = Path(json.loads(path.with_name(KEPT).read_text())["config"]["model"]["path"])
+        values["base_model_name_or_path"] = (file if file.suffix == ".gguf" else base).name
     return CommitOperationAdd(path.name, json.dumps(values, indent=2).encode())
 
 

@@ -36,6 +36,8 @@ class Packing:
     among rows × ``width``. Attention pads them otherwise: its ``groups`` are rows of like length,
     one group's rows · width places after another's. There, ``spot`` (tokens,) is where a token
     lies, ``source`` the token at every place (any token on padding), ``padding`` the others.
+    ``ranked`` (rows,) are the rows in the order of the groups, ``firsts`` (rows,) each row's first
+    token. ``first``: attention is wanted for these tokens alone.
     """
 
     rows: int
@@ -47,6 +49,9 @@ class Packing:
     spot: Tensor
     source: Tensor
     padding: Tensor
+    ranked: Tensor
+    firsts: Tensor
+    first: bool = False
 
     @property
     def dense(self) -> bool:
@@ -55,7 +60,7 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """The same packing on this device."""
-        names = ("row", "position", "places", "spot", "source", "padding")
+        names = ("row", "position", "places", "spot", "source", "padding", "ranked", "firsts")
         there: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
         there["groups"] = tuple(replace(g, real=moved(g.real, device)) for g in self.groups)
         return replace(self, **there)
@@ -68,23 +73,36 @@ def pack(lengths: Tensor) -> Packing:
         every = torch.arange(rows * width, device=lengths.device)
         group = _group(lengths)
         row, position = every // width, every % width
-        return Packing(rows, width, row, position, every, (group,), every, every, every[:0])
+        none, firsts = every[:0], every[::width]
+        return Packing(
+            rows, width, row, position, every, (group,), every, every, none, every[:rows], firsts
+        )
     row = torch.arange(rows, device=lengths.device).repeat_interleave(lengths)
     position = torch.arange(len(row), device=lengths.device) - (lengths.cumsum(0) - lengths)[row]
     # rows of a group differ at most by a factor of two, so attention wastes little on padding
     size = torch.frexp(((lengths - 1) / 16).float()).exponent.clamp(min=0)
-    groups, starts, total = [], torch.zeros_like(lengths), 0
+    groups, ranked, starts, total = [], [], torch.zeros_like(lengths), 0
     for value in torch.unique(size):
         chosen = (size == value).nonzero().squeeze(1)
         groups.append(_group(lengths[chosen]))
+        ranked.append(chosen)
         starts[chosen] = total + torch.arange(len(chosen), device=row.device) * groups[-1].width
         total += len(chosen) * groups[-1].width
     spot = starts[row] + position
     source = row.new_zeros(total).index_copy_(0, spot, torch.arange(len(row), device=row.device))
     padding = torch.ones_like(source, dtype=torch.bool).index_fill_(0, spot, False).nonzero()
-    places = row * width + position
     return Packing(
-        rows, width, row, position, places, tuple(groups), spot, source, padding.squeeze(1)
+        rows,
+        width,
+        row,
+        position,
+        places=row * width + position,
+        groups=tuple(groups),
+        spot=spot,
+        source=source,
+        padding=padding.squeeze(1),
+        ranked=torch.cat(ranked),
+        firsts=lengths.cumsum(0) - lengths,
     )
 
 
@@ -169,23 +187,38 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA attention; with ``packing``, on tokens of many rows end to end.
 
-    query (1, heads, tokens, head_dim), key and value alike; the result (1, tokens, heads, ...).
+    query (1, heads, tokens, head_dim), key and value alike; the result (1, tokens, heads, ...),
+    zero where the packing does not want it.
     """
     if packing is None:
         return _attention(module, query, key, value, mask=attention_mask, **kwargs)
     if packing.dense:
         shape = (packing.rows, packing.width)
-        views = (x.view(x.shape[1], *shape, -1).transpose(0, 1) for x in (query, key, value))
+        views = [x.view(x.shape[1], *shape, -1).transpose(0, 1) for x in (query, key, value)]
+        if packing.first:
+            views[0] = views[0][:, :, :1]
         out, _ = _attention(module, *views, mask=None, **kwargs)
-        return out.flatten(0, 1).unsqueeze(0), None
+        flat = out.flatten(0, 1)
+        if packing.first:
+            flat = Place.apply(flat, packing.firsts, len(packing.row))  # type: ignore[no-untyped-call]
+        return flat.unsqueeze(0), None
     sizes = [group.rows * group.width for group in packing.groups]
-    tokens = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    padded = (torch.split(spread(x, packing), sizes) for x in tokens)
+    tokens = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    firsts = packing.firsts[packing.ranked]
+    if packing.first:
+        wanted = tokens[0].index_select(0, firsts)
+        queries = torch.split(wanted, [group.rows for group in packing.groups])
+    else:
+        queries = torch.split(spread(tokens[0], packing), sizes)
+    padded = (torch.split(spread(x, packing), sizes) for x in tokens[1:])
     outputs = []
-    for group, *parts in zip(packing.groups, *padded, strict=True):
-        shaped = [x.unflatten(0, (group.rows, group.width)).transpose(1, 2) for x in parts]
+    for group, *parts in zip(packing.groups, queries, *padded, strict=True):
+        shaped = [x.unflatten(0, (group.rows, -1)).transpose(1, 2) for x in parts]
         causal = getattr(module, "is_causal", True)  # then no real token sees the padding behind it
         mask = None if causal else group.real
         out, _ = _attention(module, *shaped, mask=mask, **kwargs)
         outputs.append(out.flatten(0, 1))
-    return collect(torch.cat(outputs), packing).unsqueeze(0), None
+    whole = torch.cat(outputs)
+    if packing.first:
+        return Place.apply(whole, firsts, len(packing.row)).unsqueeze(0), None  # type: ignore[no-untyped-call]
+    return collect(whole, packing).unsqueeze(0), None

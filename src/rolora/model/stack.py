@@ -3,6 +3,8 @@
 A batch enters and leaves the model as padded rows (rows, width). Between its first and its last
 layer the real tokens lie end to end, (1, tokens, hidden), and only attention sees where rows begin
 and end. What enters the lowest layer with an adapter can be computed once, kept, and put in there.
+Where the head reads each row's first token alone, the last layer computes no other behind its keys
+and values.
 
 Layers may be on several GPUs: what enters a layer is copied to its GPU, and what leaves the last
 one to the first layer's, where everything outside the layers is.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -41,7 +44,8 @@ class Stack:
     """A model's layers, taken over so that they can run on packed tokens.
 
     ``lowest`` is the first layer with an adapter. ``checkpointing`` recomputes each layer in the
-    backward pass instead of keeping its activations.
+    backward pass instead of keeping its activations. ``first``: of what leaves the last layer, a
+    row's first token alone is read.
     """
 
     def __init__(self, layers: nn.ModuleList, lowest: int, window: int | None) -> None:
@@ -50,13 +54,17 @@ class Stack:
         self.lowest = lowest
         self.window = window
         self.checkpointing = False
+        self.first = False
         self._packing: Packing | None = None
         self._prefix: Tensor | None = None
         self._first = 0
         self._capture = False
+        self._narrow: Packing | None = None
         self._seen: dict[Any, tuple[Any, Any]] = {}  # values that layers share, and their copies
         for index, layer in enumerate(layers):
             layer.forward = partial(self._layer, index, layer.forward)
+        for module in layers[-1].modules():
+            module.register_forward_pre_hook(self._narrowed, with_kwargs=True)
 
     @property
     def devices(self) -> set[torch.device]:
@@ -110,6 +118,9 @@ class Stack:
                 raise _Reached(hidden)
             rest = [self._along(value, packing) for value in rest]
             kwargs = {key: self._along(value, packing) for key, value in kwargs.items()}
+            if self.first and index == self.depth - 1:
+                packing = replace(packing, first=True)
+                forward = partial(self._narrowing, forward)
             kwargs["packing"] = packing
         rest = [self._copied(value, device) for value in rest]
         kwargs = {key: self._copied(value, device) for key, value in kwargs.items()}
@@ -139,6 +150,31 @@ class Stack:
             self._seen[key] = value, value.to(device)
         return self._seen[key][1]
 
+    def _narrowing(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The last layer, also where it is recomputed in the backward pass."""
+        self._narrow = kwargs["packing"]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._narrow = None
+
+    def _narrowed(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What a module of the last layer is called with, if it adds what entered the layer to what
+        attention gave: first tokens alone."""
+        packing = self._narrow
+        if packing is None:
+            return None
+
+        def whole(x: Any) -> bool:
+            return isinstance(x, Tensor) and x.shape[:2] == (1, len(packing.row))
+
+        def narrow(x: Any) -> Any:
+            return x.index_select(1, packing.firsts) if whole(x) else x
+
+        if sum(map(whole, (*args, *kwargs.values()))) < 2:
+            return None
+        return tuple(map(narrow, args)), {key: narrow(x) for key, x in kwargs.items()}
+
     def _along(self, value: Any, packing: Packing) -> Any:
         """A layer's other argument, packed where it has an entry per token; no mask is left."""
         if isinstance(value, tuple):
@@ -163,9 +199,12 @@ def _packed(padded: Tensor, packing: Packing) -> Tensor:
 
 
 def _unpacked(tokens: Tensor, packing: Packing) -> Tensor:
-    """Tokens end to end (tokens, ...) as padded rows (rows, width, ...), zero on padding."""
+    """Tokens end to end (tokens, ...) as padded rows (rows, width, ...), zero elsewhere."""
     size = packing.rows * packing.width
-    if not packing.dense:
+    if packing.first:
+        places = packing.places[packing.firsts]
+        tokens = Place.apply(tokens, places, size)  # type: ignore[no-untyped-call]
+    elif not packing.dense:
         tokens = Place.apply(tokens, packing.places, size)  # type: ignore[no-untyped-call]
     return tokens.view(packing.rows, packing.width, *tokens.shape[1:])
 
@@ -243,6 +282,7 @@ def take_over(model: Any, adapted: Callable[[str], bool], *, trusted: bool = Fal
     stack = Stack(layers, lowest, min(windows) // 2 if windows else None)
     model.set_attn_implementation(ATTENTION)
     if plain is None or _agrees(model, stack, plain):
+        stack.first = plain is not None and _reads_first(model, stack, plain)
         return stack
     model.set_attn_implementation(before)
     for layer, forward in zip(layers, originals, strict=True):
@@ -272,7 +312,6 @@ def _hidden(model: Any) -> Tensor:
 def _agrees(model: Any, stack: Stack, plain: Tensor) -> bool:
     """Whether packing gives the same; False also where the model cannot run with our attention."""
     (ids, real), lengths = _rows(model), torch.tensor(LENGTHS)
-    tolerance = 5e-2 if next(model.parameters()).dtype.itemsize < 4 else 1e-4
     try:
         with torch.no_grad():
             prefix = stack.below(model, {"input_ids": ids}, lengths)
@@ -283,4 +322,31 @@ def _agrees(model: Any, stack: Stack, plain: Tensor) -> bool:
                     found.append(model.base_model(input_ids=ids).last_hidden_state[real])
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
         return False
-    return all((x - plain).abs().max() <= tolerance * plain.abs().max() for x in found)
+    return all(_close(x, plain) for x in found)
+
+
+def _reads_first(model: Any, stack: Stack, plain: Tensor) -> bool:
+    """Whether the model's outputs come from each row's first token alone, and its last layer can
+    do without the others: it is run with NaN in their place, which would reach what reads them."""
+    ids, _ = _rows(model)
+    lengths = torch.tensor(LENGTHS)
+    firsts = lengths.cumsum(0) - lengths
+    spoiled = stack.layers[-1].register_forward_hook(
+        lambda _, __, out: out.index_fill(1, torch.arange(1, out.shape[1]), torch.nan)
+    )
+    stack.first = True
+    try:
+        with torch.no_grad(), stack.packed(lengths):
+            hidden = model.base_model(input_ids=ids).last_hidden_state[:, 0]
+            outputs = model(input_ids=ids).logits
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        return False
+    finally:
+        stack.first = False
+        spoiled.remove()
+    return bool(outputs.isfinite().all()) and _close(hidden, plain[firsts])
+
+
+def _close(x: Tensor, plain: Tensor) -> bool:
+    tolerance = 5e-2 if plain.dtype.itemsize < 4 else 1e-4
+    return bool((x - plain).abs().max() <= tolerance * plain.abs().max())

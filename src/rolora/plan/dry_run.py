@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rolora.algorithm.adapter import Assignment, Roles, Specs, TensorSpec, Update, role_of
-from rolora.algorithm.codec import Format, body_bytes, encode, num_bytes
+from rolora.algorithm.choices import Format
+from rolora.algorithm.codec import body_bytes, encode, num_bytes
 from rolora.algorithm.ledger import lacking
 from rolora.algorithm.method import Method, ServerState
 from rolora.algorithm.seeding import generator

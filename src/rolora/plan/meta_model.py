@@ -7,6 +7,7 @@ are the real ones, so the needs of a model of any size can be counted on any mac
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from rolora.model.checkpoint import (
     require_here,
 )
 from rolora.model.peft import Kind, LoraSettings, above_encoder
+from rolora.model.stack import take_over
 
 SHAPES = Path(__file__).with_name("shapes")
 
@@ -93,7 +95,22 @@ def outline(
         base = with_bank(
             model, tokenizer or stand_in, kind, settings, source, missing, outline=True
         )
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    if base.stack is not None and not causal:
+        base.stack.first = _reads_first(config, kind)
     return Outline(base, mode, tokenizer is not None, stored, found)
+
+
+def _reads_first(config: Any, kind: Kind) -> bool:
+    """Whether the head reads each row's first token alone: seen by values, which an outline lacks,
+    so of a model of this kind with one layer and few tokens."""
+    small = copy.deepcopy(config)
+    small.update({"num_hidden_layers": 1, "vocab_size": min(config.vocab_size, 100)})
+    with contextlib.suppress(Exception):  # then all tokens are counted, which is never too few
+        model = AUTO[kind].from_config(small, trust_remote_code=False).eval()
+        stack = take_over(model, lambda path: True)
+        return stack is not None and stack.first
+    return False
 
 
 def _config(source: str, place: dict[str, Any], root: Path, offline: bool) -> tuple[Any, str]:

@@ -36,7 +36,6 @@ GLUE: Mapping[str, Mapping[str, str]] = {
     "wnli": {},
 }
 _GLUE = re.compile(rf"({HUB})?(nyu-mll/)?glue[/:](?P<task>\w+)(?P<revision>@[\w./-]+)?")
-MISMATCHED = "validation_mismatched"
 _HELD_OUT = ("test", "validation", "validation_matched", "valid", "val", "dev", "eval")
 
 
@@ -86,7 +85,7 @@ def look(
 ) -> Found:
     """Read the rows, and find where test rows are.
 
-    ``source``, ``delimiter``, ``encoding``: see ``template.write_template``. ``split`` and
+    ``source``, ``delimiter``, ``encoding``: see ``template.propose``. ``split`` and
     ``test_split`` name the splits to use; empty, "train" and the usual ones.
     """
     root = Path()
@@ -144,7 +143,11 @@ def _held_out(found: Found, wanted: str) -> dict[str, str]:
             continue
         if not (set(found.used) <= set(table.column_names) and _is_answered(found, table)):
             continue
-        return {"test": place, **({} if split in ("train", "test") else {"test_split": split})}
+        held = {"test": place, **({} if split in ("train", "test") else {"test_split": split})}
+        if split == "validation_matched":  # MNLI's second set is of other kinds of text
+            second = {"second_split": "validation_mismatched", "second_name": "mismatched"}
+            held |= {"second_test": place, **second}
+        return held
     return {}
 
 

@@ -1,4 +1,4 @@
-"""The commented configuration that ``rolora init`` writes for a user's rows."""
+"""The commented configuration that ``rolora init`` proposes for a user's rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from rolora.data import tables
 from rolora.data.columns import is_own_value
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, printable
-from rolora.files import from_home, write_file
+from rolora.files import from_home
 from rolora.network import HUB
-from rolora.proposal.found_rows import GLUE, MISMATCHED, Found, each, look
+from rolora.proposal.found_rows import GLUE, Found, each, look
 from rolora.proposal.trl_config import Trainer, read_trainer
 from rolora.run.experiment import Experiment
 from rolora.tasks.registry import TASKS, TaskKind
@@ -29,8 +30,9 @@ from rolora.tasks.registry import TASKS, TaskKind
 class Start:
     """Settings to start with, by the model's head: minutes on two cores with the model ``small``.
 
-    ``small`` is what ``rolora fetch NAME`` puts into data/. ``tokens``: trained on in a whole run.
-    ``test_rows``: the most rows to hold out, since each evaluation takes time.
+    ``small`` is what ``rolora fetch NAME`` puts into data/; ``lr`` is RoLoRA's best with it, see
+    docs/choosing.md. ``tokens``: trained on in a whole run. ``test_rows``: the most rows to hold
+    out, since each evaluation takes time.
     """
 
     small: str
@@ -44,29 +46,41 @@ class Start:
     test_rows: int
 
 
-_ENCODER = Start("data/minilm", "minilm", 128, 5e-3, 10, 5, 8, 200_000, 500)
+_ENCODER = Start("data/minilm", "minilm", 128, 2e-2, 10, 5, 8, 200_000, 500)
 _SMOLLM2 = "data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_DECODER = Start(_SMOLLM2, "smollm2", 512, 5e-3, 4, 2, 4, 20_000, 100)
+_DECODER = Start(_SMOLLM2, "smollm2", 512, 1e-2, 4, 2, 4, 20_000, 100)
 _MODELS = ("data", "models")  # folders that may already have a model
+NO_LABEL = ("-1", "nan", "na", "n/a", "none", "null")  # what may stand for a label that is missing
+SAYS_LITTLE = ("train", "data", "dataset", "rows", "all")  # names of files of any rows
 
 Lines = dict[str, tuple[Any, str]]  # a key, or a comment in its place: its value, and a comment
 
 
-def write_template(
+@dataclass(frozen=True)
+class Proposal:
+    """The text of a configuration, what a user should know of it, a line each, and its experiment,
+    whose rows have been read and split."""
+
+    text: str
+    notes: Sequence[str]
+    experiment: Experiment
+
+
+def propose(
     source: str,
     out: Path,
     model: str = "",
     delimiter: str | None = None,
     encoding: str | None = None,
     trainer: Path | None = None,
-) -> tuple[list[str], Experiment]:
-    """Look at the rows of ``source`` and write a configuration to ``out``.
+) -> Proposal:
+    """Look at the rows of ``source``, and make a configuration for the new file ``out``.
 
     ``source``: a file, a folder, a pattern of files, a hub name, or a task of GLUE's ("glue/mnli").
     ``delimiter`` and ``encoding`` of text files are found where they are left out. ``trainer``: a
-    YAML file of TRL's, whose settings are taken over. Returns what a user should know, a line each,
-    and the experiment, whose rows have been read and split. Raises ConfigError if ``out`` exists or
-    an argument is wrong, DataError if no task fits the columns or the rows cannot be split.
+    YAML file of TRL's, whose settings are taken over. Writes nothing. Raises ConfigError if ``out``
+    exists or an argument is wrong, DataError if no task fits the columns or the rows cannot be
+    split.
     """
     if out.exists():
         raise ConfigError(f"{out} exists and is not overwritten: name another file with --out")
@@ -82,8 +96,9 @@ def write_template(
     experiment = Experiment(make_config(tomllib.loads(text), root=out.parent))
     labels = found.kind.labels(experiment.rows.train, experiment.columns, source)
     found.kind.vocabulary(labels, source)
-    write_file(out, text)
-    return notes, experiment
+    if found.kind.head == "regression":
+        tables.numbers(found.table, str(found.guess[1]["label"]), source)
+    return Proposal(text, notes, experiment)
 
 
 def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str]) -> str:
@@ -126,10 +141,19 @@ def _notes(found: Found) -> list[str]:
             "header row, add one"
         )
     source = found.train["train"]
-    if found.guess[0] == "classification" and "-1" in tables.labels(table, str(label), source):
-        notes.append(
-            f"{printable(str(label))} is -1 in some rows, which counts as a class: if it "
+    rows = f"of {table.num_rows} rows"
+    if found.guess[0] == "classification":
+        named = Counter(tables.labels(table, str(label), source))
+        notes += [
+            f"{printable(str(label))} is {name} in {count} {rows}, which counts as a class: if it "
             "means that a row has no label, remove those rows"
+            for name, count in named.items()
+            if name.lower() in NO_LABEL
+        ]
+    if blank := tables.blank_rows(table, chosen.get("text", ()), source):
+        notes.append(
+            f"{blank} {rows} have no text, and a run uses them all the same: remove them if it "
+            "should not"
         )
     labels = next((c for c in found.columns if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
@@ -139,17 +163,10 @@ def _notes(found: Found) -> list[str]:
         notes.append(
             f"{printable(str(chosen['completion']))} is learned as it is, without a prompt"
         )
-    if _joined(found):
+    if touching := _touching(found):
         notes.append(
-            "separator goes between the two columns of the prompt and before the completion"
-            if isinstance(chosen["prompt"], list)
-            else "prompt and completion are joined without a separator: set one if the texts need "
-            "a space or a line break between them"
-        )
-    if found.glue == "mnli" and found.held:
-        notes.append(
-            f"the mismatched set: rolora eval RUN --data {found.train['train']} "
-            f"data.test_split={MISMATCHED}"
+            f"in {touching} {rows} no space or line break is between prompt and completion: set "
+            "separator if the texts need one"
         )
     return notes
 
@@ -159,6 +176,20 @@ def _joined(found: Found) -> bool:
     task, asked = found.guess[0], found.guess[1].get("prompt")
     chats = [column.name for column in found.columns if column.kind == "messages"]
     return task in ("causal_lm", "preference") and asked is not None and asked not in chats
+
+
+def _touching(found: Found) -> int:
+    """In how many rows a completion follows its prompt, in one column, without a space between."""
+    chosen, source = found.guess[1], found.train["train"]
+    if not _joined(found) or isinstance(chosen["prompt"], list):
+        return 0
+    starts = tables.texts(found.table, chosen["prompt"], source)
+    names = [str(chosen[key]) for key in ("completion", "chosen", "rejected") if key in chosen]
+    ends = zip(*(tables.texts(found.table, name, source) for name in names), strict=True)
+    return sum(
+        start != "" and not start[-1].isspace() and any(not end[:1].isspace() for end in row)
+        for start, row in zip(starts, ends, strict=True)
+    )
 
 
 def _stated(form: TextForm) -> dict[str, str]:
@@ -173,6 +204,8 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
     start, rows = _start(found.kind), found.table.num_rows
     train = {key: _seen_from(out, value) for key, value in found.train.items()}
     held: Lines = {key: (_seen_from(out, value), "") for key, value in found.held.items()}
+    if "second_name" in held:
+        held["second_name"] = (found.held["second_name"], "for accuracy/mismatched and so on")
     if not held:
         share = round(min(0.2, max(start.test_rows / rows, 0.001)), 3)
         held = {"test": (share, "a share of the rows, or another file"), **held}
@@ -230,7 +263,7 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
             "local_steps": (start.local_steps, "or local_epochs"),
             "batch_size": (batch, ""),
             "optimizer": ("adamw", ""),
-            "lr": (start.lr, "try several: the best rate depends on method and data"),
+            "lr": (start.lr, "for the small model: with another, try several"),
         },
         "eval": {"every": (_every(rounds), "rounds")},
     }
@@ -333,9 +366,16 @@ def _seen_from(out: Path, source: str) -> str:
 
 
 def _name(source: str, out: Path) -> str:
-    """A name for the run that any file system takes."""
-    stem = out.stem if out.stem != "rolora" else Path(source).name.partition(".")[0]
-    return re.sub(r"[^\w.-]+", "-", stem.replace("*", "all")).strip(".-") or "run"
+    """A name for the run that any file system takes; for train.csv and the like the folder's."""
+    if out.stem != "rolora":
+        found = [out.stem]
+    else:
+        path = Path(source)
+        found = [path.name.partition(".")[0].replace("*", "all"), path.resolve().parent.name]
+    names = [re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in found]
+    return (
+        next((name for name in names if name.lower() not in ("", *SAYS_LITTLE)), names[0]) or "run"
+    )
 
 
 def _toml(value: Any) -> str:

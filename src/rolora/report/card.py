@@ -1,4 +1,4 @@
-"""A finished run's model card: what its adapter folder says about itself, in Markdown."""
+"""A finished run's model card: what its adapter or merged model says about itself, in Markdown."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Source:
     kept: Sequence[str]
 
 
-def card(run: RunRecord, round: int, source: Source) -> str:
+def card(run: RunRecord, round: int, source: Source, *, merged: bool = False) -> str:
     """The card of the adapter after this round, with the YAML header that hubs read.
 
-    Clients are counted, not named, and paths are left out: cards are made to be shared.
+    ``merged``: of the base with the adapter in its weights. Clients are counted, not named, and
+    paths are left out: cards are made to be shared.
     """
     local, path = Path(source.base).is_absolute(), Path(run.config["model"]["path"])
     sizes = [client["num_examples"] for client in run.partition["clients"]]
@@ -46,6 +47,7 @@ def card(run: RunRecord, round: int, source: Source) -> str:
         .get_template("card.md.j2")
         .render(
             name=run.name,
+            merged=merged,
             hub_name="" if local else source.base,
             base=path.name if local else source.base,
             gguf=path.name if path.suffix == ".gguf" else "",

@@ -98,8 +98,17 @@ def new_figure(height: float = HEIGHT) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def mark(style: int) -> dict[str, Any]:
+    """A method's colour and marker, by its number."""
+    turn = style // len(PALETTE)
+    return {
+        "color": PALETTE[style % len(PALETTE)],
+        "marker": MARKERS[(style + turn) % len(MARKERS)],
+    }
+
+
 def look(style: int, points: int = 0, shift: float = 0.0, finished: bool = True) -> dict[str, Any]:
-    """A method's colour, marker and dashes, by its number; one that is unfinished is dashed.
+    """``mark`` and dashes of a method; one that is unfinished is dashed.
 
     Of a line with so many ``points`` about eight have a marker, the first of them ``shift`` of
     their distance from the start.
@@ -108,8 +117,7 @@ def look(style: int, points: int = 0, shift: float = 0.0, finished: bool = True)
     turn = style // len(PALETTE)
     unfinished = {} if finished else {"linestyle": DASHED, "markerfacecolor": "none"}
     return {
-        "color": PALETTE[style % len(PALETTE)],
-        "marker": MARKERS[(style + turn) % len(MARKERS)],
+        **mark(style),
         "linestyle": DASHES[(style + 2 * turn) % len(DASHES)],
         "linewidth": 1.6,
         "markersize": 5,
@@ -123,7 +131,7 @@ def _draw(axes: Any, series: Series, shift: float) -> None:
     axes.plot(series.x, series.mean, **look(series.style, len(series.x), shift, series.finished))
     band = [(x, *ends) for x, ends in zip(series.x, series.band, strict=True) if ends]
     if band:
-        colour = PALETTE[series.style % len(PALETTE)]
+        colour = mark(series.style)["color"]
         axes.fill_between(*zip(*band, strict=True), color=colour, alpha=0.15, lw=0)
     points = [
         (x, y, words)
@@ -203,7 +211,7 @@ def client_spread(
     most = max(max(Counter(round(v, 3) for v in own).values()) for own in clients.values())
     figure, axes = new_figure(0.7 + 0.52 * len(clients))
     for row, (method, values) in enumerate(clients.items()):
-        colour = PALETTE[styles[method] % len(PALETTE)]
+        colour = mark(styles[method])["color"]
         counts = Counter(round(value, 3) for value in values if math.isfinite(value))
         sizes = [max(4.0, 130 * count / most) for count in counts.values()]
         axes.scatter(list(counts), [row] * len(counts), s=sizes, color=colour, alpha=0.45, lw=0)
@@ -232,11 +240,10 @@ def forest_plot(
         axes.text(0, y + 0.25, title, va="bottom", weight="bold", transform=across)
         y += 1
         for method, difference in own.items():
-            colour = PALETTE[styles[method] % len(PALETTE)]
+            shown = mark(styles[method])
             if difference.interval is not None:
-                axes.plot(difference.interval, [y, y], linewidth=2.4, color=colour)
-            marker = MARKERS[styles[method] % len(MARKERS)]
-            axes.plot([difference.mean], [y], marker=marker, markersize=7, ls="none", color=colour)
+                axes.plot(difference.interval, [y, y], linewidth=2.4, color=shown["color"])
+            axes.plot([difference.mean], [y], markersize=7, ls="none", **shown)
             axes.text(0, y - 0.23, elided(method, 40), va="bottom", transform=across)
             y += 1
     axes.axvline(0, color=INK, linewidth=1, linestyle=DOTTED)
@@ -256,10 +263,8 @@ def dots(rows: Mapping[str, Mapping[str, float]], styles: Mapping[str, int], met
     for y, (title, own) in enumerate(rows.items()):
         axes.text(0, y - 0.22, elided(title, 40), va="bottom", transform=across)
         for method, value in own.items():
-            style = styles[method]
-            marker, colour = MARKERS[style % len(MARKERS)], PALETTE[style % len(PALETTE)]
-            shift = 0.3 * (style + 0.5) / len(styles) - 0.1
-            axes.plot([value], [y + shift], marker=marker, markersize=6, ls="none", color=colour)
+            shift = 0.3 * (styles[method] + 0.5) / len(styles) - 0.1
+            axes.plot([value], [y + shift], markersize=6, ls="none", **mark(styles[method]))
     _rows(axes, len(rows) - 0.4, -0.7, metric)
     return figure
 

@@ -312,7 +312,7 @@ def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str
     if differing([dict(flatten(run.provenance.get("versions", {}))) for run in runs]):
         notes.append("Library versions differ between runs (listed below).")
     for run in runs:
-        if still := [line["round"] for line in run.rounds if line.get("moved") is False]:
+        if still := [line["round"] for line in run.rounds if line["moved"] is False]:
             notes.append(
                 f"{run.label}: training moved no tensor of any client in {len(still)} of "
                 f"{run.rounds[-1]['round']} rounds (the first is round {still[0]}): no gradient "

@@ -23,6 +23,7 @@ from rolora.results.runs import (
     by_method,
     differing,
     load_run,
+    on_second_rows,
     sorted_out,
     summarise,
 )
@@ -32,6 +33,18 @@ from rolora.results.tuned import Tuning
 MOST_PLACES = 6  # of each ranking, before the reader asks for the rest
 UNUSED_ROWS = 100
 CUT_ROWS = 20  # of each run: the clients that were cut most
+# key of a run's provenance -> what it is called on the page, where that differs
+NAMES = {
+    "git_commit": "git commit",
+    "cpu": "processor",
+    "bank": "clients trained at once",
+    "dtype": "dtype of the base",
+    "prefix": "outputs of frozen layers from the cache",
+    "data": "hash of the rows",
+    "base": "hash of the base's weights",
+    "init_from": "hash of the adapter it started from",
+    "config": "hash of the settings",
+}
 
 
 def write_report(
@@ -84,6 +97,7 @@ def render(
             metric=metric,
             direction=narrative.direction(metric),
             rows=summarise(runs),
+            second=on_second_rows(runs, metric),
             unfinished=[(run, run.last(metric)) for run in found.unfinished],
             most_places=MOST_PLACES,
             rounding=figures.ROUNDING,
@@ -140,7 +154,7 @@ def _unused(runs: Sequence[RunRecord], why: str) -> list[tuple[str, str, str, in
     found: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         for line in run.rounds:
-            for client, reason in line.get(why, {}).items():
+            for client, reason in line[why].items():
                 found.setdefault((run.label, client, reason), []).append(line["round"])
     most = sorted(found.items(), key=lambda item: -len(item[1]))
     return [(*what, len(rounds), spans(rounds)) for what, rounds in most]
@@ -179,8 +193,10 @@ def _provenance(runs: Sequence[RunRecord]) -> dict[str, Any]:
     rows = zip(runs, tables, strict=True)
     return {
         "shared": [
-            f"{n} {v}" for n in names if n not in apart and (v := tables[0][n]) not in ("", None)
+            f"{NAMES[n]}: {v}" if n in NAMES else f"{n} {v}"
+            for n in names
+            if n not in apart and (v := tables[0][n]) not in ("", None)
         ],
-        "provenance_names": apart,
+        "provenance_names": [NAMES.get(n, n) for n in apart],
         "provenance": [(run.label, [table.get(n, "") for n in apart]) for run, table in rows],
     }

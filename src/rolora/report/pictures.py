@@ -19,7 +19,15 @@ from rolora.results.layers import MEASURES, known
 from rolora.results.paired import CONFIDENCE, Difference
 from rolora.results.ranking import rank_methods
 from rolora.results.robustness import SUCCESS
-from rolora.results.runs import MEGABYTE, RunRecord, client_values, mean_sd, over_seeds, worst_tenth
+from rolora.results.runs import (
+    MEGABYTE,
+    RunRecord,
+    client_values,
+    mean_sd,
+    on_second_rows,
+    over_seeds,
+    worst_tenth,
+)
 
 Groups = Mapping[str, Sequence[RunRecord]]
 Values = Mapping[int, Any]  # by round
@@ -69,7 +77,7 @@ AXES = (
         "local steps",
         "local steps, all clients",
         "{:,.0f} steps",
-        _sum(lambda line: sum(one.get("steps", 0) for one in line.get("clients", {}).values())),
+        _sum(lambda line: sum(one.get("steps", 0) for one in line["clients"].values())),
         " Optimizer steps of all clients; one that trains a single factor costs less than one "
         "that trains both.",
     ),
@@ -117,6 +125,12 @@ def pictures(
             _metric(metric),
             _band(groups, narrative.direction(metric)),
             _budget(runs, metric),
+        ),
+        *(
+            _curves(
+                f"second-{n}", name, groups, _metric(name), _band(groups, narrative.direction(name))
+            )
+            for n, name in enumerate(on_second_rows(runs, metric))
         ),
         _curves("loss", "training loss", groups, _field("loss"), _band(groups, LOSS)),
         [_differences(groups, metric, conclusions)],
@@ -273,7 +287,7 @@ def _thin(groups: Groups) -> str:
 def _budget(runs: Sequence[RunRecord], metric: str) -> float | None:
     """The megabytes at which methods are compared; None without a second method."""
     finished = [run for run in runs if run.finished]
-    ranking = rank_methods(finished, metric, "megabytes") if finished else None
+    ranking = rank_methods(finished, metric, "megabytes")
     return ranking.budget if ranking is not None and len(ranking.places) > 1 else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rolora.attacks.attack import NO_ATTACK
+from rolora.attacks import NO_ATTACK
 from rolora.files import write_file
 from rolora.report import figures, narrative
 from rolora.report.page import templates

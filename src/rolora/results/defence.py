@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from rolora.algorithm.step import MOSTLY
-from rolora.attacks.attack import NO_ATTACK, bad_clients
+from rolora.attacks import NO_ATTACK
 from rolora.results.robustness import SUCCESS
 from rolora.results.runs import RunRecord
+
+MOSTLY = 0.5  # a client that is cut by more than this counts as cut in a round
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def attackers(run: RunRecord) -> frozenset[str]:
     attack = run.config.get("attack", {})
     if attack.get("name", NO_ATTACK) == NO_ATTACK:
         return frozenset()
+    from rolora.attacks.attack import bad_clients  # needs torch, and few runs are attacked
+
     clients = [client["id"] for client in run.partition["clients"]]
     trusted = run.config.get("aggregate", {}).get("trusted")
     return bad_clients(clients, attack["clients"], run.seed, trusted)
@@ -62,8 +65,8 @@ def cuts(run: RunRecord) -> list[Cut]:
     """Every client whose updates came, most cut first; empty if the run's rule cuts nobody."""
     shares: dict[str, dict[int, float]] = {}
     for line in run.rounds:
-        for client in line.get("clients", {}):
-            cut = line.get("cut", {}).get(client, 0.0)
+        for client in line["clients"]:
+            cut = line["cut"].get(client, 0.0)
             shares.setdefault(client, {})[line["round"]] = cut
     if not any(any(own.values()) for own in shares.values()):
         return []
@@ -88,8 +91,8 @@ def defence(run: RunRecord) -> Defence | None:
         return None
     counts = {True: [0, 0], False: [0, 0]}
     for line in run.rounds:
-        for client in {**line.get("clients", {}), **line["rejected"]}:
-            stopped = client in line["rejected"] or line.get("cut", {}).get(client, 0.0) > MOSTLY
+        for client in {**line["clients"], **line["rejected"]}:
+            stopped = client in line["rejected"] or line["cut"].get(client, 0.0) > MOSTLY
             counts[client in bad][0] += stopped
             counts[client in bad][1] += 1
     return Defence(

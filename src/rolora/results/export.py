@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import TypeAdapter
-
+from rolora.files import finite
 from rolora.results.labels import label_recalls
 from rolora.results.paired import CONFIDENCE, differences
 from rolora.results.published import Published, beside_published
@@ -40,8 +38,7 @@ def export_results(
         "published": published
         and {**published.model_dump(), "beside": beside_published(published, runs)},
     }
-    exported: dict[str, Any] = json.loads(TypeAdapter(Any).dump_json(found))
-    return exported
+    return dict(finite(found))
 
 
 def unfinished(run: RunRecord, metric: str) -> dict[str, Any]:

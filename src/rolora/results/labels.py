@@ -21,7 +21,7 @@ class LabelRecall:
 
 def recalls(run: RunRecord) -> dict[str, float]:
     """Label -> its last recall, a mean over phases as ``RunRecord.scores``; {} without labels."""
-    trained = [line for line in run.rounds if line["round"] and "recall" in line]
+    trained = [line for line in run.rounds if line["round"] and line["recall"]]
     latest = {phase(line): line["recall"] for line in trained}
     means = map(statistics.fmean, zip(*latest.values(), strict=True))
     return dict(zip(run.axes.labels, means, strict=True)) if latest else {}

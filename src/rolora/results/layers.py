@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 
 def known(run: RunRecord, measure: str) -> dict[int, list[float]]:
     """Round -> the values of the layers that have one."""
-    each = {line["round"]: line.get("layers", {}).get(measure, ()) for line in run.rounds}
+    each = {line["round"]: line["layers"].get(measure, ()) for line in run.rounds}
     values = {round: [v for v in own if v is not None] for round, own in each.items()}
     return {round: own for round, own in values.items() if own}
 
@@ -48,7 +48,7 @@ def last_layers(groups: Mapping[str, Sequence[RunRecord]]) -> list[Layer]:
 
 def _last(run: RunRecord) -> dict[tuple[str, str], float | None]:
     """(measure, layer) -> the value at the last evaluation."""
-    measured = [line["layers"] for line in run.rounds if "layers" in line]
+    measured = [line["layers"] for line in run.rounds if line["layers"]]
     return {
         (measure, layer): value
         for measure, values in (measured[-1].items() if measured else ())

@@ -15,8 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import ttest_rel
-
 from rolora.results.ranking import Place, Ranking
 
 CONFIDENCE = 0.95
@@ -66,6 +64,8 @@ def interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, flo
         return None
     if min(each) == max(each):  # t is not defined without any spread
         return each[0], each[0]
+    from scipy.stats import ttest_rel  # takes a second, and most runs are not compared
+
     with warnings.catch_warnings():
         # differences that are equal but for rounding give a correct, very narrow interval
         warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)

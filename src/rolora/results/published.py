@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, Field
 
 from rolora.files import from_home
 from rolora.results.runs import RunRecord, by_method, over_seeds, read_json
@@ -61,7 +61,7 @@ class BesidePublished:
 def read_published(config: str | Path) -> Published | None:
     """The published results next to this configuration, if any. DataError for a damaged file."""
     file = from_home(config).with_suffix(".published.json")
-    return read_json(file, TypeAdapter(Published), None)
+    return read_json(file, Published, None)
 
 
 def beside_published(published: Published, runs: Sequence[RunRecord]) -> list[BesidePublished]:

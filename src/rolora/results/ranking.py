@@ -65,8 +65,6 @@ class Ranking:
 
 def rankings(runs: Sequence[RunRecord], metric: str) -> list[Ranking]:
     """The ranking on every axis that has one; [] for no runs."""
-    if not runs:
-        return []
     found = (rank_methods(runs, metric, axis) for axis in AXES)
     return [ranking for ranking in found if ranking is not None]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rolora.attacks.attack import NO_ATTACK
+from rolora.attacks import NO_ATTACK
 from rolora.results.paired import interval
 from rolora.results.runs import RunRecord, gain, mean_sd, over_seeds
 
@@ -120,16 +120,20 @@ def standings(cells: Sequence[Cell], metric: str) -> list[Standing]:
             whole = [(own, other) for own, other in pairs if not own.diverged + other.diverged]
             ours = _by_seed([own for own, _ in whole], metric)
             theirs = _by_seed([other for _, other in whole], metric)
-            lost = {own.attack: own.lost for own, _ in pairs if own.lost is not None}
-            gone = [own.attack for own, _ in pairs if own.diverged]
+            lost = [own.lost for own, _ in whole if own.lost is not None]
+            costs = {
+                own.attack: cost
+                for own, _ in pairs
+                if (cost := math.inf if own.diverged else own.lost) is not None
+            }
             found.append(
                 Standing(
                     rule,
                     method,
-                    statistics.fmean(lost.values()) if lost else None,
+                    statistics.fmean(lost) if lost else None,
                     statistics.fmean(ours) - statistics.fmean(theirs) if ours else None,
                     interval(ours, theirs) if method != methods[0] else None,
-                    gone[0] if gone else max(lost, key=lost.__getitem__, default=""),
+                    max(costs, key=costs.__getitem__, default=""),
                     tuple(own.attack for own, other in pairs if own.diverged + other.diverged),
                 )
             )

@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -40,6 +39,7 @@ class Line(BaseModel, strict=True):
     metrics: dict[str, Score]
     client_metrics: dict[str, dict[str, Score]]
     loss: float | None
+    moved: bool | None = None
     aggregation_error: float | None
     bytes_up: int
     bytes_down: int
@@ -47,6 +47,7 @@ class Line(BaseModel, strict=True):
     rejected: dict[str, str]
     missing: dict[str, str] = {}
     factors: list[str] = []
+    stale: int = 0
     clients: dict[str, dict[str, float]] = {}
     validation: dict[str, Score] = {}
     cut: dict[str, float] = {}
@@ -69,9 +70,6 @@ class Written(BaseModel, strict=True, frozen=True):
     expected: str
     before: str
     after: str
-
-
-_AXES, _SAMPLES = TypeAdapter(Axes), TypeAdapter(tuple[Written, ...])
 
 
 class Point(NamedTuple):
@@ -122,24 +120,10 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether the run has reached its end: its last round, or that of an early stop."""
-        return bool(self.rounds) and (self.done >= self.planned or self._stopped_early())
-
-    def _stopped_early(self) -> bool:
-        """As the round loop does: after ``eval.patience`` evaluations without a new best."""
-        how = self.config.get("eval", {})
-        held = [line for line in self.rounds if line["round"] and line.get("validation")]
-        if (patience := how.get("patience")) is None or not held:
-            return False
-        metric = how.get("metric", next(iter(held[0]["validation"])))
-        latest: dict[str, float] = {}
-        trained, gains = set[str](), list[float]()
-        for line in filter(itemgetter("round"), self.rounds):
-            trained.add(phase(line))
-            if line.get("validation"):
-                latest[phase(line)] = line["validation"][metric]
-                if latest.keys() == trained:
-                    gains.append(gain(metric, statistics.fmean(latest.values())))
-        return bool(gains) and len(gains) - 1 - gains.index(max(gains)) >= patience
+        patience = self.config.get("eval", {}).get("patience", math.inf)
+        return bool(self.rounds) and (
+            self.done >= self.planned or self.rounds[-1]["stale"] >= patience
+        )
 
     def last(self, metric: str) -> float | None:
         """The last score; None before the first evaluation."""
@@ -159,19 +143,21 @@ class RunRecord:
         with one phase this is the curve.
         """
         phases = {line["round"]: phase(line) for line in self.rounds}
-        first: list[Point] = []
-        later: list[Point] = []
+        latest: dict[str, float] = {}
+        found = []
         for point in self.curve(metric):
-            (later if point.round else first).append(point)
-        means = over_phases((phases[int(point.round)], point.value) for point in later)
-        return first + [p._replace(value=mean) for p, mean in zip(later, means, strict=True)]
+            if point.round:
+                latest[phases[int(point.round)]] = point.value
+                point = point._replace(value=statistics.fmean(latest.values()))
+            found.append(point)
+        return found
 
     def curve(self, metric: str) -> list[Point]:
         """A point for each evaluated round."""
         batch = self.config.get("train", {}).get("batch_size")
         up = accumulate(line["bytes_up"] for line in self.rounds)
         down = accumulate(line["bytes_down"] for line in self.rounds)
-        rows = accumulate(trained_rows(line.get("clients", {}), batch) for line in self.rounds)
+        rows = accumulate(trained_rows(line["clients"], batch) for line in self.rounds)
         return [
             Point(line["round"], u / MEGABYTE, d / MEGABYTE, n, line["metrics"][metric])
             for line, u, d, n in zip(self.rounds, up, down, rows, strict=True)
@@ -179,19 +165,9 @@ class RunRecord:
         ]
 
 
-def over_phases(values: Iterable[tuple[str, float]]) -> list[float]:
-    """After each (phase, value), the mean of the latest values of all phases so far."""
-    latest: dict[str, float] = {}
-    means = []
-    for phase, value in values:
-        latest[phase] = value
-        means.append(statistics.fmean(latest.values()))
-    return means
-
-
 def phase(line: Mapping[str, Any]) -> str:
     """What was trained in the round of this line."""
-    return "+".join(line.get("factors", ()))
+    return "+".join(line["factors"])
 
 
 def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | None) -> int:
@@ -218,6 +194,7 @@ class Summary:
     the whole run and all clients; ``trained_rows`` is ``Point.rows`` at the end;
     ``aggregation_error`` is the mean over rounds (None if unknown); ``worst_tenth_mean`` and its sd
     are of the function ``worst_tenth`` (None if a run has not measured its clients).
+    ``second``: a metric of ``on_second_rows`` -> mean and sd of the last score.
     """
 
     method: str
@@ -235,6 +212,7 @@ class Summary:
     seconds: float
     worst_tenth_mean: float | None
     worst_tenth_sd: float | None
+    second: Mapping[str, Measured]
 
 
 def load_run(path: str | Path) -> RunRecord:
@@ -273,16 +251,16 @@ def load_run(path: str | Path) -> RunRecord:
         rounds,
         partition,
         _read_axes(folder / "axes.json", rounds),
-        read_json(folder / "samples.json", _SAMPLES, ()),
+        read_json(folder / "samples.json", tuple[Written, ...], ()),
         diverged,
     )
 
 
 def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     """What the lists of these lines are over. DataError unless they are as long."""
-    axes = read_json(file, _AXES, Axes())
+    axes = read_json(file, Axes, Axes())
     for line in rounds:
-        recall, layers = line.get("recall", axes.labels), line.get("layers", {}).values()
+        recall, layers = line["recall"] or axes.labels, line["layers"].values()
         if len(recall) != len(axes.labels) or any(len(v) != len(axes.layers) for v in layers):
             raise DataError(
                 f"{file} does not have the labels and layers of rounds.jsonl: make it again with: "
@@ -291,10 +269,12 @@ def _read_axes(file: Path, rounds: Sequence[Mapping[str, Any]]) -> Axes:
     return axes
 
 
-def read_json(file: Path, kind: TypeAdapter[T], otherwise: U) -> T | U:
+def read_json(file: Path, kind: type[T], otherwise: U) -> T | U:
     """The content of a JSON file, if there is one. DataError for one that is damaged."""
+    if not file.is_file():
+        return otherwise
     try:
-        return kind.validate_json(file.read_bytes()) if file.is_file() else otherwise
+        return TypeAdapter(kind).validate_json(file.read_bytes())
     except ValidationError as error:
         raise DataError(f"{file} is damaged: {_fault(error)}") from None
 
@@ -317,7 +297,7 @@ def _read_rounds(file: Path) -> Iterator[dict[str, Any]]:
                 f"rolora resume {shlex.quote(str(file.parent))}"
             ) from None
         try:
-            read = Line.model_validate(line).model_dump(exclude_unset=True)
+            read = Line.model_validate(line).model_dump()
         except ValidationError as error:
             raise DataError(f"{where}: {_fault(error)}") from None
         yield line | read
@@ -367,12 +347,20 @@ def primary_metric(runs: Sequence[RunRecord]) -> str:
     for run, names in zip(runs, measured, strict=True):
         if not names:
             raise DataError(f"{run.path} has no evaluated round yet: resume it, or leave it out")
-    others = [name for name in measured[0] if name not in LAST]
+    others = [name for name in measured[0] if name not in LAST and "/" not in name]
     for metric in (*FIRST, *others, *LAST):
         if all(metric in names for names in measured):
             return metric
     found = "; ".join(sorted({", ".join(sorted(names)) for names in measured}))
     raise DataError(f"these runs have no metric in common ({found}): report them separately")
+
+
+def on_second_rows(runs: Iterable[RunRecord], metric: str) -> list[str]:
+    """What ``metric`` is called on second test rows, such as "accuracy/second", in each run that
+    has any (see ``data.second_test``)."""
+    lines = (line for run in runs for line in run.rounds)
+    names = dict.fromkeys(name for line in lines for name in line["metrics"])
+    return [name for name in names if name.startswith(f"{metric}/")]
 
 
 def gain(metric: str, value: float) -> float:
@@ -433,6 +421,9 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
     lines = [line for run in runs for line in run.rounds]
     errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
     worst, worst_sd = over_seeds([worst_tenth(run, metric) for run in runs]) or (None, None)
+    second = {
+        name: over_seeds([run.last(name) for run in runs]) for name in on_second_rows(runs, metric)
+    }
     return Summary(
         method=method,
         seeds=tuple(sorted(run.seed for run in runs)),
@@ -449,6 +440,7 @@ def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
         seconds=sum(line["seconds"] for line in lines) / len(runs),
         worst_tenth_mean=worst,
         worst_tenth_sd=worst_sd,
+        second={name: measured for name, measured in second.items() if measured},
     )
 
 

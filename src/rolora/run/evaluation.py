@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,29 @@ def evaluate_each(
     sources: Mapping[str, str],
     model: str | None = None,
     overrides: Sequence[str] = (),
+    notify: Callable[[str], None] = lambda line: None,
 ) -> Iterator[tuple[str, Evaluation]]:
     """Name, metrics and recall of each of several sources of rows; see :func:`evaluate_adapter`.
 
-    All sources are read before the model is loaded, and it is loaded once.
+    All sources are read before the model is loaded, and it is loaded once. ``notify`` is told
+    in which dtype it computes.
     """
-    experiment, adapter, read = load_trained(path, sources, model, overrides)
+    experiment, adapter, read = load_trained(path, sources, model, overrides, notify)
     for name, table in read.items():
         examples = experiment.task.encode_test(table, sources[name])
         yield name, experiment.score(examples, adapter)
 
 
 def load_trained(
-    path: str | Path, sources: Mapping[str, str], model: str | None, overrides: Sequence[str]
+    path: str | Path,
+    sources: Mapping[str, str],
+    model: str | None,
+    overrides: Sequence[str],
+    notify: Callable[[str], None] = lambda line: None,
 ) -> tuple[Experiment, AdapterState, dict[str, Any]]:
     """A finished run's experiment and adapter, and the rows of each source, which are read first.
 
-    See :func:`evaluate_adapter`.
+    See :func:`evaluate_adapter` and :func:`evaluate_each`.
     """
     folder = adapter_folder(path)
     notes = read_notes(folder)
@@ -76,6 +82,7 @@ def load_trained(
             "with which its outputs are compared: give that one with lora.init_from=FOLDER"
         )
     experiment = Experiment(config, labels=trained.labels, base=base)
+    notify(f"the base computes in {experiment.dtype} (model.dtype)")
     return experiment, read_adapter(folder, base.specs, any_rank=True), read
 
 

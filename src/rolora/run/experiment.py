@@ -20,7 +20,8 @@ from rolora.algorithm.method import Method, ServerState, freeze_head, lora_init
 from rolora.algorithm.reduce import compose
 from rolora.algorithm.seeding import generator
 from rolora.algorithm.step import Aggregation
-from rolora.attacks.attack import ATTACKS, NO_ATTACK, Attack, bad_clients
+from rolora.attacks import ATTACKS, NO_ATTACK
+from rolora.attacks.attack import Attack, bad_clients
 from rolora.config.schema import RunConfig
 from rolora.data import tables
 from rolora.data.examples import Examples
@@ -60,6 +61,7 @@ class Parts(TypedDict, total=False):
     base: Base | None
     encoded: tuple[Examples, str]
     test: Examples
+    second: Examples
     validation: Examples
     asked: Examples
     engine: Engine
@@ -293,6 +295,13 @@ class Experiment:
         return self._cached(self.task.encode_test(*self._held(self.config.eval.rows)))[0]
 
     @cached_property
+    def second(self) -> Examples | None:
+        """The rows of ``data.second_test`` as tokens, where those of ``data.test`` are used."""
+        if self.config.data.second_test is None or self.config.eval.rows != "test":
+            return None
+        return self.task.encode_test(*self._held("second_test"))
+
+    @cached_property
     def validation(self) -> Examples | None:
         """The validation rows as tokens, if there are any beside those of ``test``."""
         if self.config.data.validation is None or self.config.eval.rows == "validation":
@@ -305,7 +314,7 @@ class Experiment:
         return self._cached(self.task.encode(self.rows.train, self.config.data.train))
 
     def _held(self, key: str) -> tuple[Any, str]:
-        """The server's "test" or "validation" rows, and their source as messages name it."""
+        """The server's rows of this key, and their source as messages name it."""
         source = getattr(self.config.data, key)
         table = getattr(self.rows, key)
         return table, source if isinstance(source, str) else self.config.data.train
@@ -325,8 +334,8 @@ class Experiment:
     @cached_property
     def data(self) -> str:
         """A hash of who holds which rows, of the labels, and of all rows as tokens."""
-        held = [self.test] if self.validation is None else [self.test, self.validation]
-        return data_hash(self.shards, self.labels, self.examples, *held)
+        rows = self.examples, self.test, self.validation, self.second
+        return data_hash(self.shards, self.labels, *rows)
 
     @cached_property
     def cohort(self) -> int:
@@ -475,6 +484,7 @@ class Experiment:
         rows = {
             "examples": self.examples,
             "test": self.test,
+            "second": self.second,
             "validation": self.validation,
             "asked": self.asked,
         }
@@ -545,9 +555,15 @@ class Experiment:
     def evaluate(self, adapter: AdapterState, answers: int | None = None) -> Evaluation:
         """Metrics of an adapter on the test and the validation rows; see ``score``.
 
-        Under an attack that is after certain answers, ``attack_success`` is how often it gets them.
+        Those on the second test rows are called "accuracy/second" and so on. Under an attack that
+        is after certain answers, ``attack_success`` is how often it gets them.
         """
         found = self._scored("test", adapter, answers)
+        if self.second is not None:
+            name, own = self.config.data.second_name or "second", dict(found.metrics)
+            for metric, value in self._scored("second", adapter, answers).metrics.items():
+                own[f"{metric}/{name}"] = value
+            found = replace(found, metrics=own)
         if self.asked is not None:
             success = self._scored("asked", adapter, answers=0).metrics["accuracy"]
             found = replace(found, metrics={**found.metrics, "attack_success": success})
@@ -600,7 +616,8 @@ class Experiment:
 
     def prepare(self) -> None:
         """Make all parts that a run needs. Refusals that take no model come first."""
-        for part in ("method", "labels", "federation", "start", "test", "validation", "data"):
+        first = ("method", "labels", "federation", "start")
+        for part in (*first, "test", "second", "validation", "data"):
             getattr(self, part)
 
     def reloaded(self) -> Experiment:
@@ -611,7 +628,7 @@ class Experiment:
         """
         loaded = {"rows", "labels", "base", "_loaded", "bank", "executor", "processes", "tracked"}
         if not self.kind.compares:  # then tokens are only tokens
-            loaded |= {"encoded", "test", "validation", "asked"}
+            loaded |= {"encoded", "test", "second", "validation", "asked"}
         parts: Any = {name: part for name, part in vars(self).items() if name in loaded}
         return Experiment(self.config, self.clients, **parts)
 
@@ -623,7 +640,8 @@ class Experiment:
             found.append(self.rows.note)
         if self.rows.dropped:
             found.append(f"{self.rows.dropped} training rows belong to no client and are not used")
-        if empty := self._without_text():
+        text, source = self.columns.get("text", ()), config.data.train
+        if empty := tables.blank_rows(self.rows.train, text, source):
             found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
         if self.attack is not None:
             found.append(
@@ -631,8 +649,9 @@ class Experiment:
                 f"({config.attack.name})"
             )
         limit = self.base.limit(config.data.max_length)
-        for what, examples in (("training", self.examples), (config.eval.rows, self.test)):
-            if examples.truncated:
+        held = ((config.eval.rows, self.test), ("second test", self.second))
+        for what, examples in (("training", self.examples), *held):
+            if examples is not None and examples.truncated:
                 count = len(examples.sequences)
                 found.append(
                     f"{examples.truncated} of {count} {what} rows are longer than "
@@ -673,15 +692,6 @@ class Experiment:
             "where turns are equal, an odd number meets both"
         )
 
-    def _without_text(self) -> int:
-        """How many training rows are blank in every text column; 0 for a task without any."""
-        if "text" not in self.columns:
-            return 0
-        names, source = self.columns["text"], self.config.data.train
-        names = [names] if isinstance(names, str) else names
-        columns = [tables.texts(self.rows.train, name, source) for name in names]
-        return sum(not "".join(row).strip() for row in zip(*columns, strict=True))
-
 
 def ready(task: Task, finish: Callable[[Examples, str], Examples]) -> Task:
     """The task, with ``finish(examples, source)`` applied to all examples that it encodes."""
@@ -703,13 +713,15 @@ def ready(task: Task, finish: Callable[[Examples, str], Examples]) -> Task:
     )
 
 
-def data_hash(shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Examples) -> str:
+def data_hash(
+    shards: Mapping[str, Tensor], labels: Sequence[str], *encoded: Examples | None
+) -> str:
     """A hash of who holds which rows, of the labels, and of the rows as tokens."""
     digest = hashlib.sha256(repr(tuple(labels)).encode())
     for client, rows in shards.items():
         digest.update(client.encode())
         digest.update(rows.numpy().tobytes())
-    for examples in encoded:
+    for examples in (one for one in encoded if one is not None):
         for tensor in (
             examples.tokens,
             examples.offsets,

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from rolora.errors import ConfigError
 from rolora.files import from_home
-from rolora.model.export import Dtype, write_gguf, write_merged, write_merged_gguf
-from rolora.run.evaluation import adapter_folder, load_trained
+from rolora.model.export import (
+    Dtype,
+    require_gguf,
+    write_gguf,
+    write_merged,
+    write_merged_gguf,
+)
+from rolora.model.peft import MODEL_CONFIG
+from rolora.report.card import card
+from rolora.results.runs import load_run
+from rolora.run.evaluation import adapter_folder, load_trained, read_notes
+from rolora.run.runs import card_source
+from rolora.tasks.registry import task_kind
 
 _OF_FOLDERS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -24,12 +36,13 @@ def export(
 ) -> None:
     """Write a finished run's adapter, or that of its adapter folder, in other forms.
 
-    ``merged``: a new folder for the base with the adapter in its weights; for a base that is a GGUF
-    file, it may be a new GGUF file. ``gguf``: a new file with the adapter alone, for llama.cpp.
-    ``dtype``: of the weights that are written; "q8_0", 8 bits each, is for GGUF files, and stores
-    matrices whose rows are no whole number of its blocks of 32 as fp16. ``model`` names the base
-    where it has moved. Raises ConfigError as ``evaluate_adapter`` does, for an adapter that cannot
-    be written as GGUF, for a folder in q8_0, and if nothing is to be written.
+    ``merged``: a new folder for the base with the adapter in its weights, and a model card if the
+    adapter is in its run folder; for a base that is a GGUF file, it may be a new GGUF file.
+    ``gguf``: a new file with the adapter alone, for llama.cpp. ``dtype``: of the weights that are
+    written; "q8_0", 8 bits each, is for GGUF files, and stores matrices whose rows are no whole
+    number of its blocks of 32 as fp16. ``model`` names the base where it has moved. Raises
+    ConfigError as ``evaluate_adapter`` does, for an adapter that cannot be written as GGUF, for a
+    folder in q8_0, and if nothing is to be written.
     """
     if merged is None and gguf is None:
         raise ConfigError(
@@ -44,6 +57,12 @@ def export(
     if folder and dtype not in _OF_FOLDERS:
         known = ", ".join(_OF_FOLDERS)
         raise ConfigError(f"--dtype {dtype} is for GGUF files; --merged FOLDER takes {known}")
+    adapted = adapter_folder(path)
+    notes = read_notes(adapted)
+    if gguf is not None or not folder:  # before the model is loaded
+        kind = task_kind(notes["config"]["model"]["task"])
+        model_type = json.loads((adapted / MODEL_CONFIG).read_text())["model_type"]
+        require_gguf(model_type, has_head=kind.head != "causal_lm")
     alone = ["device=cpu", "model.device_map=none"]
     here = [] if torch.cuda.is_available() else alone  # wherever it was trained
     trained, adapter, _ = load_trained(path, {}, model, here)
@@ -54,8 +73,12 @@ def export(
         source = config.root / from_home(config.model.path)
         write_merged_gguf(base, adapter, source, merged, dtype)
     elif merged is not None:
+        run = adapted.resolve().parent
+        text = ""
+        if (run / "config.toml").is_file():
+            text = card(load_run(run), notes["round"], card_source(trained), merged=True)
         write_merged(
-            adapter_folder(path),
+            adapted,
             merged,
             config.model.path,
             trained.kind.head,
@@ -63,5 +86,6 @@ def export(
             root=config.root,
             dtype=_OF_FOLDERS[dtype],
             tokenizer=base.tokenizer,
+            card=text,
             offline=config.offline,
         )

@@ -44,13 +44,14 @@ def line(result: RoundResult) -> dict[str, Any]:
     A score that is NaN or infinite is null.
     """
     values = {field.name: getattr(result, field.name) for field in fields(result)}
-    del values["advanced"], values["reason"], values["state"]
+    del values["advanced"], values["reason"]
+    values["stale"] = values.pop("state").stale
     values["recall"] = [round(share, 4) for share in result.recall.values()]
     values["layers"] = {
         what: [None if value is None else float(f"{value:.4g}") for value in own.values()]
         for what, own in result.layers.items()
     }
-    for key in ("missing", "cut", "recall", "layers"):
+    for key in ("missing", "cut", "recall", "layers", "stale"):
         if not values[key]:
             del values[key]  # most rules cut nobody, and most rounds are not evaluated
     values |= {"loss": result.loss, "moved": result.moved, "seconds": round(result.seconds, 3)}

@@ -23,18 +23,20 @@ def predict(
     model: str | None = None,
     overrides: Sequence[str] = (),
     max_new_tokens: int = 128,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """What a finished run, or its adapter folder, predicts for each row of ``source``, in order.
 
-    The rows need the columns that a prediction is made from, not those of the right answers. A
+    The rows need the columns that a prediction is made from, not the labels or expected answers. A
     classification gives "label" and "probabilities" (label -> share), a choice "answer" (from 0)
     and "choice", a preference "chosen_reward", "rejected_reward" and their difference "margin", or
     "reward" for a single completion, a language model "completion", of at most ``max_new_tokens``
     tokens, taken greedily; for a chat, the answer to its last turn, in place of one that it ends
     with.
     ``model`` and ``overrides`` are those of ``evaluate_adapter``, which also says what it raises.
+    ``notify`` is told in which dtype the base computes.
     """
-    experiment, adapter, read = load_trained(path, {source: source}, model, overrides)
+    experiment, adapter, read = load_trained(path, {source: source}, model, overrides, notify)
     task, base = experiment.task, experiment.base
     if task.predict is None:
         raise ConfigError(f"task {experiment.kind.name!r} makes no predictions")

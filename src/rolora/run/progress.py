@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from rolora.algorithm.step import MOSTLY
+from rolora.results.defence import MOSTLY
 from rolora.run.runs import Run
 from rolora.training.rounds import RoundResult
 

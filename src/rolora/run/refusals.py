@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rolora.algorithm.choices import SERVER_OPTIMIZERS
 from rolora.algorithm.method import Method
-from rolora.algorithm.reduce import SERVER_OPTIMIZERS
 from rolora.algorithm.step import Aggregation
 from rolora.attacks.attack import Attack
 from rolora.config.schema import RunConfig, TrainConfig

@@ -96,7 +96,7 @@ class Run:
         """Write the adapter of the best validated round (of the last, without validation)."""
         adapter = state.best.adapter if state.best else state.server.adapter
         round = state.best.round if state.best else state.server.round
-        base, method = self.experiment.base, self.experiment.method
+        base = self.experiment.base
         config = pinned(self.experiment.config, _chosen(self.experiment))
         notes = {
             "rolora": version("rolora"),
@@ -108,15 +108,6 @@ class Run:
             "labels": list(self.experiment.labels),
             "config": config.model_dump(mode="json", exclude_none=True),
         }
-        source = Source(
-            base.peft_config.base_model_name_or_path,
-            base.digest,
-            base.licence,
-            list(base.specs.scaling),
-            self.experiment.labels,
-            self.experiment.kind.head == "causal_lm",
-            sorted(method.personal_roles),
-        )
         save_adapter(
             self.folder.adapter,
             adapter,
@@ -124,11 +115,25 @@ class Run:
             base.model.config,
             base.tokenizer,
             notes,
-            card(load_run(self.folder.path), round, source),
+            card(load_run(self.folder.path), round, card_source(self.experiment)),
         )
         if written := samples(self.experiment, adapter):
             write_file(self.folder.samples, as_json(written))
         write_report([self.folder.path], self.folder.report)
+
+
+def card_source(experiment: Experiment) -> Source:
+    """What a model card says of this experiment's adapter."""
+    base = experiment.base
+    return Source(
+        base.peft_config.base_model_name_or_path,
+        base.digest,
+        base.licence,
+        list(base.specs.scaling),
+        experiment.labels,
+        experiment.kind.head == "causal_lm",
+        sorted(experiment.method.personal_roles),
+    )
 
 
 Build = Callable[..., Experiment]  # from a configuration and the folder of clients' state
@@ -254,17 +259,21 @@ def stored(
     return load_config(folder.config, overrides, root), origin
 
 
-def training_masks(experiment: Experiment, rows: int) -> list[list[tuple[str, bool]]]:
+def training_masks(experiment: Experiment, rows: int) -> list[dict[str, list[tuple[str, bool]]]]:
     """The first training rows in runs of tokens, each with whether the loss is taken on it.
 
-    ConfigError for a task that learns from whole rows.
+    Of a pair, those of its "chosen" and of its "rejected" completion; of any other row, of its
+    "text". ConfigError for a task that learns from whole rows.
     """
     if experiment.kind.head != "causal_lm":
         raise ConfigError(f"{experiment.kind.name} trains on whole rows: there are no masks")
     base = experiment.load_base()
     table, source = experiment.rows.train.slice(0, rows), experiment.config.data.train
     examples = base.require_known(experiment.task_on(base).encode(table, source), source)
-    return masks(examples.sequences, base.tokenizer)
+    shown = masks(examples.sequences, base.tokenizer)
+    names = ("chosen", "rejected") if "chosen" in experiment.columns else ("text",)
+    each = 2 if experiment.kind.compares else 1  # the second of KTO is of another row
+    return [dict(zip(names, shown[n:], strict=False)) for n in range(0, len(shown), each)]
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Rows:
     classes: Classes = lambda table: ()
     dropped: int = 0
     note: str = ""
+    second_test: Any | None = None
 
     def table(self) -> dict[str, Any]:
         """The split as the run folder keeps it: rows and labels per client."""
@@ -109,6 +110,7 @@ def _load_rows(
         validation, left = _part(
             data.validation, "validation", train, left, partial(read, split="validation")
         )
+    second = data.second_test and read(data.second_test, split=data.second_split or "test")
     split = _partition(data, how, train, left, owners, seed)
     shards, held_out = {}, {}
     for client, chosen in split.shards.items():
@@ -124,7 +126,7 @@ def _load_rows(
             'partition.scheme = "files" makes each a client'
         )
     note = "; ".join(filter(None, notes))
-    return Rows(train, test, validation, shards, held_out, classes, split.dropped, note)
+    return Rows(train, test, validation, shards, held_out, classes, split.dropped, note, second)
 
 
 def neighboured(rows: Rows, kind: TaskKind, columns: Mapping[str, Any]) -> Rows:
@@ -187,7 +189,8 @@ def _as_they_are(texts: Sequence[str], labels: Sequence[str], classes: Sequence[
 def digest(rows: Rows) -> str:
     """A hash of all rows, however they are split."""
     found = hashlib.sha256()
-    for table in (rows.train, rows.test, rows.validation):
+    second = () if rows.second_test is None else (rows.second_test,)
+    for table in (rows.train, rows.test, rows.validation, *second):
         for row in table.to_pylist() if table is not None else ():
             found.update(json.dumps(row, default=str).encode())
         found.update(b"|")

@@ -74,19 +74,19 @@ def _prepare(
     validation = None
     if data.validation is not None:
         validation = read(str(data.validation), split="validation")
-    rows = Rows(None, test, validation, shards={}, held_out={})
+    second = data.second_test and read(data.second_test, split=data.second_split or "test")
+    rows = Rows(None, test, validation, shards={}, held_out={}, second_test=second)
     run = _run_id(folder.parent / "config.toml")
     membership = Membership(transport, Experiment(config), run, notify, registered)
     membership.gather()
     while True:
         labels = wanted.ordered(membership.labels())
         here = Experiment(config, rows=rows, labels=labels)
-        membership.settle(here.base, labels)
+        membership.load_model(here.base, labels)
         engine = Remote(membership, here, expect)
         members = engine.clients()
         if wanted.ordered(membership.labels()) == labels:
             break  # otherwise a site that was refused had a label that no other has
-    held = [here.test] if here.validation is None else [here.test, here.validation]
     return Experiment(
         config,
         rows=rows,
@@ -98,7 +98,7 @@ def _prepare(
             "dropped": 0,
             "note": "rows stay at their sites",
         },
-        data=data_hash({}, labels, *held),
+        data=data_hash({}, labels, here.test, here.validation, here.second),
         run=run,
         bank=1,
         spare=config.federation.spare,

@@ -52,15 +52,15 @@ def make_trial(path: Path, file: str, overrides: Sequence[str], sites: int, port
             "state": "state",
         }
         write_file(site / "site.toml", tomli_w.dumps(mine))
-    tables.write_table(rows.test, folder.path / "test.parquet")
     values = config.model_dump(mode="json", exclude_none=True)
     values["name"] = f"{config.name}-at-sites"  # both may be run, from one folder
     values["server_seed"] = config.seed if config.server_seed is None else config.server_seed
     values["model"]["path"] = str(model) if model.exists() else config.model.path
-    values["data"] |= {"train": "sites/*/*.parquet", "test": "test.parquet"}
-    if rows.validation is not None:
-        tables.write_table(rows.validation, folder.path / "validation.parquet")
-        values["data"]["validation"] = "validation.parquet"
+    values["data"]["train"] = "sites/*/*.parquet"
+    for key in ("test", "second_test", "validation"):
+        if (held := getattr(rows, key)) is not None:
+            tables.write_table(held, folder.path / f"{key}.parquet")
+            values["data"][key] = f"{key}.parquet"
     values["partition"] = {"scheme": "files"}
     values["track"] = config.track.model_dump(exclude_none=True)
     values["federation"]["sites"] = len(rows.shards)

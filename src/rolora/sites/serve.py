@@ -26,13 +26,17 @@ REGISTER_AGAIN = 30.0  # seconds until keys that the SuperLink refused are tried
 
 
 def serve(
-    folder: FederationFolder, notify: Callable[[str], None], sites: Sequence[str] = ()
+    folder: FederationFolder,
+    notify: Callable[[str], None],
+    sites: Sequence[str] = (),
+    joined: Callable[[], None] | None = None,
 ) -> None:
     """Run the federation, and the processes of these ``sites``, until interrupted.
 
-    ``notify`` receives lines to show, such as that a site has ended. If the SuperLink or the
-    SuperExec ends, the others are ended too and RoloraError is raised. Raises ConfigError if the
-    folder is being served already or its port is taken.
+    ``notify`` receives lines to show, such as that a site has ended. ``joined`` is called once,
+    when all of ``sites`` that have not ended are connected. If the SuperLink or the SuperExec ends,
+    the others are ended too and RoloraError is raised. Raises ConfigError if the folder is being
+    served already or its port is taken.
     """
     environment = folder.environment
 
@@ -55,7 +59,7 @@ def serve(
             trial.append(start(f"site {name}", command, place / "site.log"))
         notify(f"serving {folder.host}:{folder.port}; start runs on it with: --on {folder.path}")
         try:
-            _watch(folder, [link, executor], trial, notify)
+            _watch(folder, [link, executor], trial, notify, joined)
         except BaseException as ending:
             if not isinstance(ending, Exception):  # an interruption, under whatever name
                 os.killpg(executor.process.pid, signal.SIGTERM)  # with the app of a run under way
@@ -67,6 +71,7 @@ def _watch(
     needed: Sequence[Program],
     sites: Sequence[Program],
     notify: Callable[[str], None],
+    joined: Callable[[], None] | None = None,
 ) -> None:
     """Register keys that are added to the folder, until a needed program has ended."""
     registered: set[str] = set()
@@ -87,7 +92,18 @@ def _watch(
                 registered = public
             else:
                 due = time.monotonic() + REGISTER_AGAIN
+        if joined is not None and alive and _connected(folder) >= len(alive):
+            joined()
+            joined = None
         time.sleep(1)
+
+
+def _connected(folder: FederationFolder) -> int:
+    """How many sites are connected; 0 where the SuperLink does not say."""
+    try:
+        return list(folder.status().values()).count("online")
+    except RoloraError:
+        return 0
 
 
 def require_free(port: int) -> None:

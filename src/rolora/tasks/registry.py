@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from rolora.data.examples import Batch, Examples
 from rolora.data.labels import class_labels, in_order
 from rolora.errors import ConfigError, nearest
 from rolora.registry import Registry
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rolora.data.examples import Batch, Examples
     from rolora.model.peft import Kind
 
-Predict = Callable[[Any, str, Callable[[Examples], Tensor], int], list[dict[str, Any]]]
+    Predict = Callable[[Any, str, Callable[[Examples], Tensor], int], list[dict[str, Any]]]
 
 TASKS = Registry(
     kind="task",
@@ -177,7 +177,9 @@ def task_kind(name: str) -> TaskKind:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric of any known task is better. Raises ConfigError for another."""
+    """Whether more of a metric of any known task is better, whichever rows it is measured on
+    ("accuracy/second"). Raises ConfigError for another."""
+    metric = metric.partition("/")[0]
     for name in sorted(TASKS.names(), key=lambda name: name not in TASKS.own):
         kind = task_kind(name)
         for known in (kind.metrics, kind.answers):

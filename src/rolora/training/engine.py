@@ -24,7 +24,8 @@ from rolora.algorithm.adapter import (
     Update,
     role_of,
 )
-from rolora.algorithm.codec import Format, WireError, body_bytes, decode, encode
+from rolora.algorithm.choices import Format
+from rolora.algorithm.codec import WireError, body_bytes, decode, encode
 from rolora.algorithm.ledger import Ledger
 from rolora.algorithm.method import Method, ServerState
 from rolora.data.examples import Examples
