@@ -45,6 +45,7 @@ LEVELS = (
 FENCES: dict[str, set[str]] = {
     "torch": {"*"},
     "transformers": {"model", "tasks", "plan"},
+    "accelerate": {"model"},
     "peft": {"model"},
     "huggingface_hub": {"model"},
     "gguf": {"model"},
