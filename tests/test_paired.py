@@ -255,7 +255,9 @@ def test_a_run_that_diverged_is_in_no_mean_and_is_named(tmp_path: Path) -> None:
         "rolora": 0.2,
         "fedit": 0.5,
     }
-    assert found["diverged"] == {"rolora-seed1": "the loss is not finite"}
+    assert found["diverged"] == [
+        {"run": "rolora-seed1", "method": "rolora", "seed": 1, "reason": "the loss is not finite"}
+    ]
     assert [text for text in cautions(again) if "rolora-seed1 diverged" in text]
 
 

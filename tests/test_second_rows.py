@@ -149,6 +149,14 @@ def test_second_rows_that_are_not_there_are_named_before_the_model_is_loaded(sit
         load_config(site, ["data.second_name=a/b"])
 
 
+@pytest.mark.parametrize("key", ["second_split", "second_name"])
+def test_what_is_said_of_second_rows_that_are_not_configured_is_refused(
+    site: Path, key: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"data.{key} has no effect without data.second_test"):
+        load_config(site, [f"data.{key}=a"])
+
+
 def test_a_trial_across_sites_takes_the_second_rows_along(
     site: Path, elsewhere: Path, tmp_path: Path
 ) -> None:

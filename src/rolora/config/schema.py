@@ -223,6 +223,13 @@ class DataConfig(Section):
         self.form  # noqa: B018  it checks itself
         return self
 
+    @model_validator(mode="after")
+    def _second_keys_have_rows(self) -> Self:
+        for key in ("second_split", "second_name"):
+            if getattr(self, key) is not None and self.second_test is None:
+                raise ValueError(f"data.{key} has no effect without data.second_test: remove it")
+        return self
+
     @field_validator("test", "validation", mode="before")
     @classmethod
     def _number_is_share(cls, value: object) -> object:

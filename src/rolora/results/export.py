@@ -33,7 +33,11 @@ def export_results(
         "labels": label_recalls(by_method(runs)),
         "budgets": [_budget(ranking, str(reference)) for ranking in rankings(runs, metric)],
         "unfinished": [unfinished(run, metric) for run in sorted_runs.unfinished],
-        "diverged": {run.path.name: run.diverged for run in every if run.diverged is not None},
+        "diverged": [
+            {"run": run.path.name, "method": run.method, "seed": run.seed, "reason": run.diverged}
+            for run in every
+            if run.diverged is not None
+        ],
         "tuning": tuning,
         "published": published
         and {**published.model_dump(), "beside": beside_published(published, runs)},
