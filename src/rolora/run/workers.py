@@ -159,14 +159,14 @@ class WorkerPool:
         """The task's outputs for the rows of this name, (rows, width), as in one process."""
         examples = self._rows[name]
         batches = len(in_batches(examples))
-        each = -(-batches // self._count)
+        count = min(self._count, batches)
         held = _packed(adapter, {}), dict(adapter.scaling)
-        calls = (
-            partial(_outputs, self._part, name, held, first, first + each)
-            for first in range(0, batches, each)
-        )
-        parts = [part for parts in deal(self._executor, calls, self._count) for part in parts]
-        return in_order(examples, [torch.tensor(part) for part in parts])
+        # batches are ordered by length: every count-th gives each process as much to do
+        calls = (partial(_outputs, self._part, name, held, first, count) for first in range(count))
+        found: list[Any] = [None] * batches
+        for first, parts in enumerate(deal(self._executor, calls, self._count)):
+            found[first::count] = [torch.tensor(part) for part in parts]
+        return in_order(examples, found)
 
     def measure(
         self, clients: Iterable[tuple[AdapterState, Examples | None]], on_server: bool
@@ -318,13 +318,13 @@ def _train(
         ]
 
 
-def _outputs(part: Part, name: str, adapter: Adapter, first: int, last: int) -> list[Any]:
-    """The task's outputs for some batches of the rows of this name."""
+def _outputs(part: Part, name: str, adapter: Adapter, first: int, step: int) -> list[Any]:
+    """The task's outputs for some batches of the rows of this name, ``step`` apart."""
     with _Here.turn:
         run = _experiment(part)
         examples: Examples = getattr(run, name)
         with run.base.holding(_adapter(adapter)):
-            batches = in_batches(examples)[first:last]
+            batches = in_batches(examples)[first::step]
             return [one.numpy() for one in outputs_of(run.base, run.task, examples, batches)]
 
 
