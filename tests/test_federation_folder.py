@@ -11,7 +11,9 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,25 +192,79 @@ def test_the_app_of_a_run_ends_with_an_interruption_and_not_with_a_failure(
 def test_that_all_sites_are_up_is_told_when_the_last_one_is_connected(
     federation: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter(
-        ["busy", {"ann": "online", "bob": "offline"}, {"ann": "online", "bob": "online"}]
-    )
+    busy: list[Any] = ["busy", {"ann": "online", "bob": "offline"}]
+    told, asked = watched(federation, tmp_path, monkeypatch, [*busy, ONLINE])
+    assert (told, asked) == (["all sites are up"], [0, 5, 10])
+
+
+def test_that_all_sites_are_up_is_never_told_after_one_has_ended(
+    federation: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = watched(federation, tmp_path, monkeypatch, [ONLINE], ["sh", "-c", "echo why; false"])
+    log = tmp_path / "bob.log"
+    said = f"site bob ended with status 1: why ({log}): look at its log; "
+    assert ended[0] == [f"{said}the others continue without it"]
+
+
+def test_sites_that_do_not_connect_are_named_once_after_a_minute(
+    federation: FederationFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [{"ann": "online", "bob": "registered"}] * 20
+    told, asked = watched(federation, tmp_path, monkeypatch, [*answers, ONLINE])
+    log = tmp_path / "bob.log"
+    assert told == [
+        f"not connected after 60 seconds: site bob ({log}); still waiting",
+        "all sites are up",
+    ]
+    assert asked == [*range(0, 101, 5)]
+
+
+ONLINE = {"ann": "online", "bob": "online"}
+
+
+def watched(
+    federation: FederationFolder,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[Any],
+    bob: Sequence[str] = ("sleep", "30"),
+) -> tuple[list[str], list[float]]:
+    """What is said of the sites ann and bob within 120 seconds, and when the SuperLink was asked,
+    which gives these answers."""
+    told: list[str] = []
+    asked: list[float] = []
+    left, now = iter(answers), 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now > 120:
+            raise Interrupted
 
     def status(folder: FederationFolder) -> Any:
-        if (answer := next(answers)) == "busy":
+        asked.append(now)
+        if (answer := next(left)) == "busy":
             raise RoloraError(answer)
         return answer
 
     def joined() -> None:
-        assert list(answers) == []
-        raise Interrupted
+        told.append("all sites are up")
 
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: now)
     monkeypatch.setattr(FederationFolder, "status", status)
     monkeypatch.setattr(FederationFolder, "register", lambda self, notify: True)
-    monkeypatch.setattr("rolora.sites.serve.time.sleep", lambda seconds: None)
-    waits = ["sleep", "30"]
-    with running("one", waits, tmp_path / "log", os.environ) as one, pytest.raises(Interrupted):
-        programs._watch(federation, [one], [one, one], print, joined)
+    monkeypatch.setattr(programs, "time", clock)
+    start = {"ann": ["sleep", "30"], "bob": bob}
+    with ExitStack() as stack:
+        sites = [
+            stack.enter_context(running(f"site {name}", command, place / f"{name}.log", os.environ))
+            for name, command in start.items()
+        ]
+        if bob[0] != "sleep":
+            sites[1].process.wait()
+        with pytest.raises(Interrupted):
+            programs._watch(federation, sites[:1], sites, told.append, joined)
+    return told, asked
 
 
 def test_a_federation_that_is_neither_a_folder_nor_known_to_flower_is_named(

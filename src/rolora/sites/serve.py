@@ -6,6 +6,7 @@ running run survives a failure, but not an interruption, and continues with the 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ from rolora.sites.processes import Program, running
 
 READY_WITHIN = 60.0  # seconds for the SuperLink to answer
 REGISTER_AGAIN = 30.0  # seconds until keys that the SuperLink refused are tried again
+ASK_AGAIN = 5.0  # seconds until the SuperLink, which is a process each time, is asked for its sites
+CONNECTS_WITHIN = 60.0  # seconds until sites that are not connected are named
 
 
 def serve(
@@ -34,7 +37,7 @@ def serve(
     """Run the federation, and the processes of these ``sites``, until interrupted.
 
     ``notify`` receives lines to show, such as that a site has ended. ``joined`` is called once,
-    when all of ``sites`` that have not ended are connected. If the SuperLink or the SuperExec ends,
+    when all of ``sites`` are connected and none has ended. If the SuperLink or the SuperExec ends,
     the others are ended too and RoloraError is raised. Raises ConfigError if the folder is being
     served already or its port is taken.
     """
@@ -75,7 +78,8 @@ def _watch(
 ) -> None:
     """Register keys that are added to the folder, until a needed program has ended."""
     registered: set[str] = set()
-    due = 0.0
+    due = ask = 0.0
+    late = time.monotonic() + CONNECTS_WITHIN
     alive = list(sites)
     while True:
         for program in needed:
@@ -83,7 +87,7 @@ def _watch(
                 raise RoloraError(fault)
         for site in [site for site in alive if site.fault()]:
             alive.remove(site)
-            notify(f"{site.fault()}; the others continue without it")
+            notify(f"{site.fault()}: look at its log; the others continue without it")
         for program in (*needed, *sites):
             bound(program.log)
         public = set(folder.public)
@@ -92,18 +96,27 @@ def _watch(
                 registered = public
             else:
                 due = time.monotonic() + REGISTER_AGAIN
-        if joined is not None and alive and _connected(folder) >= len(alive):
-            joined()
-            joined = None
+        now = time.monotonic()
+        if joined is not None and len(alive) == len(sites) and now >= ask:
+            if not (missing := _missing(folder, sites)):
+                joined()
+                joined = None
+            elif now >= late:
+                names = ", ".join(f"{site.name} ({site.log})" for site in missing)
+                notify(f"not connected after {CONNECTS_WITHIN:.0f} seconds: {names}; still waiting")
+                late = math.inf
+            ask = now + ASK_AGAIN
         time.sleep(1)
 
 
-def _connected(folder: FederationFolder) -> int:
-    """How many sites are connected; 0 where the SuperLink does not say."""
+def _missing(folder: FederationFolder, sites: Sequence[Program]) -> list[Program]:
+    """The sites that are not connected; all of them where the SuperLink does not say."""
     try:
-        return list(folder.status().values()).count("online")
+        status = folder.status()
     except RoloraError:
-        return 0
+        return list(sites)
+    online = {f"site {name}" for name, now in status.items() if now == "online"}
+    return [site for site in sites if site.name not in online]
 
 
 def require_free(port: int) -> None:
