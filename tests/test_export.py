@@ -424,3 +424,31 @@ def test_a_merged_model_has_a_card_that_says_how_to_load_it(tmp_path: Path, kind
     (run / "adapter").rename(tmp_path / "adapter")  # without its run, whose results are in a card
     export(tmp_path / "adapter", merged=tmp_path / "bare", model=str(tmp_path / "model"))
     assert not (tmp_path / "bare" / "README.md").exists()
+
+
+def test_no_damage_to_what_a_run_says_of_itself_stops_an_export(tmp_path: Path) -> None:
+    run = trained(tmp_path, "causal_lm")
+    config, rounds = run / "config.toml", run / "rounds.jsonl"
+    whole, lines = config.read_text(), rounds.read_text()
+
+    def said(name: str, path: Path = run) -> list[str]:
+        told: list[str] = []
+        export(path, merged=tmp_path / name, model=str(tmp_path / "model"), notify=told.append)
+        assert (tmp_path / name / "model.safetensors").is_file()
+        assert (tmp_path / name / "README.md").exists() == (not told and path == run)
+        return told
+
+    assert said("whole") == []
+    rounds.write_text(lines[:-30])
+    (note,) = said("cut")
+    assert note.startswith("no model card is written: ")
+    assert "line 4 is not valid JSON" in note
+    rounds.write_text(lines)
+    config.write_text(whole.replace("[method]", "[other]"))
+    assert "config.toml or partition.json is damaged" in said("keys")[0]
+    config.write_text(whole.replace("[lora]", "[other]"))
+    assert f"{run} is damaged (KeyError('lora'))" in said("lora")[0]
+    rounds.unlink()
+    (run / "partition.json").unlink()
+    config.write_text("[tool]\n")  # of some other program
+    assert said("other", run / "adapter") == []

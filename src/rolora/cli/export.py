@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from rolora.cli.options import Json
-from rolora.cli.printing import err_console, show, working
+from rolora.cli.printing import err_console, note, show, working
 from rolora.errors import ConfigError, printable
 
 
@@ -53,7 +53,7 @@ def export(
     from rolora.run import export
 
     with working("loading the base and writing"):
-        export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model)
+        export.export(path, merged=merged, gguf=gguf, dtype=dtype, model=model, notify=note)
     made = {"merged": merged, "gguf": gguf}
     written = {form: str(out) for form, out in made.items() if out is not None}
     show(json, written, *(printable(f"wrote {out}") for out in written.values()))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from rolora.errors import ConfigError
+from rolora.errors import ConfigError, RoloraError
 from rolora.files import from_home
 from rolora.model.export import (
     Dtype,
@@ -33,6 +34,7 @@ def export(
     gguf: Path | None = None,
     dtype: Dtype = "fp32",
     model: str | None = None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Write a finished run's adapter, or that of its adapter folder, in other forms.
 
@@ -40,7 +42,8 @@ def export(
     adapter is in its run folder; for a base that is a GGUF file, it may be a new GGUF file.
     ``gguf``: a new file with the adapter alone, for llama.cpp. ``dtype``: of the weights that are
     written; "q8_0", 8 bits each, is for GGUF files, and stores matrices whose rows are no whole
-    number of its blocks of 32 as fp16. ``model`` names the base where it has moved. Raises
+    number of its blocks of 32 as fp16. ``model`` names the base where it has moved. ``notify``
+    is told why there is no card, if the run folder is damaged. Raises
     ConfigError as ``evaluate_adapter`` does, for an adapter that cannot be written as GGUF, for a
     folder in q8_0, and if nothing is to be written.
     """
@@ -75,8 +78,13 @@ def export(
     elif merged is not None:
         run = adapted.resolve().parent
         text = ""
-        if (run / "config.toml").is_file():
-            text = card(load_run(run), notes["round"], card_source(trained), merged=True)
+        try:  # damage to what a run says of itself is no damage to its adapter
+            if (run / "rounds.jsonl").is_file():
+                text = card(load_run(run), notes["round"], card_source(trained), merged=True)
+        except RoloraError as error:
+            notify(f"no model card is written: {error}")
+        except (LookupError, TypeError, ValueError) as error:
+            notify(f"no model card is written: {run} is damaged ({error!r})")
         write_merged(
             adapted,
             merged,
