@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -452,3 +453,30 @@ def test_no_damage_to_what_a_run_says_of_itself_stops_an_export(tmp_path: Path) 
     (run / "partition.json").unlink()
     config.write_text("[tool]\n")  # of some other program
     assert said("other", run / "adapter") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("model_config.json", "{", "model_config.json is missing or damaged: JSONDecodeError"),
+        ("model_config.json", "[]", "model_config.json is missing or damaged: TypeError"),
+        ("model_config.json", None, "model_config.json is missing or damaged: FileNotFoundError"),
+        ("rolora.json", "task", "rolora.json is damaged: KeyError('task')"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_in_one_line(
+    tmp_path: Path, name: str, text: str | None, fault: str
+) -> None:
+    run = trained(tmp_path, "causal_lm")
+    file = run / "adapter" / name
+    if text is None:
+        file.unlink()
+    elif text == "task":
+        notes = json.loads(file.read_text())
+        del notes["config"]["model"]["task"]
+        file.write_text(json.dumps(notes))
+    else:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        export(run, gguf=tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()

@@ -132,6 +132,9 @@ def read_notes(folder: Path) -> dict[str, Any]:
         for key, kind in _NOTES.items():
             if not isinstance(notes[key], kind):
                 raise TypeError(f"{key} is {notes[key]!r}")
+        for key in ("task", "dtype"):  # whose defaults would be another run's
+            if not isinstance(value := notes["config"]["model"][key], str):
+                raise TypeError(f"model.{key} is {value!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is damaged: {error!r}") from None
     return notes

@@ -64,8 +64,7 @@ def export(
     notes = read_notes(adapted)
     if gguf is not None or not folder:  # before the model is loaded
         kind = task_kind(notes["config"]["model"]["task"])
-        model_type = json.loads((adapted / MODEL_CONFIG).read_text())["model_type"]
-        require_gguf(model_type, has_head=kind.head != "causal_lm")
+        require_gguf(_model_type(adapted / MODEL_CONFIG), has_head=kind.head != "causal_lm")
     alone = ["device=cpu", "model.device_map=none"]
     here = [] if torch.cuda.is_available() else alone  # wherever it was trained
     trained, adapter, _ = load_trained(path, {}, model, here)
@@ -97,3 +96,11 @@ def export(
             card=text,
             offline=config.offline,
         )
+
+
+def _model_type(file: Path) -> str:
+    """The architecture that a model's configuration names. ConfigError if it is damaged."""
+    try:
+        return str(json.loads(file.read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} is missing or damaged: {error!r}") from None
