@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -301,6 +302,20 @@ def test_a_small_set_has_few_clients_and_a_large_one_few_in_a_round(tmp_path: Pa
     source = write_csv(tmp_path / "b.csv", ["user", "text", "label"], rows)
     config, *_ = made(source, tmp_path)
     assert config.train.participation * 50 == 10
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_a_second_set_is_named_only_where_there_is_one(tmp_path: Path, second: bool) -> None:
+    names = ["train", "validation_matched", *(["validation_mismatched"] if second else [])]
+    texts = {name: [f"a text of {name}, row {row}" for row in range(20)] for name in names}
+    rows = {
+        name: datasets.Dataset.from_dict({"text": text, "label": ["a", "b"] * 10})
+        for name, text in texts.items()
+    }
+    datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "in"))
+    config, *_ = made(str(tmp_path / "in"), tmp_path)
+    assert config.data.test_split == "validation_matched"
+    assert config.data.second_split == ("validation_mismatched" if second else None)
 
 
 def test_the_model_that_is_proposed_is_one_that_rolora_fetch_puts_there(

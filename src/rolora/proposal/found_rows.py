@@ -144,9 +144,11 @@ def _held_out(found: Found, wanted: str) -> dict[str, str]:
         if not (set(found.used) <= set(table.column_names) and _is_answered(found, table)):
             continue
         held = {"test": place, **({} if split in ("train", "test") else {"test_split": split})}
-        if split == "validation_matched":  # MNLI's second set is of other kinds of text
-            second = {"second_split": "validation_mismatched", "second_name": "mismatched"}
-            held |= {"second_test": place, **second}
+        other = "validation_mismatched"  # MNLI's second set, of other kinds of text
+        if split == "validation_matched" and (
+            found.glue or other in tables.splits_of(place, root=root)
+        ):
+            held |= {"second_test": place, "second_split": other, "second_name": "mismatched"}
         return held
     return {}
 
