@@ -304,6 +304,16 @@ def test_a_small_set_has_few_clients_and_a_large_one_few_in_a_round(tmp_path: Pa
     assert config.train.participation * 50 == 10
 
 
+@pytest.mark.parametrize("source", [".", "../films"])
+def test_a_run_on_the_current_folder_is_called_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    write_rows(tmp_path / "films" / "train.csv")
+    monkeypatch.chdir(tmp_path / "films")
+    write_template(source, tmp_path / "rolora.toml", "model")
+    assert load_config(tmp_path / "rolora.toml").name == "films"
+
+
 @pytest.mark.parametrize("second", [True, False])
 def test_a_second_set_is_named_only_where_there_is_one(tmp_path: Path, second: bool) -> None:
     names = ["train", "validation_matched", *(["validation_mismatched"] if second else [])]

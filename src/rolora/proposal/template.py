@@ -370,8 +370,8 @@ def _name(source: str, out: Path) -> str:
     if out.stem != "rolora":
         found = [out.stem]
     else:
-        path = Path(source)
-        found = [path.name.partition(".")[0].replace("*", "all"), path.resolve().parent.name]
+        path = Path(os.path.abspath(source))  # "." has no name
+        found = [path.name.partition(".")[0].replace("*", "all"), path.parent.name]
     names = [re.sub(r"[^\w.-]+", "-", name).strip(".-") for name in found]
     return (
         next((name for name in names if name.lower() not in ("", *SAYS_LITTLE)), names[0]) or "run"
