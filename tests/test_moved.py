@@ -97,7 +97,7 @@ def test_a_comparison_whose_project_has_moved_continues(
     write_rows(Path("other.csv"), 60, ["good", "bad"])
     code, _, err = rolora(monkeypatch, capsys, *words, "data.train=other.csv")
     assert code == 2
-    assert "the rows of data.train" in err
+    assert "the rows of data.train, data.test, data.second_test or data.validation changed" in err
 
 
 @pytest.mark.parametrize("how", ["root", "places"])

@@ -75,8 +75,8 @@ class ComparisonFolder:
         keys = [key for key in dict.fromkeys([*was, *now]) if was.get(key) != now.get(key)]
         if keys == ["rows"]:
             raise ConfigError(
-                "the rows of data.train, data.test or data.validation changed since "
-                f"{self.path} was started: restore them, or choose another --out"
+                "the rows of data.train, data.test, data.second_test or data.validation changed "
+                f"since {self.path} was started: restore them, or choose another --out"
             )
         if keys:
             first = [
