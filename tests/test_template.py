@@ -328,6 +328,25 @@ def test_a_second_set_is_named_only_where_there_is_one(tmp_path: Path, second: b
     assert config.data.second_split == ("validation_mismatched" if second else None)
 
 
+def test_the_rate_of_small_models_is_proposed_for_small_models_only(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "a.csv")
+    sizes = {"small": 99, "large": 101, "minilm": 101}
+    for name, millions in sizes.items():
+        (tmp_path / name).mkdir()
+        one = {"dtype": "U8", "shape": [millions, 10**6], "data_offsets": [0, millions * 10**6]}
+        header = json.dumps({"w": one}).encode()
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + millions * 10**6)  # takes no room on disk
+    rates = {}
+    for name in (*sizes, "unknown"):
+        config, _, text = made(rows, tmp_path, model=str(tmp_path / name))
+        (tmp_path / "made.toml").unlink()
+        rates[name] = config.train.lr
+        assert ("start lower" in text) == (config.train.lr == 5e-3)
+    assert rates == {"small": 2e-2, "large": 5e-3, "minilm": 2e-2, "unknown": 5e-3}
+
+
 def test_the_model_that_is_proposed_is_one_that_rolora_fetch_puts_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

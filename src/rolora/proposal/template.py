@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from rolora.config.load import make_config
 from rolora.data import tables
 from rolora.data.columns import is_own_value
@@ -31,14 +33,16 @@ class Start:
     """Settings to start with, by the model's head: minutes on two cores with the model ``small``.
 
     ``small`` is what ``rolora fetch NAME`` puts into data/; ``lr`` is RoLoRA's best with it, see
-    docs/choosing.md. ``tokens``: trained on in a whole run. ``test_rows``: the most rows to hold
-    out, since each evaluation takes time.
+    docs/choosing.md, and is proposed for models of at most ``largest`` parameters. ``tokens``:
+    trained on in a whole run. ``test_rows``: the most rows to hold out, since each evaluation takes
+    time.
     """
 
     small: str
     name: str
     max_length: int
     lr: float
+    largest: float
     clients: int
     local_steps: int
     batch_size: int
@@ -46,9 +50,10 @@ class Start:
     test_rows: int
 
 
-_ENCODER = Start("data/minilm", "minilm", 128, 2e-2, 10, 5, 8, 200_000, 500)
+_ENCODER = Start("data/minilm", "minilm", 128, 2e-2, 1e8, 10, 5, 8, 200_000, 500)
 _SMOLLM2 = "data/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_DECODER = Start(_SMOLLM2, "smollm2", 512, 1e-2, 4, 2, 4, 20_000, 100)
+_DECODER = Start(_SMOLLM2, "smollm2", 512, 1e-2, 1.5e8, 4, 2, 4, 20_000, 100)
+_LR = 5e-3  # for larger models, and those of unknown size
 _MODELS = ("data", "models")  # folders that may already have a model
 NO_LABEL = ("-1", "nan", "na", "n/a", "none", "null")  # what may stand for a label that is missing
 SAYS_LITTLE = ("train", "data", "dataset", "rows", "all")  # names of files of any rows
@@ -120,6 +125,21 @@ def _model(found: Found, given: str, theirs: Trainer, out: Path, notes: list[str
 
 def _start(kind: TaskKind) -> Start:
     return _DECODER if kind.head == "causal_lm" else _ENCODER
+
+
+def _is_small(model: Path, start: Start) -> bool:
+    """Whether a model is ``start.small``, or no larger than ``start.largest`` by its headers."""
+    if model.name == Path(start.small).name:
+        return True
+    count = 0
+    try:
+        for file in model.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
+            count += sum(map(math.prod, shapes))
+    except (OSError, SafetensorError):
+        return False
+    return 0 < count <= start.largest
 
 
 def _notes(found: Found) -> list[str]:
@@ -263,7 +283,9 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
             "local_steps": (start.local_steps, "or local_epochs"),
             "batch_size": (batch, ""),
             "optimizer": ("adamw", ""),
-            "lr": (start.lr, "for the small model: with another, try several"),
+            "lr": (start.lr, "won with a small model: with another, try several")
+            if _is_small(out.parent / model, start)
+            else (_LR, f"small models did best with {start.lr}: with a larger one, start lower"),
         },
         "eval": {"every": (_every(rounds), "rounds")},
     }
