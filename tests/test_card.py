@@ -109,6 +109,15 @@ def test_a_card_says_which_rows_its_metrics_are_of(tmp_path: Path) -> None:
     assert "On validation rows that no client had" in card(run, 40, SOURCE)
 
 
+def test_a_card_says_which_metrics_are_of_the_second_test_rows(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run"))
+    assert "second" not in card(run, 40, SOURCE)
+    run.rounds[-1]["metrics"]["accuracy/else_where"] = 0.5
+    text = card(run, 40, SOURCE)
+    assert "gives other numbers. Metrics that end in /else\\_where are of the second" in text
+    assert "\n\n| metric | value |\n" in text
+
+
 def test_the_licence_of_a_base_is_what_the_card_in_its_folder_says(tmp_path: Path) -> None:
     tiny.tiny_bert(tmp_path / "base")
     base = classifier(tmp_path / "base", torch.float32).base

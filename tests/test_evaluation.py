@@ -124,7 +124,7 @@ def test_one_run_is_measured_on_every_set_by_what_it_writes(
     last = json.loads((commonsense / "run" / "rounds.jsonl").read_text().splitlines()[-1])
     assert found["boolq"] == last["metrics"]
     code, out, err = rolora(monkeypatch, capsys, *words)
-    assert "note: the base computes in fp32 (model.dtype)" in err
+    assert "note: computing in fp32 (set model.dtype to change it)" in err
     mean = sum(written.values()) / len(written)
     assert re.search(rf"^ *mean .*\b{mean:.4f} *$", out, re.MULTILINE)
 

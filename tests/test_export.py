@@ -413,7 +413,7 @@ def test_a_merged_model_has_a_card_that_says_how_to_load_it(tmp_path: Path, kind
     export(run, merged=tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
     assert "\nlibrary_name: transformers\n" in card
-    assert "A model with the LoRA adapter in its weights that 3 clients trained" in card
+    assert "A model that 3 clients fine-tuned with LoRA without pooling their rows; " in card
     assert "| base model | model, weights" in card
     made: dict[str, Any] = {}
     snippet = card.split("```")[1].removeprefix("python")

@@ -89,7 +89,7 @@ def test_the_dtype_that_predictions_are_computed_in_is_said(
         words = ("predict", classified / "run", f"model.dtype={dtype}", "--data")
         code, _, err = rolora(monkeypatch, capsys, *words, classified / "new.jsonl")
         assert code == 0
-        assert f"note: the base computes in {dtype} (model.dtype)" in err
+        assert f"note: computing in {dtype} (set model.dtype to change it)" in err
 
 
 def test_predictions_are_written_as_csv_or_json_lines(

@@ -114,8 +114,8 @@ def test_rows_whose_completion_follows_the_prompt_at_once_are_counted(tmp_path: 
     source = write_csv(tmp_path / "a.csv", ["prompt", "completion"], rows)
     config, notes, text = made(source, tmp_path)
     assert notes == [
-        "in 4 of 8 rows no space or line break is between prompt and completion: set separator if "
-        "the texts need one"
+        "4 of 8 completions follow their prompt without a space or line break: set data.separator "
+        "if they need one"
     ]
     assert config.data.separator is None
     assert '\n# separator = "\\n"' in text
@@ -127,7 +127,7 @@ def test_of_a_pair_neither_answer_may_follow_the_prompt_at_once(tmp_path: Path, 
     rows = [[f"Question {row}?", f" yes {row}", f"{start}no {row}"] for row in range(8)]
     source = write_csv(tmp_path / "a.csv", ["prompt", "chosen", "rejected"], rows)
     _, notes, _ = made(source, tmp_path)
-    assert [note[:16] for note in notes] == ([] if start else ["in 8 of 8 rows n"])
+    assert [note[:16] for note in notes] == ([] if start else ["8 of 8 completio"])
 
 
 def test_delimiter_and_encoding_are_found_said_and_written(tmp_path: Path) -> None:

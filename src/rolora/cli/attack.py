@@ -33,7 +33,8 @@ def attack(
     rules: Annotated[
         str,
         typer.Option(
-            help="rules that combine updates, comma-separated; STEP+RULE: a step, then a rule"
+            help="rules that combine updates, comma-separated; STEP+RULE applies a step, such as "
+            "nnm, before the rule"
         ),
     ] = "mean,nnm+trimmed_mean",
     methods: Methods = "rolora,ffa_lora,fedit",

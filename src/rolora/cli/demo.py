@@ -64,7 +64,7 @@ def fetch(
         list[str] | None, typer.Argument(metavar="[NAME]...", help="without a name: list them")
     ] = None,
     to: Annotated[
-        Path, typer.Option(help="the folder in which each gets a folder of its name")
+        Path, typer.Option(help="the parent folder; each name becomes a subfolder")
     ] = Path("data"),
     given: Annotated[
         Path | None,

@@ -2,7 +2,7 @@
 
 Results go to standard output, progress to standard error. ``rolora.errors`` has the exit codes.
 A command reads its configuration before it imports what needs torch, which takes seconds, so that
-a mistake in it is told at once.
+a mistake in it is reported immediately.
 """
 
 from __future__ import annotations

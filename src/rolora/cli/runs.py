@@ -52,7 +52,8 @@ def watch(
     host: Annotated[
         str,
         typer.Option(
-            help="the address to serve on; with another one, other machines may read the page"
+            help="the address to serve on; default: this machine only; any other address lets "
+            "other machines read the page"
         ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="its port; 0: a free one")] = 8765,

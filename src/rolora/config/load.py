@@ -225,7 +225,7 @@ def _keys(section: Any, path: list[str]) -> list[str]:
 
 def _check_reducers(how: AggregateConfig) -> None:
     """ConfigError for reducers that do not go together, or for an option of the wrong type."""
-    # here, since they take torch, which takes seconds: a misspelt key is told at once
+    # here, since they take torch, which takes seconds: a misspelt key is reported immediately
     from rolora.algorithm.reduce import compose, is_wrapper, mean
     from rolora.algorithm.step import Aggregation
 

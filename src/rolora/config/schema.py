@@ -152,7 +152,7 @@ class DataConfig(Section):
     second_name: str | None = Field(
         None,
         pattern=r"^[\w.-]+$",
-        description='what its metrics are called, "x" for accuracy/x; left out: second',
+        description="suffix of its metrics: x gives accuracy/x; left out: second",
     )
     delimiter: str | None = Field(
         None, description='between the values of a csv; left out: ",", in .tsv a tab'

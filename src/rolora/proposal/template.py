@@ -172,8 +172,8 @@ def _notes(found: Found) -> list[str]:
         ]
     if blank := tables.blank_rows(table, chosen.get("text", ()), source):
         notes.append(
-            f"{blank} {rows} have no text, and a run uses them all the same: remove them if it "
-            "should not"
+            f"{blank} {rows} have no text; a run trains on them anyway: remove them if you do not "
+            "want that"
         )
     labels = next((c for c in found.columns if c.name == label), None)
     if found.kind.labelled and labels and labels.distinct > table.num_rows / 2:
@@ -185,8 +185,8 @@ def _notes(found: Found) -> list[str]:
         )
     if touching := _touching(found):
         notes.append(
-            f"in {touching} {rows} no space or line break is between prompt and completion: set "
-            "separator if the texts need one"
+            f"{touching} of {table.num_rows} completions follow their prompt without a space or "
+            "line break: set data.separator if they need one"
         )
     return notes
 

@@ -42,6 +42,9 @@ def card(run: RunRecord, round: int, source: Source, *, merged: bool = False) ->
     errors = [e for line in run.rounds if (e := line["aggregation_error"]) is not None]
     labels = ", ".join(source.labels[:LABELS])
     more = len(source.labels) - LABELS
+    metrics: dict[str, float] = next(
+        (line["metrics"] for line in run.rounds if line["round"] == round), {}
+    )
     return (
         templates()
         .get_template("card.md.j2")
@@ -72,7 +75,8 @@ def card(run: RunRecord, round: int, source: Source, *, merged: bool = False) ->
             up=sum(line["bytes_up"] for line in run.rounds) / MEGABYTE,
             down=sum(line["bytes_down"] for line in run.rounds) / MEGABYTE,
             error=max(errors, default=None),
-            metrics=next((x["metrics"] for x in run.rounds if x["round"] == round), {}),
+            metrics=metrics,
+            second=next((name.partition("/")[2] for name in metrics if "/" in name), ""),
             version=run.provenance["versions"]["rolora"],
         )
     )

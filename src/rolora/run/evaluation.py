@@ -82,7 +82,7 @@ def load_trained(
             "with which its outputs are compared: give that one with lora.init_from=FOLDER"
         )
     experiment = Experiment(config, labels=trained.labels, base=base)
-    notify(f"the base computes in {experiment.dtype} (model.dtype)")
+    notify(f"computing in {experiment.dtype} (set model.dtype to change it)")
     return experiment, read_adapter(folder, base.specs, any_rank=True), read
 
 
