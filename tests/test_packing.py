@@ -73,6 +73,16 @@ def test_layers_see_each_real_token_once_and_the_last_only_those_that_the_head_r
     assert seen == [(1, tokens)] * (len(seen) - 1) + [(1, last)]
 
 
+def test_whatever_reads_tokens_that_were_not_computed_gets_nan(tmp_path: Path) -> None:
+    base = make("bert", tmp_path / "model").base
+    lengths = torch.tensor([4, 2])
+    batch = Batch({"input_ids": torch.full((2, 4), 9)}, lengths, torch.tensor([0, 0]))
+    with torch.no_grad(), base.running(batch) as given:
+        hidden = base.model.base_model(**given.inputs).last_hidden_state  # type: ignore[operator]
+    assert hidden[:, 0].isfinite().all()
+    assert hidden[:, 1:].isnan().all()
+
+
 def test_a_head_that_reads_more_than_first_tokens_gets_them_even_if_it_is_zero(
     tmp_path: Path,
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 from synthetic_runs import cut_short
 
+from rolora.cli.main import report
 from rolora.cli.results import show_results
 from rolora.errors import ConfigError, DataError
 from rolora.report.narrative import Conclusion, cautions, conclusions
@@ -231,7 +232,7 @@ def test_what_makes_a_comparison_uneven_is_said(tmp_path: Path) -> None:
     assert cautions([load_run(folder) for folder in (slow, again, fast)]) == [
         "train.lr differs between runs: 0.001 (rolora); 0.01 (fedit).",
         "rolora has several runs of seed 0; each one counts.",
-        "Runs of seed 0 did not train on the same rows and shards.",
+        "Runs of seed 0 do not have the same rows and shards.",
         "Library versions differ between runs (listed below).",
     ]
 
@@ -322,10 +323,24 @@ def test_a_run_that_stopped_early_is_finished_and_a_diverged_one_is_in_no_table(
         text = "".join(json.dumps(line) + "\n" for line in lines[: rounds + 1])
         (run / "rounds.jsonl").write_text(text)
         assert load_run(run).finished == finished
+    for line in lines:
+        del line["stale"]
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
+    assert not load_run(run).finished
+    (run / "report.html").touch()  # is written last, and lines of old runs have no more to say
+    assert load_run(run).finished
     other = write(tmp_path / "b", [0.1, 0.9], seed=1)
     (other / "diverged.txt").write_text("the loss is not finite\n")
     show_results([run, other], False)
     assert "0.300" in capsys.readouterr().out
+
+
+def test_no_report_of_an_unfinished_run_takes_the_place_that_marks_its_end(tmp_path: Path) -> None:
+    run = cut_short(write(tmp_path / "a", [0.1, 0.5, 0.6]), 1)
+    with pytest.raises(ConfigError, match="marks the end of a run"):
+        report([run], run / "report.html")
+    report([run], tmp_path / "report.html")
+    assert not load_run(run).finished
 
 
 def damage(run: Path, how: str) -> None:

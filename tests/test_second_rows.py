@@ -16,7 +16,7 @@ from rolora.config.load import load_config
 from rolora.config.schema import RunConfig
 from rolora.errors import ConfigError, NotHere
 from rolora.report.page import render
-from rolora.results.runs import gain, load_run, primary_metric, summarise
+from rolora.results.runs import by_method, gain, load_run, primary_metric, summarise
 from rolora.run import runs
 from rolora.run.evaluation import evaluate_adapter
 from rolora.run.experiment import Experiment
@@ -118,6 +118,18 @@ def test_reports_tables_and_comparisons_have_both_and_go_by_the_first(
     page = render(found)
     assert "<th>accuracy/elsewhere</th>" in page
     assert "accuracy/elsewhere against rounds" in page
+
+
+def test_seeds_with_and_without_second_rows_are_one_method(
+    site: Path, elsewhere: Path, tmp_path: Path
+) -> None:
+    configs = load_config(site, ["train.rounds=1"]), named(site, "train.rounds=1", "seed=1")
+    for config in configs:
+        list(runs.start(config, tmp_path / str(config.seed)).rounds())
+    records = [load_run(tmp_path / str(config.seed)) for config in configs]
+    assert by_method(records) == {"rolora": records}
+    (row,) = summarise(records)
+    assert (row.seeds, row.second) == ((0, 1), {})
 
 
 def test_no_metric_of_the_second_rows_is_the_main_one(site: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,8 @@ def test_a_part_that_is_given_is_not_made_again(tmp_path: Path) -> None:
     assert second.data == first.data
     one, other = (each.start.server.adapter for each in (first, second))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_metric_s_name_cannot_be_taken_for_one_on_second_test_rows() -> None:
+    with pytest.raises(ConfigError, match="a metric's name has no '/': 'rouge/1'"):
+        dataclasses.replace(task_kind("classification"), metrics={"rouge/1": True})

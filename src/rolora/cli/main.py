@@ -38,7 +38,7 @@ from rolora.cli.printing import (
 from rolora.cli.runs import env, list_runs, watch
 from rolora.cli.sites import across_sites, doctor, federation, site
 from rolora.cli.theory import theory
-from rolora.errors import EXIT_CODES, ModelNotHere, NotHere, RoloraError, printable
+from rolora.errors import EXIT_CODES, ConfigError, ModelNotHere, NotHere, RoloraError, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -275,7 +275,13 @@ def report(
     """Write one page about one or more runs: curves, tables, the split, the configuration."""
     from rolora.cli.results import show_results
     from rolora.report.page import write_report
+    from rolora.results.runs import load_run
 
+    for path in paths:
+        if out.resolve() == path.resolve() / "report.html" and not load_run(path).finished:
+            raise ConfigError(
+                f"{out} marks the end of a run, and {path} is not finished: set --out"
+            )
     write_report(paths, out)
     show_results(paths, json, f"\nreport   {out}")
 

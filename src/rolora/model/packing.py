@@ -142,17 +142,17 @@ def collect(padded: Tensor, packing: Packing) -> Tensor:
 
 
 class Place(torch.autograd.Function):
-    """Zeros (size, ...) with ``x`` (n, ...) at ``places``, which names none twice."""
+    """``x`` (n, ...) at ``places``, which names none twice, and ``rest`` elsewhere: (size, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, places: Tensor, size: int, rest: float = 0.0) -> Tensor:
         ctx.save_for_backward(places)
-        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, places, x)
+        return x.new_full((size, *x.shape[1:]), rest).index_copy_(0, places, x)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        return upstream[0].index_select(0, places), None, None
+        return upstream[0].index_select(0, places), None, None, None
 
 
 def _attention(

@@ -3,8 +3,8 @@
 A batch enters and leaves the model as padded rows (rows, width). Between its first and its last
 layer the real tokens lie end to end, (1, tokens, hidden), and only attention sees where rows begin
 and end. What enters the lowest layer with an adapter can be computed once, kept, and put in there.
-Where the head reads each row's first token alone, the last layer computes no other behind its keys
-and values.
+Where the head reads each row's first token alone, the last layer computes no other one after its
+keys and values.
 
 Layers may be on several GPUs: what enters a layer is copied to its GPU, and what leaves the last
 one to the first layer's, where everything outside the layers is.
@@ -199,11 +199,14 @@ def _packed(padded: Tensor, packing: Packing) -> Tensor:
 
 
 def _unpacked(tokens: Tensor, packing: Packing) -> Tensor:
-    """Tokens end to end (tokens, ...) as padded rows (rows, width, ...), zero elsewhere."""
+    """Tokens end to end (tokens, ...) as padded rows (rows, width, ...), zero on padding.
+
+    Tokens that were not computed are NaN: whatever reads them is told.
+    """
     size = packing.rows * packing.width
     if packing.first:
         places = packing.places[packing.firsts]
-        tokens = Place.apply(tokens, places, size)  # type: ignore[no-untyped-call]
+        tokens = Place.apply(tokens, places, size, torch.nan)  # type: ignore[no-untyped-call]
     elif not packing.dense:
         tokens = Place.apply(tokens, packing.places, size)  # type: ignore[no-untyped-call]
     return tokens.view(packing.rows, packing.width, *tokens.shape[1:])
@@ -327,13 +330,10 @@ def _agrees(model: Any, stack: Stack, plain: Tensor) -> bool:
 
 def _reads_first(model: Any, stack: Stack, plain: Tensor) -> bool:
     """Whether the model's outputs come from each row's first token alone, and its last layer can
-    do without the others: it is run with NaN in their place, which would reach what reads them."""
+    do without the others. They are NaN then, which would reach whatever reads them."""
     ids, _ = _rows(model)
     lengths = torch.tensor(LENGTHS)
     firsts = lengths.cumsum(0) - lengths
-    spoiled = stack.layers[-1].register_forward_hook(
-        lambda _, __, out: out.index_fill(1, torch.arange(1, out.shape[1]), torch.nan)
-    )
     stack.first = True
     try:
         with torch.no_grad(), stack.packed(lengths):
@@ -343,7 +343,6 @@ def _reads_first(model: Any, stack: Stack, plain: Tensor) -> bool:
         return False
     finally:
         stack.first = False
-        spoiled.remove()
     return bool(outputs.isfinite().all()) and _close(hidden, plain[firsts])
 
 

@@ -33,6 +33,9 @@ from rolora.model.peft import Kind, LoraSettings, above_encoder
 from rolora.model.stack import take_over
 
 SHAPES = Path(__file__).with_name("shapes")
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2} | dict.fromkeys(
+    ("hidden_size", "intermediate_size", "vocab_size"), 64
+)
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ def outline(
 
 def _reads_first(config: Any, kind: Kind) -> bool:
     """Whether the head reads each row's first token alone: seen by values, which an outline lacks,
-    so of a model of this kind with one layer and few tokens."""
+    so of a small model of this kind."""
     small = copy.deepcopy(config)
-    small.update({"num_hidden_layers": 1, "vocab_size": min(config.vocab_size, 100)})
+    small.update(SMALL)
     with contextlib.suppress(Exception):  # then all tokens are counted, which is never too few
         model = AUTO[kind].from_config(small, trust_remote_code=False).eval()
         stack = take_over(model, lambda path: True)

@@ -308,7 +308,7 @@ def cautions(runs: Sequence[RunRecord], tuned: Collection[str] = ()) -> list[str
     for run in runs:
         rows.setdefault(run.seed, set()).add(str(run.provenance.get("data")))
     if uneven := sorted(seed for seed, hashes in rows.items() if len(hashes) > 1):
-        notes.append(f"Runs of seed {_all(uneven)} did not train on the same rows and shards.")
+        notes.append(f"Runs of seed {_all(uneven)} do not have the same rows and shards.")
     if differing([dict(flatten(run.provenance.get("versions", {}))) for run in runs]):
         notes.append("Library versions differ between runs (listed below).")
     for run in runs:

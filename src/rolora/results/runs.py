@@ -25,7 +25,9 @@ Measured = tuple[float, float | None]  # mean and sample standard deviation, see
 T = TypeVar("T")
 U = TypeVar("U")
 # keys that runs of one group may differ in: what tells seeds apart, and what changes no result
-IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"}
+IGNORED = {"name", "seed", "offline", "train.workers", "train.cache", "eval.samples"} | {
+    f"data.second_{what}" for what in ("test", "split", "name")
+}
 
 
 # null where it was not finite; infinite is the worst score there is, see ``gain``
@@ -120,10 +122,11 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """Whether the run has reached its end: its last round, or that of an early stop."""
+        if not self.rounds:
+            return False
         patience = self.config.get("eval", {}).get("patience", math.inf)
-        return bool(self.rounds) and (
-            self.done >= self.planned or self.rounds[-1]["stale"] >= patience
-        )
+        ended = self.done >= self.planned or self.rounds[-1]["stale"] >= patience
+        return ended or (self.path / "report.html").is_file()  # lines of old runs have no stale
 
     def last(self, metric: str) -> float | None:
         """The last score; None before the first evaluation."""

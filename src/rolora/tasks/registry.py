@@ -92,6 +92,11 @@ class TaskKind:
     section: str | None = None
     compares: bool = False
 
+    def __post_init__(self) -> None:
+        for metric in (*self.metrics, *self.answers):
+            if "/" in metric:  # "accuracy/second" is accuracy on second test rows
+                raise ConfigError(f"task {self.name!r}: a metric's name has no '/': {metric!r}")
+
     @property
     def labelled(self) -> bool:
         """Whether rows have classes, whose names all clients have to agree on."""
