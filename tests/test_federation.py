@@ -219,7 +219,7 @@ def test_a_round_goes_on_without_a_site_that_stays_away(fed: Loopback) -> None:
     fed.leave("bob", number=signal.SIGKILL)
     assert run.ended() == 0, run.output()
     lines = rounds(fed.place / "site-gone")
-    lost = [line for line in lines if "bob" in line["rejected"]]
+    lost = [line for line in lines if "bob" in line.get("missing", {})]
     assert len(lost) == 1, "one round waits for it, the next knows that it is gone"
     assert sorted(lost[0]["clients"]) == ["ann", "cy"]
     assert lines[-1]["round"] == 6
@@ -236,7 +236,7 @@ def test_a_straggler_past_the_deadline_is_left_behind_and_may_come_back(fed: Loo
     os.kill(fed.sites["cy"].process.pid, signal.SIGCONT)
     assert run.ended() == 0, run.output()
     lines = {line["round"]: line for line in rounds(fed.place / "straggler")}
-    assert "no answer before the deadline" in lines[2]["rejected"]["cy"]
+    assert "no answer before the deadline" in lines[2]["missing"]["cy"]
     assert "cy" in lines[6]["clients"]
 
 
