@@ -209,7 +209,7 @@ def test_rows_without_text_are_counted_and_said(
     words = ("run", config, "train.rounds=1", "--out", tmp_path / "out")
     code, _, err = rolora(monkeypatch, capsys, *words)
     assert code == 0
-    assert "2 of 62 training rows have no text" in err
+    assert "2 of 62 rows of data.train have no text" in err
 
 
 def test_json_output_is_json_and_nothing_else(

@@ -422,7 +422,8 @@ def test_lies_are_rejected_and_counted_one_by_one_and_the_run_goes_on(fed: Loopb
     assert run.ended(900) == 0, run.output()
     said_at_site = fed.sites["cy"].output()
     fed.leave("cy")
-    found = {r["round"]: r["rejected"].get("cy", "") for r in rounds(fed.place / "lies")[1:]}
+    unused = {r["round"]: r["rejected"] | r.get("missing", {}) for r in rounds(fed.place / "lies")}
+    found = {round: by_site.get("cy", "") for round, by_site in unused.items()}
     for round, (lie, (said, _)) in enumerate(LIES.items(), 1):
         assert said in found[round], lie
     assert TOO_LARGE[0] in found[len(LIES) + 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,24 @@ def test_methods_are_compared_at_the_last_round_that_all_of_them_have_reached(
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "loss"])
+def test_no_round_is_the_best_before_all_phases_have_been_evaluated_and_no_untrained_one_is(
+    tmp_path: Path,
+) -> None:
+    run = write(tmp_path / "a", [0.9, None, 0.4, 0.8, 0.2])
+    lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["factors"] = ["B"] if line["round"] % 2 else ["A"]
+    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = load_run(run)
+    assert [point.value for point in record.scores("accuracy")] == pytest.approx(
+        [0.9, 0.4, 0.6, 0.5]
+    )
+    assert record.best("accuracy") == pytest.approx(0.6)
+    assert replace(record, rounds=record.rounds[:3]).best("accuracy") is None
+    (row,) = summarise([record])
+    assert (row.final_mean, row.best_mean) == pytest.approx((0.5, 0.6))
+
+
 def test_where_lower_is_better_the_lower_value_leads_and_the_lowest_round_is_best(
     tmp_path: Path, metric: str
 ) -> None:

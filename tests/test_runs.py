@@ -350,6 +350,7 @@ def test_a_run_that_validates_one_phase_alone_says_so_and_does_not_stop_by_it(
     run = runs.start(load_config(site, [*changes, "train.rounds=6"]), tmp_path / "run")
     assert any("meets only rounds that train A:" in note for note in run.notes)
     assert [result.round for result in run.rounds()][-1] == 6
+    run.folder.report.unlink()  # as it was on the way
     record = load_run(run.folder.path)
     parts = [replace(record, rounds=record.rounds[: done + 1]) for done in range(7)]
     assert [part.finished for part in parts] == [False] * 6 + [True]

@@ -106,6 +106,15 @@ def test_a_prompt_in_two_columns_is_taken_whole(tmp_path: Path, names: tuple[str
     assert asked[:2] == ["Add 0\n", "Add 1\n1 and 2\n"]
 
 
+def test_a_client_column_that_some_rows_leave_blank_is_named(tmp_path: Path) -> None:
+    hospitals = ["Altona", "Barmbek", "  "] * 20
+    rows = [f"text {n},{'good' if n % 2 else 'bad'},{h}" for n, h in enumerate(hospitals)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label,hospital", *rows]) + "\n")
+    config, notes, _ = made(str(tmp_path / "a.csv"), tmp_path)
+    assert config.partition.scheme != "by_field"
+    assert any("hospital seems to name each row's client, but 20 of 60 rows" in n for n in notes)
+
+
 def test_rows_whose_completion_follows_the_prompt_at_once_are_counted(tmp_path: Path) -> None:
     ends = ["?", "? ", "?", "?\n"]
     rows = [

@@ -250,7 +250,7 @@ def names_client(name: str) -> bool:
 def _is_filled(values: pa.ChunkedArray) -> bool:
     if values.null_count or not (is_text(values.type) or is_number(values.type)):
         return False
-    return not pc.any(pc.equal(values.cast(pa.string()), "")).as_py()
+    return not pc.any(pc.equal(pc.utf8_trim_whitespace(values.cast(pa.string())), "")).as_py()
 
 
 def _fractional(table: pa.Table, name: str | None) -> str | None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from rolora.config.load import make_config
 from rolora.data import tables
-from rolora.data.columns import is_own_value
+from rolora.data.columns import is_own_value, names_client
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, printable
 from rolora.files import from_home
@@ -151,9 +151,18 @@ def _notes(found: Found) -> list[str]:
         notes.append(
             f"a guess: each of the {client.distinct} values of {printable(client.name)} is a client"
         )
-    unused = [printable(name) for name in table.column_names if name not in used]
+    unused = [name for name in table.column_names if name not in used]
     if unused:
-        notes.append(f"unused columns: {', '.join(unused)}")
+        notes.append(f"unused columns: {', '.join(map(printable, unused))}")
+    for name in unused:
+        if found.clients or not names_client(name):
+            continue
+        cells = tables.cells(table, name)
+        if empty := sum(cell is None or not str(cell).strip() for cell in cells):
+            notes.append(
+                f"{printable(name)} seems to name each row's client, but {empty} of "
+                f"{table.num_rows} rows have none: fill it, and each of its values is a client"
+            )
     label = chosen.get("label")
     if isinstance(label, str) and is_own_value(table, label):
         notes.append(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from rolora.errors import ConfigError, DataError, RoloraError
 from rolora.files import is_locked
-from rolora.results.runs import gain, load_run, primary_metric
+from rolora.results.runs import load_run, primary_metric
 
 State = Literal["finished", "running", "not finished", "diverged", "unreadable"]
 PARTS = {"config.toml", "rounds.jsonl", "partition.json"}
@@ -95,7 +95,7 @@ def listed(path: Path) -> Listed:
         run.planned,
         metric,
         values[-1] if values else None,
-        max(values, key=lambda value: gain(metric, value)) if values else None,
+        run.best(metric) if metric else None,
         changed.replace(microsecond=0),
     )
 

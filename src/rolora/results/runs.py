@@ -155,6 +155,21 @@ class RunRecord:
             found.append(point)
         return found
 
+    def best(self, metric: str) -> float | None:
+        """The best score, of the rounds by which all phases so far had been evaluated.
+
+        As for the best round of a run: a phase that is evaluated on its good side alone would win.
+        None before there is such a round; round 0 is none.
+        """
+        scores = {point.round: point.value for point in self.scores(metric) if point.round}
+        trained, seen, found = set[str](), set[str](), list[float]()
+        for line in self.rounds[1:]:
+            trained.add(phase(line))
+            if line["round"] in scores:
+                seen.add(phase(line))
+                found += [scores[line["round"]]] if seen == trained else []
+        return max(found, key=lambda value: gain(metric, value), default=None)
+
     def curve(self, metric: str) -> list[Point]:
         """A point for each evaluated round."""
         batch = self.config.get("train", {}).get("batch_size")
@@ -192,11 +207,12 @@ def trained_rows(clients: Mapping[str, Mapping[str, float]], batch_size: int | N
 class Summary:
     """One method; every number is a mean over its runs.
 
-    ``final_mean`` is the last score (see ``RunRecord.scores``), ``best_mean`` the best one,
-    ``final_sd`` the sample standard deviation (None for a single run). Megabytes are 10⁶ bytes over
-    the whole run and all clients; ``trained_rows`` is ``Point.rows`` at the end;
-    ``aggregation_error`` is the mean over rounds (None if unknown); ``worst_tenth_mean`` and its sd
-    are of the function ``worst_tenth`` (None if a run has not measured its clients).
+    ``final_mean`` is the last score (see ``RunRecord.scores``), ``best_mean`` that of
+    ``RunRecord.best``, ``final_sd`` the sample standard deviation (None for a single run).
+    Megabytes are 10⁶ bytes over the whole run and all clients; ``trained_rows`` is ``Point.rows``
+    at the end; ``aggregation_error`` is the mean over rounds (None if unknown);
+    ``worst_tenth_mean`` and its sd are of the function ``worst_tenth`` (None if a run has not
+    measured its clients).
     ``second``: a metric of ``on_second_rows`` -> mean and sd of the last score.
     """
 
@@ -418,9 +434,12 @@ def summarise(runs: Sequence[RunRecord]) -> list[Summary]:
 
 def _summary(method: str, runs: Sequence[RunRecord], metric: str) -> Summary:
     curves = [run.scores(metric) for run in runs]
-    values = [[point.value for point in curve] for curve in curves]
-    final, sd = mean_sd([each[-1] for each in values])
-    best = [max(each, key=lambda value: gain(metric, value)) for each in values]
+    finals = [curve[-1].value for curve in curves]
+    final, sd = mean_sd(finals)
+    best = [
+        last if (value := run.best(metric)) is None else value
+        for run, last in zip(runs, finals, strict=True)
+    ]
     lines = [line for run in runs for line in run.rounds]
     errors = [e for line in lines if (e := line["aggregation_error"]) is not None]
     worst, worst_sd = over_seeds([worst_tenth(run, metric) for run in runs]) or (None, None)

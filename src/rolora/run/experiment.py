@@ -642,7 +642,7 @@ class Experiment:
             found.append(f"{self.rows.dropped} training rows belong to no client and are not used")
         text, source = self.columns.get("text", ()), config.data.train
         if empty := tables.blank_rows(self.rows.train, text, source):
-            found.append(f"{empty} of {self.rows.train.num_rows} training rows have no text")
+            found.append(f"{empty} of {self.rows.train.num_rows} rows of data.train have no text")
         if self.attack is not None:
             found.append(
                 f"an experiment: bad clients {', '.join(sorted(self._bad(self.rows)))} attack "
