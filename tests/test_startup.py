@@ -57,6 +57,14 @@ def test_a_mistake_in_a_configuration_is_told_before_torch_is_loaded(tmp_path: P
     assert found == dict.fromkeys(found, (2, []))
 
 
+def test_a_folder_that_is_taken_is_told_before_the_model_s_libraries_are_loaded(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run.toml").write_text(CONFIG)
+    words = ["run", str(tmp_path / "run.toml"), "--out", str(tmp_path)]
+    assert ended([words]) == {" ".join(words): (2, ["torch"])}  # options of rules are tried out
+
+
 def test_what_reads_run_folders_or_prints_help_loads_no_torch(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "one")
     report = str(tmp_path / "report.html")

@@ -200,6 +200,7 @@ def run(
 ) -> None:
     """Fine-tune: train, checkpoint every round, write the adapter and the report."""
     from rolora.config.load import load_config, toml_text
+    from rolora.run.place import new_path
 
     byzantine = [] if suspicious is None else [f"aggregate.byzantine={suspicious}"]
     changes = [*byzantine, *(overrides or [])]
@@ -210,10 +211,10 @@ def run(
         if Path(on).is_dir():  # named from here; a run keeps it as seen from the configuration
             on = os.path.relpath(Path(on).resolve(), settings.root)
         settings = load_config(config, [*changes, f"federation.on={toml_text(on)}"])
+    path = new_path(settings, out)
     from rolora.run import runs
     from rolora.run.experiment import Experiment
 
-    path = runs.new_path(settings, out)
     with resuming(path):
         if settings.federation.on:
             across_sites(settings, path, json)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,6 +32,7 @@ from rolora.files import (
     sweep_beside,
     write_file,
 )
+from rolora.run.place import require_new
 from rolora.training.rounds import Best, RoundResult, RunState
 
 KEPT_CHECKPOINTS = 2  # the newest; and the last that a later round was trained from
@@ -61,18 +61,6 @@ def line(result: RoundResult) -> dict[str, Any]:
 def as_json(value: object) -> str:
     """The text of a JSON file for people to read, too."""
     return json.dumps(value, indent=1) + "\n"
-
-
-def require_new(path: Path) -> None:
-    """ConfigError if there is something at ``path``."""
-    if path.is_file():
-        raise ConfigError(f"{path} is a file: name a new folder with --out")
-    if path.exists():
-        run = (path / "config.toml").is_file()
-        hint = f", or continue it with: rolora resume {shlex.quote(str(path))}" if run else ""
-        raise ConfigError(
-            f"{path} exists and is not overwritten: name another folder with --out{hint}"
-        )
 
 
 @dataclass(frozen=True)

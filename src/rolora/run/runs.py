@@ -35,7 +35,8 @@ from rolora.report.page import write_report
 from rolora.results.runs import load_run
 from rolora.run.environment import git_commit, processor
 from rolora.run.experiment import Experiment
-from rolora.run.folder import RunFolder, as_json, line, require_new
+from rolora.run.folder import RunFolder, as_json, line
+from rolora.run.place import new_path
 from rolora.run.samples import samples
 from rolora.run.settings import dated
 from rolora.run.tracking import require_trackers, tracking
@@ -137,13 +138,6 @@ def card_source(experiment: Experiment) -> Source:
 
 
 Build = Callable[..., Experiment]  # from a configuration and the folder of clients' state
-
-
-def new_path(config: RunConfig, out: str | Path | None) -> Path:
-    """The folder of a new run, by default ``runs/NAME``. ConfigError if it exists."""
-    path = Path(out) if out is not None else Path("runs") / config.name
-    require_new(path)
-    return path
 
 
 def start(
