@@ -273,7 +273,7 @@ def test_with_other_rows_a_comparison_is_not_taken_up(
     stop_after(comparison, tmp_path / "all", 1)
     write_rows(other.parent / file, 33)
     with pytest.raises(
-        ConfigError, match=r"the rows of data\.train, data\.test or data\.validation"
+        ConfigError, match=r"the rows of data\.train, data\.test, data\.second_test or data\."
     ):
         list(queued_runs(comparison, tmp_path / "all"))
 

@@ -171,7 +171,6 @@ def test_methods_are_compared_at_the_last_round_that_all_of_them_have_reached(
     assert summarise([load_run(short), load_run(long)])[0].method == "fedit"  # at its own end
 
 
-@pytest.mark.parametrize("metric", ["perplexity", "loss"])
 def test_no_round_is_the_best_before_all_phases_have_been_evaluated_and_no_untrained_one_is(
     tmp_path: Path,
 ) -> None:
@@ -190,6 +189,7 @@ def test_no_round_is_the_best_before_all_phases_have_been_evaluated_and_no_untra
     assert (row.final_mean, row.best_mean) == pytest.approx((0.5, 0.6))
 
 
+@pytest.mark.parametrize("metric", ["perplexity", "loss"])
 def test_where_lower_is_better_the_lower_value_leads_and_the_lowest_round_is_best(
     tmp_path: Path, metric: str
 ) -> None:
