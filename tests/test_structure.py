@@ -51,7 +51,7 @@ FENCES: dict[str, set[str]] = {
     "gguf": {"model"},
     "datasets": {"data"},
     "pyarrow": {"data"},
-    "safetensors": {"algorithm", "model", "training", "run", "proposal"},
+    "safetensors": {"algorithm", "model", "training", "run"},
     "sklearn": {"tasks"},
     "scipy": {"results", "tasks"},
     "psutil": {"training", "sites"},

@@ -9,7 +9,7 @@ A package adds one with an entry point in its ``pyproject.toml``::
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -18,6 +18,13 @@ from inspect import Parameter, signature
 from typing import Any
 
 from rolora.errors import ConfigError, nearest
+
+
+def attributes(package: str, modules: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """``Registry.own`` of factories that are called as their entries: module -> names in it."""
+    return {
+        name: f"{package}.{module}:{name}" for module, names in modules.items() for name in names
+    }
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rolora.registry import Registry
+from rolora.registry import Registry, attributes
 
 Format = Literal["fp32", "bf16", "int8", "int4"]
+
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedexp")
 
 REDUCERS = Registry(
     kind="reducer",
     group="rolora.reducers",
-    own={
-        name: f"rolora.algorithm.{module}:{name}"
-        for module, names in {
-            "reduce": ("mean", "median", "trimmed_mean", "clip", "fedavgm", "fedadam", "fedexp"),
+    own=attributes(
+        "rolora.algorithm",
+        {
+            "reduce": ("mean", "median", "trimmed_mean", "clip", *SERVER_OPTIMIZERS),
             "robust": (
                 *("krum", "multi_krum", "bulyan", "geometric_median", "centered_clip"),
                 *("fltrust", "nnm", "bucketing", "clip_product"),
             ),
-        }.items()
-        for name in names
-    },
+        },
+    ),
 )
-SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedexp")

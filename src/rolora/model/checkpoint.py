@@ -6,12 +6,14 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 
 from rolora.errors import ConfigError, ModelNotHere
 from rolora.files import from_home
@@ -202,6 +204,19 @@ def in_order_of_adapter(folder: Path, labels: Sequence[Any]) -> list[Any] | None
     with one_line_errors(str(file)):
         config = read_config({"pretrained_model_name_or_path": str(file)})
         return in_order_of_outputs(config, labels)
+
+
+def stored_parameters(folder: Path) -> int:
+    """The parameters in a folder's safetensors files, by their headers; 0 if none can be read."""
+    count = 0
+    try:
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as stored:
+                sizes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
+            count += sum(map(math.prod, sizes))
+    except (OSError, SafetensorError):
+        return 0
+    return count
 
 
 def shapes(place: dict[str, Any], auto: Any) -> Any:

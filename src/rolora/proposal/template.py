@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from rolora.config.load import make_config
 from rolora.data import tables
 from rolora.data.columns import is_own_value, names_client
 from rolora.data.text_form import TextForm
 from rolora.errors import ConfigError, printable
 from rolora.files import from_home
+from rolora.model.checkpoint import stored_parameters
 from rolora.network import HUB
 from rolora.proposal.found_rows import GLUE, Found, each, look
 from rolora.proposal.trl_config import Trainer, read_trainer
@@ -127,21 +126,6 @@ def _start(kind: TaskKind) -> Start:
     return _DECODER if kind.head == "causal_lm" else _ENCODER
 
 
-def _is_small(model: Path, start: Start) -> bool:
-    """Whether a model is ``start.small``, or no larger than ``start.largest`` by its headers."""
-    if model.name == Path(start.small).name:
-        return True
-    count = 0
-    try:
-        for file in model.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as stored:
-                shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
-            count += sum(map(math.prod, shapes))
-    except (OSError, SafetensorError):
-        return False
-    return 0 < count <= start.largest
-
-
 def _notes(found: Found) -> list[str]:
     table, chosen = found.table, found.guess[1]
     notes = [f"found {key} = {_toml(value)}" for key, value in _stated(found.form).items()]
@@ -231,6 +215,8 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
     """The tables of the file, by name; "" has the keys before the first."""
     task, chosen = found.guess
     start, rows = _start(found.kind), found.table.num_rows
+    base = out.parent / model
+    small = base.name == Path(start.small).name or 0 < stored_parameters(base) <= start.largest
     train = {key: _seen_from(out, value) for key, value in found.train.items()}
     held: Lines = {key: (_seen_from(out, value), "") for key, value in found.held.items()}
     if "second_name" in held:
@@ -293,7 +279,7 @@ def _sections(found: Found, source: str, out: Path, model: str) -> dict[str, Lin
             "batch_size": (batch, ""),
             "optimizer": ("adamw", ""),
             "lr": (start.lr, "won with a small model: with another, try several")
-            if _is_small(out.parent / model, start)
+            if small
             else (_LR, f"small models did best with {start.lr}: with a larger one, start lower"),
         },
         "eval": {"every": (_every(rounds), "rounds")},

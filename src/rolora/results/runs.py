@@ -145,15 +145,7 @@ class RunRecord:
         counts, so that no method is judged by the one that its run happens to end on. Of a method
         with one phase this is the curve.
         """
-        phases = {line["round"]: phase(line) for line in self.rounds}
-        latest: dict[str, float] = {}
-        found = []
-        for point in self.curve(metric):
-            if point.round:
-                latest[phases[int(point.round)]] = point.value
-                point = point._replace(value=statistics.fmean(latest.values()))
-            found.append(point)
-        return found
+        return [point for point, _ in self._scored(metric)]
 
     def best(self, metric: str) -> float | None:
         """The best score, of the rounds by which all phases so far had been evaluated.
@@ -161,14 +153,21 @@ class RunRecord:
         As for the best round of a run: a phase that is evaluated on its good side alone would win.
         None before there is such a round; round 0 is none.
         """
-        scores = {point.round: point.value for point in self.scores(metric) if point.round}
-        trained, seen, found = set[str](), set[str](), list[float]()
-        for line in self.rounds[1:]:
-            trained.add(phase(line))
-            if line["round"] in scores:
-                seen.add(phase(line))
-                found += [scores[line["round"]]] if seen == trained else []
+        found = [point.value for point, whole in self._scored(metric) if whole]
         return max(found, key=lambda value: gain(metric, value), default=None)
+
+    def _scored(self, metric: str) -> Iterator[tuple[Point, bool]]:
+        """Each score, and whether all phases so far are in it."""
+        points = {point.round: point for point in self.curve(metric)}
+        trained, latest = set[str](), dict[str, float]()
+        for line in self.rounds:
+            trained |= {phase(line)} if line["round"] else set()
+            if (point := points.get(line["round"])) is None:
+                continue
+            if trained:
+                latest[phase(line)] = point.value
+                point = point._replace(value=statistics.fmean(latest.values()))
+            yield point, bool(trained) and latest.keys() == trained
 
     def curve(self, metric: str) -> list[Point]:
         """A point for each evaluated round."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rolora.data.labels import class_labels, in_order
 from rolora.errors import ConfigError, nearest
-from rolora.registry import Registry
+from rolora.registry import Registry, attributes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 TASKS = Registry(
     kind="task",
     group="rolora.tasks",
-    own={
-        name: f"rolora.tasks.kinds:{name}"
-        for name in (
-            *("classification", "multi_label", "regression"),
-            *("causal_lm", "choice", "preference"),
-        )
-    },
+    own=attributes(
+        "rolora.tasks",
+        {
+            "kinds": (
+                *("classification", "multi_label", "regression"),
+                *("causal_lm", "choice", "preference"),
+            )
+        },
+    ),
 )
 
 # keys of [data] that tasks read and that name no column
